@@ -1,0 +1,138 @@
+"""Pictures of what the network makes of half an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from lightning_igpt.model import ImageGPT
+from lightning_igpt.palette import Palette
+from lightning_igpt.pictures import image_grid, save_png
+from lightning_igpt.sampling import complete, inpaint
+
+HIDDEN = 128  # the grey of pixels that the network did not see
+
+
+def completion_rows(
+    network: ImageGPT,
+    palette: Palette,
+    tokens: Tensor,
+    *,
+    n_samples: int = 3,
+    keep_rows: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """For each image: what was given, completions of it, and the truth, side by side.
+
+    Args:
+        network: Autoregressive, or BERT, which fills the same pixels by inpainting.
+        palette: The network's palette.
+        tokens: int64 (B, T), whole images.
+        n_samples: Completions per image.
+        keep_rows: Rows of pixels given; default half of them.
+        temperature: As in ``complete``.
+        top_k: As in ``complete``; not for BERT.
+        top_p: As in ``complete``; not for BERT.
+        seed: Of the draws.
+
+    Returns:
+        uint8 (B, 2 + n_samples, 3, S, S).
+
+    Raises:
+        ValueError: keep_rows is not between 0 and S - 1.
+    """
+    side = network.config.image_size
+    rows = side // 2 if keep_rows is None else keep_rows
+    if not 0 <= rows < side:
+        raise ValueError(f"keep_rows is {rows}; an image of {side} rows can keep 0 to {side - 1}")
+    given = rows * side
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+    if network.config.objective == "bert":
+        known = (torch.arange(side * side, device=tokens.device) < given).expand(len(tokens) * n_samples, -1)
+        repeated = tokens.repeat_interleave(n_samples, 0)
+        samples = inpaint(network, repeated, known, temperature=temperature, generator=generator)
+    else:
+        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        samples = complete(network, tokens[:, :given], n_samples=n_samples, generator=generator, **options)
+    samples = palette.dequantize(samples.reshape(-1, side * side)).view(len(tokens), n_samples, 3, side, side)
+    truth = palette.dequantize(tokens)[:, None]  # (B, 1, 3, S, S)
+    prompt = truth.clone()
+    prompt[..., rows:, :] = HIDDEN
+    return torch.cat([prompt, samples, truth], 1)
+
+
+def captions(n_samples: int) -> list[str]:
+    """Headings of the columns that ``completion_rows`` makes."""
+    return ["given", *(f"sample {i}" for i in range(1, n_samples + 1)), "truth"]
+
+
+class CompletionGrid(Callback):
+    """Complete a few validation images after each validation; log the grid to TensorBoard and save it as PNG.
+
+    Args:
+        n_images: Images, taken from the first validation batch.
+        n_samples: Completions of each.
+        temperature: Divides the logits; 1 is the model's own distribution.
+        seed: Of the draws; the same at every validation, so that grids can be compared.
+        every_n_validations: Skip validations in between; sampling costs one step per pixel.
+    """
+
+    def __init__(
+        self,
+        n_images: int = 8,
+        n_samples: int = 3,
+        temperature: float = 1.0,
+        seed: int = 0,
+        every_n_validations: int = 1,
+    ) -> None:
+        self.n_images, self.n_samples, self.temperature, self.seed = n_images, n_samples, temperature, seed
+        self.every_n_validations = every_n_validations
+        self._validations = 0
+        self._tokens: Tensor | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse modules that cannot complete pictures, before any work is lost."""
+        if not hasattr(pl_module, "tokens_of"):
+            raise TypeError(
+                f"CompletionGrid needs a PretrainModule; {type(pl_module).__name__} has no tokens_of(batch)"
+            )
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first images as tokens."""
+        if batch_idx == 0 and dataloader_idx == 0:
+            self._tokens = pl_module.tokens_of(batch)[: self.n_images]  # type: ignore[operator]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the grid."""
+        folder = trainer.log_dir  # asks every process, so before the others leave
+        tokens, self._tokens = self._tokens, None
+        if trainer.sanity_checking or tokens is None or not trainer.is_global_zero:
+            return
+        self._validations += 1
+        if (self._validations - 1) % self.every_n_validations:
+            return
+        network, palette = pl_module.network, pl_module.palette
+        options: dict[str, Any] = {"n_samples": self.n_samples, "temperature": self.temperature, "seed": self.seed}
+        rows = completion_rows(network, palette, tokens, **options)  # type: ignore[arg-type]
+        grid = image_grid(rows.cpu(), captions=captions(self.n_samples))  # (3, h, w)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("completions", grid, trainer.global_step)
+        if folder is not None:
+            save_png(grid, Path(folder) / "completions" / f"step-{trainer.global_step:07d}.png")

@@ -1,0 +1,37 @@
+"""How a verb reads its arguments and tells its user what was wrong with them."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jsonargparse
+
+TRACEBACK = "LIGHTNING_IGPT_TRACEBACK"  # set to anything to see where an error came from
+
+
+def run_function(function: Callable[..., Any] | dict[str, Any], words: Sequence[str], verb: str) -> int:
+    """Parse ``words`` for ``function`` (or one of several, by name) with jsonargparse, and call it."""
+    prog = f"lightning-igpt {verb}"
+    with one_line_errors(prog):
+        jsonargparse.auto_cli(function, args=list(words), prog=prog, as_positional=True)
+    return 0
+
+
+@contextmanager
+def one_line_errors(prog: str) -> Iterator[None]:
+    """Tell an error that this package raised on purpose in one line; let every other one through as it is.
+
+    Raises:
+        SystemExit: With the message, which makes the exit status 1.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if os.environ.get(TRACEBACK) or not frames[-1].startswith("lightning_igpt"):
+            raise
+        raise SystemExit(f"{prog}: {error}") from error

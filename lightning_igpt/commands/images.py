@@ -1,0 +1,65 @@
+"""Images for the verbs that take some: a file, a folder, or any source of the data modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_igpt.data.images import SUFFIXES, BadImageError, decode
+from lightning_igpt.data.sources import open_source
+from lightning_igpt.data.transforms import resize_center_crop
+
+SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # tried in this order: unseen images first
+
+
+class Images(NamedTuple):
+    """Images of one size with a name each."""
+
+    pixels: Tensor  # uint8 (N, 3, S, S)
+    names: list[str]
+
+
+def read_images(source: str, size: int, *, split: str | None = None, limit: int | None = None) -> Images:
+    """The first images of a source, resized so that the shorter side fits and cut from the centre.
+
+    Args:
+        source: An image file, or what the data modules take: a folder, Parquet, a hub id, "digits".
+        size: Side S of the result.
+        split: Which split; default the first of test, validation and train that is there.
+        limit: How many at most.
+
+    Raises:
+        FileNotFoundError: There is no such path.
+        ValueError: There are no images, the split does not exist, or an image cannot be decoded.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
+        rows, names = [{"bytes": path.read_bytes(), "path": str(path)}], [path.name]
+    else:
+        opened = open_source(source)
+        found = split or next((name for name in SPLITS if name in opened.splits), next(iter(opened.splits)))
+        if found not in opened.splits:
+            raise ValueError(f"{opened.name} has no split {found!r}; it has {', '.join(opened.splits)}")
+        dataset = opened.splits[found]
+        rows = dataset[: limit or len(dataset)][opened.image_column]
+        names = [_name(row, found, number) for number, row in enumerate(rows)]
+    if not rows:
+        raise ValueError(f"{source} holds no images")
+    pixels = [_read(row, name, size) for row, name in zip(rows, names, strict=True)]
+    return Images(torch.stack(pixels), names)
+
+
+def _read(row: dict[str, object], name: str, size: int) -> Tensor:
+    try:
+        image = resize_center_crop(decode(row), size)
+    except BadImageError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, S, S)
+
+
+def _name(row: dict[str, object], split: str, number: int) -> str:
+    return Path(str(row["path"])).name if row.get("path") else f"{split}-{number:05d}"

@@ -1,0 +1,287 @@
+"""``lightning-igpt quickstart``: the whole pipeline on the embedded digits, with baselines and a report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
+
+from lightning_igpt import __version__, report
+from lightning_igpt.callbacks import captions, completion_rows
+from lightning_igpt.commands.arguments import run_function
+from lightning_igpt.config import PRESETS
+from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
+from lightning_igpt.features import fit_logistic
+from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
+from lightning_igpt.pictures import image_grid, save_png
+from lightning_igpt.trainer import make_trainer
+
+NETWORK = replace(PRESETS["igpt_tiny"], n_layer=4, vocab_size=16, image_size=8)
+PALETTE = "gray:16"
+N_PICTURES = 10
+
+
+@dataclass
+class Run:
+    """Where results go and what has been found so far."""
+
+    out: Path
+    seed: int
+    results: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def trainer(self, name: str, **options: Any) -> Trainer:
+        """A trainer that logs to TensorBoard and to a CSV file under ``out/name``."""
+        loggers = [TensorBoardLogger(self.out, name=name, version=""), CSVLogger(self.out, name=name, version="")]
+        return make_trainer(
+            default_root_dir=self.out / name, logger=loggers, enable_model_summary=False, log_every_n_steps=5, **options
+        )
+
+
+def quickstart(
+    out: str = "igpt-quickstart",
+    steps: int = 700,
+    epochs: int = 8,
+    seed: int = 0,
+) -> None:
+    """Pretrain a small network on 8 x 8 digits, complete, probe and fine-tune it, and write report.html.
+
+    Args:
+        out: Folder for the report, its pictures, the checkpoints and the TensorBoard logs.
+        steps: Optimiser steps of pretraining.
+        epochs: Passes over the labelled digits in fine-tuning.
+        seed: Of weights, order and samples.
+    """
+    quiet_lightning()
+    seed_everything(seed, verbose=False)
+    run = Run(Path(out), seed)
+    run.out.mkdir(parents=True, exist_ok=True)
+    print(f"1/4 pretraining without labels, {steps} steps")
+    checkpoint = pretrain(run, steps)
+    print("2/4 completing lower halves")
+    draw_completions(run, checkpoint)
+    print("3/4 probing every layer, and the same network untrained")
+    probe(run, checkpoint)
+    print(f"4/4 fine-tuning to a classifier, {epochs} epochs")
+    finetune(run, checkpoint, epochs)
+    run.results["seconds"] = round(time.monotonic() - run.started, 1)
+    run.results["settings"] = {"steps": steps, "epochs": epochs, "seed": seed, "network": NETWORK.to_dict()}
+    run.results["versions"] = {"lightning_igpt": __version__, "torch": torch.__version__}
+    (run.out / "report.json").write_text(json.dumps(run.results, indent=2) + "\n")
+    write_report(run)
+    print(summary(run.results))
+    print(f"open {run.out / 'report.html'}")
+
+
+def pretrain(run: Run, steps: int) -> str:
+    """Pretrain; record nats per pixel beside the baselines. Returns the checkpoint's path."""
+    module = PretrainModule(NETWORK, PALETTE, lr=0.003, seed=run.seed)
+    data = PretrainDataModule("digits", batch_size=32, seed=run.seed)
+    trainer = run.trainer("pretrain", max_steps=steps)
+    trainer.fit(module, data)
+    path = str(run.out / "pretrain.ckpt")
+    trainer.save_checkpoint(path)
+    val = trainer.validate(module, data, verbose=False)[0]["val/nats_per_pixel"]
+    train_tokens, val_tokens = (module.tokens_of(whole(loader)) for loader in (data.train_dataloader(), data.val_dataloader()))
+    run.results["pretrain"] = {
+        "val_nats_per_pixel": val,
+        "uniform_nats_per_pixel": math.log(NETWORK.vocab_size),
+        "unigram_nats_per_pixel": unigram_nats(train_tokens, val_tokens, NETWORK.vocab_size),
+    }
+    return path
+
+
+def unigram_nats(train: Tensor, val: Tensor, vocab_size: int) -> float:
+    """Nats per pixel of the model that knows each position's colour frequencies and nothing else.
+
+    Args:
+        train: int64 (N, T), counted with one added to every colour.
+        val: int64 (M, T), scored.
+        vocab_size: K.
+    """
+    counts = torch.nn.functional.one_hot(train, vocab_size).sum(0) + 1  # (T, K)
+    nats = -(counts / counts.sum(1, keepdim=True)).log()
+    return float(nats.gather(1, val.T).mean())
+
+
+def whole(loader: Any) -> dict[str, Tensor]:
+    """All images of a loader as one batch, each once and in the order of the rows."""
+    batch: dict[str, Tensor] = loader.dataset[[(row, row) for row in range(len(loader.dataset))]]
+    return batch
+
+
+def draw_completions(run: Run, checkpoint: str) -> None:
+    """Complete the lower halves of test digits and save the grid."""
+    module = PretrainModule.load_from_checkpoint(checkpoint, map_location="cpu")
+    data = PretrainDataModule("digits", image_size=NETWORK.image_size, seed=run.seed)
+    data.setup("test")
+    tokens = module.tokens_of(whole(data.test_dataloader()))[:N_PICTURES]
+    rows = completion_rows(module.network, module.palette, tokens, n_samples=4, seed=run.seed)
+    save_png(image_grid(rows, captions=captions(4), scale=10), run.out / "completions.png")
+
+
+def probe(run: Run, checkpoint: str) -> None:
+    """Probe the pretrained and an untrained network, and classify raw pixels, on the same split."""
+    found: dict[str, dict[int, float]] = {}
+    for label, weights in (("pretrained", checkpoint), ("untrained", None)):
+        module = ProbeModule(weights, network=NETWORK, palette=PALETTE, seed=run.seed)
+        data = ProbeDataModule("digits", seed=run.seed)
+        trainer = run.trainer(f"probe-{label}", max_epochs=1)
+        trainer.fit(module, data)
+        test = trainer.test(module, data, verbose=False)[0]
+        found[label] = module.accuracy_by_layer
+        run.results.setdefault("probe", {})[label] = {"best_layer": module.best_layer, "accuracy": test["test/accuracy"]}
+    probes = run.results["probe"]
+    run.results["probe"] = {
+        "accuracy_by_layer": {str(layer): value for layer, value in found["pretrained"].items()},
+        "best_layer": probes["pretrained"]["best_layer"],
+        "best_accuracy": probes["pretrained"]["accuracy"],
+        "untrained_accuracy_by_layer": {str(layer): value for layer, value in found["untrained"].items()},
+        "untrained_best_accuracy": probes["untrained"]["accuracy"],
+        "raw_pixels_accuracy": raw_pixels_accuracy(run.seed),
+    }
+    levels = {"logistic regression on raw pixels": run.results["probe"]["raw_pixels_accuracy"]}
+    report.plot_layers(found, levels, run.out / "probe_by_layer.png")
+
+
+def raw_pixels_accuracy(seed: int) -> float:
+    """Test accuracy of the probe's logistic regression on the pixels themselves."""
+    data = ProbeDataModule("digits", image_size=NETWORK.image_size, seed=seed)
+    data.setup()
+    parts = []
+    for loader in (data.train_dataloader(), data.test_dataloader()):
+        batch = whole(loader)
+        parts.append((batch["image"][:, 0].flatten(1).float() / 255, batch["label"]))
+    (x, y), (x_test, y_test) = parts
+    weight, bias = fit_logistic(x, y, 10)
+    return float(((x_test @ weight.T + bias).argmax(1) == y_test).float().mean())
+
+
+def finetune(run: Run, checkpoint: str, epochs: int) -> None:
+    """Fine-tune, keep the checkpoint that is best on validation, test it."""
+    module: LightningModule = FineTuneModule(checkpoint, 10, lr=0.001, seed=run.seed)
+    data: LightningDataModule = FineTuneDataModule("digits", batch_size=32, pad=1, flip=False, seed=run.seed)
+    trainer = run.trainer("finetune", max_epochs=epochs, monitor="val/accuracy")
+    trainer.fit(module, data)
+    test = trainer.test(module, data, ckpt_path="best", verbose=False)[0]
+    run.results["finetune"] = {"accuracy": test["test/accuracy"], "cross_entropy": test["test/cross_entropy"]}
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The results in four lines."""
+    density, probes = results["pretrain"], results["probe"]
+    return "\n".join(
+        [
+            f"density      {density['val_nats_per_pixel']:.3f} nats per pixel "
+            f"(unigram per position {density['unigram_nats_per_pixel']:.3f}, uniform "
+            f"{density['uniform_nats_per_pixel']:.3f})",
+            f"probe        {probes['best_accuracy']:.3f} at layer {probes['best_layer']} "
+            f"(untrained {probes['untrained_best_accuracy']:.3f}, raw pixels {probes['raw_pixels_accuracy']:.3f})",
+            f"fine-tuned   {results['finetune']['accuracy']:.3f}",
+            f"seconds      {results['seconds']}",
+        ]
+    )
+
+
+def quiet_lightning() -> None:
+    """Silence hints that a first-time reader can do nothing with."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*in eval mode at the start.*", ".*exists and is not empty.*"):
+        warnings.filterwarnings("ignore", message)
+
+
+def write_report(run: Run) -> None:
+    """Write report.html from the results and pictures in the run's folder."""
+    density, probes, tuned = run.results["pretrain"], run.results["probe"], run.results["finetune"]
+    metrics = run.out / "pretrain" / "metrics.csv"
+    curves = {
+        "training batches": report.read_curve(metrics, "train/nats_per_pixel"),
+        "validation": report.read_curve(metrics, "val/nats_per_pixel"),
+    }
+    levels = {"per-position unigram": density["unigram_nats_per_pixel"], "uniform": density["uniform_nats_per_pixel"]}
+    report.plot_loss(curves, levels, run.out / "loss.png")
+    rows = [
+        ("Density, validation", f"{density['val_nats_per_pixel']:.3f} nats/pixel", "one pixel is one of 16 greys"),
+        ("  per-position unigram", f"{density['unigram_nats_per_pixel']:.3f} nats/pixel", "baseline: no context"),
+        ("  uniform", f"{density['uniform_nats_per_pixel']:.3f} nats/pixel", "ln 16"),
+        ("Linear probe, best layer", f"{probes['best_accuracy']:.3f}", f"layer {probes['best_layer']}, by validation"),
+        ("  same network, untrained", f"{probes['untrained_best_accuracy']:.3f}", "baseline: random features"),
+        ("  raw pixels", f"{probes['raw_pixels_accuracy']:.3f}", "baseline: logistic regression, no network"),
+        ("Fine-tuned classifier", f"{tuned['accuracy']:.3f}", "joint loss, best epoch by validation"),
+    ]
+    network = f"{NETWORK.n_layer} layers, width {NETWORK.n_embd}, {NETWORK.n_head} heads"
+    report.write_page(
+        run.out / "report.html",
+        "Image GPT on 8 × 8 digits",
+        f"{network}; 1,437 digits for training, 360 for testing; {run.results['seconds']:.0f} seconds in all; "
+        f"lightning_igpt {__version__}, torch {torch.__version__}, seed {run.seed}.",
+        [
+            report.section("Results", report.table(rows, ("", "measured", "what it is"))),
+            *figures(run.out),
+            report.section("How to go on", NEXT_STEPS, report.commands(next_commands(run.out))),
+        ],
+    )
+
+
+def figures(out: Path) -> list[str]:
+    """The three picture sections of the report."""
+    return [
+        report.section(
+            "Pretraining",
+            "The network learns to predict each pixel from those before it. The dashed line is a model that knows how "
+            "often each grey occurs at each position and nothing else: what lies below it was learnt from context.",
+            report.picture(out / "loss.png", "Nats per pixel against steps", "Nats per pixel; lower is better."),
+        ),
+        report.section(
+            "Completions",
+            "Given the upper half of a digit from the test set, the network draws the rest, pixel by pixel. Several "
+            "answers are plausible for most halves, and the samples differ accordingly.",
+            report.picture(
+                out / "completions.png",
+                "Rows of digits: given half, four samples, truth",
+                "Temperature 1; the first test digits, not picked.",
+            ),
+        ),
+        report.section(
+            "Linear probes",
+            "A logistic regression on the mean over positions of each layer's features.",
+            report.picture(
+                out / "probe_by_layer.png", "Accuracy against layer", "Test accuracy by layer; dashed: raw pixels."
+            ),
+            "At this size raw pixels beat the probe: averaging over positions throws away where things are, and in "
+            "centred 8 × 8 digits the place of the ink is nearly the whole answer. The probe's fair rival is the same "
+            "network before training. On natural images at the paper's scale the order turns round (96.3 % on "
+            "CIFAR-10), and fine-tuning, which may rearrange the features, loses nothing to pooling here either.",
+        ),
+    ]
+
+
+NEXT_STEPS = "Train on your own images, complete them, probe and fine-tune; or start from a commented recipe:"
+
+
+def next_commands(out: Path) -> list[str]:
+    """Commands that continue from the quickstart's checkpoint."""
+    checkpoint = out / "pretrain.ckpt"
+    return [
+        "lightning-igpt recipes list",
+        "lightning-igpt fit --config cifar10_tiny_pretrain --data.init_args.source FOLDER_OF_IMAGES",
+        f"lightning-igpt complete --pretrained {checkpoint} --images digits --out completions",
+        f"lightning-igpt score --pretrained {checkpoint} --images digits",
+        f"tensorboard --logdir {out}",
+    ]
+
+
+def run(words: Sequence[str]) -> int:
+    """Entry point of the verb."""
+    return run_function(quickstart, words, "quickstart")

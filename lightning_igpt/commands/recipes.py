@@ -1,0 +1,77 @@
+"""``lightning-igpt recipes``: the YAML recipes that come with the package."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_igpt.commands.arguments import run_function
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def folder() -> Path:
+    """Where the recipes lie: inside an installed package, beside it in a checkout."""
+    return next(path for path in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if path.is_dir())
+
+
+def names() -> list[str]:
+    """Names of all shipped recipes."""
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """The file of a shipped recipe.
+
+    Raises:
+        FileNotFoundError: There is none of that name; the message offers the closest.
+    """
+    stem = name.removesuffix(".yaml")
+    if stem in names():
+        return folder() / f"{stem}.yaml"
+    close = difflib.get_close_matches(stem, names(), n=3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else "; lightning-igpt recipes list shows them all"
+    raise FileNotFoundError(f"{name!r} is neither a file here nor a shipped recipe{hint}")
+
+
+def summary(path: Path) -> str:
+    """The first line of a recipe's header, without the comment sign."""
+    return path.read_text().splitlines()[0].lstrip("# ")
+
+
+def list_recipes() -> None:
+    """List the shipped recipes with a line each."""
+    for name in names():
+        print(f"{name:<26}{summary(folder() / f'{name}.yaml')}")
+
+
+def show(name: str) -> None:
+    """Print a recipe.
+
+    Args:
+        name: The recipe's name, as ``recipes list`` shows it.
+    """
+    print(find(name).read_text(), end="")
+
+
+def copy(name: str, to: str = ".", overwrite: bool = False) -> None:
+    """Copy a recipe, to change it.
+
+    Args:
+        name: The recipe's name.
+        to: A folder, or the new file's path.
+        overwrite: Replace a file that is there already.
+    """
+    target = Path(to)
+    target = target / f"{find(name).stem}.yaml" if target.is_dir() or not target.suffix else target
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; pass --overwrite true to replace it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(find(name).read_text())
+    print(f"{target}: edit it, then lightning-igpt fit --config {target}")
+
+
+def run(words: Sequence[str]) -> int:
+    """Entry point of the verb."""
+    return run_function({"list": list_recipes, "show": show, "copy": copy}, words, "recipes")

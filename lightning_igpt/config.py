@@ -1,0 +1,113 @@
+"""The shape of an Image GPT and the sizes of the paper.
+
+Source: Chen et al., "Generative Pretraining from Pixels" (ICML 2020), section 3.3 (layers, widths) and the commands in
+the README of github.com/openai/image-gpt (heads).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
+from typing import Any, Literal
+
+Objective = Literal["autoregressive", "bert"]
+
+
+@dataclass(frozen=True)
+class ImageGPTConfig:
+    """Everything that decides the shape and the mathematics of a network.
+
+    Args:
+        n_layer: Number of blocks.
+        n_head: Attention heads per block; divides ``n_embd``.
+        n_embd: Width of the residual stream.
+        vocab_size: Number of palette colours, which is the number of classes per pixel.
+        image_size: Side of the square image in pixels; a sequence has ``image_size**2`` tokens.
+        n_inner: Width of the MLP; ``None`` means ``4 * n_embd`` as in the paper.
+        objective: ``autoregressive`` predicts the next pixel and owns a start vector ``sos``; ``bert`` predicts masked
+            pixels, sees both sides and has no ``sos``.
+        bias: Give the projections biases. The published networks have none; imported weights may.
+        dropout: Probability of dropping an activation in training. The paper uses none.
+
+    Raises:
+        ValueError: A number is out of range, ``n_head`` does not divide ``n_embd``, or the objective is unknown.
+    """
+
+    n_layer: int = 24
+    n_head: int = 8
+    n_embd: int = 512
+    vocab_size: int = 512
+    image_size: int = 32
+    n_inner: int | None = None
+    objective: Objective = "autoregressive"
+    bias: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "image_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_inner is not None and self.n_inner < 1:
+            raise ValueError(f"n_inner is {self.n_inner}; it must be at least 1, or None for 4 * n_embd")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.objective not in ("autoregressive", "bert"):
+            raise ValueError(f"objective is {self.objective!r}; it must be 'autoregressive' or 'bert'")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    @property
+    def n_positions(self) -> int:
+        """Tokens per image, T."""
+        return self.image_size**2
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the hidden layer of the MLP."""
+        return self.n_inner or 4 * self.n_embd
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for YAML and for a checkpoint that opens with ``weights_only=True``."""
+        return asdict(self)
+
+    @classmethod
+    def resolve(cls, network: ImageGPTConfig | str | Mapping[str, Any]) -> ImageGPTConfig:
+        """Turn what a user may write for ``network`` into a config.
+
+        Args:
+            network: A config, the name of a preset, or a mapping of config fields.
+
+        Raises:
+            ValueError: The name is no preset, or a field does not exist; the message lists what does.
+        """
+        if isinstance(network, ImageGPTConfig):
+            return network
+        if isinstance(network, str):
+            if network not in PRESETS:
+                close = difflib.get_close_matches(network, PRESETS, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"there is no preset {network!r}{hint} Presets: {', '.join(PRESETS)}")
+            return PRESETS[network]
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(network) - set(known))
+        if unknown:
+            raise ValueError(f"unknown network fields {unknown}; an ImageGPTConfig has {known}")
+        return cls(**network)
+
+
+PRESETS: Mapping[str, ImageGPTConfig] = MappingProxyType(
+    {
+        # for laptops and tests; not in the paper
+        "igpt_tiny": ImageGPTConfig(n_layer=8, n_head=4, n_embd=128),
+        # 76,571,648 parameters at 32 x 32; paper section 3.3
+        "igpt_s": ImageGPTConfig(n_layer=24, n_head=8, n_embd=512),
+        # 455,157,760
+        "igpt_m": ImageGPTConfig(n_layer=36, n_head=8, n_embd=1024),
+        # 1,362,250,752
+        "igpt_l": ImageGPTConfig(n_layer=48, n_head=16, n_embd=1536),
+        # 6,801,438,720. The head count of XL was never published; 24 gives heads 128 wide, as in M
+        "igpt_xl": ImageGPTConfig(n_layer=60, n_head=24, n_embd=3072),
+    }
+)

@@ -1,0 +1,190 @@
+"""Which column holds the images, which the labels, and labels as class numbers that mean the same in every split."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+LABEL_NAMES = ("label", "labels")
+MAX_CLASSES = 1_000_000  # beyond this a column of integers holds ids of something else
+
+
+def find_image_column(features: datasets.Features, wanted: str | None, *, where: str) -> str:
+    """Name the column of images: ``wanted``, or else the only one of type Image.
+
+    Args:
+        features: The columns and their types.
+        wanted: The option ``image_column``.
+        where: Name of the source, for messages.
+
+    Raises:
+        ValueError: There is no such column, none or several of type Image, or ``wanted`` cannot hold images.
+    """
+    if wanted is not None:
+        check_column(features, wanted, option="image_column", where=where)
+        if not (isinstance(features[wanted], datasets.Image) or _can_hold_images(features[wanted])):
+            raise ValueError(
+                f"column {wanted!r} of {where} has the type {features[wanted]}, which cannot hold images; "
+                "image_column takes a column of type Image, of encoded bytes, of paths, or {bytes, path}"
+            )
+        return wanted
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if len(found) != 1:
+        problem = f"several columns of images ({_listed(found)})" if found else "no column of type Image"
+        raise ValueError(f"{where} has {problem}; set image_column. Its columns: {_listed(features)}")
+    return str(found[0])
+
+
+def find_label_column(features: datasets.Features, wanted: str | None, *, needed: bool, where: str) -> str | None:
+    """Name the column of labels: ``wanted``, or else the only ClassLabel, or else integers called "label(s)".
+
+    Args:
+        features: The columns and their types.
+        wanted: The option ``label_column``.
+        needed: Without labels, raise instead of returning None.
+        where: Name of the source, for messages.
+
+    Raises:
+        ValueError: ``wanted`` does not exist or is of no use, or labels are needed and the choice is not clear.
+    """
+    if wanted is not None:
+        check_column(features, wanted, option="label_column", where=where)
+        if not (_is_integer(features[wanted]) or _is_string(features[wanted])):
+            raise ValueError(
+                f"column {wanted!r} of {where} has the type {features[wanted]}; labels are ClassLabel, integers or "
+                "strings"
+            )
+        return wanted
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    found = found or [name for name in LABEL_NAMES if name in features and _is_integer(features[name])]
+    if len(found) == 1:
+        return str(found[0])
+    if not needed:
+        return None
+    if found:
+        raise ValueError(f"{where} has several columns of labels ({_listed(found)}); set label_column to one of them")
+    raise ValueError(
+        f"{where} has no labels: no ClassLabel column and no integers named 'label'. Set label_column, or for a folder "
+        f"of images put each class into a sub-folder (two or more). Its columns: {_listed(features)}"
+    )
+
+
+def check_column(features: datasets.Features, name: str, *, option: str, where: str) -> None:
+    """Raise ValueError where a column does not exist; the message lists those that do."""
+    if name not in features:
+        close = difflib.get_close_matches(name, features, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{option} is {name!r}, but {where} has the columns {_listed(features)}.{hint}")
+
+
+def class_names_of(dataset: datasets.Dataset, column: str) -> list[str]:
+    """The classes of a split, in the order of their numbers.
+
+    Names of a ClassLabel; sorted distinct strings; for plain integers "0" to the largest.
+
+    Raises:
+        ValueError: The integers are too large to be class numbers.
+    """
+    feature = dataset.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    values = _read(dataset, column).unique().drop_null().to_pylist()
+    if _is_string(feature):
+        return sorted(values)
+    largest = max(values, default=-1)
+    if largest >= MAX_CLASSES:
+        raise ValueError(
+            f"column {column!r} holds numbers up to {largest}; class numbers run from 0 without large gaps"
+        )
+    return [str(number) for number in range(largest + 1)]
+
+
+def encode_labels(dataset: datasets.Dataset, column: str, class_names: Sequence[str], *, where: str) -> Tensor:
+    """Read a column of labels as class numbers into ``class_names``.
+
+    ClassLabels and strings are matched by name, because a split that lacks a class may number the others differently.
+
+    Args:
+        dataset: A split.
+        column: Its column of labels.
+        class_names: The classes, as the training split has them.
+        where: Name of source and split, for messages.
+
+    Returns:
+        int64 (rows,), each in 0..len(class_names)-1.
+
+    Raises:
+        ValueError: A label is missing, hidden (-1), outside the range, or of a class that training does not have.
+    """
+    values = _read(dataset, column)
+    if values.null_count:
+        row = values.is_null().index(True).as_py()
+        raise ValueError(
+            f"{values.null_count} of {len(values)} rows of {where} have no {column!r}, the first is row {row}"
+        )
+    feature = dataset.features[column]
+    if _is_string(feature):
+        names, numbers = _distinct(values)
+        return _by_name(names, numbers, class_names, where=where)
+    numbers = values.to_numpy().astype(np.int64)
+    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else list(class_names)
+    _check_range(numbers, len(names), where=where)
+    return _by_name(names, numbers, class_names, where=where)
+
+
+def _by_name(names: list[str], numbers: np.ndarray, class_names: Sequence[str], *, where: str) -> Tensor:
+    number_of = {name: number for number, name in enumerate(class_names)}
+    used = [names[number] for number in np.unique(numbers)]
+    if unknown := [name for name in used if name not in number_of]:
+        raise ValueError(
+            f"{where} has the classes {_listed(unknown)}, which the training split does not have; "
+            f"it has {_listed(class_names)}"
+        )
+    table = np.array([number_of.get(name, -1) for name in names], dtype=np.int64)
+    return torch.from_numpy(table[numbers])
+
+
+def _check_range(numbers: np.ndarray, n_classes: int, *, where: str) -> None:
+    outside = np.flatnonzero((numbers < 0) | (numbers >= n_classes))
+    if not len(outside):
+        return
+    label = numbers[outside[0]]
+    hint = "; -1 marks the hidden labels of a benchmark's test split, which cannot be used" if label == -1 else ""
+    raise ValueError(
+        f"{len(outside)} of {len(numbers)} labels of {where} are outside 0..{n_classes - 1}, "
+        f"the first is {label} in row {outside[0]}{hint}"
+    )
+
+
+def _read(dataset: datasets.Dataset, column: str) -> Any:  # pyarrow.ChunkedArray
+    return dataset.select_columns([column]).with_format("arrow")[:][column]
+
+
+def _distinct(values: Any) -> tuple[list[str], np.ndarray]:
+    names, numbers = np.unique(np.array(values.to_pylist(), dtype=object), return_inverse=True)
+    return names.tolist(), numbers
+
+
+def _can_hold_images(feature: object) -> bool:
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, datasets.Value) and feature.dtype in {"binary", "large_binary", "string", "large_string"}
+
+
+def _is_integer(feature: object) -> bool:
+    return isinstance(feature, datasets.Value | datasets.ClassLabel) and "int" in feature.dtype
+
+
+def _is_string(feature: object) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in {"string", "large_string"}
+
+
+def _listed(names: Iterable[str], limit: int = 20) -> str:
+    names = [repr(name) for name in names]
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,99 @@
+"""From the bytes of an image file to an upright RGB image, with limits and clear errors.
+
+Not here: the rule for modes and transparency (``rgb.py``), resizing and cropping (``data/transforms.py``).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from lightning_igpt.rgb import to_rgb
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # raster only: EPS and PDF would start other programs
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+MAX_PIXELS = 64_000_000
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImageError(ValueError):
+    """An image that cannot be used: damaged, too large, of another format, or absent."""
+
+
+def decode(
+    value: Mapping[str, Any] | Image.Image | None,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] = (255, 255, 255),
+) -> Image.Image:
+    """Decode one image: first frame, upright by its EXIF orientation, RGB.
+
+    The size is read from the header and refused before any pixel is decoded.
+
+    Args:
+        value: A row's ``{"bytes": ..., "path": ...}`` as ``datasets.Image(decode=False)`` gives it, or a PIL image.
+        max_pixels: Largest accepted width times height.
+        background: What shines through transparent pixels, (R, G, B) in 0..255.
+
+    Raises:
+        BadImageError: The image is absent, empty, damaged, too large, or not one of ``FORMATS``.
+    """
+    try:
+        image = value if isinstance(value, Image.Image) else _open(value)
+        _check_size(image, max_pixels)
+        image.load()
+        return to_rgb(_upright(image), background=background)
+    except BadImageError:
+        raise
+    except Exception as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
+        raise BadImageError(_explain(value, error)) from error
+
+
+def _open(value: Mapping[str, Any] | None) -> Image.Image:
+    content, path = (value.get("bytes"), value.get("path")) if value else (None, None)
+    if content:
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+    if content is None and path:
+        return Image.open(path, formats=FORMATS)
+    raise BadImageError("the image is missing" if content is None else "the image file is empty (0 bytes)")
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImageError(
+            f"the image has {width} x {height} = {width * height:,} pixels, more than the limit of {max_pixels:,}; "
+            "shrink or remove it"
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Asked after load(): the TIFF reader turns the image itself and then drops the tag.
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a broken tag says nothing about the pixels; ImageNet has such a file
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _explain(value: Any, error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"the image is far too large: {error}"
+    if isinstance(error, UnidentifiedImageError):
+        return f"the file is not an image of a known format ({', '.join(FORMATS)}) or its header is damaged"
+    if isinstance(error, FileNotFoundError):
+        return f"there is no file {Path(value['path'])}"
+    return f"the image cannot be decoded: {error or type(error).__name__}"

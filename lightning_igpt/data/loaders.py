@@ -1,0 +1,93 @@
+"""DataLoaders for batches made by an order, and what the trainer says about the run they are for."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from lightning_igpt.data.dataset import ImageBatches
+from lightning_igpt.data.order import Draw
+
+DEFAULT_IMAGE_SIZE = 32
+
+
+class Loader(DataLoader[dict[str, Tensor]]):
+    """A DataLoader that Lightning takes for resumable: for any other it warns, falsely here, of unreliable results.
+
+    Its place comes from the loop's own count (``batches_done``), so there is nothing to save.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+def make_loader(images: ImageBatches, order: Sampler[list[Draw]], *, num_workers: int) -> Loader:
+    """Read the batches of ``order``, in ``num_workers`` processes or, with 0, in this one."""
+    return Loader(
+        images,
+        batch_size=None,  # the order yields whole batches
+        sampler=order,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_the_main_process,
+    )
+
+
+def rank_and_world(trainer: Trainer | None) -> tuple[int, int]:
+    """Number of this process and of all; (0, 1) without a trainer."""
+    return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+
+
+def batches_done(trainer: Trainer | None) -> int:
+    """Batches per device whose work is done since the run began, resumed parts included."""
+    if trainer is None:
+        return 0
+    # The loop counts after the optimiser's work, so batches that workers have prefetched do not move it; and it counts
+    # over all epochs and resumptions, however the epochs were cut.
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(progress.processed)
+
+
+def epoch_length(trainer: Trainer | None, batches_per_epoch: int) -> int:
+    """Batches per device in one Lightning epoch.
+
+    With ``max_steps`` and no ``max_epochs`` it is the whole run: Lightning resumes in the middle of an epoch exactly,
+    but not at the end of one when ``max_steps`` is set. Otherwise it is one pass over the data.
+    """
+    if trainer is None or trainer.max_steps < 1:
+        return batches_per_epoch
+    if trainer.max_epochs in (None, -1):
+        return trainer.max_steps * trainer.accumulate_grad_batches
+    if not getattr(trainer, "fast_dev_run", False):
+        rank_zero_warn(
+            "max_steps and max_epochs are both set: a run that resumes from a checkpoint made at the end of an epoch "
+            "will stop too early (Lightning then miscounts epochs). Set only one of them"
+        )
+    return batches_per_epoch
+
+
+def network_image_size(trainer: Trainer | None) -> int:
+    """The ``image_size`` of the network in training, or 32 where none says."""
+    module = trainer.lightning_module if trainer is not None else None
+    size = getattr(getattr(module, "config", None), "image_size", None)
+    if size is None:
+        rank_zero_info(f"no network says its image_size; images become {DEFAULT_IMAGE_SIZE} x {DEFAULT_IMAGE_SIZE}")
+    return size or DEFAULT_IMAGE_SIZE
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    # A scheduler signals every process of a job. A worker that dies of it would end the run before it can save.
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -1,0 +1,32 @@
+"""Images to pretrain on."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from lightning_igpt.data.base import ImageDataModule
+from lightning_igpt.data.sources import ImageSource
+from lightning_igpt.data.transforms import RandomCrop, Resize
+
+
+class PretrainDataModule(ImageDataModule):
+    """Images for ``PretrainModule``; labels are not needed.
+
+    Large images, whose shorter side is at least twice ``image_size``, are cropped at random as in the paper (section
+    3.1: a square of 58% to 88% of the shorter side); smaller ones are only resized. Validation takes the centre.
+
+    Args:
+        source: "digits" (embedded); a hub id "owner/name"; a folder of images; a Parquet file or a folder of them; a
+            folder written by save_to_disk. In Python also a datasets.Dataset or DatasetDict.
+        random_crop: Crop large training images at random. Off: the centre, as in evaluation.
+        **common: The other options of ``ImageDataModule``.
+    """
+
+    needs_labels: ClassVar[bool] = False
+
+    def __init__(self, source: ImageSource = "digits", *, random_crop: bool = True, **common: Any) -> None:
+        super().__init__(source, **common)
+        self.random_crop = random_crop
+
+    def _train_resize(self) -> Resize:
+        return RandomCrop(self._size(), self.seed) if self.random_crop else super()._train_resize()

@@ -1,0 +1,258 @@
+"""The network of Image GPT, read downward: norm, attention, MLP, block, cache, network.
+
+Follows ``src/model.py`` of github.com/openai/image-gpt and section 2 of Chen et al., "Generative Pretraining from
+Pixels" (ICML 2020). It sees tokens only; colours, images and losses live elsewhere. Parameter names are GPT-2's.
+
+Shapes: B batch, T tokens, D width (n_embd), H heads, d head width, K colours (vocab_size), L blocks (n_layer).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_igpt.config import ImageGPTConfig
+
+NORM_EPS = 1e-5  # inside the root, as published
+GELU_SLOPE = 1.702
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * gain: no centring, no bias."""
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+
+
+class Attention(nn.Module):
+    """Dense multi-head attention with q, k and v from one packed projection."""
+
+    def __init__(self, config: ImageGPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, causal: bool, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        B, T, D = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, T, d)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, H, seen + T, d)
+            causal = T > 1  # one query may look at everything the cache holds
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal)
+        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, D)), p, self.training)
+
+
+class MLP(nn.Module):
+    """D -> 4 D -> D with the sigmoid approximation of GELU, x * sigmoid(1.702 x)."""
+
+    def __init__(self, config: ImageGPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # silu(a x) / a = x sigmoid(a x): one fused kernel, of which autograd keeps the input alone. In place, because
+        # neither the projection before nor silu itself needs what it returned.
+        hidden = F.silu(self.c_fc(x).mul_(GELU_SLOPE)).mul_(1 / GELU_SLOPE)  # (B, T, 4 D)
+        return F.dropout(self.c_proj(hidden), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, config: ImageGPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = RMSNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = RMSNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, causal: bool, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        x = x + self.attn(self.ln_1(x), causal, cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class KVCache:
+    """Keys and values of the positions already seen, preallocated for a whole image.
+
+    Position 0 is ``sos``; pixel t is fed at position t + 1. The position is a tensor on the device, so that it can
+    enter a compiled step; ``length`` is the same number on the host, where no device has to be asked for it.
+
+    Args:
+        config: The network's shape.
+        batch_size: Sequences decoded side by side.
+        device: Where keys and values live.
+        dtype: Their type; the type of the activations.
+    """
+
+    def __init__(
+        self,
+        config: ImageGPTConfig,
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        head_width = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_head, config.n_positions, head_width)  # (L, B, H, T, d)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.position = torch.zeros((), device=device, dtype=torch.long)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (B, H, T, d) of one layer; give back all that it holds."""
+        stop = self.length + k.shape[2]
+        index = self.position + torch.arange(k.shape[2], device=k.device)
+        self.k[layer].index_copy_(2, index, k.to(self.k.dtype))
+        self.v[layer].index_copy_(2, index, v.to(self.v.dtype))
+        return self.k[layer, :, :, :stop].to(k.dtype), self.v[layer, :, :, :stop].to(v.dtype)
+
+    def advance(self, n: int) -> None:
+        """Move on by ``n`` positions, once every layer has appended them."""
+        self.position += n
+        self.length += n
+
+
+class ImageGPT(nn.Module):
+    """The network: palette tokens in, logits over the palette out.
+
+    Args:
+        config: Shape and objective.
+    """
+
+    def __init__(self, config: ImageGPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        autoregressive = config.objective == "autoregressive"
+        self.sos = nn.Parameter(torch.empty(config.n_embd)) if autoregressive else None
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = RMSNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # untied
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initial values of the published code. The zero head makes the first loss exactly ln K."""
+        width, depth = self.config.n_embd, self.config.n_layer
+        nn.init.normal_(self.wte.weight, std=0.02)
+        nn.init.normal_(self.wpe.weight, std=0.01)
+        if self.sos is not None:
+            nn.init.normal_(self.sos, std=0.02)
+        for block in self.blocks():
+            nn.init.normal_(block.attn.c_attn.weight, std=1 / math.sqrt(width))
+            nn.init.normal_(block.attn.c_proj.weight, std=1 / math.sqrt(width * depth))
+            nn.init.normal_(block.mlp.c_fc.weight, std=0.02)
+            nn.init.normal_(block.mlp.c_proj.weight, std=0.02)  # not scaled by depth, unlike GPT-2
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or name == "lm_head.weight":
+                nn.init.zeros_(parameter)
+            elif "ln_" in name:
+                nn.init.ones_(parameter)
+
+    def blocks(self) -> list[Block]:
+        """The blocks in order, typed."""
+        return [block for block in self.h if isinstance(block, Block)]
+
+    def forward(self, tokens: Tensor, *, masked: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits for every pixel.
+
+        Args:
+            tokens: Palette indices, int64 (B, T) in raster order. With a fresh cache (B, P), the prompt, which may be
+                empty; with a used one (B, 1), the pixel decided last.
+            masked: For BERT networks: bool (B, T), true where the pixel is hidden. Position t then predicts pixel t
+                from both sides.
+            cache: For autoregressive networks: what was computed for earlier pixels.
+
+        Returns:
+            Float (B, T, K): at index t the logits of pixel t given pixels before t. With a fresh cache (B, P + 1, K),
+            the last row predicting the first pixel after the prompt; with a used one (B, 1, K).
+        """
+        return self.lm_head(self.hidden(tokens, masked=masked, cache=cache))  # type: ignore[no-any-return]
+
+    def hidden(self, tokens: Tensor, *, masked: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """The final norm's output, (B, T, D): what the colour head and a classifier's head read."""
+        x = self._embed(tokens, masked, cache)  # (B, T, D)
+        for layer, block in enumerate(self.h):
+            x = block(x, masked is None, cache, layer)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.ln_f(x)  # type: ignore[no-any-return]
+
+    def features(self, tokens: Tensor, layers: Sequence[int], *, masked: Tensor | None = None) -> Tensor:
+        """Pooled taps for probing, all in one pass that stops at the deepest layer asked for.
+
+        Tap l is the mean over positions of the norm-ed input of block l; tap L is that of the final norm (paper,
+        sections 2.2 to 2.4).
+
+        Args:
+            tokens: int64 (B, T).
+            layers: Numbers from 0 (embeddings) to L (after the last block).
+            masked: For BERT networks: bool (B, T).
+
+        Returns:
+            Float (B, len(layers), D) in the order asked for.
+
+        Raises:
+            ValueError: No layer is named, or one does not exist.
+        """
+        depth = self.config.n_layer
+        wrong = [layer for layer in layers if not 0 <= layer <= depth]
+        if wrong or not layers:
+            raise ValueError(f"layers {list(layers)}: name one or more from 0 to {depth}")
+        x = self._embed(tokens, masked, None)
+        norms = [block.ln_1 for block in self.blocks()] + [self.ln_f]
+        taps: dict[int, Tensor] = {}
+        for layer in range(max(layers) + 1):
+            if layer in layers:
+                taps[layer] = norms[layer](x).mean(1, dtype=torch.promote_types(x.dtype, torch.float32))  # (B, D)
+            if layer < max(layers):
+                x = self.h[layer](x, masked is None)
+        return torch.stack([taps[layer] for layer in layers], 1)
+
+    def _embed(self, tokens: Tensor, masked: Tensor | None, cache: KVCache | None) -> Tensor:
+        if masked is not None:
+            if cache is not None:
+                raise ValueError("a cache holds only the past; a network with masked= sees both sides, so drop one")
+            self._check_length(tokens.shape[1], exact=True)
+            x = self.wte(tokens) * ~masked[:, :, None]  # a hidden pixel leaves only its position
+            return self._drop(x + self.wpe.weight)
+        if self.sos is None:
+            raise ValueError("this is a BERT network: it needs masked=, a bool (B, T) that marks hidden pixels")
+        if cache is None:
+            self._check_length(tokens.shape[1], exact=True)
+            return self._drop(self._after_sos(tokens[:, :-1]) + self.wpe.weight)
+        if cache.length and tokens.shape[1] != 1:
+            raise ValueError(f"a cache in use takes one pixel at a time, not {tokens.shape[1]}")
+        x = self.wte(tokens) if cache.length else self._after_sos(tokens)
+        self._check_length(cache.length + x.shape[1], exact=False)
+        return self._drop(x + self.wpe(cache.position + torch.arange(x.shape[1], device=x.device)))
+
+    def _after_sos(self, tokens: Tensor) -> Tensor:
+        assert self.sos is not None
+        sos = self.sos.expand(tokens.shape[0], 1, -1)  # (B, 1, D)
+        return torch.cat([sos, self.wte(tokens)], 1)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _check_length(self, length: int, *, exact: bool) -> None:
+        expected = self.config.n_positions
+        if length > expected or (exact and length != expected):
+            side = self.config.image_size
+            raise ValueError(f"{length} tokens; this network reads images of {side} x {side} = {expected} pixels")

@@ -1,0 +1,124 @@
+"""What a batch may look like, and what to say when it does not.
+
+A batch is a mapping with ``image`` (and ``label``), an ``(image, label)`` pair, images alone, or a mapping with
+``tokens``. Images are uint8 (B, 3, S, S), or floats in [0, 1], which are rounded to bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.palette import Palette
+from lightning_igpt.sampling import check_tokens
+
+
+class Batch(NamedTuple):
+    """A batch as the network sees it."""
+
+    tokens: Tensor  # int64 (B, T)
+    labels: Tensor | None  # int64 (B,)
+    samples: Tensor | None  # int64 (B,), each sample's number in the order of training
+
+
+def read_batch(batch: Any, palette: Palette, config: ImageGPTConfig) -> Batch:
+    """Turn what a loader yields into tokens, labels and sample numbers.
+
+    Raises:
+        TypeError: The batch has none of the accepted forms.
+        ValueError: Images or tokens do not fit the network.
+    """
+    if isinstance(batch, Mapping):
+        labels, samples = batch.get("label"), batch.get("sample")
+        if "tokens" in batch:
+            return Batch(_check_tokens(batch["tokens"], config), labels, samples)
+        if "image" not in batch:
+            raise TypeError(f"the batch has the keys {sorted(map(str, batch))}; a module looks for 'image' or 'tokens'")
+        return Batch(_to_tokens(batch["image"], palette, config), labels, samples)
+    if isinstance(batch, Tensor):
+        return Batch(_to_tokens(batch, palette, config), None, None)
+    if isinstance(batch, Sequence) and batch and all(isinstance(part, Tensor) for part in batch[:2]):
+        return Batch(_to_tokens(batch[0], palette, config), batch[1] if len(batch) > 1 else None, None)
+    raise TypeError(
+        f"a batch must be a mapping with 'image', an (image, label) pair, or images; got {type(batch).__name__}"
+    )
+
+
+def need_labels(batch: Batch, num_classes: int) -> Tensor:
+    """The labels of a batch, int64 (B,).
+
+    Raises:
+        ValueError: There are none, or one is outside 0 .. num_classes - 1.
+    """
+    labels = batch.labels
+    if labels is None:
+        raise ValueError(
+            "this batch has no labels, but probing and fine-tuning need them: yield 'label' beside 'image'"
+        )
+    if labels.shape != batch.tokens.shape[:1] or labels.is_floating_point():
+        raise ValueError(f"labels must be integers of shape ({len(batch.tokens)},); got {labels.dtype} {labels.shape}")
+    # On an accelerator the comparison would stall the queue at every step; there cross_entropy itself asserts.
+    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        low, high = int(labels.min()), int(labels.max())
+        hint = " (-1 marks the hidden labels of a benchmark's test split)" if low < 0 else ""
+        raise ValueError(
+            f"labels run from {low} to {high}, but num_classes is {num_classes}: 0 to {num_classes - 1}{hint}"
+        )
+    return labels.long()
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images as uint8: floats in [0, 1] are rounded to bytes.
+
+    Raises:
+        TypeError: Another type than uint8 or float.
+        ValueError: Floats outside [0, 1], as after a normalisation, which would quantise to wrong colours.
+    """
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise TypeError(f"images must be uint8, or floats in [0, 1]; got {images.dtype}")
+    low, high = images.aminmax()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"float images must lie in [0, 1]; these run from {low:.3g} to {high:.3g}. Leave out the normalisation: "
+            "the palette does its own"
+        )
+    return (images.float() * 255).round().to(torch.uint8)
+
+
+def _to_tokens(images: Any, palette: Palette, config: ImageGPTConfig) -> Tensor:
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"images must be one tensor (B, 3, S, S); got {type(images).__name__}. "
+            "Resize them to one size and stack them, or use this package's data modules"
+        )
+    side = config.image_size
+    if images.ndim == 4 and images.shape[1] == 1:
+        images = images.expand(-1, 3, -1, -1)  # grey
+    if images.ndim != 4 or images.shape[1] != 3:
+        hint = "; permute(0, 3, 1, 2) puts the channels first" if images.ndim == 4 and images.shape[3] in (1, 3) else ""
+        raise ValueError(f"images must have the shape (B, 3, {side}, {side}); got {tuple(images.shape)}{hint}")
+    if tuple(images.shape[2:]) != (side, side):
+        height, width = images.shape[2:]
+        raise ValueError(
+            f"images are {height} x {width} but the network reads {side} x {side} (image_size={side}); "
+            f"resize them, or build the network with image_size={height}"
+        )
+    return palette.quantize(to_bytes(images))
+
+
+def _check_tokens(tokens: Tensor, config: ImageGPTConfig) -> Tensor:
+    tokens = tokens.long()
+    if tokens.ndim != 2 or tokens.shape[1] != config.n_positions:
+        raise ValueError(
+            f"tokens must have the shape (B, {config.n_positions}) for image_size={config.image_size}; "
+            f"got {tuple(tokens.shape)}"
+        )
+    if tokens.device.type == "cpu":  # as for labels
+        check_tokens(tokens, config.vocab_size)
+    return tokens

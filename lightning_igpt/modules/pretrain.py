@@ -1,0 +1,172 @@
+"""Pretraining without labels: predict the next pixel, or masked pixels (paper, sections 2.1 and 3.4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lightning_igpt.config import ImageGPTConfig, Objective
+from lightning_igpt.modules.batches import read_batch
+from lightning_igpt.modules.shared import (
+    NetworkLike,
+    PaletteLike,
+    build_network,
+    check_stamp,
+    mask_for,
+    register,
+    stamp,
+    total_steps,
+)
+from lightning_igpt.objectives import (
+    MASK_RATIO,
+    masked_pixel_loss,
+    nats_to_bits,
+    next_pixel_loss,
+    pixel_nats,
+)
+from lightning_igpt.optim import default_warmup, make_adam, warmup_cosine
+from lightning_igpt.sampling import complete, inpaint
+
+
+class PretrainModule(LightningModule):
+    """Train an Image GPT on images without labels.
+
+    A batch is ``{"image": uint8 (B, 3, S, S)}``, an ``(image, label)`` pair, or images alone; it is quantised on the
+    module's device. Logs ``train/nats_per_pixel``, ``val/nats_per_pixel``, ``val/bits_per_pixel`` (and ``test/...``);
+    for BERT these are means over the masked pixels.
+
+    Args:
+        network: Preset name (igpt_tiny, igpt_s, igpt_m, igpt_l, igpt_xl) or the fields of an ImageGPTConfig, such as
+            n_layer, n_head, n_embd, vocab_size, image_size. Default: the network of ``pretrained``, else igpt_s.
+        palette: ``openai`` (the 512 released colours), ``gray:K``, a .npy file, a Hugging Face folder or hub id, or the
+            colours as a list. Default: the palette of ``pretrained``, else openai.
+        objective: ``autoregressive`` or ``bert``. Default: the network's own.
+        pretrained: Start from these weights: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI
+            checkpoint. To continue an interrupted run use ckpt_path instead.
+        lr: Peak learning rate. The paper: 0.003 for S and M, 0.001 for L, 0.0003 for XL.
+        betas: Adam's decay rates of the moments.
+        weight_decay: Decoupled weight decay on matrices.
+        warmup_steps: Steps of linear warm-up. Default: one epoch, at most a tenth of the run.
+        mask_ratio: BERT only: probability that a pixel is hidden.
+        seed: Seed of BERT's masks and of the samples drawn by predict.
+
+    Raises:
+        ValueError: Arguments contradict each other, such as a palette of another size than vocab_size.
+    """
+
+    palette_colors: Tensor
+
+    def __init__(
+        self,
+        network: NetworkLike = None,
+        palette: PaletteLike = None,
+        *,
+        objective: Objective | None = None,
+        pretrained: str | None = None,
+        lr: float = 0.003,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+        warmup_steps: int | None = None,
+        mask_ratio: float = MASK_RATIO,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.network, self.palette = build_network(network, palette, pretrained, objective)
+        self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
+        self.warmup_steps, self.mask_ratio, self.seed = warmup_steps, mask_ratio, seed
+        register(
+            self,
+            self.network,
+            self.palette,
+            lr=lr,
+            betas=list(betas),
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            mask_ratio=mask_ratio,
+            seed=seed,
+        )
+        self.metrics = torch.nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
+
+    @property
+    def config(self) -> ImageGPTConfig:
+        """The network's shape; data modules read ``image_size`` here."""
+        return self.network.config
+
+    def tokens_of(self, batch: Any) -> Tensor:
+        """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
+        return read_batch(batch, self.palette, self.config).tokens
+
+    def forward(self, batch: Any) -> Tensor:
+        """Logits (B, T, K) of a batch; a BERT network sees all pixels."""
+        tokens = read_batch(batch, self.palette, self.config).tokens
+        if self.config.objective == "bert":
+            return self.network(tokens, masked=torch.zeros_like(tokens, dtype=torch.bool))  # type: ignore[no-any-return]
+        return self.network(tokens)  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        tokens, masked = self._inputs(batch, batch_idx)
+        logits = self.network(tokens, masked=masked)  # (B, T, K)
+        loss = next_pixel_loss(logits, tokens) if masked is None else masked_pixel_loss(logits, tokens, masked)
+        self.log("train/nats_per_pixel", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metric("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metric("test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Keep the upper half of each image and draw the lower: uint8 (B, 3, S, S)."""
+        tokens = read_batch(batch, self.palette, self.config).tokens
+        generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx * 65_536 + self.global_rank)
+        given = self.config.image_size // 2 * self.config.image_size  # tokens in whole rows
+        if self.config.objective == "bert":
+            known = (torch.arange(tokens.shape[1], device=tokens.device) < given).expand_as(tokens)
+            return self.palette.dequantize(inpaint(self.network, tokens, known, generator=generator))
+        return self.palette.dequantize(complete(self.network, tokens[:, :given], generator=generator)[:, 0])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_adam(self.network.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)  # type: ignore[arg-type]
+        total, per_epoch = total_steps(self.trainer)
+        warmup = default_warmup(total, per_epoch) if self.warmup_steps is None else self.warmup_steps
+        scheduler = warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        stamp(self, self.config, self.palette, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_stamp(self, self.config, self.palette, checkpoint)
+
+    def _inputs(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, T), and for BERT the mask (B, T), which depends on the sample's number alone."""
+        read = read_batch(batch, self.palette, self.config)
+        return read.tokens, mask_for(self, read, batch_idx)
+
+    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
+        tokens, masked = self._inputs(batch, batch_idx)
+        nats = pixel_nats(self.network(tokens, masked=masked), tokens)  # (B, T)
+        if masked is None:
+            per_image = nats.mean(1)
+        else:
+            hidden = masked.sum(1)
+            per_image = ((nats * masked).sum(1) / hidden)[hidden > 0]  # an image that hides nothing says nothing
+        self.metrics[stage].update(per_image)  # type: ignore[operator]
+
+    def _log_metric(self, stage: str) -> None:
+        metric = self.metrics[stage]
+        nats = metric.compute()  # type: ignore[operator]
+        metric.reset()  # type: ignore[operator]
+        self.log(f"{stage}/nats_per_pixel", nats, prog_bar=True, sync_dist=False)
+        self.log(f"{stage}/bits_per_pixel", nats_to_bits(nats))

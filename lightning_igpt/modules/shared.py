@@ -1,0 +1,171 @@
+"""What the three modules do alike: build a network with its palette, and stamp and check checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_igpt import __version__
+from lightning_igpt.config import ImageGPTConfig, Objective
+from lightning_igpt.model import ImageGPT
+from lightning_igpt.modules.batches import Batch
+from lightning_igpt.objectives import draw_mask
+from lightning_igpt.palette import Palette
+from lightning_igpt.weights import load_pretrained
+from lightning_igpt.weights.checkpoint import COLORS, STAMP
+
+log = logging.getLogger(__name__)
+
+MAX_PROCESSES = 65_536  # keeps the sample numbers of different processes apart
+
+NetworkLike = ImageGPTConfig | str | dict[str, Any] | None
+PaletteLike = str | Palette | list[list[float]] | None
+
+
+def build_network(
+    network: NetworkLike,
+    palette: PaletteLike,
+    pretrained: str | None,
+    objective: Objective | None = None,
+) -> tuple[ImageGPT, Palette]:
+    """Make or load the network and its palette from a module's arguments.
+
+    Raises:
+        ValueError: The arguments contradict each other or the loaded weights.
+    """
+    if pretrained is None:
+        config = ImageGPTConfig.resolve("igpt_s" if network is None else network)
+        if objective is not None:
+            config = replace(config, objective=objective)
+        colors = Palette.load("openai" if palette is None else palette)
+        check_colors(colors, config)
+        return ImageGPT(config), colors
+    loaded = load_pretrained(pretrained)
+    log.info("weights and palette from %s", loaded.origin)
+    wanted = loaded.config if network is None else ImageGPTConfig.resolve(network)
+    wanted = wanted if objective is None else replace(wanted, objective=objective)
+    if wanted != loaded.config:
+        raise ValueError(
+            f"pretrained={pretrained!r} is a network of {_differences(loaded.config, wanted)}; "
+            "leave out network and objective to take the loaded network's"
+        )
+    colors = loaded.palette if palette is None else Palette.load(palette)
+    check_palette(colors, loaded.palette.sha256, f"pretrained={pretrained!r}")
+    return loaded.network, colors
+
+
+def check_colors(palette: Palette, config: ImageGPTConfig) -> None:
+    """Raise unless the palette has as many colours as the network has classes."""
+    if len(palette) != config.vocab_size:
+        raise ValueError(
+            f"the palette has {len(palette)} colours but the network's vocab_size is {config.vocab_size}; "
+            f"set vocab_size={len(palette)}, or fit a palette of {config.vocab_size} colours "
+            f"(lightning-igpt palette fit --n_colors {config.vocab_size})"
+        )
+
+
+def check_palette(palette: Palette, sha256: str, owner: str) -> None:
+    """Raise unless the palette is the one with this hash: another one gives every token another colour."""
+    if palette.sha256 != sha256:
+        raise ValueError(
+            f"{owner} uses the palette {sha256[:12]}, but the palette given is {palette.sha256[:12]}; "
+            "leave out palette to take the right one"
+        )
+
+
+def register(module: LightningModule, network: ImageGPT, palette: Palette, **hyperparameters: Any) -> None:
+    """Attach the palette and keep hyperparameters as plain values, so that a checkpoint needs nothing else to open.
+
+    The network's config takes the place of ``network`` and ``pretrained``: a checkpoint holds the weights.
+    """
+    module.register_buffer(COLORS, torch.tensor(palette.to_list(), dtype=torch.float32))  # (K, 3)
+    module.save_hyperparameters({"network": network.config.to_dict(), "palette": palette.spec, **hyperparameters})
+
+
+def stamp(module: LightningModule, config: ImageGPTConfig, palette: Palette, checkpoint: dict[str, Any]) -> None:
+    """Write into a checkpoint what it is."""
+    checkpoint[STAMP] = {
+        "class": type(module).__name__,
+        "version": __version__,
+        "network": config.to_dict(),
+        "palette_sha256": palette.sha256,
+    }
+
+
+def check_stamp(
+    module: LightningModule, config: ImageGPTConfig, palette: Palette, checkpoint: Mapping[str, Any]
+) -> None:
+    """Raise where a checkpoint is not one of this module with this network and palette.
+
+    Raises:
+        ValueError: It was written by another class, network or palette; the message names both and the cure.
+    """
+    mine, found = type(module).__name__, checkpoint.get(STAMP)
+    if found is None:
+        raise ValueError(f"this checkpoint was not written by {mine}; to start from its weights, use pretrained=")
+    if found["class"] != mine:
+        raise ValueError(
+            f"ckpt_path continues the same run, but this checkpoint is a {found['class']}'s and the model is a {mine}; "
+            f"to start from its weights, use pretrained="
+        )
+    other = ImageGPTConfig.resolve(found["network"])
+    if other != config:
+        raise ValueError(f"the checkpoint holds a network of {_differences(other, config)}")
+    check_palette(palette, found["palette_sha256"], "the checkpoint")
+
+
+def mask_for(module: Any, batch: Batch, batch_idx: int) -> Tensor | None:
+    """BERT's mask (B, T) of a batch, the same whenever the same sample comes; None for autoregressive networks.
+
+    Args:
+        module: One of this package's modules: its ``config``, ``seed`` and ``mask_ratio`` are used.
+        batch: The batch. Where its loader gives no sample numbers, they are made of batch, process and row.
+        batch_idx: Lightning's number of the batch.
+    """
+    if module.config.objective == "autoregressive":
+        return None
+    samples = batch.samples
+    if samples is None:
+        trainer = getattr(module, "_trainer", None)
+        count = trainer.fit_loop.total_batch_idx + 1 if module.training and trainer is not None else batch_idx
+        size = len(batch.tokens)
+        first = (count * MAX_PROCESSES + module.global_rank) * size
+        samples = torch.arange(first, first + size, device=batch.tokens.device)
+    return draw_mask(samples, module.config.n_positions, seed=module.seed, ratio=module.mask_ratio)
+
+
+def adopt_class_names(module: Any, num_classes: int) -> None:
+    """Take class names, and check the number of classes, from a data module that knows them.
+
+    Raises:
+        ValueError: The data has another number of classes than the module.
+    """
+    data = getattr(module.trainer, "datamodule", None)
+    found, names = getattr(data, "num_classes", None), getattr(data, "class_names", None)
+    if found is not None and found > num_classes:
+        raise ValueError(f"the data has {found} classes but num_classes is {num_classes}; set num_classes={found}")
+    if module.class_names is None and names is not None:
+        module.class_names = list(names)
+        module.hparams["class_names"] = module.class_names
+
+
+def total_steps(trainer: Trainer) -> tuple[int, int | None]:
+    """(optimiser steps of the run, optimiser steps per data epoch if the data module knows its size)."""
+    batches = getattr(getattr(trainer, "datamodule", None), "batches_per_epoch", None)
+    per_epoch = None if batches is None else max(1, batches // trainer.accumulate_grad_batches)
+    if trainer.max_steps > 0:
+        return trainer.max_steps, per_epoch
+    if per_epoch is not None and trainer.max_epochs is not None and trainer.max_epochs > 0:
+        return per_epoch * trainer.max_epochs, per_epoch
+    return int(trainer.estimated_stepping_batches), per_epoch
+
+
+def _differences(found: ImageGPTConfig, wanted: ImageGPTConfig) -> str:
+    theirs, mine = found.to_dict(), wanted.to_dict()
+    return ", ".join(f"{key} {theirs[key]} (asked for: {mine[key]})" for key in theirs if theirs[key] != mine[key])

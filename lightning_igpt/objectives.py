@@ -1,0 +1,89 @@
+"""The two losses of the paper (section 2.1), in nats per pixel, and the random numbers of masking.
+
+A pixel is one palette token. Divide by ln 2 for bits; that is not the bits per dimension of RGB models.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASK_RATIO = 0.15  # paper, section 3.4: 15 %; 25 % and more were worse
+
+
+def nats_to_bits(nats: Tensor | float) -> Tensor | float:
+    """Nats to bits."""
+    return nats / math.log(2)
+
+
+def pixel_nats(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Surprise of every pixel: logits (B, T, K) and tokens int64 (B, T) give float32 or wider (B, T), in nats."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+
+
+def next_pixel_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean surprise over all B * T pixels, the first one included.
+
+    Args:
+        logits: Float (B, T, K); index t predicts pixel t.
+        tokens: int64 (B, T).
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+def masked_pixel_loss(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
+    """Mean surprise over the hidden pixels of each image, then over the images that hide any.
+
+    Args:
+        logits: Float (B, T, K).
+        tokens: int64 (B, T).
+        masked: Bool (B, T), true where the pixel was hidden.
+    """
+    hidden = masked.sum(1)  # (B,)
+    per_image = (pixel_nats(logits, tokens) * masked).sum(1) / hidden.clamp(min=1)
+    return per_image.sum() / (hidden > 0).sum().clamp(min=1)
+
+
+def draw_mask(samples: Tensor, n_positions: int, *, seed: int, ratio: float = MASK_RATIO) -> Tensor:
+    """Independent masks, each a pure function of the seed and the sample's number.
+
+    So a mask depends neither on device, rank and worker nor on what was drawn before, and a resumed run repeats it.
+
+    Args:
+        samples: int64 (B,), the number of each sample.
+        n_positions: T.
+        seed: Any integer.
+        ratio: Probability that a pixel is hidden.
+
+    Returns:
+        Bool (B, T).
+    """
+    return counter_uniform(samples, n_positions, seed=seed) <= ratio
+
+
+def counter_uniform(counters: Tensor, n: int, *, seed: int) -> Tensor:
+    """Uniform numbers in [0, 1) without a generator: float32 (B, n) from int64 counters (B,).
+
+    The mixing function is SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014), applied twice.
+    """
+    golden = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
+    stream = _mix(counters.to(torch.int64) * golden + seed)  # (B,)
+    columns = torch.arange(1, n + 1, device=counters.device) * golden  # (n,)
+    bits = _mix(stream[:, None] + columns[None])  # (B, n)
+    return _shift_right(bits, 40).to(torch.float32) / 2**24
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift_right(z, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    z = (z ^ _shift_right(z, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Logical shift; torch's own keeps the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

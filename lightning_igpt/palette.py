@@ -1,0 +1,335 @@
+"""A palette: K colours, and the exact way from pictures to palette ids and back.
+
+Not here: fitting a palette to images (``kmeans.py``), other image modes (``rgb.py``), the search for the
+nearest colours (``lookup.py``).
+
+Source: Chen et al., "Generative Pretraining from Pixels" (ICML 2020), section 2.1 (9-bit palette, raster
+order); ``src/utils.py`` and ``src/run.py`` of github.com/openai/image-gpt (nearest centre, decoding).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from math import isqrt
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_igpt.lookup import cached_table
+
+MAX_COLORS = 32768  # ids fit into int16
+_OPENAI = Path(__file__).parent / "assets" / "openai_512.npy"
+_HF_FILE = "preprocessor_config.json"
+_FORMS = "A palette is 'openai', 'gray:K', a .npy file, a Hugging Face folder, a hub id 'owner/name' or colours"
+
+Colors: TypeAlias = Sequence[Sequence[float]] | NDArray[Any] | Tensor
+
+
+class Palette:
+    """K colours. Immutable, equal and hashable by their float32 bytes; a pickle holds the colours alone.
+
+    Args:
+        colors: (K,3) array, tensor or nested list of red, green and blue in [-1,1], 2 <= K <= 32,768; kept as
+            float32. No colour may occur twice: ties go to the lowest id, so the second could never be used.
+
+    Raises:
+        ValueError: The shape, the number of colours or a value is not as above, or a colour occurs twice.
+    """
+
+    __slots__ = ("_array", "_bytes", "_sha256")
+
+    def __init__(self, colors: Colors) -> None:
+        self._array = _checked(colors)  # (K, 3) float32, read-only
+        self._bytes = self._array.astype("<f4").tobytes()
+        self._sha256 = hashlib.sha256(self._bytes).hexdigest()
+
+    @classmethod
+    def load(cls, spec: Palette | str | Path | Colors) -> Palette:
+        """Turn what a user may write for ``palette`` into a palette.
+
+        Args:
+            spec: A palette; ``"openai"`` (the 512 released colours); ``"gray:K"`` (K even steps from black to
+                white); (K,3) colours in [-1,1]; a ``.npy`` file of such; a Hugging Face folder, or its
+                ``preprocessor_config.json``, with ``clusters``; a hub id ``owner/name`` of such a folder. A
+                path that exists wins over a hub id. The names win over a path: write ``./openai`` for that.
+
+        Raises:
+            FileNotFoundError: It looks like a path, but nothing is there.
+            ValueError: It is none of these, or holds no valid colours.
+        """
+        if isinstance(spec, Palette):
+            return spec
+        if isinstance(spec, Path) or (isinstance(spec, str) and spec != "openai" and not _is_gray(spec)):
+            return cls(_read(str(spec)))
+        if not isinstance(spec, str):
+            return cls(spec)
+        return _openai() if spec == "openai" else cls(_gray(int(spec.removeprefix("gray:"))))
+
+    @property
+    def colors(self) -> Tensor:
+        """(K,3) float32 in [-1,1], red, green, blue; a fresh copy."""
+        return torch.from_numpy(self._array.copy())
+
+    @property
+    def rgb(self) -> Tensor:
+        """(K,3) uint8, ``rint(127.5 * (c + 1))``: the bytes of each colour in a picture; a fresh copy."""
+        return torch.from_numpy(np.rint(127.5 * (self._array.astype(np.float64) + 1)).clip(0, 255).astype(np.uint8))
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the little-endian float32 bytes of the colours, row by row, without a file header."""
+        return self._sha256
+
+    @property
+    def spec(self) -> str | list[list[float]]:
+        """A plain value for hyperparameters and YAML; :meth:`load` turns it back into this very palette."""
+        if self == _openai():
+            return "openai"
+        if np.array_equal(self._array, _gray(len(self))):
+            return f"gray:{len(self)}"
+        return self.to_list()
+
+    def to_list(self) -> list[list[float]]:
+        """K rows of three Python floats; float32 gives the same bytes back."""
+        return [[float(value) for value in row] for row in self._array]
+
+    def save(self, path: str | Path) -> None:
+        """Write the (K,3) float32 colours to a ``.npy`` file, creating its folder.
+
+        Raises:
+            ValueError: The name does not end in ``.npy``.
+        """
+        path = Path(path)
+        if path.suffix != ".npy":
+            raise ValueError(f"a palette is saved as a .npy file, not as {path.name!r}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, self._array, allow_pickle=False)
+
+    def quantize(self, images: Tensor) -> Tensor:
+        """The id of the nearest colour of every pixel.
+
+        Nearest in squared Euclidean distance between ``byte / 127.5 - 1`` and the colours, in float64; the
+        lowest id wins a tie. The answers come from a table of all 2^24 colours, built once, cached on disk.
+
+        Args:
+            images: uint8 (B,3,H,W) on any device.
+
+        Returns:
+            int64 (B,H*W) on the same device, in raster order.
+
+        Raises:
+            TypeError: Not a tensor of bytes.
+            ValueError: Not of shape (B,3,H,W).
+        """
+        check_images(images)
+        red, green, blue = images.unbind(1)  # (B, H, W)
+        codes = red.int().bitwise_left_shift_(8).bitwise_or_(green).bitwise_left_shift_(8).bitwise_or_(blue)
+        table: Tensor = _table(self, images.device)
+        ids = table.index_select(0, codes.flatten())  # (B*H*W,) int16; of torch's gathers the fastest by far
+        return ids.long().view(codes.shape).flatten(1)
+
+    def dequantize(self, tokens: Tensor, size: int | None = None) -> Tensor:
+        """The picture that ids stand for.
+
+        Args:
+            tokens: (B,T) of any integer type, ids below K, T = size * size in raster order.
+            size: Side of the picture in pixels; the square root of T by default.
+
+        Returns:
+            uint8 (B,3,size,size) on the same device.
+
+        Raises:
+            TypeError: The tokens are not integers.
+            ValueError: T is not ``size * size``, or an id is outside 0..K-1. On a CUDA device the ids are not
+                inspected, which would wait for the device; there a wrong id trips a device-side assertion.
+        """
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise TypeError(f"tokens must be an integer tensor, not {_kind(tokens)}")
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must have shape (B, T), not {tuple(tokens.shape)}")
+        size = isqrt(tokens.shape[1]) if size is None else size
+        if size * size != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fill a square picture of {size} x {size} pixels")
+        tokens = tokens.long()
+        if tokens.device.type != "cuda" and tokens.numel():
+            low, high = (int(value) for value in tokens.aminmax())
+            if low < 0 or high >= len(self):
+                raise ValueError(
+                    f"tokens reach from {low} to {high}, but {len(self)} colours have ids 0..{len(self) - 1}"
+                )
+        rgb: Tensor = _rgb(self, tokens.device)
+        pixels = rgb.index_select(0, tokens.flatten())  # (B*T, 3)
+        return pixels.view(tokens.shape[0], size, size, 3).permute(0, 3, 1, 2).contiguous()
+
+    def rmse(self, images: Tensor) -> float:
+        """What the palette costs: root mean square error per channel of ``dequantize(quantize(images))``, in 0..255.
+
+        Args:
+            images: uint8 (B,3,H,W).
+
+        Raises:
+            TypeError, ValueError: As :meth:`quantize`.
+        """
+        check_images(images)
+        pixels = images.movedim(1, 0).reshape(1, 3, 1, -1)
+        rgb: Tensor = _rgb(self, images.device)
+        error = rgb.index_select(0, self.quantize(pixels)[0]).T.float() - pixels[0, :, 0].float()  # (3, B*H*W)
+        return float(error.square().mean(dtype=torch.float64).sqrt())
+
+    def __len__(self) -> int:
+        return int(self._array.shape[0])
+
+    def __eq__(self, other: object) -> bool:
+        return self._bytes == other._bytes if isinstance(other, Palette) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._bytes)
+
+    def __repr__(self) -> str:
+        return f"Palette({len(self)} colours, sha256 {self._sha256[:12]})"
+
+    def __reduce__(self) -> tuple[type[Palette], tuple[NDArray[np.float32]]]:
+        return Palette, (self._array,)
+
+
+# A traced build could round differently, and the cache would keep its table.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@lru_cache(maxsize=8)
+def _table(palette: Palette, device: torch.device) -> Tensor:
+    """(2^24,) int16: shared by equal palettes, one copy per device."""
+    if device.type == "cpu":
+        return torch.from_numpy(cached_table(palette._array, palette.sha256))
+    table: Tensor = _table(palette, torch.device("cpu"))
+    return table.to(device)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@lru_cache(maxsize=8)
+def _rgb(palette: Palette, device: torch.device) -> Tensor:
+    return palette.rgb.to(device)
+
+
+@lru_cache(maxsize=1)
+def _openai() -> Palette:
+    return Palette(np.load(_OPENAI, allow_pickle=False))
+
+
+def _is_gray(spec: str) -> bool:
+    return re.fullmatch(r"gray:\d{1,5}", spec) is not None
+
+
+def _gray(count: int) -> NDArray[np.float32]:
+    return np.repeat(np.linspace(-1, 1, count)[:, None], 3, axis=1).astype(np.float32)
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _checked(colors: Colors) -> NDArray[np.float32]:
+    """The colours as a read-only (K,3) float32 copy."""
+    if isinstance(colors, str):
+        raise ValueError(f"Palette takes colours; write Palette.load({colors!r}) for a name or a path")
+    try:
+        values = colors.detach().cpu().double().numpy() if isinstance(colors, Tensor) else colors
+        array: NDArray[np.float32] = np.array(values, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"colours must be K rows of three numbers: {error}") from error
+    array = array + np.float32(0)  # makes one zero of -0 and 0
+    if array.ndim != 2 or array.shape[1] != 3:
+        raise ValueError(f"colours must have shape (K, 3), not {array.shape}")
+    if not 2 <= len(array) <= MAX_COLORS:
+        raise ValueError(f"a palette has 2 to {MAX_COLORS} colours, not {len(array)}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"colour {int(np.argmin(np.isfinite(array).all(axis=1)))} is not finite")
+    if array.min() < -1 or array.max() > 1:
+        raise ValueError(
+            f"colours must lie in [-1, 1], but these reach from {array.min():g} to {array.max():g}; "
+            "bytes become colours by array / 127.5 - 1"
+        )
+    _, first, counts = np.unique(array, axis=0, return_index=True, return_counts=True)
+    if len(first) < len(array):
+        again = np.flatnonzero((array == array[first[counts > 1][0]]).all(axis=1))
+        raise ValueError(f"colours {again[0]} and {again[1]} are the same, so id {again[1]} could never be used")
+    array.flags.writeable = False
+    return array
+
+
+def check_images(images: object) -> None:
+    """Insist on uint8 (B,3,H,W), and say how to get there.
+
+    Raises:
+        TypeError: Not a tensor of bytes.
+        ValueError: Another shape.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a uint8 tensor (B, 3, H, W), not {_kind(images)}")
+    if images.dtype != torch.uint8:
+        cure = "; if they lie in [0, 1]: (images * 255).round().to(torch.uint8)" if images.is_floating_point() else ""
+        raise TypeError(f"images must be bytes (torch.uint8), not {images.dtype}{cure}")
+    shape = tuple(images.shape)
+    if len(shape) == 4 and shape[1] == 3:
+        return
+    cure = ""
+    if len(shape) == 3:
+        cure = "; one image becomes a batch by images[None]"
+    elif len(shape) == 4 and shape[3] == 3:
+        cure = "; put the channels second: images.permute(0, 3, 1, 2)"
+    elif len(shape) == 4 and shape[1] == 1:
+        cure = "; grey becomes RGB by images.expand(-1, 3, -1, -1)"
+    raise ValueError(f"images must have shape (B, 3, H, W), not {shape}{cure}")
+
+
+def _read(spec: str) -> Any:
+    """The colours in a file, a folder or a repository of the hub."""
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        path = path / _HF_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"the folder {spec} has no {_HF_FILE}, where Hugging Face keeps the palette")
+    if path.is_file():
+        return _read_file(path)
+    if "://" in spec:
+        raise ValueError(f"{spec} is not downloaded; give a hub id 'owner/name' or a file that you have")
+    if spec.startswith((".", "/", "~")) or path.suffix in (".npy", ".json") or spec.count("/") > 1 or "\\" in spec:
+        raise FileNotFoundError(f"there is no palette file or folder {spec}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+        return _read_file(_download(spec))
+    close = difflib.get_close_matches(spec, ["openai", "gray:16"], n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    raise ValueError(f"there is no palette {spec!r}{hint} {_FORMS}")
+
+
+def _read_file(path: Path) -> Any:
+    if path.suffix not in (".npy", ".json"):
+        raise ValueError(f"{path} is no palette; a palette file ends in .npy or is Hugging Face's {_HF_FILE}")
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        return json.loads(path.read_text(encoding="utf-8"))["clusters"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} has no 'clusters', so it describes no ImageGPT palette") from error
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as plain numbers: {error}") from error
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, _HF_FILE))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"there is no file or folder {repository!r} here, and {_HF_FILE} of the hub repository of that "
+            f"name could not be fetched; if it exists, download it and give the folder "
+            f"({type(error).__name__}: {error})"
+        ) from error

@@ -1,0 +1,108 @@
+"""Figures and the self-contained HTML page that shows what a run found."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+
+import matplotlib.figure
+
+TEMPLATE = Path(__file__).parent / "assets" / "report.html"
+BLUE, GREY, ORANGE = "#0b6bcb", "#8a929c", "#c65102"  # told apart by lightness too
+
+
+def read_curve(metrics_csv: Path, name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one metric from the file that Lightning's CSVLogger writes."""
+    with metrics_csv.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get(name)]
+    return [int(row["step"]) for row in rows], [float(row[name]) for row in rows]
+
+
+def plot_loss(
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], levels: Mapping[str, float], path: Path
+) -> None:
+    """Nats per pixel against steps, with horizontal lines for baselines.
+
+    Args:
+        curves: (steps, nats) by label.
+        levels: Nats of baselines by label.
+        path: The PNG to write.
+    """
+    figure = matplotlib.figure.Figure(figsize=(7, 3.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for (label, (steps, nats)), color in zip(curves.items(), (GREY, BLUE), strict=False):
+        axes.plot(steps, nats, label=label, color=color, linewidth=1.6, marker="o" if len(steps) < 20 else "")
+    for (label, level), style in zip(levels.items(), ("--", ":"), strict=False):
+        axes.axhline(level, color=ORANGE, linestyle=style, linewidth=1.2, label=f"{label} ({level:.2f})")
+    axes.set(xlabel="optimiser steps", ylabel="nats per pixel")
+    _finish(axes, figure, path)
+
+
+def plot_layers(curves: Mapping[str, Mapping[int, float]], levels: Mapping[str, float], path: Path) -> None:
+    """Probe accuracy against layer.
+
+    Args:
+        curves: Accuracy by layer, by label.
+        levels: Accuracy of baselines by label.
+        path: The PNG to write.
+    """
+    figure = matplotlib.figure.Figure(figsize=(7, 3.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for (label, accuracy), color, marker in zip(curves.items(), (BLUE, GREY), "os", strict=False):
+        axes.plot(list(accuracy), list(accuracy.values()), marker=marker, color=color, label=label)
+    for label, level in levels.items():
+        axes.axhline(level, color=ORANGE, linestyle="--", linewidth=1.2, label=f"{label} ({level:.2f})")
+    layers = sorted({layer for accuracy in curves.values() for layer in accuracy})
+    axes.set(xlabel="layer (0: embeddings)", ylabel="test accuracy")
+    axes.set_xticks(layers[:: max(1, len(layers) // 12)])
+    _finish(axes, figure, path)
+
+
+def picture(path: Path, alt: str, caption: str) -> str:
+    """A figure whose PNG travels inside the page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def table(rows: Sequence[tuple[str, str, str]], head: tuple[str, str, str]) -> str:
+    """A table of (what, number, note)."""
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    lines = [
+        f'<tr><td>{html.escape(what)}</td><td class="number">{html.escape(number)}</td>'
+        f'<td class="note">{html.escape(note)}</td></tr>'
+        for what, number, note in rows
+    ]
+    return f'<div class="table"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def section(title: str, *parts: str) -> str:
+    """A heading and what stands below it; a part without markup becomes a paragraph."""
+    body = "\n".join(part if part.startswith("<") else f"<p>{html.escape(part)}</p>" for part in parts)
+    return f"<h2>{html.escape(title)}</h2>\n{body}"
+
+
+def commands(lines: Sequence[str]) -> str:
+    """Commands to copy."""
+    return f"<pre><code>{html.escape(chr(10).join(lines))}</code></pre>"
+
+
+def write_page(path: Path, title: str, subtitle: str, sections: Sequence[str]) -> None:
+    """Write the page: one file, no script, nothing fetched."""
+    page = Template(TEMPLATE.read_text(encoding="utf-8"))
+    text = page.substitute(title=html.escape(title), subtitle=html.escape(subtitle), body="\n".join(sections))
+    path.write_text(text, encoding="utf-8")
+
+
+def _finish(axes: matplotlib.axes.Axes, figure: matplotlib.figure.Figure, path: Path) -> None:
+    axes.grid(color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)

@@ -1,0 +1,229 @@
+"""Uses of a trained network as a density: complete a picture, fill holes in it, tell how surprising it is.
+
+Everything here speaks of tokens; colours are the palette's business.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_igpt.model import ImageGPT, KVCache
+from lightning_igpt.objectives import pixel_nats
+
+
+@torch.no_grad()
+def complete(
+    network: ImageGPT,
+    prompt: Tensor,
+    *,
+    n_samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw the rest of each picture, pixel by pixel in raster order, with cached keys and values.
+
+    Args:
+        network: An autoregressive network.
+        prompt: int64 (B, P), the first P < T pixels; P = 0 draws whole pictures.
+        n_samples: Completions of each prompt.
+        temperature: Divides the logits; 1 is the model's own distribution, 0 takes the likeliest colour.
+        top_k: Draw among the k likeliest colours only.
+        top_p: Draw among the fewest colours that together have at least this probability.
+        generator: Source of randomness, on the network's device. The same seed gives the same pictures.
+
+    Returns:
+        int64 (B, n_samples, T); the first P tokens are the prompt.
+
+    Raises:
+        ValueError: The prompt is as long as the image, holds an unknown colour, or an option is out of range.
+    """
+    _check_prompt(network, prompt)
+    _check_options(temperature, top_k, top_p, n_samples)
+    training = network.training
+    network.eval()
+    try:
+        tokens = _decode(network, prompt.repeat_interleave(n_samples, 0), temperature, top_k, top_p, generator)
+    finally:
+        network.train(training)
+    return tokens.view(prompt.shape[0], n_samples, -1)
+
+
+def _decode(
+    network: ImageGPT,
+    prompt: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    device = network.wte.weight.device
+    total, given = network.config.n_positions, prompt.shape[1]
+    cache = KVCache(network.config, prompt.shape[0], device=device, dtype=network.wte.weight.dtype)
+    tokens = torch.empty(prompt.shape[0], total, dtype=torch.long, device=device)
+    tokens[:, :given] = prompt
+    fed = tokens[:, :given]
+    for position in range(given, total):
+        logits = network(fed, cache=cache)[:, -1]  # (B, K)
+        tokens[:, position] = draw(logits, temperature, top_k, top_p, generator)
+        fed = tokens[:, position : position + 1]
+    return tokens
+
+
+def draw(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One colour per row of logits (B, K): int64 (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k, -1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p is not None and top_p < 1:
+        logits = _nucleus(logits, top_p)
+    # An exponential race picks index i with probability p_i and never asks the device for a number.
+    race = torch.empty_like(logits).exponential_(generator=generator)
+    return (F.softmax(logits, -1) / race).argmax(-1)
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    ordered, index = logits.sort(-1, descending=True)
+    probability = F.softmax(ordered, -1)
+    before = probability.cumsum(-1) - probability  # mass of likelier colours; 0 for the first, which always stays
+    drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
+    return logits.masked_fill(drop, -math.inf)
+
+
+@torch.no_grad()
+def inpaint(
+    network: ImageGPT,
+    tokens: Tensor,
+    known: Tensor,
+    *,
+    steps: int = 8,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill the unknown pixels of each picture with a BERT network, the surest first.
+
+    In each of a few steps every unknown pixel is drawn in parallel, and the share of draws that the network holds
+    most probable is kept (the schedule of MaskGIT, Chang et al., CVPR 2022: the unknown share falls as a cosine).
+
+    Args:
+        network: A network trained with the BERT objective.
+        tokens: int64 (B, T); values at unknown pixels do not matter.
+        known: Bool (B, T), true where the pixel is given.
+        steps: Passes over the picture; one pixel at a time would need as many as there are holes.
+        temperature: Divides the logits; 0 takes the likeliest colour.
+        generator: Source of randomness, on the network's device.
+
+    Returns:
+        int64 (B, T); known pixels as they were.
+
+    Raises:
+        ValueError: The network is autoregressive, shapes differ, or an option is out of range.
+    """
+    if network.config.objective != "bert":
+        raise ValueError(
+            "inpaint() fills any hole with a BERT network; an autoregressive one continues with complete()"
+        )
+    if tokens.shape != known.shape or tokens.ndim != 2:
+        raise ValueError(f"tokens {tuple(tokens.shape)} and known {tuple(known.shape)} must both be (B, T)")
+    if steps < 1 or temperature < 0:
+        raise ValueError(f"steps {steps} must be at least 1 and temperature {temperature} at least 0")
+    device = network.wte.weight.device
+    known = known.to(device=device, dtype=torch.bool)
+    tokens = tokens.to(device).masked_fill(~known, 0)
+    check_tokens(tokens, network.config.vocab_size)
+    training = network.training
+    network.eval()
+    try:
+        return _fill(network, tokens, known, steps, temperature, generator)
+    finally:
+        network.train(training)
+
+
+def _fill(
+    network: ImageGPT, tokens: Tensor, known: Tensor, steps: int, temperature: float, generator: torch.Generator | None
+) -> Tensor:
+    holes = (~known).sum(1)  # (B,)
+    for step in range(1, steps + 1):
+        logits = network(tokens, masked=~known)  # (B, T, K)
+        drawn = draw(logits.flatten(0, 1), temperature, generator=generator).view_as(tokens)
+        sure = F.log_softmax(logits.float(), -1).gather(-1, drawn[..., None])[..., 0]  # (B, T)
+        left = (holes * math.cos(math.pi / 2 * step / steps)).floor().long() if step < steps else holes * 0
+        order = sure.masked_fill(known, math.inf).argsort(-1, descending=True).argsort(-1)  # rank, known ones first
+        keep = order < (tokens.shape[1] - left)[:, None]
+        tokens = torch.where(keep & ~known, drawn, tokens)
+        known = known | keep
+    return tokens
+
+
+@torch.no_grad()
+def score(network: ImageGPT, tokens: Tensor, *, batch_size: int = 64) -> Tensor:
+    """How surprised an autoregressive network is by each pixel given those before it.
+
+    Args:
+        network: An autoregressive network.
+        tokens: int64 (N, T).
+        batch_size: Images per forward pass.
+
+    Returns:
+        Float32 (N, T) in nats on the network's device; the mean over T is an image's nats per pixel.
+    """
+    if network.config.objective != "autoregressive":
+        raise ValueError("score() needs the chain rule; a BERT network has no likelihood of a whole picture")
+    check_tokens(tokens, network.config.vocab_size)
+    device = network.wte.weight.device
+    training = network.training
+    network.eval()
+    try:
+        parts = [pixel_nats(network(part), part) for part in torch.split(tokens.to(device), batch_size)]
+    finally:
+        network.train(training)
+    return torch.cat(parts).float()
+
+
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Raise where a token is no colour of the palette.
+
+    Raises:
+        ValueError: Not an int64 (B, T), or a value outside 0 .. vocab_size - 1.
+    """
+    if tokens.ndim != 2 or tokens.dtype != torch.long:
+        raise ValueError(f"tokens must be int64 (B, T); got {tokens.dtype} {tuple(tokens.shape)}")
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        low, high = int(tokens.min()), int(tokens.max())
+        raise ValueError(
+            f"tokens run from {low} to {high}; this network has {vocab_size} colours, 0 to {vocab_size - 1}"
+        )
+
+
+def _check_prompt(network: ImageGPT, prompt: Tensor) -> None:
+    if network.config.objective != "autoregressive":
+        raise ValueError("complete() continues in raster order; a BERT network fills holes with inpaint()")
+    check_tokens(prompt, network.config.vocab_size)
+    total = network.config.n_positions
+    if prompt.shape[1] >= total:
+        raise ValueError(f"the prompt has {prompt.shape[1]} pixels and the image only {total}: nothing is left to draw")
+
+
+def _check_options(temperature: float, top_k: int | None, top_p: float | None, n_samples: int) -> None:
+    if n_samples < 1:
+        raise ValueError(f"n_samples is {n_samples}; it must be at least 1")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}; it must be at least 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1, or None for all colours")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1, or None for all colours")

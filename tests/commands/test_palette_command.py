@@ -1,0 +1,97 @@
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lightning_igpt.commands.palette import fit, images_of, run, show
+from lightning_igpt.data.images import BadImageError
+from lightning_igpt.data.sources import open_source
+from lightning_igpt.palette import Palette
+
+COLORS = [(10, 20, 30), (200, 100, 50), (0, 255, 0), (255, 255, 255)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four images of one colour each and of different sizes."""
+    for number, color in enumerate(COLORS):
+        path = tmp_path / "images" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4 + number, 5), color).save(path)
+    return tmp_path / "images"
+
+
+def test_fit_to_a_folder(folder, tmp_path, capsys):
+    out = tmp_path / "new" / "p.npy"
+    fit(str(folder), str(out), 4)
+    palette = Palette.load(out)
+    assert sorted(map(tuple, palette.rgb.tolist())) == sorted(COLORS)
+    said = capsys.readouterr().out
+    assert palette.sha256 in said
+    assert "K 4" in said
+    assert "RMSE 0.00 of 255 per channel on 4 images" in said
+    with Image.open(out.with_suffix(".png")) as picture:
+        shown = {color for _, color in picture.convert("RGB").getcolors()}
+    assert set(COLORS) <= shown
+
+
+def test_fit_to_digits_from_the_command_line(tmp_path, capsys):
+    out = tmp_path / "digits.npy"
+    assert run(["fit", "digits", str(out), "--n_colors", "8"]) == 0
+    rgb = Palette.load(out).rgb.numpy()
+    assert len(rgb) == 8
+    assert np.ptp(rgb.astype(int), axis=1).max() == 0  # digits are grey
+    error = float(re.search(r"RMSE ([\d.]+) of 255 per channel on 1000 images", capsys.readouterr().out)[1])
+    assert 0 < error < 255 / 8 / 2
+
+
+def test_nothing_is_overwritten_by_chance(folder, tmp_path):
+    out = tmp_path / "p.npy"
+    fit(str(folder), str(out), 2)
+    before = out.read_bytes()
+    with pytest.raises(FileExistsError, match=r"p\.npy exists; pass --overwrite true"):
+        fit(str(folder), str(out), 3)
+    assert out.read_bytes() == before
+    out.unlink()
+    with pytest.raises(FileExistsError, match=r"p\.png exists"):
+        fit(str(folder), str(out), 3)
+    fit(str(folder), str(out), 3, overwrite=True)
+    assert len(Palette.load(out)) == 3
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("p.bin", {}, r"saved as a \.npy file"),
+        ("p.npy", {"split": "trian"}, "no split 'trian'; it has train"),
+        ("p.npy", {"n_colors": 5}, "4 distinct colours, fewer than n_colors 5"),
+    ],
+)
+def test_mistakes_are_explained(folder, tmp_path, out, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(str(folder), str(tmp_path / out), **options)
+    assert not list(tmp_path.glob("p.*"))
+
+
+def test_a_bad_image_is_named(folder, tmp_path):
+    (folder / "1.png").write_bytes(b"no image")
+    with pytest.raises(BadImageError, match=r"row 1 .*1\.png"):
+        fit(str(folder), str(tmp_path / "p.npy"), 2)
+
+
+def test_a_limit_spreads_over_the_split(folder):
+    source = open_source(str(folder))
+    widths = [image.width for image in images_of(source, "train", 2)]
+    assert widths == [4, 6]
+    assert len(list(images_of(source, "train", 4))) == 4
+
+
+def test_show(tmp_path, capsys):
+    show("gray:16", str(tmp_path / "new" / "sheet.png"))
+    said = capsys.readouterr().out
+    assert "K 16" in said
+    assert Palette.load("gray:16").sha256 in said
+    assert "values -1.00000 to 1.00000" in said
+    with Image.open(tmp_path / "new" / "sheet.png") as picture:
+        assert {(x, x, x) for x in range(0, 256, 17)} <= {color for _, color in picture.getcolors()}

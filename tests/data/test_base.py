@@ -1,0 +1,252 @@
+import datasets
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
+from lightning_igpt.data.base import ImageDataModule
+
+from .helpers import noise, picture, rows, tiny
+
+ALL = [PretrainDataModule, ProbeDataModule, FineTuneDataModule]
+
+
+def ready(cls, source="digits", **options):
+    data = cls(source, **options)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def column(loader, key="sample"):
+    return torch.cat([batch[key] for batch in loader])
+
+
+class Looker(LightningModule):
+    """Trains on nothing and remembers what it is given."""
+
+    def __init__(self, image_size=8):
+        super().__init__()
+        self.config = ImageGPTConfig(n_layer=1, n_head=1, n_embd=8, image_size=image_size)
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = {"train": [], "val": [], "test": []}
+
+    def training_step(self, batch, batch_idx):
+        self.seen["train"].append(batch)
+        return self.weight * 0
+
+    def validation_step(self, batch, batch_idx):
+        self.seen["val"].append(batch)
+
+    def test_step(self, batch, batch_idx):
+        self.seen["test"].append(batch)
+
+    def predict_step(self, batch, batch_idx):
+        return batch["sample"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(**options):
+    return Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_batches_of_every_protocol(cls):
+    data = ready(cls, batch_size=100, image_size=8)
+    assert (data.num_classes, data.class_names[3], data.batches_per_epoch) == (10, "3", 12)
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        batch = next(iter(loader))
+        assert batch["image"].dtype == torch.uint8 and batch["image"].shape[1:] == (3, 8, 8)
+        assert batch["label"].dtype == batch["sample"].dtype == torch.int64
+        assert len(batch["image"]) == len(batch["label"]) == len(batch["sample"]) <= 100
+    for loader, n in ((data.val_dataloader(), 144), (data.test_dataloader(), 360)):
+        assert column(loader).tolist() == list(range(n))
+
+
+def test_everything_is_known_only_after_setup():
+    data = PretrainDataModule()
+    assert (data.num_classes, data.class_names, data.batches_per_epoch) == (None, None, None)
+    with pytest.raises(RuntimeError, match="setup"):
+        data.train_dataloader()
+
+
+def test_probe_reads_every_training_image_once_and_plain():
+    data = ready(ProbeDataModule, tiny(26), batch_size=4, image_size=4)
+    loader = data.train_dataloader()
+    assert column(loader).tolist() == list(range(23))
+    values = column(loader, "image")[:, 0, 0, 0].tolist() + column(data.val_dataloader(), "image")[:, 0, 0, 0].tolist()
+    assert sorted(values) == list(range(26))
+    assert column(loader, "label").tolist() == [value % 2 for value in values[:23]]
+
+
+def test_training_and_validation_share_no_image():
+    for cls in ALL:
+        data = ready(cls, tiny(30), batch_size=3, image_size=8)
+        train = set(column(data.train_dataloader(), "image")[:, 0, 0, 0].tolist())
+        val = set(column(data.val_dataloader(), "image")[:, 0, 0, 0].tolist())
+        assert len(train) == 27 and len(val) == 3 and not train & val
+
+
+def test_labels_follow_their_images():
+    for cls in ALL:
+        data = ready(cls, tiny(30), batch_size=3, image_size=8)
+        for loader in (data.train_dataloader(), data.val_dataloader()):
+            assert torch.equal(column(loader, "image")[:, 0, 0, 0] % 2, column(loader, "label"))
+
+
+def test_random_crop_is_for_large_training_images():
+    large = rows([noise((40, 40), 1)] * 10)
+    for random_crop, kinds in ((True, 9), (False, 1)):
+        data = ready(PretrainDataModule, large, batch_size=3, image_size=8, random_crop=random_crop)
+        assert len(column(data.train_dataloader(), "image").unique(dim=0)) == kinds
+        assert len(column(data.val_dataloader(), "image").unique(dim=0)) == 1
+
+
+def test_augmentation_of_fine_tuning():
+    images = rows([noise((8, 8), 1)] * 20, [0, 1] * 10)
+    for options, kinds in (({}, range(6, 19)), ({"pad": 0, "flip": False}, [1]), ({"pad": 0}, [2])):
+        data = ready(FineTuneDataModule, images, batch_size=6, image_size=8, **options)
+        assert len(column(data.train_dataloader(), "image").unique(dim=0)) in kinds
+        assert len(column(data.val_dataloader(), "image").unique(dim=0)) == 1
+    with pytest.raises(ValueError, match="pad is 8, but .*\\(8\\)"):
+        ready(FineTuneDataModule, images, batch_size=6, image_size=8, pad=8).train_dataloader()
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_workers_change_nothing(cls):
+    plain, busy = (
+        ready(cls, rows([noise((20, 20), i) for i in range(12)], [0, 1] * 6), batch_size=3, image_size=8, num_workers=n)
+        for n in (0, 1)
+    )
+    assert torch.equal(column(plain.train_dataloader(), "image"), column(busy.train_dataloader(), "image"))
+
+
+def test_image_size_is_the_networks():
+    module, data = Looker(image_size=6), PretrainDataModule(tiny(30), batch_size=9)
+    trainer(max_steps=2).fit(module, data)
+    assert {batch["image"].shape for batch in module.seen["train"]} == {(9, 3, 6, 6)}
+    assert {batch["image"].shape for batch in module.seen["val"]} == {(3, 3, 6, 6)}
+    assert next(iter(ready(PretrainDataModule, tiny(30), batch_size=9).train_dataloader()))["image"].shape[-1] == 32
+
+
+def test_a_trainer_validates_tests_and_predicts():
+    module, data = Looker(), ProbeDataModule("digits", batch_size=64)
+    run = trainer()
+    run.validate(module, data, verbose=False)
+    run.test(module, data, verbose=False)
+    assert column(module.seen["val"]).tolist() == list(range(144))
+    assert column(module.seen["test"]).tolist() == list(range(360))
+    assert torch.cat(run.predict(module, data)).tolist() == list(range(360))
+
+
+def test_no_validation():
+    module, data = Looker(), PretrainDataModule(tiny(8), batch_size=4, val_fraction=0)
+    trainer(max_epochs=1).fit(module, data)
+    assert len(module.seen["train"]) == 2 and not module.seen["val"]
+
+
+def test_no_test_split_names_the_option():
+    data = ready(PretrainDataModule, tiny(9), batch_size=2, image_size=4)
+    with pytest.raises(ValueError, match="no test split; set test_split to one of: train"):
+        data.test_dataloader()
+    assert len(column(data.predict_dataloader())) == 1  # validation stands in
+
+
+def test_pretraining_needs_no_labels():
+    bare = ready(PretrainDataModule, rows([picture(i) for i in range(9)]), batch_size=2, image_size=4)
+    assert "label" not in next(iter(bare.train_dataloader())) and bare.num_classes is None
+    hidden = ready(PretrainDataModule, rows([picture()] * 4, [0, 1, -1, 0]), batch_size=2, image_size=4)
+    assert "label" not in next(iter(hidden.train_dataloader()))
+
+
+@pytest.mark.parametrize("cls", [ProbeDataModule, FineTuneDataModule])
+def test_bad_labels_stop_before_training(cls):
+    images = [picture(i) for i in range(9)]
+    for source, message in (
+        (rows(images), "has no labels"),
+        (rows(images, [0] * 9), "a single class"),
+        (rows(images, [0, 1, -1] * 3), "hidden"),
+        (rows(images, [0, 1, None] * 3), "have no 'label'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ready(cls, source)
+
+
+def test_hidden_test_labels_do_not_stop_training():
+    splits = datasets.DatasetDict(train=tiny(9), test=rows([picture()] * 3, [-1] * 3))
+    data = ready(FineTuneDataModule, splits, batch_size=2, image_size=4, pad=1)
+    assert "label" in next(iter(data.train_dataloader()))
+    assert "label" not in next(iter(data.predict_dataloader()))
+    with pytest.raises(ValueError, match="split 'test' .*hidden"):
+        data.test_dataloader()
+
+
+def test_too_few_images_for_one_step():
+    for cls in (PretrainDataModule, FineTuneDataModule):
+        with pytest.raises(ValueError, match=r"23 training images, but one step takes 64 .*at most 23"):
+            ready(cls, tiny(26), batch_size=64, image_size=8).train_dataloader()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"cache": "disk"}, "cache is 'disk'"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainDataModule(**options)
+    if "cache" not in options:
+        with pytest.raises(ValueError, match="pad is -1"):
+            FineTuneDataModule(pad=-1)
+
+
+def test_overfit_batches_is_refused():
+    with pytest.raises(TypeError, match="overfit_batches"):
+        trainer(max_steps=2, overfit_batches=1).fit(Looker(), PretrainDataModule(tiny(30), batch_size=9))
+
+
+def test_hyperparameters_are_plain_values(tmp_path):
+    data = FineTuneDataModule(tiny(30), batch_size=9, pad=2)
+    run = trainer(max_steps=2)
+    run.fit(Looker(), data)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    found = torch.load(tmp_path / "a.ckpt", weights_only=True)["datamodule_hyper_parameters"]
+    assert (found["source"], found["batch_size"], found["pad"]) == ("Dataset", 9, 2)
+    again = FineTuneDataModule.load_from_checkpoint(tmp_path / "a.ckpt", source=tiny(30), weights_only=True)
+    assert (again.batch_size, again.pad) == (9, 2)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_the_command_line_builds_it(cls):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(ImageDataModule, "data")
+    name = f"lightning_igpt.data.{cls.__name__}"
+    config = parser.parse_args(
+        [f"--data={name}", "--data.init_args.source=owner/name", "--data.init_args.batch_size=7"]
+    )
+    data = parser.instantiate(config).data
+    assert type(data) is cls and (data.source, data.batch_size, data.cache) == ("owner/name", 7, "auto")
+    # A source is a string there: a class would let a config file import any module.
+    with pytest.raises(Exception, match="source"):
+        parser.parse_args([f"--data={name}", '--data.init_args.source={"class_path": "pdb.Pdb"}'])
+
+
+def test_every_option_is_documented_for_the_command_line():
+    parser = ArgumentParser()
+    parser.add_class_arguments(FineTuneDataModule, "data")
+    undocumented = [
+        a.dest for a in parser._actions if a.dest.startswith("data.") and len(a.help.split("(type")[0]) < 10
+    ]
+    assert not undocumented

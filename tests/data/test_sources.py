@@ -1,0 +1,183 @@
+import datasets
+import pytest
+from datasets import ClassLabel, Features, Image, Value
+
+from lightning_igpt.data.sources import open_source
+
+from .helpers import encoded, noise, picture, rows, save_images, tiny
+
+
+def shape(source):
+    return {name: len(split) for name, split in source.splits.items()}
+
+
+def first_bytes(source, split="train"):
+    return source.splits[split][0][source.image_column]["bytes"]
+
+
+def test_digits():
+    source = open_source("digits", need_labels=True)
+    assert shape(source) == {"train": 1437, "test": 360} and source.name == "digits"
+    assert source.class_names == [str(i) for i in range(10)]
+    assert source.labels("test").tolist() == source.splits["test"]["label"]
+
+
+def test_in_memory():
+    dataset = tiny(6)
+    source = open_source(dataset)
+    assert shape(source) == {"train": 6} and first_bytes(source) == encoded(picture(0))
+    assert "6 rows" in source.name and source.labels("train").tolist() == [0, 1, 0, 1, 0, 1]
+    both = open_source(datasets.DatasetDict(train=dataset, test=dataset.select([1])))
+    assert shape(both) == {"train": 6, "test": 1} and first_bytes(both, "test") == encoded(picture(1))
+    assert dataset.features["image"].decode  # the caller's data set is as it was
+
+
+def test_a_transform_of_the_caller_does_not_get_in_the_way():
+    dataset = tiny(3).with_transform(lambda batch: {"image": ["changed"] * len(batch["image"])})
+    assert first_bytes(open_source(dataset)) == encoded(picture(0))
+
+
+def test_streams_are_refused_with_a_cure():
+    with pytest.raises(TypeError, match="streaming=False, or materialise"):
+        open_source(tiny(3).to_iterable_dataset())
+    with pytest.raises(TypeError, match="materialise"):
+        open_source(datasets.IterableDatasetDict(train=tiny(3).to_iterable_dataset()))
+
+
+def test_the_cure_for_streams_works():
+    stream = tiny(3).to_iterable_dataset()
+    dataset = datasets.Dataset.from_list(list(stream.take(100_000)), features=stream.features)
+    assert shape(open_source(dataset)) == {"train": 3}
+
+
+def test_parquet(tmp_path):
+    dataset = tiny(5).rename_column("image", "img")
+    (tmp_path / "set").mkdir()
+    dataset.to_parquet(tmp_path / "set/train-00000-of-00001.parquet")
+    dataset.select([4]).to_parquet(tmp_path / "set/test-00000-of-00001.parquet")
+    folder = open_source(str(tmp_path / "set"))
+    assert shape(folder) == {"train": 5, "test": 1} and folder.image_column == "img"
+    assert first_bytes(folder, "test") == encoded(picture(4)) and folder.class_names == ["a", "b"]
+    file = open_source(tmp_path / "set/test-00000-of-00001.parquet")
+    assert shape(file) == {"train": 1} and first_bytes(file) == encoded(picture(4))
+
+
+def test_saved_to_disk(tmp_path):
+    tiny(4).save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=tiny(4), test=tiny(2)).save_to_disk(tmp_path / "two")
+    assert shape(open_source(tmp_path / "one")) == {"train": 4}
+    assert shape(open_source(str(tmp_path / "two"))) == {"train": 4, "test": 2}
+
+
+def test_image_folder(tmp_path):
+    save_images(tmp_path, ["train/b/1.png", "train/a/2.png", "test/b/3.png"])
+    source = open_source(str(tmp_path), need_labels=True)
+    assert source.class_names == ["a", "b"] and source.labels("test").tolist() == [1]
+    assert source.splits["train"][1]["image"]["path"] == str(tmp_path / "train/b/1.png")
+
+
+def test_image_folder_with_metadata(tmp_path):
+    save_images(tmp_path, ["1.png", "2.png"])
+    (tmp_path / "metadata.csv").write_text("file_name,kind\n1.png,dog\n2.png,cat\n")
+    source = open_source(str(tmp_path), label_column="kind")
+    assert source.class_names == ["cat", "dog"] and sorted(source.labels("train").tolist()) == [0, 1]
+
+
+def test_a_path_that_exists_wins_over_the_hub(tmp_path, monkeypatch):
+    save_images(tmp_path / "owner/name", ["1.png"])
+    monkeypatch.chdir(tmp_path)
+    assert shape(open_source("owner/name")) == {"train": 1}
+
+
+def test_hub_id_that_cannot_be_reached():
+    with pytest.raises(ValueError, match=r"cannot open 'nobody/nothing': no such folder here, and .*hub"):
+        open_source("nobody/nothing")
+
+
+@pytest.mark.parametrize("missing", ["./cifar", "../cifar", "a/b/c", "/no/such", "a/b.parquet", "two words"])
+def test_missing_paths_are_called_paths(missing):
+    with pytest.raises(FileNotFoundError, match="no file or folder") as caught:
+        open_source(missing)
+    assert missing in str(caught.value) and "hub" not in str(caught.value)
+
+
+def test_other_sources_that_are_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"'cifar10'.* called 'owner/name'"):
+        open_source("cifar10")
+    with pytest.raises(ValueError, match="holds no images"):
+        open_source(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds no images"):
+        open_source(tmp_path)
+    with pytest.raises(ValueError, match="not Parquet"):
+        open_source(tmp_path / "notes.txt")
+    with pytest.raises(TypeError, match="source is a list"):
+        open_source([1, 2])
+    with pytest.raises(ValueError, match="no splits"):
+        open_source(datasets.DatasetDict())
+    save_images(tmp_path, ["1.png"])
+    tiny(1).to_parquet(tmp_path / "2.parquet")
+    with pytest.raises(ValueError, match="1 images and 1 Parquet files"):
+        open_source(tmp_path)
+
+
+def test_image_columns_of_other_types(tmp_path):
+    noise().save(tmp_path / "a.png")
+    content = encoded(noise())
+    values = {
+        "raw": (content, Value("binary")),
+        "file": (str(tmp_path / "a.png"), Value("string")),
+        "both": ({"bytes": content, "path": None}, {"bytes": Value("binary"), "path": Value("string")}),
+    }
+    dataset = datasets.Dataset.from_dict(
+        {name: [value] for name, (value, _) in values.items()},
+        features=Features({name: feature for name, (_, feature) in values.items()}),
+    )
+    with pytest.raises(ValueError, match="set image_column"):
+        open_source(dataset)
+    for name, key in (("raw", "bytes"), ("both", "bytes"), ("file", "path")):
+        row = open_source(dataset, image_column=name).splits["train"][0][name]
+        assert row[key] == (content if key == "bytes" else str(tmp_path / "a.png"))
+
+
+def test_every_split_needs_the_image_column():
+    with pytest.raises(ValueError, match="a split of .* has no column 'image'; its columns: other"):
+        open_source(
+            datasets.DatasetDict(train=tiny(2), test=tiny(2).select_columns("image").rename_column("image", "other"))
+        )
+
+
+def test_splits_that_number_their_classes_differently():
+    train = rows([picture()] * 3, [0, 1, 2], names=["ant", "bee", "cow"])
+    test = rows([picture()] * 2, [0, 1], names=["bee", "cow"])
+    source = open_source(datasets.DatasetDict(train=train, test=test), need_labels=True)
+    assert source.labels("test").tolist() == [1, 2]
+
+
+def test_train_split_decides_the_classes():
+    splits = datasets.DatasetDict(
+        small=rows([picture()], [0], names=["bee"]), big=rows([picture()] * 2, [0, 1], names=["ant", "bee"])
+    )
+    assert open_source(splits, train_split="big").class_names == ["ant", "bee"]
+    assert open_source(splits, train_split="big").labels("small").tolist() == [1]
+
+
+def test_labels_are_optional_until_needed():
+    bare = rows([picture()] * 2)
+    assert open_source(bare).class_names is None
+    with pytest.raises(ValueError, match="has no labels"):
+        open_source(bare).labels("train")
+    with pytest.raises(ValueError, match="has no labels: .*set|has no labels: .*Set label_column"):
+        open_source(bare, need_labels=True)
+    ids = bare.add_column("label", [7, 10**12])
+    assert open_source(ids).label_column is None
+    with pytest.raises(ValueError, match="numbers up to 1000000000000"):
+        open_source(ids, need_labels=True)
+
+
+def test_a_test_split_without_labels_is_found_when_asked_for():
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    hidden = datasets.Dataset.from_dict({"image": tiny(2)["image"][:], "label": [-1, -1]}, features=features)
+    source = open_source(datasets.DatasetDict(train=tiny(4), test=hidden), need_labels=True)
+    with pytest.raises(ValueError, match="split 'test' are outside .*hidden"):
+        source.labels("test")

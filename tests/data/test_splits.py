@@ -1,0 +1,71 @@
+import datasets
+import pytest
+
+from lightning_igpt.data.sources import open_source
+from lightning_igpt.data.splits import split_source
+
+from .helpers import tiny
+
+
+def split(sizes, val_fraction=0.1, seed=0, **options):
+    source = open_source(datasets.DatasetDict({name: tiny(n) for name, n in sizes.items()}))
+    return split_source(source, val_fraction=val_fraction, seed=seed, **options)
+
+
+def chosen(parts):
+    return {role: (part.split, len(part)) for role, part in parts.items()}
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
+def test_splits_of_the_source_are_taken(name):
+    parts = split({"train": 5, name: 3, "test": 2, "unlabelled": 9})
+    assert chosen(parts) == {"train": ("train", 5), "val": (name, 3), "test": ("test", 2)}
+
+
+def test_hold_out_is_seeded_and_never_overlaps():
+    parts = split({"train": 57, "test": 3})
+    assert chosen(parts) == {"train": ("train", 51), "val": ("train", 6), "test": ("test", 3)}
+    train, val = (parts[role].rows_of(range(len(parts[role]))) for role in ("train", "val"))
+    assert sorted(train + val) == list(range(57)) and train == sorted(train)
+    again, other = split({"train": 57}), split({"train": 57}, seed=1)
+    assert again["val"].rows.tolist() == val and other["val"].rows.tolist() != val
+
+
+def test_hold_out_says_so(monkeypatch):
+    said = []
+    monkeypatch.setattr("lightning_igpt.data.splits.rank_zero_info", said.append)
+    split({"train": 57})
+    assert len(said) == 1 and "holding out 6 of 57 rows of 'train'" in said[0]
+    split({"train": 57, "val": 3})
+    assert len(said) == 1
+
+
+def test_no_hold_out():
+    assert chosen(split({"train": 5}, val_fraction=0)) == {"train": ("train", 5)}
+
+
+def test_named_splits():
+    parts = split({"a": 5, "b": 4, "c": 3, "test": 2}, train_split="b", val_split="test", test_split="c")
+    assert chosen(parts) == {"train": ("b", 4), "val": ("test", 2), "test": ("c", 3)}
+
+
+def test_training_on_the_test_split_leaves_nothing_to_test_on():
+    assert chosen(split({"test": 10}, train_split="test")) == {"train": ("test", 9), "val": ("test", 1)}
+
+
+@pytest.mark.parametrize(
+    "sizes, options, message",
+    [
+        ({"test": 4}, {}, "no split named 'train'; set train_split to one of: test"),
+        ({"train": 4}, {"val_split": "vla"}, "val_split is 'vla', but .* has the splits train"),
+        ({"train": 4}, {"val_split": "train"}, "val_split is 'train', which is the training split"),
+        ({"train": 4}, {"test_split": "train"}, "test_split is 'train', which is the training split"),
+        ({"train": 1}, {}, "'train' of .* has 1 rows; holding out 1"),
+        ({"train": 4, "test": 0}, {}, "no rows in the split 'test'"),
+        ({"train": 4}, {"val_fraction": 1.0}, "val_fraction is 1.0"),
+        ({"train": 4}, {"val_fraction": -0.1}, "val_fraction is -0.1"),
+    ],
+)
+def test_errors(sizes, options, message):
+    with pytest.raises(ValueError, match=message):
+        split(sizes, **options)

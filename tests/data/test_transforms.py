@@ -1,0 +1,95 @@
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lightning_igpt.data.transforms import (
+    CenterCrop,
+    PadCropFlip,
+    RandomCrop,
+    draw_generator,
+    random_resized_crop,
+    reflect_pad_crop_flip,
+    resize_center_crop,
+)
+
+from .helpers import noise
+
+
+def test_an_image_that_fits_is_untouched():
+    image = noise((8, 8))
+    assert resize_center_crop(image, 8) is image
+
+
+@pytest.mark.parametrize("size", [(20, 12), (12, 20), (12, 12), (21, 12)])
+def test_center_crop_is_the_middle_square_resized(size):
+    image = noise(size)
+    left, top = (size[0] - 12) / 2, (size[1] - 12) / 2
+    wanted = image.resize((6, 6), Image.Resampling.BILINEAR, box=(left, top, left + 12, top + 12))
+    assert resize_center_crop(image, 6).tobytes() == wanted.tobytes()
+
+
+def test_center_crop_averages_instead_of_skipping():
+    """Antialiasing: a board of black and white pixels becomes grey."""
+    board = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
+    assert np.abs(np.asarray(resize_center_crop(board, 8)).astype(int) - 128).max() <= 2
+
+
+def test_small_images_are_enlarged():
+    assert resize_center_crop(noise((5, 3)), 8).size == (8, 8)
+
+
+def test_random_crop_bounds():
+    """Every crop lies inside the image and spans 224/384 to 224/256 of the shorter side."""
+    width, height = 1000, 800
+    x, y = np.meshgrid(np.arange(width) / width * 255, np.arange(height) / height * 255)
+    ramp = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+    sides = []
+    for sample in range(200):
+        crop = np.asarray(random_resized_crop(ramp, 16, generator=draw_generator(0, sample))).astype(float)
+        middle = crop[8, :, 0]
+        sides.append((middle[15] - middle[0]) * 16 / 15 / 255 * width / height)
+    assert min(sides) > 224 / 384 - 0.02 and max(sides) < 224 / 256 + 0.02
+    assert min(sides) < 0.62 and max(sides) > 0.83  # and uses the whole range
+
+
+def test_which_images_are_cropped_at_random():
+    crop = RandomCrop(8, seed=1)
+    assert not crop.is_random(noise((40, 15))) and crop.is_random(noise((16, 40)))
+    small, large = noise((40, 15)), noise((16, 40))
+    assert crop(small, 5).tobytes() == CenterCrop(8)(small, 5).tobytes()
+    assert crop(large, 5).tobytes() != crop(large, 6).tobytes()
+    assert crop(large, 5).tobytes() == pickle.loads(pickle.dumps(crop))(large, 5).tobytes()
+    assert crop(large, 5).tobytes() != RandomCrop(8, seed=2)(large, 5).tobytes()
+
+
+@pytest.mark.parametrize("pad", [0, 1, 4, 7])
+def test_pad_crop_flip_against_numpy(pad):
+    pixels = np.asarray(noise((8, 8))).transpose(2, 0, 1)
+    padded = np.pad(pixels, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")
+    possible = {
+        padded[:, top : top + 8, left : left + 8][:, :, ::step].tobytes()
+        for top in range(2 * pad + 1)
+        for left in range(2 * pad + 1)
+        for step in (1, -1)
+    }
+    found = {
+        reflect_pad_crop_flip(pixels, pad=pad, flip=True, generator=draw_generator(3, sample)).tobytes()
+        for sample in range(3000)
+    }
+    assert found == possible  # 450 outcomes at most, 3000 draws: each is seen
+
+
+def test_flip_can_be_left_out():
+    pixels = np.asarray(noise((8, 8))).transpose(2, 0, 1)
+    for sample in range(20):
+        assert np.array_equal(PadCropFlip(0, False)(pixels, sample), pixels)
+
+
+def test_draws_depend_on_seed_and_sample_alone():
+    np.random.seed(0)
+    first = draw_generator(1, 2).random(4)
+    np.random.random(100)
+    assert np.array_equal(first, draw_generator(1, 2).random(4))
+    assert len({draw_generator(seed, sample).random() for seed in range(20) for sample in range(20)}) == 400

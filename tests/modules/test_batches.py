@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.modules.batches import need_labels, read_batch, to_bytes
+from lightning_igpt.palette import Palette
+
+CONFIG = ImageGPTConfig(n_layer=1, n_head=1, n_embd=4, vocab_size=8, image_size=4)
+PALETTE = Palette.load("gray:8")
+IMAGES = torch.randint(256, (3, 3, 4, 4), dtype=torch.uint8, generator=torch.manual_seed(0))
+LABELS = torch.tensor([0, 2, 1])
+
+
+def read(batch):
+    return read_batch(batch, PALETTE, CONFIG)
+
+
+def test_every_form_of_batch_gives_the_same_tokens():
+    tokens = PALETTE.quantize(IMAGES)
+    forms = [
+        IMAGES,
+        (IMAGES, LABELS),
+        [IMAGES, LABELS],
+        {"image": IMAGES, "label": LABELS},
+        {"tokens": tokens, "label": LABELS},
+        {"image": IMAGES.float() / 255},
+        {"image": IMAGES.double() / 255},
+    ]
+    for form in forms:
+        assert torch.equal(read(form).tokens, tokens)
+    assert read(IMAGES).labels is None
+    for form in forms[1:5]:
+        assert torch.equal(read(form).labels, LABELS)
+
+
+def test_grey_images_are_rgb_with_equal_channels():
+    grey = IMAGES[:, :1]
+    assert torch.equal(read(grey).tokens, PALETTE.quantize(grey.expand(-1, 3, -1, -1)))
+
+
+def test_bytes_survive_the_way_through_floats():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_bytes(every.float() / 255), every)
+    assert torch.equal(to_bytes((every.float() / 255).half().float().clamp(0, 1)), every)
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        (IMAGES.permute(0, 2, 3, 1), ValueError, r"permute\(0, 3, 1, 2\)"),
+        (IMAGES[0], ValueError, r"shape \(B, 3, 4, 4\); got \(3, 4, 4\)"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ValueError, "8 x 8 but the network reads 4 x 4"),
+        (torch.zeros(2, 3, 4, 6, dtype=torch.uint8), ValueError, "4 x 6 but the network reads 4 x 4"),
+        (IMAGES.float() / 127.5 - 1, ValueError, "Leave out the normalisation"),
+        (torch.full((1, 3, 4, 4), float("nan")), ValueError, r"must lie in \[0, 1\]"),
+        (IMAGES.int(), TypeError, "uint8, or floats"),
+        ({"img": IMAGES}, TypeError, r"\['img'\].*'image' or 'tokens'"),
+        ({"image": [IMAGES[0]]}, TypeError, "stack them"),
+        ("cat.png", TypeError, "got str"),
+        ({"tokens": torch.zeros(2, 9, dtype=torch.long)}, ValueError, r"\(B, 16\).*image_size=4"),
+        ({"tokens": torch.full((2, 16), 8)}, ValueError, "run from 8 to 8; this network has 8 colours"),
+    ],
+)
+def test_wrong_batches_say_what_was_expected(batch, error, message):
+    with pytest.raises(error, match=message):
+        read(batch)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, "has no labels"),
+        (torch.tensor([0, 1, 3]), r"run from 0 to 3, but num_classes is 3"),
+        (torch.tensor([0, -1, 1]), "hidden labels"),
+        (torch.tensor([0.0, 1.0, 2.0]), "must be integers"),
+        (torch.tensor([[0], [1], [2]]), "must be integers of shape"),
+    ],
+)
+def test_wrong_labels_say_so(labels, message):
+    with pytest.raises(ValueError, match=message):
+        need_labels(read({"image": IMAGES, "label": labels}), 3)

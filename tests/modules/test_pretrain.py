@@ -1,0 +1,143 @@
+import math
+
+import lightning
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_igpt.modules import PretrainModule
+from lightning_igpt.objectives import draw_mask, masked_pixel_loss, next_pixel_loss
+from lightning_igpt.palette import Palette
+from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
+
+
+def module(config=TINY, **options):
+    torch.manual_seed(0)
+    return PretrainModule(config, "gray:8", **options)
+
+
+def test_a_plain_trainer_with_a_plain_loader_of_bytes_trains(tmp_path):
+    images, _ = labelled_images()
+    plain = DataLoader(images, batch_size=8)
+    trainer = lightning.Trainer(
+        max_steps=60, accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False
+    )
+    model = module(lr=0.01)
+    trainer.fit(model, plain, plain)
+    nats = trainer.callback_metrics["val/nats_per_pixel"].item()
+    assert nats < 0.7 * math.log(8)
+    assert trainer.callback_metrics["val/bits_per_pixel"].item() == pytest.approx(nats / math.log(2))
+
+
+@pytest.mark.parametrize("config", [TINY, BERT])
+def test_the_training_loss_is_the_objective(config):
+    model = module(config, seed=7).train()
+    model.log = lambda *args, **kwargs: None
+    torch.nn.init.normal_(model.network.lm_head.weight)
+    images, _ = labelled_images(4)
+    samples = torch.tensor([3, 1, 4, 1])
+    loss = model.training_step({"image": images, "sample": samples}, 0)
+    tokens = Palette.load("gray:8").quantize(images)
+    if config is TINY:
+        expected = next_pixel_loss(model.network(tokens), tokens)
+    else:
+        masked = draw_mask(samples, 16, seed=7)
+        expected = masked_pixel_loss(model.network(tokens, masked=masked), tokens, masked)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("config", [TINY, BERT])
+def test_validation_does_not_depend_on_batching(tmp_path, config):
+    """A mean over images, not over batches, and the same masks every time."""
+    model = module(config)
+    torch.nn.init.normal_(model.network.lm_head.weight)
+    images, _ = labelled_images(13)
+    found = []
+    for batch_size in (13, 4):
+        rows = [{"image": image, "sample": torch.tensor(i)} for i, image in enumerate(images)]
+        data = DataLoader(rows, batch_size=batch_size)
+        found.append(quiet_trainer(tmp_path).validate(model, data, verbose=False)[0]["val/nats_per_pixel"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_masks_differ_between_steps_and_repeat_between_validations(tmp_path):
+    model, seen = module(BERT), []
+    model.network.register_forward_pre_hook(
+        lambda network, args, kwargs: seen.append((network.training, kwargs["masked"].clone())), with_kwargs=True
+    )
+    data = loader(8)  # its batches carry no sample numbers
+    quiet_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0).fit(model, data, data)
+    training = [masked for mode, masked in seen if mode]
+    validation = [masked for mode, masked in seen if not mode]
+    assert len(training) == len(validation) == 2
+    assert not torch.equal(training[0], training[1])
+    assert not torch.equal(training[0][0], training[0][1])
+    assert torch.equal(validation[0], validation[1])
+
+
+def test_a_checkpoint_needs_nothing_else_and_opens_safely(tmp_path):
+    palette_file = tmp_path / "mine.npy"
+    colors = torch.rand(8, 3, generator=torch.manual_seed(0)) * 2 - 1
+    Palette(colors).save(palette_file)
+    model = PretrainModule(TINY, str(palette_file), lr=0.02)
+    trainer = quiet_trainer(tmp_path, max_steps=2)
+    trainer.fit(model, loader())
+    path = trainer.checkpoint_callback.best_model_path
+    palette_file.unlink()
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["lightning_igpt"]["palette_sha256"] == model.palette.sha256
+    again = PretrainModule.load_from_checkpoint(path)
+    assert again.lr == 0.02 and again.config == TINY and again.palette == Palette(colors)
+    for mine, other in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(mine, other)
+    assert not [key for key in checkpoint["state_dict"] if checkpoint["state_dict"][key].numel() > 2**20]
+
+
+def test_pretrained_starts_from_the_weights_and_palette(tmp_path):
+    model = module()
+    trainer = quiet_trainer(tmp_path, max_steps=1)
+    trainer.fit(model, loader())
+    path = trainer.checkpoint_callback.best_model_path
+    warm = PretrainModule(pretrained=path)
+    assert warm.config == TINY and warm.palette == model.palette
+    assert torch.equal(warm.network.wte.weight, model.network.wte.weight)
+    with pytest.raises(ValueError, match=r"n_embd 16 \(asked for: 128\)"):
+        PretrainModule("igpt_tiny", pretrained=path)
+    with pytest.raises(ValueError, match="uses the palette"):
+        PretrainModule(pretrained=path, palette=Palette(-Palette.load("gray:8").colors.flip(0) * 0.9))
+
+
+def test_palette_and_network_must_agree():
+    with pytest.raises(ValueError, match=r"palette has 16 colours but the network's vocab_size is 512"):
+        PretrainModule("igpt_tiny", "gray:16")
+
+
+def test_resuming_with_another_palette_or_network_is_refused(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_steps=1)
+    trainer.fit(module(), loader())
+    path = trainer.checkpoint_callback.best_model_path
+    permuted = Palette(Palette.load("gray:8").colors.flip(0))  # the same colours under other numbers
+    for other, message in [
+        (PretrainModule(TINY, permuted), "uses the palette"),
+        (PretrainModule({**TINY.to_dict(), "n_layer": 3}, "gray:8"), "n_layer 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            quiet_trainer(tmp_path, max_steps=2).fit(other, loader(), ckpt_path=path)
+
+
+@pytest.mark.parametrize("config", [TINY, BERT])
+def test_predict_keeps_the_upper_half(tmp_path, config):
+    model, data = module(config), loader(8)
+    found = torch.cat(quiet_trainer(tmp_path).predict(model, data))
+    truth = model.palette.dequantize(model.palette.quantize(labelled_images(8)[0]))
+    assert found.shape == truth.shape and found.dtype == torch.uint8
+    assert torch.equal(found[:, :, :2], truth[:, :, :2])
+    assert torch.equal(found, torch.cat(quiet_trainer(tmp_path).predict(model, data)))
+
+
+def test_warm_up_and_cosine_follow_the_run(tmp_path):
+    model = module(lr=1.0, warmup_steps=2)
+    rates = []
+    model.on_train_batch_end = lambda *args: rates.append(model.optimizers().param_groups[0]["lr"])
+    quiet_trainer(tmp_path, max_steps=4).fit(model, loader())
+    assert rates == pytest.approx([1.0, 1.0, 0.5, 0.0], abs=1e-6)

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_sample_image
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from lightning_igpt import kmeans
+from lightning_igpt.kmeans import fit_palette
+from lightning_igpt.palette import Palette
+
+KNOWN = np.array([[250, 240, 230], [0, 0, 0], [200, 10, 20], [20, 180, 30], [10, 20, 220]], dtype=np.uint8)
+SORTED = KNOWN[[1, 4, 2, 3, 0]]  # by luminance
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """uint8 (N, 3, 32, 32) tiles of a photograph."""
+    image = torch.from_numpy(load_sample_image("flower.jpg")[:192:2, :192:2].copy()).permute(2, 0, 1)
+    return image.unfold(1, 32, 32).unfold(2, 32, 32).permute(1, 2, 0, 3, 4).reshape(-1, 3, 32, 32).contiguous()
+
+
+@pytest.fixture(scope="module")
+def fitted(photo):
+    return fit_palette(photo, 16)
+
+
+def as_images(tensor, kind):
+    arrays = [image.permute(1, 2, 0).contiguous().numpy() for image in tensor]
+    return {
+        "array": lambda: tensor.numpy(),
+        "tensors": lambda: iter(tensor),
+        "batches": lambda: [tensor[:4], tensor[4:]],
+        "arrays": lambda: arrays,
+        "pictures": lambda: [Image.fromarray(array) for array in arrays],
+        "rows": lambda: [{"label": 3, "img": Image.fromarray(array)} for array in arrays],
+        "named rows": lambda: [{"label": 3, "img": array, "other": array} for array in arrays],
+        "backwards": lambda: tensor.flip(0),
+    }[kind]()
+
+
+def test_known_colours_are_found():
+    pixels = KNOWN[np.random.default_rng(0).integers(0, 5, 1000)]
+    images = torch.from_numpy(pixels).T.reshape(1, 3, 25, 40)
+    palette = fit_palette(images, 5)
+    assert np.allclose(palette.colors, SORTED / 127.5 - 1, atol=1e-6)
+    assert np.array_equal(palette.rgb, SORTED)
+    assert palette.rmse(images) == 0
+
+
+def test_colours_weigh_as_often_as_they_occur():
+    images = torch.tensor([0, 0, 0, 4, 255], dtype=torch.uint8).expand(1, 3, 1, 5)
+    assert fit_palette(images, 2).rgb.tolist() == [[1] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize(
+    "kind", ["array", "tensors", "batches", "arrays", "pictures", "rows", "named rows", "backwards"]
+)
+def test_the_same_pixels_give_the_same_bytes(photo, fitted, kind):
+    column = "img" if kind == "named rows" else None
+    assert fit_palette(as_images(photo, kind), 16, image_column=column) == fitted
+
+
+def test_the_seed_decides(photo, fitted):
+    assert fit_palette(photo, 16, seed=0) == fitted
+    assert fit_palette(photo, 16, seed=1) != fitted
+
+
+def test_the_size_of_chunks_changes_nothing(photo, fitted, monkeypatch):
+    monkeypatch.setattr(kmeans, "_CHUNK", 3000)
+    assert fit_palette(photo, 16) == fitted
+
+
+def test_clustering_runs_on_one_thread(photo, fitted, monkeypatch):
+    seen = []
+    fit = KMeans.fit
+
+    def watched(self, *args, **kwargs):
+        seen.extend(pool["num_threads"] for pool in threadpool_info())
+        return fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(KMeans, "fit", watched)
+    with threadpool_limits(2):
+        assert fit_palette(photo, 16) == fitted
+    assert set(seen) == {1}
+
+
+def test_images_of_different_sizes_and_modes_mix(photo, fitted):
+    first, *others = as_images(photo, "pictures")
+    mixed = [first.crop((0, 0, 32, 10)), first.crop((0, 10, 32, 32)).convert("RGBA"), *others]
+    assert fit_palette(mixed, 16) == fitted
+
+
+def test_merged_colours_lose_little(photo, fitted, monkeypatch):
+    monkeypatch.setattr(kmeans, "_MAX_POINTS", 1000)
+    merged = fit_palette(photo, 16)
+    assert merged != fitted
+    assert merged.rmse(photo) < 1.05 * fitted.rmse(photo)
+
+
+def test_many_colours_are_merged_less(photo, monkeypatch):
+    monkeypatch.setattr(kmeans, "_MAX_POINTS", 1000)
+    few = len(np.unique(photo.permute(0, 2, 3, 1).reshape(-1, 3) // 4, axis=0))
+    palette = fit_palette(photo, few + 1, max_iter=1)  # more than there are merged colours
+    assert len(palette) == few + 1
+
+
+def test_it_beats_even_greys_and_improves_with_colours(photo, fitted):
+    assert fit_palette(photo, 64).rmse(photo) < fitted.rmse(photo) < Palette.load("gray:16").rmse(photo)
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "error", "message"),
+    [
+        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), {"n_colors": 2}, ValueError, "1 distinct colours.*n_colors 2"),
+        ([], {"n_colors": 2}, ValueError, "0 distinct colours"),
+        ([], {"n_colors": 1}, ValueError, "n_colors is 1"),
+        (torch.zeros(1, 3, 4, 4), {}, TypeError, "torch.float32"),
+        (np.zeros((1, 4, 4, 3), dtype=np.uint8), {}, ValueError, r"permute\(0, 3, 1, 2\)"),
+        ([np.zeros((3, 4, 4), dtype=np.uint8)], {}, TypeError, r"ndarray \(3, 4, 4\) of uint8"),
+        ([np.zeros((4, 4, 3))], {}, TypeError, "float64"),
+        ("digits", {}, TypeError, "images is a str"),
+        ({"train": []}, {}, TypeError, "one split"),
+        ([{"a": Image.new("L", (1, 1)), "b": Image.new("L", (1, 1))}], {}, ValueError, r"\['a', 'b'\]"),
+        ([{"a": 1}], {}, ValueError, r"\['a'\]"),
+        ([{"a": Image.new("L", (1, 1))}], {"image_column": "image"}, ValueError, r"'image'.*\['a'\]"),
+        ([{"a": 1}], {"image_column": "a"}, TypeError, "a int"),
+    ],
+)
+def test_wrong_images_are_explained(images, options, error, message):
+    with pytest.raises(error, match=message):
+        fit_palette(images, **options)

@@ -1,0 +1,191 @@
+import hashlib
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_igpt import lookup
+from lightning_igpt.lookup import N_COLORS, build_table, cache_folder, cached_table
+from lightning_igpt.palette import Palette
+
+RNG = np.random.default_rng(0)
+LEVELS = np.arange(256) / 127.5 - 1
+STAND_IN = np.arange(N_COLORS, dtype=np.int32).astype(np.int16)
+
+
+def grid(n):
+    """A cube of n^3 evenly spaced colours: many exact ties."""
+    steps = np.linspace(-1, 1, n)
+    return np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
+
+
+def sphere(n):
+    points = RNG.normal(size=(n, 3))
+    return points / np.linalg.norm(points, axis=1, keepdims=True)
+
+
+PALETTES = {
+    "openai": Palette.load("openai").colors.numpy(),
+    "two": [[-1, -1, -1], [1, 1, 1]],
+    "gray:8": Palette.load("gray:8").colors.numpy(),
+    "gray:64": Palette.load("gray:64").colors.numpy(),
+    "random": RNG.uniform(-1, 1, (512, 3)),
+    "grid": grid(6)[RNG.permutation(216)],
+    "a cluster": RNG.uniform(-0.01, 0.01, (300, 3)),
+    "a sphere": sphere(300),
+    "many": RNG.uniform(-1, 1, (2000, 3)),
+}
+
+
+def brute_force(colors, codes):
+    """The rule, colour by colour."""
+    centres = colors.astype(np.float64)
+    result = []
+    for part in np.array_split(codes, len(codes) * len(colors) // 4_000_000 + 1):
+        red, green, blue = (LEVELS[part >> shift & 255][:, None] for shift in (16, 8, 0))
+        red, green, blue = red - centres[:, 0], green - centres[:, 1], blue - centres[:, 2]
+        result.append(np.argmin((red**2 + green**2) + blue**2, axis=1))
+    return np.concatenate(result)
+
+
+@pytest.mark.parametrize("name", PALETTES)
+def test_table_equals_brute_force(name):
+    colors = np.asarray(PALETTES[name], dtype=np.float32)
+    table = build_table(colors)
+    own = np.rint(127.5 * (colors.astype(np.float64) + 1)).astype(np.int64) @ (1 << 16, 1 << 8, 1)
+    n_random = 100_000 if name == "openai" else min(20_000, 10_000_000 // len(colors))
+    codes = np.concatenate([own, RNG.integers(0, N_COLORS, n_random)])
+    assert table.dtype == np.int16
+    assert table.shape == (N_COLORS,)
+    assert np.array_equal(table[codes], brute_force(colors, codes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["openai", "gray:8", "random", "grid"])
+def test_table_equals_brute_force_for_every_colour(name):
+    colors = np.asarray(PALETTES[name], dtype=np.float32)
+    table = build_table(colors).reshape(256, 256, 256)
+    red, green, blue = ((LEVELS[:, None] - colors[:, channel].astype(np.float64)) ** 2 for channel in range(3))
+    for r in range(256):
+        for g in range(256):
+            assert np.array_equal(table[r, g], np.argmin((red[r] + green[g]) + blue, axis=1)), (r, g)
+
+
+def test_the_lowest_id_wins_a_tie():
+    colors = np.array([[0.5, 0, 0], [-0.5, 0, 0], [0, 0.5, 0]], dtype=np.float32)
+    table = build_table(colors)
+    black, white = 0, N_COLORS - 1
+    assert table[black] == 1
+    assert table[white] == 0  # (1,1,1) is as far from 0 as from 2
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_IGPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def palette():
+    return np.array([[-0.3, 0.1, 0.2], [0.4, 0.1, -0.6]], dtype=np.float32)
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """A list that grows with every build; what is built is a stand-in."""
+    done = []
+
+    def build(colors):
+        done.append(colors)
+        return STAND_IN.copy()
+
+    monkeypatch.setattr(lookup, "build_table", build)
+    return done
+
+
+def files_in(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_a_table_is_built_once_and_then_read(folder, palette, builds, caplog):
+    first = cached_table(palette, "name")
+    second = cached_table(palette, "name")
+    assert np.array_equal(first, STAND_IN)
+    assert np.array_equal(second, STAND_IN)
+    assert len(builds) == 1 and builds[0] is palette
+    assert not caplog.records
+    (file,) = files_in(folder)
+    assert file.name == "name.v1.table"
+    content = file.read_bytes()
+    assert content[:-32] == first.astype("<i2").tobytes()
+    assert content[-32:] == hashlib.sha256(content[:-32]).digest()
+
+
+def flip_a_bit(content):
+    return content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_bit,
+        lambda content: content[:-1] + b"\0" if content[-1:] != b"\0" else content[:-1] + b"\1",
+        lambda content: content[:5_000_001],
+        lambda content: content + b"\0\0",
+    ],
+    ids=["flipped bit", "wrong digest", "truncated", "too long"],
+)
+def test_a_damaged_file_is_replaced(folder, palette, builds, caplog, damage):
+    cached_table(palette, "name")
+    (file,) = files_in(folder)
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert np.array_equal(cached_table(palette, "name"), STAND_IN)
+    assert len(builds) == 2
+    assert "damaged" in caplog.text
+    assert file.read_bytes() == whole
+    assert files_in(folder) == [file]
+
+
+def test_an_unusable_folder_is_only_a_warning(tmp_path, monkeypatch, palette, builds, caplog):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LIGHTNING_IGPT_CACHE", str(tmp_path / "file"))
+    assert np.array_equal(cached_table(palette, "name"), STAND_IN)
+    assert len(builds) == 1
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "LIGHTNING_IGPT_CACHE" in caplog.text
+
+
+def test_a_full_disk_leaves_nothing_behind(folder, palette, builds, monkeypatch, caplog):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lookup.os, "fsync", full)
+    assert np.array_equal(cached_table(palette, "name"), STAND_IN)
+    assert len(builds) == 1
+    assert "No space left" in caplog.text
+    assert files_in(folder) == []
+
+
+def test_where_the_cache_lies(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_IGPT_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("LIGHTNING_IGPT_CACHE")
+    assert cache_folder() == tmp_path / "shared" / "lightning_igpt"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == tmp_path / "home" / ".cache" / "lightning_igpt"
+
+
+def test_a_user_without_a_home_still_gets_a_table(monkeypatch, palette, builds, caplog):
+    monkeypatch.delenv("LIGHTNING_IGPT_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert np.array_equal(cached_table(palette, "name"), STAND_IN)
+    assert "home directory" in caplog.text

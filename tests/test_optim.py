@@ -1,0 +1,49 @@
+import math
+
+import pytest
+import torch
+
+from lightning_igpt.optim import default_warmup, make_adam, warmup_cosine
+from tests.networks import SMALL, random_network
+
+
+def rates(warmup, total):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=2.0)
+    scheduler = warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total)
+    found = []
+    for _ in range(total):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found, optimizer.param_groups[0]["lr"]
+
+
+def test_rises_linearly_then_falls_along_a_cosine_to_zero():
+    found, after = rates(4, 20)
+    assert found[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert found[4:] == pytest.approx([1 + math.cos(math.pi * i / 16) for i in range(16)])
+    assert after == pytest.approx(0, abs=1e-12)
+
+
+def test_warm_up_longer_than_the_run_is_refused():
+    with pytest.raises(ValueError, match="warmup_steps is 30 but the run has 20"):
+        rates(30, 20)
+
+
+def test_default_warm_up_is_an_epoch_but_at_most_a_tenth():
+    assert default_warmup(1_000_000, 10_009) == 10_009
+    assert default_warmup(500, 10_009) == 50
+    assert default_warmup(5, None) == 1
+
+
+def test_only_matrices_are_decayed():
+    network = random_network(SMALL)
+    network.wpe.weight.requires_grad_(False)
+    optimizer = make_adam(network.parameters(), lr=0.1, betas=(0.9, 0.95), weight_decay=0.5)
+    decayed, plain = optimizer.param_groups
+    assert decayed["weight_decay"] == 0.5 and all(parameter.ndim == 2 for parameter in decayed["params"])
+    assert plain["weight_decay"] == 0.0 and all(parameter.ndim == 1 for parameter in plain["params"])
+    count = sum(1 for parameter in network.parameters() if parameter.requires_grad)
+    assert len(decayed["params"]) + len(plain["params"]) == count
+    assert decayed["betas"] == (0.9, 0.95)

@@ -1,0 +1,330 @@
+import copy
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_sample_images
+
+from lightning_igpt import palette as palette_module
+from lightning_igpt.palette import Palette
+
+OPENAI_FILE = Path(palette_module.__file__).parent / "assets" / "openai_512.npy"
+COLORS = [[-1.0, 0.0, 0.25], [0.5, -0.125, 1.0], [0.1, 0.2, 0.3]]
+
+
+@pytest.fixture(scope="module")
+def openai():
+    return Palette.load("openai")
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    """Real images: uint8 (N, 3, 32, 32)."""
+    images = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)[:, :, :416, :640]
+    small = torch.nn.functional.interpolate(images.float(), scale_factor=0.5, mode="area").round().to(torch.uint8)
+    return small[:, :, :192].unfold(2, 32, 32).unfold(3, 32, 32).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 32, 32)
+
+
+# The released colours
+
+
+def test_openai_palette_is_the_published_one(openai):
+    assert hashlib.sha256(OPENAI_FILE.read_bytes()).hexdigest() == (
+        "c614a3d27f02fd6cf02fbbaf9f02e2431fa202726f3e44750658a85eb226bebd"
+    )
+    array = np.load(OPENAI_FILE)
+    assert openai.sha256 == hashlib.sha256(array.tobytes()).hexdigest()
+    assert len(openai) == 512
+    assert np.array_equal(openai.colors.numpy(), array)
+    expected = [[0.88664436, 0.66188294, 0.38917464], [-0.6042559, -0.02295009, 0.54237974]]
+    assert np.allclose(openai.colors[:2].numpy(), expected, rtol=0, atol=3e-8)
+
+
+def test_openai_decodes_as_published(openai):
+    published = np.rint(127.5 * (np.load(OPENAI_FILE) + 1.0))  # in float32, as in src/run.py
+    assert np.array_equal(openai.rgb.numpy(), published)
+    assert len(np.unique(openai.rgb.numpy(), axis=0)) == 512
+
+
+def test_tokens_equal_those_of_transformers(openai, tiles):
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.ImageGPTImageProcessorPil(clusters=openai.to_list(), do_resize=False)
+    expected = processor(list(tiles.permute(0, 2, 3, 1).numpy()), input_data_format="channels_last")["input_ids"]
+    assert np.array_equal(openai.quantize(tiles).numpy(), np.stack(expected))
+
+
+# Values
+
+
+def test_a_palette_is_a_value(openai):
+    same = Palette(torch.tensor(COLORS, dtype=torch.float64))
+    assert Palette(COLORS) == same
+    assert hash(Palette(COLORS)) == hash(same)
+    assert Palette(COLORS) != Palette(COLORS[::-1])
+    assert Palette(COLORS) != "openai"
+    assert "3 colours" in repr(same)
+    assert same.sha256[:12] in repr(same)
+    with pytest.raises(AttributeError):
+        same.colors = torch.zeros(3, 3)
+    same.colors.fill_(0)
+    same.rgb.fill_(0)
+    assert same.to_list() == np.array(COLORS, dtype=np.float32).tolist()
+
+
+def test_minus_zero_is_zero():
+    assert Palette([[-0.0, 1, 1], [0, 0, 0]]) == Palette([[0.0, 1, 1], [0, 0, 0]])
+
+
+def test_a_pickle_holds_the_colours_alone(openai, tiles):
+    openai.quantize(tiles[:1])
+    content = pickle.dumps(openai)
+    assert len(content) < 512 * 12 + 1000
+    assert pickle.loads(content) == openai
+    assert copy.deepcopy(openai) == openai
+
+
+@pytest.mark.parametrize(
+    ("colors", "message"),
+    [
+        (np.zeros((4, 4)), r"shape \(K, 3\), not \(4, 4\)"),
+        ([[0, 0, 0]], "2 to 32768 colours, not 1"),
+        (np.random.default_rng(0).uniform(-1, 1, (32769, 3)), "2 to 32768 colours, not 32769"),
+        ([[0, 0, 0], [0, float("nan"), 0]], "colour 1 is not finite"),
+        ([[0, 0, 0], [0, 255, 128]], r"from 0 to 255; .*/ 127.5 - 1"),
+        ([[0, 0, 0], [1, 1, 1], [0, 0, 0]], "colours 0 and 2 are the same"),
+        ([[0, 0, 0], [1, 1]], "K rows of three numbers"),
+        (np.array([[{}, 1, 2], [1, 2, 3]], dtype=object), "K rows of three numbers"),
+        ("openai", r"Palette.load\('openai'\)"),
+    ],
+)
+def test_wrong_colours_are_refused(colors, message):
+    with pytest.raises(ValueError, match=message):
+        Palette(colors)
+
+
+# Pictures to tokens and back
+
+
+def test_tokens_follow_the_raster(openai):
+    tokens = torch.randperm(512)[:15].view(1, 15)
+    images = openai.rgb[tokens].view(1, 3, 5, 3).permute(0, 3, 1, 2)  # 3 high, 5 wide
+    result = openai.quantize(images)
+    assert result.dtype == torch.int64
+    assert torch.equal(result, tokens)
+
+
+def test_strange_strides_change_nothing(openai, tiles):
+    expected = openai.quantize(tiles[:4])
+    assert torch.equal(openai.quantize(tiles[:4].to(memory_format=torch.channels_last)), expected)
+    wide = torch.zeros(4, 3, 32, 64, dtype=torch.uint8)
+    wide[..., ::2] = tiles[:4]
+    assert torch.equal(openai.quantize(wide[..., ::2]), expected)
+
+
+def test_what_came_back_once_stays(openai, tiles):
+    once = openai.dequantize(openai.quantize(tiles))
+    assert once.dtype == torch.uint8
+    assert once.shape == tiles.shape
+    assert once.is_contiguous()
+    assert torch.equal(openai.dequantize(openai.quantize(once)), once)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64])
+def test_tokens_may_have_any_integer_type(dtype):
+    palette = Palette.load("gray:3")
+    images = palette.dequantize(torch.tensor([[0, 1, 2, 0]], dtype=dtype))
+    assert images.tolist() == [[[[0, 128], [255, 0]]] * 3]
+
+
+def test_an_empty_batch_stays_empty(openai):
+    tokens = openai.quantize(torch.zeros(0, 3, 4, 6, dtype=torch.uint8))
+    assert tokens.shape == (0, 24)
+    assert openai.dequantize(tokens[:, :16]).shape == (0, 3, 4, 4)
+
+
+def test_rmse_is_the_error_of_the_round_trip(openai, tiles):
+    difference = openai.dequantize(openai.quantize(tiles)).double() - tiles.double()
+    assert openai.rmse(tiles) == pytest.approx(float((difference**2).mean().sqrt()), rel=1e-6)
+    assert Palette.load("gray:2").rmse(torch.tensor([0, 3, 255], dtype=torch.uint8).expand(1, 3, 1, 3)) == (
+        pytest.approx(3**0.5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(1, 3, 2, 2), TypeError, r"torch.float32; .*\* 255\).round\(\)"),
+        (torch.zeros(1, 3, 2, 2, dtype=torch.int64), TypeError, "uint8.*torch.int64"),
+        (np.zeros((1, 3, 2, 2), dtype=np.uint8), TypeError, "not a ndarray"),
+        (torch.zeros(3, 2, 2, dtype=torch.uint8), ValueError, r"images\[None\]"),
+        (torch.zeros(1, 2, 2, 3, dtype=torch.uint8), ValueError, r"permute\(0, 3, 1, 2\)"),
+        (torch.zeros(1, 1, 2, 2, dtype=torch.uint8), ValueError, r"expand\(-1, 3, -1, -1\)"),
+        (torch.zeros(1, 4, 2, 2, dtype=torch.uint8), ValueError, r"\(1, 4, 2, 2\)"),
+    ],
+)
+def test_wrong_images_are_refused(openai, images, error, message):
+    with pytest.raises(error, match=message):
+        openai.quantize(images)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "error", "message"),
+    [
+        (torch.full((1, 4), 512), None, ValueError, r"from 512 to 512, but 512 colours have ids 0\.\.511"),
+        (torch.tensor([[0, -1, 3, 3]]), None, ValueError, "from -1 to 3"),
+        (torch.zeros(1, 5, dtype=torch.int64), None, ValueError, "5 tokens .* 2 x 2"),
+        (torch.zeros(1, 4, dtype=torch.int64), 3, ValueError, "4 tokens .* 3 x 3"),
+        (torch.zeros(4, dtype=torch.int64), None, ValueError, r"\(B, T\), not \(4,\)"),
+        (torch.zeros(1, 4), None, TypeError, "torch.float32"),
+        (torch.zeros(1, 4, dtype=torch.bool), None, TypeError, "torch.bool"),
+    ],
+)
+def test_wrong_tokens_are_refused(openai, tokens, size, error, message):
+    with pytest.raises(error, match=message):
+        openai.dequantize(tokens, size)
+
+
+def test_equal_palettes_share_one_table(monkeypatch):
+    loaded = []
+    load = palette_module.cached_table
+    monkeypatch.setattr(palette_module, "cached_table", lambda *args: (loaded.append(1), load(*args))[1])
+    images = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
+    for _ in range(3):
+        Palette(COLORS[:2]).quantize(images)
+    assert len(loaded) == 1
+
+
+@pytest.mark.slow
+def test_quantize_in_a_compiled_step(openai, tiles):
+    fresh = Palette(openai.colors.flip(0))  # its table does not exist yet: the build must not be traced
+    compiled = torch.compile(lambda images: fresh.quantize(images) + 1)
+    assert torch.equal(compiled(tiles), fresh.quantize(tiles) + 1)
+    assert torch.equal(fresh.dequantize(fresh.quantize(tiles)), openai.dequantize(openai.quantize(tiles)))
+
+
+@pytest.mark.gpu
+def test_a_cuda_device_gives_the_same(openai, tiles):
+    tokens = openai.quantize(tiles.cuda())
+    assert tokens.device.type == "cuda"
+    assert torch.equal(tokens.cpu(), openai.quantize(tiles))
+    assert torch.equal(openai.dequantize(tokens).cpu(), openai.dequantize(tokens.cpu()))
+    assert openai.rmse(tiles.cuda()) == pytest.approx(openai.rmse(tiles), rel=1e-6)
+
+
+# Names and files
+
+
+@pytest.mark.parametrize("spec", ["openai", "gray:2", "gray:16", "gray:256", COLORS])
+def test_spec_loads_the_same_palette(spec):
+    palette = Palette.load(spec)
+    assert Palette.load(json.loads(json.dumps(palette.spec))) == palette
+    assert palette.spec == (spec if isinstance(spec, str) else palette.to_list())
+    assert Palette.load(palette) is palette
+
+
+def test_a_shuffled_openai_palette_has_no_name(openai):
+    shuffled = Palette(openai.colors.flip(0))
+    assert shuffled.spec == shuffled.to_list()
+    assert shuffled.sha256 != openai.sha256
+
+
+def test_gray_steps_are_even():
+    assert Palette.load("gray:5").colors.tolist() == [[x] * 3 for x in (-1, -0.5, 0, 0.5, 1)]
+    assert Palette.load("gray:256").rgb.tolist() == [[x] * 3 for x in range(256)]
+
+
+def test_files_give_the_palette_back(tmp_path, openai, monkeypatch):
+    openai.save(tmp_path / "new" / "p.npy")
+    assert Palette.load(tmp_path / "new" / "p.npy") == openai
+    monkeypatch.chdir(tmp_path)
+    assert Palette.load("new/p.npy") == openai
+    with pytest.raises(ValueError, match=r"\.npy"):
+        openai.save(tmp_path / "p.bin")
+
+
+def test_hugging_face_folders_give_the_palette(tmp_path, openai, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    transformers.ImageGPTImageProcessorPil(clusters=openai.colors.numpy()).save_pretrained(tmp_path / "owner" / "name")
+    assert Palette.load(tmp_path / "owner" / "name") == openai
+    assert Palette.load(str(tmp_path / "owner" / "name" / "preprocessor_config.json")) == openai
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)  # a path that exists wins over a hub id
+    assert Palette.load("owner/name") == openai
+
+
+def test_hub_ids_give_the_palette(tmp_path, monkeypatch):
+    def download(repository, name):
+        assert (repository, name) == ("owner/name", "preprocessor_config.json")
+        (tmp_path / name).write_text(json.dumps({"clusters": COLORS}))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert Palette.load("owner/name") == Palette(COLORS)
+
+
+def test_hub_errors_are_told(monkeypatch):
+    def offline(repository, name):
+        raise ConnectionError("Cannot reach the hub: offline mode is enabled.")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    with pytest.raises(ValueError, match=r"no file or folder 'owner/name'.*offline mode") as caught:
+        Palette.load("owner/name")
+    assert "give the folder" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("opnai", ValueError, "did you mean 'openai'"),
+        ("grey:16", ValueError, "did you mean 'gray:16'"),
+        ("something", ValueError, r"no palette 'something'\. A palette is 'openai', 'gray:K'"),
+        ("gray:1", ValueError, "2 to 32768 colours, not 1"),
+        ("gray:99999", ValueError, "2 to 32768 colours, not 99999"),
+        ("https://example.com/p.npy", ValueError, "not downloaded"),
+        ("nowhere.npy", FileNotFoundError, "nowhere.npy"),
+        ("./nowhere", FileNotFoundError, "./nowhere"),
+        ("a/b/c", FileNotFoundError, "a/b/c"),
+        (None, ValueError, r"shape \(K, 3\)"),
+    ],
+)
+def test_wrong_names_are_explained(spec, error, message):
+    with pytest.raises(error, match=message):
+        Palette.load(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("preprocessor_config.json", b'{"size": 32}', ValueError, "no 'clusters'"),
+        ("preprocessor_config.json", b"[1]", ValueError, "no 'clusters'"),
+        ("preprocessor_config.json", b"{", ValueError, "cannot be read"),
+        ("p.npy", b"", ValueError, "cannot be read"),
+        ("p.npy", b"garbage", ValueError, "cannot be read"),
+        ("p.txt", b"0 0 0", ValueError, r"ends in \.npy"),
+    ],
+)
+def test_damaged_files_are_explained(tmp_path, name, content, error, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=message) as caught:
+        Palette.load(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_a_folder_without_a_palette_is_explained(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):
+        Palette.load(tmp_path)
+
+
+class Trap:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was run",)
+
+
+def test_pickles_are_never_opened(tmp_path):
+    np.save(tmp_path / "p.npy", np.array([[Trap(), 1, 2]] * 2, dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="cannot be read as plain numbers"):
+        Palette.load(tmp_path / "p.npy")

@@ -1,0 +1,165 @@
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import ImageGPTConfig as TheirConfig
+from transformers import ImageGPTForCausalImageModeling
+
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.sampling import complete, draw, inpaint, score
+from lightning_igpt.weights import huggingface
+from tests.networks import SMALL, SMALL_BERT, random_network, random_tokens
+
+
+def naive_complete(network, prompt, generator, **options):
+    """One full forward pass per pixel, as in OpenAI's own sampler."""
+    tokens = torch.cat([prompt, prompt.new_zeros(len(prompt), network.config.n_positions - prompt.shape[1])], 1)
+    for position in range(prompt.shape[1], network.config.n_positions):
+        tokens[:, position] = draw(network(tokens)[:, position], generator=generator, **options)
+    return tokens
+
+
+@pytest.mark.parametrize("given", [0, 1, 8, 15])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8}])
+def test_cached_completion_equals_the_naive_one(given, options):
+    network, prompt = random_network(dtype=torch.float64), random_tokens()[:, :given]
+    expected = naive_complete(network, prompt, torch.manual_seed(3), **options)
+    found = complete(network, prompt, generator=torch.manual_seed(3), **options)
+    assert found.shape == (2, 1, 16)
+    assert torch.equal(found[:, 0], expected)
+
+
+def test_greedy_completion_equals_transformers_generate():
+    torch.manual_seed(0)
+    config = TheirConfig(
+        vocab_size=21, n_positions=16, n_embd=32, n_layer=3, n_head=4,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    theirs = ImageGPTForCausalImageModeling(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.2)
+    ours = huggingface.from_state_dict(theirs.state_dict(), config.to_dict()).eval()
+    prompt = random_tokens()[:, :6]
+    with_sos = torch.cat([torch.full((2, 1), 20), prompt], 1)
+    expected = theirs.generate(with_sos, max_length=17, do_sample=False, pad_token_id=0)[:, 1:]
+    assert torch.equal(complete(ours, prompt, temperature=0)[:, 0], expected)
+
+
+def test_samples_follow_the_models_distribution():
+    """Two pixels of three colours: every picture's frequency against its exact probability."""
+    config = ImageGPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=3, image_size=2)
+    network = random_network(config)
+    pictures = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    probability = score(network, pictures).sum(1).neg().exp()
+    assert probability.sum().item() == pytest.approx(1, abs=1e-5)  # score() is a normalised likelihood
+    drawn = complete(network, torch.empty(1, 0, dtype=torch.long), n_samples=20_000, generator=torch.manual_seed(0))[0]
+    index = (drawn * torch.tensor([27, 9, 3, 1])).sum(1)
+    frequency = torch.bincount(index, minlength=81) / 20_000
+    error = (probability * (1 - probability) / 20_000).sqrt()
+    assert ((frequency - probability).abs() <= 5 * error + 1e-4).all()
+
+
+def test_the_prompt_stays_and_seeds_decide():
+    network, prompt = random_network(), random_tokens()[:, :7]
+    one = complete(network, prompt, n_samples=3, generator=torch.manual_seed(1))
+    assert one.shape == (2, 3, 16)
+    assert torch.equal(one[:, :, :7], prompt[:, None].expand(2, 3, 7))
+    assert torch.equal(one, complete(network, prompt, n_samples=3, generator=torch.manual_seed(1)))
+    assert not torch.equal(one, complete(network, prompt, n_samples=3, generator=torch.manual_seed(2)))
+    assert not torch.equal(one[:, 0], one[:, 1])
+
+
+def test_training_mode_is_given_back():
+    network = random_network().train()
+    complete(network, random_tokens()[:, :8])
+    assert network.training
+
+
+def test_top_k_and_top_p_keep_what_they_say():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
+    drawn = lambda **options: set(draw(logits, generator=torch.manual_seed(0), **options).tolist())  # noqa: E731
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(top_k=2) == {0, 1}
+    assert drawn(top_p=0.5) == {0}
+    assert drawn(top_p=0.51) == {0, 1}
+    assert drawn(top_p=0.9) == {0, 1, 2}
+    assert drawn(top_k=3, top_p=0.79) == {0, 1}
+    frequency = (draw(logits, 0.5, generator=torch.manual_seed(0)) == 0).float().mean()
+    assert frequency.item() == pytest.approx(0.25 / (0.25 + 0.09 + 0.0225 + 0.0025), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"n_samples": 0}, "n_samples is 0"),
+    ],
+)
+def test_wrong_options_say_so(options, message):
+    with pytest.raises(ValueError, match=message):
+        complete(random_network(), random_tokens()[:, :4], **options)
+
+
+def test_wrong_prompts_say_so():
+    network = random_network()
+    with pytest.raises(ValueError, match="16 pixels and the image only 16"):
+        complete(network, random_tokens())
+    with pytest.raises(ValueError, match="run from 0 to 20; this network has 20 colours"):
+        complete(network, torch.tensor([[0, 20]]))
+    with pytest.raises(ValueError, match="int64"):
+        complete(network, torch.rand(1, 3))
+    with pytest.raises(ValueError, match=r"inpaint\(\)"):
+        complete(random_network(SMALL_BERT), random_tokens()[:, :4])
+
+
+def test_inpaint_keeps_what_is_known_and_is_seeded():
+    network, tokens = random_network(SMALL_BERT), random_tokens()
+    known = torch.rand(2, 16, generator=torch.manual_seed(0)) < 0.4
+    filled = inpaint(network, tokens, known, generator=torch.manual_seed(1))
+    assert torch.equal(filled[known], tokens[known])
+    assert torch.equal(filled, inpaint(network, tokens, known, generator=torch.manual_seed(1)))
+    elsewhere = torch.where(known, tokens, (tokens + 1) % 20)
+    assert torch.equal(filled, inpaint(network, elsewhere, known, generator=torch.manual_seed(1)))
+
+
+def test_inpaint_in_one_step_is_the_likeliest_colour():
+    network, tokens = random_network(SMALL_BERT), random_tokens()
+    known = torch.arange(16).expand(2, 16) % 3 > 0
+    expected = torch.where(known, tokens, network(tokens, masked=~known).argmax(-1))
+    assert torch.equal(inpaint(network, tokens, known, steps=1, temperature=0), expected)
+
+
+def test_inpaint_reveals_the_surest_first():
+    network, tokens = random_network(SMALL_BERT), random_tokens(batch=1)
+    known = torch.arange(16).expand(1, 16) < 8
+    seen = []
+    network.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["masked"]), with_kwargs=True)
+    inpaint(network, tokens, known, steps=4, temperature=0)
+    left = [int(masked.sum()) for masked in seen]
+    assert left == [math.floor(8 * math.cos(math.pi / 2 * step / 4)) for step in range(4)]
+    assert all(not (later & ~earlier).any() for earlier, later in itertools.pairwise(seen))
+    certainty = network(tokens.masked_fill(~known, 0), masked=~known).log_softmax(-1).amax(-1)[0]
+    revealed = seen[0][0] & ~seen[1][0]
+    assert certainty[revealed].min() >= certainty[seen[1][0]].max()
+
+
+def test_inpaint_wants_bert_and_equal_shapes():
+    with pytest.raises(ValueError, match=r"complete\(\)"):
+        inpaint(random_network(), random_tokens(), random_tokens() > 0)
+    with pytest.raises(ValueError, match="must both be"):
+        inpaint(random_network(SMALL_BERT), random_tokens(), torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_score_is_the_surprise_of_each_pixel_in_any_batching():
+    network, tokens = random_network(), random_tokens(batch=5)
+    expected = -network(tokens).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+    torch.testing.assert_close(score(network, tokens), expected.detach())
+    torch.testing.assert_close(score(network, tokens, batch_size=2), expected.detach())
+    with pytest.raises(ValueError, match="no likelihood"):
+        score(random_network(SMALL_BERT), tokens)
+    assert score(network, tokens).shape == (5, SMALL.n_positions)

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lightning_igpt.checkpointing import AtomicCheckpointIO
+from lightning_igpt.modules import FineTuneModule, PretrainModule
+from lightning_igpt.trainer import best_precision, make_trainer
+from tests.modules.helpers import TINY, loader
+
+
+def checkpoints(trainer):
+    return [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def test_defaults_for_a_run_counted_in_steps(tmp_path):
+    trainer = make_trainer(max_steps=100, accelerator="cpu", default_root_dir=tmp_path, accumulate_grad_batches=3)
+    assert trainer.max_steps == 100 and trainer.max_epochs == -1
+    assert trainer.val_check_interval == 30 and trainer.check_val_every_n_epoch is None
+    assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+    assert any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks)
+    assert trainer.precision == best_precision("cpu")
+
+
+def test_every_choice_can_be_overridden(tmp_path):
+    mine = ModelCheckpoint()
+    io = TorchCheckpointIO()
+    trainer = make_trainer(
+        max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, precision="64-true", val_check_interval=0.5,
+        callbacks=mine, plugins=io, logger=False,
+    )  # fmt: skip
+    assert checkpoints(trainer) == [mine] and trainer.strategy.checkpoint_io is io
+    assert trainer.precision == "64-true" and trainer.val_check_interval == 0.5 and trainer.check_val_every_n_epoch == 1
+    assert not any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks)
+    assert not checkpoints(make_trainer(max_steps=1, accelerator="cpu", enable_checkpointing=False))
+
+
+def test_a_run_without_an_end_is_refused():
+    with pytest.raises(ValueError, match="max_steps.*or max_epochs"):
+        make_trainer()
+
+
+def test_precision_follows_the_hardware(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert best_precision("cpu") == "32-true"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert best_precision("cpu") == "bf16-mixed"
+
+
+def test_a_run_leaves_a_checkpoint_of_its_last_step(tmp_path):
+    trainer = make_trainer(
+        max_steps=7, checkpoint_every=3, accelerator="cpu", default_root_dir=tmp_path, enable_progress_bar=False
+    )
+    trainer.fit(PretrainModule(TINY, "gray:8"), loader(64), loader())
+    steps = {path.name: torch.load(path, weights_only=True)["global_step"] for path in tmp_path.rglob("*.ckpt")}
+    assert steps == {"final.ckpt": 7, "step=6.ckpt": 6}
+
+
+def test_monitor_keeps_the_best(tmp_path):
+    torch.manual_seed(0)
+    trainer = make_trainer(
+        max_epochs=4, monitor="val/accuracy", accelerator="cpu", default_root_dir=tmp_path, enable_progress_bar=False
+    )
+    module = FineTuneModule(num_classes=3, network=TINY, palette="gray:8", lr=0.02)
+    seen = []
+    module.on_validation_end = lambda: seen.append(trainer.callback_metrics["val/accuracy"].item())
+    trainer.fit(module, loader(), loader())
+    (callback,) = checkpoints(trainer)
+    assert callback.best_model_score.item() == max(seen[1:])  # the first is the sanity check's
