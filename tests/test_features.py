@@ -28,7 +28,9 @@ def test_equals_scikit_learn(digits, standardize, c):
     expected = theirs.predict_proba(scaler.transform(x_test))
     found = torch.from_numpy(logits).softmax(-1).numpy()
     assert np.abs(found - expected).max() < 0.01
-    assert (found.argmax(1) == y_test).mean() == pytest.approx(theirs.score(scaler.transform(x_test), y_test), abs=0.002)
+    assert (found.argmax(1) == y_test).mean() == pytest.approx(
+        theirs.score(scaler.transform(x_test), y_test), abs=0.002
+    )
 
 
 def test_a_constant_feature_does_no_harm(digits):

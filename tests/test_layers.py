@@ -21,7 +21,6 @@ FLOORS = [
     ["cli"],
     ["__main__"],
 ]
-FLOOR = {("palette", "lookup"), ("cli", "commands")}  # a palette keeps its table in a file of its own; cli is a door to commands too
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

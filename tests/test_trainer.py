@@ -36,7 +36,7 @@ def test_every_choice_can_be_overridden(tmp_path):
 
 
 def test_a_run_without_an_end_is_refused():
-    with pytest.raises(ValueError, match="max_steps.*or max_epochs"):
+    with pytest.raises(ValueError, match=r"max_steps.*or max_epochs"):
         make_trainer()
 
 

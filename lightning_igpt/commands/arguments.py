@@ -13,11 +13,20 @@ import jsonargparse
 TRACEBACK = "LIGHTNING_IGPT_TRACEBACK"  # set to anything to see where an error came from
 
 
-def run_function(function: Callable[..., Any] | dict[str, Any], words: Sequence[str], verb: str) -> int:
-    """Parse ``words`` for ``function`` (or one of several, by name) with jsonargparse, and call it."""
+def run_function(
+    function: Callable[..., Any] | dict[str, Any], words: Sequence[str], verb: str, *, positional: bool = False
+) -> int:
+    """Parse ``words`` for ``function`` (or one of several, by name) with jsonargparse, and call it.
+
+    Args:
+        function: What to run, or a mapping from sub-verbs to what to run.
+        words: The words after the verb.
+        verb: The verb, for messages.
+        positional: Take required arguments without their names.
+    """
     prog = f"lightning-igpt {verb}"
     with one_line_errors(prog):
-        jsonargparse.auto_cli(function, args=list(words), prog=prog, as_positional=True)
+        jsonargparse.auto_cli(function, args=list(words), prog=prog, as_positional=positional)
     return 0
 
 

@@ -29,4 +29,4 @@ def convert(source: str, out: str) -> None:
 
 def run(words: Sequence[str]) -> int:
     """Entry point of the verb."""
-    return run_function(convert, words, "convert")
+    return run_function(convert, words, "convert", positional=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def read_images(source: str, size: int, *, split: str | None = None, limit: int 
     return Images(torch.stack(pixels), names)
 
 
-def _read(row: dict[str, object], name: str, size: int) -> Tensor:
+def _read(row: Mapping[str, Any], name: str, size: int) -> Tensor:
     try:
         image = resize_center_crop(decode(row), size)
     except BadImageError as error:
@@ -61,5 +62,5 @@ def _read(row: dict[str, object], name: str, size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, S, S)
 
 
-def _name(row: dict[str, object], split: str, number: int) -> str:
+def _name(row: Mapping[str, Any], split: str, number: int) -> str:
     return Path(str(row["path"])).name if row.get("path") else f"{split}-{number:05d}"

@@ -108,4 +108,4 @@ def mean_error(palette: Palette, images: Iterator[Image.Image]) -> float:
 
 def run(words: Sequence[str]) -> int:
     """Entry point of the verb."""
-    return run_function({"fit": fit, "show": show}, words, "palette")
+    return run_function({"fit": fit, "show": show}, words, "palette", positional=True)

@@ -27,7 +27,7 @@ from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.pictures import image_grid, save_png
 from lightning_igpt.trainer import make_trainer
 
-NETWORK = replace(PRESETS["igpt_tiny"], n_layer=4, vocab_size=16, image_size=8)
+NETWORK = replace(PRESETS["igpt_tiny"], vocab_size=16, image_size=8)
 PALETTE = "gray:16"
 N_PICTURES = 10
 
@@ -51,7 +51,7 @@ class Run:
 
 def quickstart(
     out: str = "igpt-quickstart",
-    steps: int = 700,
+    steps: int = 1200,
     epochs: int = 8,
     seed: int = 0,
 ) -> None:
@@ -87,13 +87,15 @@ def quickstart(
 def pretrain(run: Run, steps: int) -> str:
     """Pretrain; record nats per pixel beside the baselines. Returns the checkpoint's path."""
     module = PretrainModule(NETWORK, PALETTE, lr=0.003, seed=run.seed)
-    data = PretrainDataModule("digits", batch_size=32, seed=run.seed)
+    data = PretrainDataModule("digits", batch_size=16, seed=run.seed)
     trainer = run.trainer("pretrain", max_steps=steps)
     trainer.fit(module, data)
     path = str(run.out / "pretrain.ckpt")
     trainer.save_checkpoint(path)
     val = trainer.validate(module, data, verbose=False)[0]["val/nats_per_pixel"]
-    train_tokens, val_tokens = (module.tokens_of(whole(loader)) for loader in (data.train_dataloader(), data.val_dataloader()))
+    train_tokens, val_tokens = (
+        module.tokens_of(whole(loader)) for loader in (data.train_dataloader(), data.val_dataloader())
+    )
     run.results["pretrain"] = {
         "val_nats_per_pixel": val,
         "uniform_nats_per_pixel": math.log(NETWORK.vocab_size),
@@ -141,7 +143,10 @@ def probe(run: Run, checkpoint: str) -> None:
         trainer.fit(module, data)
         test = trainer.test(module, data, verbose=False)[0]
         found[label] = module.accuracy_by_layer
-        run.results.setdefault("probe", {})[label] = {"best_layer": module.best_layer, "accuracy": test["test/accuracy"]}
+        run.results.setdefault("probe", {})[label] = {
+            "best_layer": module.best_layer,
+            "accuracy": test["test/accuracy"],
+        }
     probes = run.results["probe"]
     run.results["probe"] = {
         "accuracy_by_layer": {str(layer): value for layer, value in found["pretrained"].items()},

@@ -74,4 +74,4 @@ def copy(name: str, to: str = ".", overwrite: bool = False) -> None:
 
 def run(words: Sequence[str]) -> int:
     """Entry point of the verb."""
-    return run_function({"list": list_recipes, "show": show, "copy": copy}, words, "recipes")
+    return run_function({"list": list_recipes, "show": show, "copy": copy}, words, "recipes", positional=True)

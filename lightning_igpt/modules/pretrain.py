@@ -137,7 +137,7 @@ class PretrainModule(LightningModule):
         return self.palette.dequantize(complete(self.network, tokens[:, :given], generator=generator)[:, 0])
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_adam(self.network.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)  # type: ignore[arg-type]
+        optimizer = make_adam(self.network.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         total, per_epoch = total_steps(self.trainer)
         warmup = default_warmup(total, per_epoch) if self.warmup_steps is None else self.warmup_steps
         scheduler = warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total)

@@ -21,9 +21,9 @@ def test_image_column_by_type():
     assert find_image_column(BOTH, None, where="S") == "img"
     two = Features({"a": Image(), "b": Image(), "c": Value("int64")})
     assert find_image_column(two, "b", where="S") == "b"
-    with pytest.raises(ValueError, match="S has several columns of images .'a', 'b'.; set image_column"):
+    with pytest.raises(ValueError, match=r"S has several columns of images \('a', 'b'\); set image_column"):
         find_image_column(two, None, where="S")
-    with pytest.raises(ValueError, match="no column of type Image; set image_column. Its columns: 'x', 'y'"):
+    with pytest.raises(ValueError, match=r"no column of type Image; set image_column\. Its columns: 'x', 'y'"):
         find_image_column(Features({"x": Value("int64"), "y": Value("string")}), None, where="S")
 
 
@@ -39,7 +39,7 @@ def test_columns_that_can_hold_images():
     for feature in (Value("binary"), Value("string"), struct):
         assert find_image_column(Features({"jpg": feature}), "jpg", where="S") == "jpg"
     for feature in (Value("int64"), List(Value("uint8")), ClassLabel(names=["a"]), {"w": Value("int64")}):
-        with pytest.raises(ValueError, match="'jpg' of S has the type .* cannot hold images"):
+        with pytest.raises(ValueError, match=r"'jpg' of S has the type .* cannot hold images"):
             find_image_column(Features({"jpg": feature}), "jpg", where="S")
 
 
@@ -48,7 +48,7 @@ def test_label_column_by_type():
     assert label(Features({"kind": ClassLabel(names=["a"]), "label": Value("int32")})) == "kind"
     assert label(Features({"labels": Value("uint8")})) == "labels"
     assert label(BOTH, "text") == "text" and label(BOTH, "id") == "id"
-    with pytest.raises(ValueError, match="the type .*float32.*; labels are"):
+    with pytest.raises(ValueError, match=r"the type .*float32.*; labels are"):
         label(Features({"score": Value("float32")}), "score")
 
 
@@ -56,9 +56,9 @@ def test_unclear_labels_matter_only_when_needed():
     two = Features({"fine": ClassLabel(names=["a"]), "coarse": ClassLabel(names=["b"])})
     none = Features({"label": Value("string")})
     assert label(two, needed=False) is None and label(none, needed=False) is None
-    with pytest.raises(ValueError, match="several columns of labels .'fine', 'coarse'.; set label_column"):
+    with pytest.raises(ValueError, match=r"several columns of labels \('fine', 'coarse'\); set label_column"):
         label(two)
-    with pytest.raises(ValueError, match="no labels: .*set label_column|no labels: .*Set label_column.*'label'"):
+    with pytest.raises(ValueError, match=r"no labels: .*Set label_column.*'label'"):
         label(none)
 
 
@@ -66,7 +66,7 @@ def test_class_names():
     assert class_names_of(column([1, 0], ClassLabel(names=["u", "v", "w"])), "label") == ["u", "v", "w"]
     assert class_names_of(column([4, 0, 2]), "label") == ["0", "1", "2", "3", "4"]
     assert class_names_of(column(["b", None, "a", "b"]), "label") == ["a", "b"]
-    with pytest.raises(ValueError, match="numbers up to 123456789"):
+    with pytest.raises(ValueError, match=r"numbers up to 123456789"):
         class_names_of(column([0, 123456789]), "label")
 
 
@@ -91,14 +91,12 @@ def test_a_class_that_is_named_but_unused_is_no_error():
 
 def test_bad_labels():
     names = ["cat", "dog"]
-    with pytest.raises(ValueError, match="1 of 3 rows of S, split 'test' have no 'label', the first is row 1"):
+    with pytest.raises(ValueError, match=r"1 of 3 rows of S, split 'test' have no 'label', the first is row 1"):
         encode(column([0, None, 1], ClassLabel(names=names)), names)
-    with pytest.raises(
-        ValueError, match=r"2 of 3 labels .*outside 0\.\.1, the first is -1 in row 1; -1 marks the hidden"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 3 labels .*outside 0\.\.1, the first is -1 in row 1; .*hidden"):
         encode(column([0, -1, -1], ClassLabel(names=names)), names)
     with pytest.raises(ValueError, match=r"outside 0\.\.1, the first is 2 in row 0"):
         encode(column([2, 1]), names)
     for unknown in (column(["dog", "emu"]), column([0], ClassLabel(names=["emu"]))):
-        with pytest.raises(ValueError, match="has the classes 'emu', which the training split does not have"):
+        with pytest.raises(ValueError, match=r"has the classes 'emu', which the training split does not have"):
             encode(unknown, names)

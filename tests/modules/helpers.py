@@ -27,6 +27,4 @@ def loader(n=32, batch_size=8, classes=3, shuffle=False):
 
 def quiet_trainer(folder, **options):
     options = {"logger": False, "accelerator": "cpu", "devices": 1} | options
-    return lightning.Trainer(
-        default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, **options
-    )
+    return lightning.Trainer(default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, **options)

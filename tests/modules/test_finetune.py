@@ -30,7 +30,7 @@ def test_the_loss_is_joint(weight):
 def test_the_head_starts_at_zero_without_bias():
     module = finetune()
     assert module.head.weight.count_nonzero() == 0 and module.head.bias is None
-    assert module((labelled_images(2))).abs().max() == 0
+    assert module(labelled_images(2)).abs().max() == 0
 
 
 @pytest.mark.parametrize("config", [TINY, BERT])
@@ -61,9 +61,7 @@ def test_chain_from_a_checkpoint_and_constant_rate(tmp_path):
 def test_evaluation_does_not_depend_on_batching(tmp_path):
     module = finetune()
     torch.nn.init.normal_(module.head.weight)
-    found = [
-        quiet_trainer(tmp_path).test(module, loader(20, batch_size), verbose=False)[0] for batch_size in (20, 3)
-    ]
+    found = [quiet_trainer(tmp_path).test(module, loader(20, batch_size), verbose=False)[0] for batch_size in (20, 3)]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 

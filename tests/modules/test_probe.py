@@ -81,8 +81,8 @@ def test_bert_features_come_from_masked_inputs(tmp_path):
     module = ProbeModule(network=BERT, palette="gray:8", num_classes=3)
     masks = []
     original = module.network.features
-    module.network.features = lambda tokens, layers, masked: masks.append(masked) or original(
-        tokens, layers, masked=masked
+    module.network.features = lambda tokens, layers, masked: (
+        masks.append(masked) or original(tokens, layers, masked=masked)
     )
     quiet_trainer(tmp_path, max_epochs=1).fit(module, loader(), loader())
     assert 0.05 < torch.cat(masks).float().mean() < 0.25

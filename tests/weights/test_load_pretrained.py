@@ -103,7 +103,9 @@ def test_an_unreachable_hub_id_says_so(monkeypatch):
 def test_openai_checkpoints(tmp_path, monkeypatch, kind):
     """Through the real reader's interface, which a stand-in serves from the golden arrays."""
     arrays = np.load(GOLDEN / f"openai_tf_{kind}.npz", allow_pickle=False)
-    variables = {f"model/{name[7:]}": arrays[name] for name in arrays if name.startswith("weight:") and "_power" not in name}
+    variables = {
+        f"model/{name[7:]}": arrays[name] for name in arrays if name.startswith("weight:") and "_power" not in name
+    }
     variables |= {"model/wte/Adam": arrays["weight:wte"], "beta1_power": np.ones(()), "global_step": np.ones(())}
     reader = types.SimpleNamespace(
         get_variable_to_shape_map=lambda: {name: value.shape for name, value in variables.items()},

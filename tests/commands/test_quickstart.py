@@ -1,0 +1,61 @@
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from lightning_igpt.__main__ import main
+from lightning_igpt.commands.quickstart import unigram_nats
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quickstart")
+    assert main(["quickstart", "--out", str(out), "--steps", "4", "--epochs", "1"]) == 0
+    return out
+
+
+def test_report_json_holds_every_result_and_its_baseline(folder):
+    report = json.loads((folder / "report.json").read_text())
+    density, probe = report["pretrain"], report["probe"]
+    assert density["uniform_nats_per_pixel"] == pytest.approx(math.log(16))
+    assert density["unigram_nats_per_pixel"] == pytest.approx(1.66, abs=0.02)
+    assert density["val_nats_per_pixel"] < density["uniform_nats_per_pixel"]  # four steps do that much
+    assert list(probe["accuracy_by_layer"]) == list(probe["untrained_accuracy_by_layer"]) == [str(i) for i in range(7)]
+    assert probe["best_accuracy"] == probe["accuracy_by_layer"][str(probe["best_layer"])]
+    assert probe["raw_pixels_accuracy"] > 0.94
+    assert 0 < report["finetune"]["accuracy"] < 1 and report["seconds"] > 0
+    assert report["settings"]["network"]["n_embd"] == 96
+
+
+def test_report_html_is_one_file(folder):
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count('<img src="data:image/png;base64,') == 3 and page.count("alt=") == 3
+    assert not re.search(r'(src|href)="(?!data:)', page) and "<script" not in page and "http" not in page
+    assert "$" not in re.sub(r"base64,[^\"]*", "", page)  # every placeholder was filled
+    for name in ("completions.png", "probe_by_layer.png", "loss.png", "pretrain.ckpt"):
+        assert (folder / name).stat().st_size > 1000
+
+
+def test_what_the_report_suggests_works(folder, capsys):
+    checkpoint = str(folder / "pretrain.ckpt")
+    out = folder / "completions"
+    words = ["--pretrained", checkpoint, "--images", "digits", "--out", str(out), "--n_images", "2", "--n_samples", "1"]
+    assert main(["complete", *words]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "000-test-00000-sample1.png", "001-test-00001-sample1.png", "completions.png",
+    ]  # fmt: skip
+    csv = folder / "scores.csv"
+    assert main(["score", "--pretrained", checkpoint, "--images", "digits", "--limit", "5", "--out", str(csv)]) == 0
+    rows = [line.split(",") for line in csv.read_text().splitlines()]
+    assert rows[0] == ["image", "nats_per_pixel", "bits_per_pixel"] and len(rows) == 6
+    nats = [float(row[1]) for row in rows[1:]]
+    assert nats == sorted(nats, reverse=True)
+    assert f"5 images: {sum(nats) / 5:.4f}" in capsys.readouterr().out
+
+
+def test_unigram_is_the_smoothed_frequency_at_each_position():
+    train, val = torch.tensor([[0, 1], [0, 2], [0, 2]]), torch.tensor([[0, 2], [1, 1]])
+    expected = [math.log(6 / 4), math.log(6 / 3), math.log(6 / 1), math.log(6 / 2)]
+    assert unigram_nats(train, val, 3) == pytest.approx(sum(expected) / 4)
