@@ -39,12 +39,12 @@ class IGPTCLI(LightningCLI):
 
     def _need_weights(self) -> None:
         options = self.config[self.subcommand]
-        given = options.get("ckpt_path") or options["model"].get("init_args", {}).get("pretrained")
+        given, cure = options.get("ckpt_path"), "pass --ckpt_path with the checkpoint of a run"
+        if options["model"]["class_path"].endswith("PretrainModule"):  # classifiers are in checkpoints alone
+            given = given or options["model"].get("init_args", {}).get("pretrained")
+            cure += " (or model.init_args.pretrained)"
         if not given:
-            raise ValueError(
-                f"{self.subcommand} would run on random weights: pass --ckpt_path with the checkpoint of a run "
-                "(or model.init_args.pretrained)"
-            )
+            raise ValueError(f"{self.subcommand} would run on random weights: {cure}")
 
 
 def run(words: Sequence[str]) -> IGPTCLI:

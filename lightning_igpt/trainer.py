@@ -51,14 +51,14 @@ def make_trainer(
     Raises:
         ValueError: Neither max_steps nor max_epochs is given.
     """
-    if max_steps < 1 and max_epochs is None and not kwargs.get("fast_dev_run") and "max_time" not in kwargs:
+    # The command line passes every option of Trainer, those not given as None or Trainer's own default.
+    if max_steps < 1 and max_epochs is None and not kwargs.get("fast_dev_run") and not kwargs.get("max_time"):
         raise ValueError("how long to train? Give max_steps (pretraining) or max_epochs (probing, fine-tuning)")
     by_steps = max_steps > 0 and max_epochs is None
-    batches = max_steps * int(kwargs.get("accumulate_grad_batches", 1))
     if val_check_interval is None and by_steps:
-        val_check_interval = max(1, batches // 10)
-    if by_steps:
-        kwargs.setdefault("check_val_every_n_epoch", None)  # steps, not passes over the data, are the clock
+        val_check_interval = max(1, max_steps * int(kwargs.get("accumulate_grad_batches", 1)) // 10)
+    if by_steps and kwargs.get("check_val_every_n_epoch", 1) == 1:
+        kwargs["check_val_every_n_epoch"] = None  # steps, not passes over the data, are the clock
     precision = precision or best_precision(accelerator)
     log.info("precision %s", precision)
     return Trainer(
@@ -95,9 +95,9 @@ def _callbacks(
     kwargs: dict[str, Any],
 ) -> list[Callback]:
     chosen = [given] if isinstance(given, Callback) else list(given or [])
-    if kwargs.get("enable_checkpointing", True) and not any(isinstance(one, ModelCheckpoint) for one in chosen):
+    if kwargs.get("enable_checkpointing") is not False and not any(isinstance(one, ModelCheckpoint) for one in chosen):
         chosen += _checkpoints(max_steps, checkpoint_every, monitor)
-    if kwargs.get("logger", True) and not any(isinstance(one, LearningRateMonitor) for one in chosen):
+    if kwargs.get("logger") is not False and not any(isinstance(one, LearningRateMonitor) for one in chosen):
         chosen.append(LearningRateMonitor(logging_interval="step"))
     return chosen
 

@@ -48,6 +48,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, objective, accumul
             folder, max_steps=8, checkpoint_every=3, val_check_interval=4, accumulate_grad_batches=accumulate
         )
         if stop is not None:
+
             def interrupt(*_):
                 if runner.global_step == stop:
                     raise KeyboardInterrupt

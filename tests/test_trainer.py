@@ -68,3 +68,13 @@ def test_monitor_keeps_the_best(tmp_path):
     trainer.fit(module, loader(), loader())
     (callback,) = checkpoints(trainer)
     assert callback.best_model_score.item() == max(seen[1:])  # the first is the sanity check's
+
+
+def test_the_command_lines_defaults_are_no_choices(tmp_path):
+    """LightningCLI passes every option of Trainer, those not given with Trainer's default."""
+    given = {"logger": None, "enable_checkpointing": None, "max_time": None, "check_val_every_n_epoch": 1}
+    trainer = make_trainer(max_steps=20, accelerator="cpu", default_root_dir=tmp_path, **given)
+    assert trainer.check_val_every_n_epoch is None and len(checkpoints(trainer)) == 2
+    assert any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks)
+    with pytest.raises(ValueError, match="how long to train"):
+        make_trainer(**given)

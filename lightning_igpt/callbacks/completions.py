@@ -15,7 +15,7 @@ from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import image_grid, save_png
 from lightning_igpt.sampling import complete, inpaint
 
-HIDDEN = 128  # the grey of pixels that the network did not see
+HIDDEN = (88, 118, 166)  # what the network did not see: a blue, as grey could be part of the picture
 
 
 def completion_rows(
@@ -65,7 +65,7 @@ def completion_rows(
     samples = palette.dequantize(samples.reshape(-1, side * side)).view(len(tokens), n_samples, 3, side, side)
     truth = palette.dequantize(tokens)[:, None]  # (B, 1, 3, S, S)
     prompt = truth.clone()
-    prompt[..., rows:, :] = HIDDEN
+    prompt[..., rows:, :] = torch.tensor(HIDDEN, dtype=torch.uint8, device=prompt.device)[:, None, None]
     return torch.cat([prompt, samples, truth], 1)
 
 

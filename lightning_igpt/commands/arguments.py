@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jsonargparse
+from omegaconf.errors import InterpolationResolutionError
 
 TRACEBACK = "LIGHTNING_IGPT_TRACEBACK"  # set to anything to see where an error came from
 
@@ -39,8 +40,20 @@ def one_line_errors(prog: str) -> Iterator[None]:
     """
     try:
         yield
+    except InterpolationResolutionError as error:  # a recipe's ${...} that leads nowhere
+        raise SystemExit(f"{prog}: {str(error).splitlines()[0]}") from error
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if os.environ.get(TRACEBACK) or not frames[-1].startswith("lightning_igpt"):
+        own = _own(error)
+        if os.environ.get(TRACEBACK) or own is None:
             raise
-        raise SystemExit(f"{prog}: {error}") from error
+        raise SystemExit(f"{prog}: {own}") from error
+
+
+def _own(error: BaseException | None) -> BaseException | None:
+    """The error that this package raised: ``error``, or its cause, since jsonargparse wraps those of constructors."""
+    while error is not None:
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if frames and frames[-1].startswith("lightning_igpt"):
+            return error
+        error = error.__cause__
+    return None

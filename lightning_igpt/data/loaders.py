@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from typing import Any
 
 import torch
@@ -16,12 +18,20 @@ from lightning_igpt.data.order import Draw
 
 DEFAULT_IMAGE_SIZE = 32
 
+_ITERATORS: weakref.WeakSet[Any] = weakref.WeakSet()  # those with workers, of all loaders
+
 
 class Loader(DataLoader[dict[str, Tensor]]):
     """A DataLoader that Lightning takes for resumable: for any other it warns, falsely here, of unreliable results.
 
     Its place comes from the loop's own count (``batches_done``), so there is nothing to save.
     """
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        if self.num_workers > 0:
+            _ITERATORS.add(iterator)
+        return iterator
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
@@ -91,3 +101,10 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@atexit.register
+def _stop_workers() -> None:
+    # Python ends the children that are left with SIGTERM and waits for them. Workers that ignore it are told before.
+    for iterator in list(_ITERATORS):
+        iterator._shutdown_workers()

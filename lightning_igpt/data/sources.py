@@ -24,7 +24,7 @@ else:
     # What the command line sees. A union with classes would let a config file name, and so import, any module.
     ImageSource: TypeAlias = str
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -116,8 +116,8 @@ def _open(source: ImageSource, *, name: str | None, revision: str | None) -> tup
     with _quiet():
         if path.exists():
             opened = _open_path(path, name)
-        elif _HUB_ID.fullmatch(str(source)) and path.suffix != ".parquet" and not str(source).startswith("."):
-            opened = _open_hub(str(source), name, revision)
+        elif isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix != ".parquet":
+            opened = _open_hub(source, name, revision)
         else:
             raise _not_found(source, path)
     return ({"train": opened} if isinstance(opened, datasets.Dataset) else dict(opened)), str(source)

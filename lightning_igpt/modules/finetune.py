@@ -19,6 +19,7 @@ from lightning_igpt.modules.shared import (
     adopt_class_names,
     build_network,
     check_stamp,
+    keep_rates,
     mask_for,
     register,
     stamp,
@@ -151,6 +152,7 @@ class FineTuneModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_stamp(self, self.config, self.palette, checkpoint)
+        keep_rates(self, checkpoint)
 
     def _logits(self, tokens: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor]:
         """(final hidden states (B, T, D), class logits (B, C))."""

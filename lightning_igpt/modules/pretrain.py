@@ -16,6 +16,7 @@ from lightning_igpt.modules.shared import (
     PaletteLike,
     build_network,
     check_stamp,
+    keep_rates,
     mask_for,
     register,
     stamp,
@@ -148,6 +149,7 @@ class PretrainModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_stamp(self, self.config, self.palette, checkpoint)
+        keep_rates(self, checkpoint)
 
     def _inputs(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, T), and for BERT the mask (B, T), which depends on the sample's number alone."""

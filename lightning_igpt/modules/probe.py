@@ -54,7 +54,7 @@ class ProbeModule(LightningModule):
     """
 
     palette_colors: Tensor
-    weight: Tensor  # (layers, C, D)
+    weight: nn.Parameter  # (layers, C, D)
     bias: Tensor  # (layers, C)
     best: Tensor  # index into layers of the best on validation
 
@@ -189,7 +189,8 @@ class ProbeModule(LightningModule):
         shape = (len(self.layers), num_classes)
         self.num_classes = num_classes
         self.hparams["num_classes"] = num_classes or None
-        self.register_buffer("weight", torch.zeros(*shape, self.config.n_embd, device=self.device))
+        # A parameter, because Lightning's distributed strategies want one; no gradient ever reaches it.
+        self.weight = nn.Parameter(torch.zeros(*shape, self.config.n_embd, device=self.device))
         self.register_buffer("bias", torch.zeros(shape, device=self.device))
         self.register_buffer("best", torch.zeros((), dtype=torch.long, device=self.device))
         counters = [MulticlassAccuracy(num_classes, average="micro") for _ in self.layers] if num_classes else []
@@ -205,7 +206,7 @@ class ProbeModule(LightningModule):
         return features.float(), labels
 
     def _logits(self, features: Tensor) -> Tensor:
-        return torch.einsum("bld,lcd->blc", features, self.weight) + self.bias
+        return torch.einsum("bld,lcd->blc", features, self.weight.detach()) + self.bias
 
     def _fit_heads(self) -> None:
         """Fit one classifier per layer; the processes of a distributed run share their features first."""
@@ -222,7 +223,8 @@ class ProbeModule(LightningModule):
         for index, layer in enumerate(self.layers):
             x, y = features[:, index].to(self.device), labels.to(self.device)
             options = {"c": self.c, "standardize": self.standardize, "max_iter": self.max_iter}
-            self.weight[index], self.bias[index] = fit_logistic(x, y, self.num_classes, **options)  # type: ignore[arg-type]
+            weight, bias = fit_logistic(x, y, self.num_classes, **options)  # type: ignore[arg-type]
+            self.weight.data[index], self.bias[index] = weight, bias
             log.debug("layer %d: classifier fitted on %d images", layer, len(labels))
 
     def _evaluate(self, batch: Any, batch_idx: int) -> None:

@@ -120,6 +120,20 @@ def check_stamp(
     check_palette(palette, found["palette_sha256"], "the checkpoint")
 
 
+def keep_rates(module: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Let a resumed run train with the module's learning rate, betas and weight decay, not the checkpoint's.
+
+    Lightning restores the optimiser with the settings that it was saved with, whatever recipe and flags say.
+    """
+    for state in checkpoint.get("optimizer_states", []):
+        for group in state["param_groups"]:
+            group["lr"] *= module.lr / group["initial_lr"]
+            group["initial_lr"], group["betas"] = module.lr, module.betas
+        state["param_groups"][0]["weight_decay"] = module.weight_decay  # make_adam puts the matrices first
+    for state in checkpoint.get("lr_schedulers", []):
+        state["base_lrs"] = [module.lr for _ in state["base_lrs"]]
+
+
 def mask_for(module: Any, batch: Batch, batch_idx: int) -> Tensor | None:
     """BERT's mask (B, T) of a batch, the same whenever the same sample comes; None for autoregressive networks.
 
@@ -158,7 +172,9 @@ def adopt_class_names(module: Any, num_classes: int) -> None:
 def total_steps(trainer: Trainer) -> tuple[int, int | None]:
     """(optimiser steps of the run, optimiser steps per data epoch if the data module knows its size)."""
     batches = getattr(getattr(trainer, "datamodule", None), "batches_per_epoch", None)
-    per_epoch = None if batches is None else max(1, batches // trainer.accumulate_grad_batches)
+    per_epoch = (
+        None if batches is None else max(1, -(-batches // trainer.accumulate_grad_batches))
+    )  # the last may be short
     if trainer.max_steps > 0:
         return trainer.max_steps, per_epoch
     if per_epoch is not None and trainer.max_epochs is not None and trainer.max_epochs > 0:

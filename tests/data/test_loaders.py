@@ -1,12 +1,14 @@
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 
 from lightning_igpt.data.dataset import ImageBatches
-from lightning_igpt.data.loaders import epoch_length, make_loader
+from lightning_igpt.data.loaders import _stop_workers, epoch_length, make_loader
 from lightning_igpt.data.order import EvalOrder
 
 
@@ -47,3 +49,28 @@ class SignalsOfAWorker(ImageBatches):
 def test_a_worker_outlives_the_signals_of_a_scheduler():
     loader = make_loader(SignalsOfAWorker(), EvalOrder(4, batch_size=2), num_workers=1)
     assert [batch["sample"].tolist() for batch in loader] == [[0, 1], [2, 3]]
+
+
+def test_workers_are_stopped_before_the_program_ends():
+    iterator = iter(make_loader(SignalsOfAWorker(), EvalOrder(4, batch_size=2), num_workers=2))
+    next(iterator)
+    _stop_workers()
+    assert not any(worker.is_alive() for worker in iterator._workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_a_program_ends_while_loaders_are_alive(start_method):
+    program = f"""
+import multiprocessing
+from lightning_igpt.data import PretrainDataModule
+if __name__ == "__main__":
+    multiprocessing.set_start_method("{start_method}")
+    data = PretrainDataModule("digits", image_size=8, num_workers=2, cache="memory")
+    data.setup()
+    loader = data.train_dataloader()
+    batches = iter(loader)
+    print(len(next(batches)["image"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.split() == ["128"]

@@ -54,7 +54,7 @@ def test_the_network_is_frozen_and_in_evaluation_mode(tmp_path):
     assert all(torch.equal(before[name], value) for name, value in module.network.state_dict().items())
     module.train()
     assert not module.network.training
-    assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert not any(parameter.requires_grad for parameter in module.network.parameters())
 
 
 def test_checkpoint_holds_the_classifiers(tmp_path):

@@ -1,0 +1,294 @@
+"""The command line: what it understands, what it refuses, and that nothing a user says is silently dropped."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lightning_igpt
+from lightning_igpt import cli
+from lightning_igpt.__main__ import LIGHTNING_VERBS, OWN_VERBS, main
+from lightning_igpt.commands import recipes
+from lightning_igpt.commands.arguments import one_line_errors
+
+NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size": 8}
+RECIPE = {
+    "model": {"class_path": "PretrainModule", "init_args": {"network": NETWORK, "palette": "gray:4"}},
+    "data": {"class_path": "PretrainDataModule", "init_args": {"source": "digits", "batch_size": 4}},
+    "trainer": {
+        "max_steps": 2,
+        "accelerator": "cpu",
+        "devices": 1,
+        "precision": "32-true",
+        "limit_val_batches": 2,
+        "limit_test_batches": 2,
+        "default_root_dir": "runs/pretrain",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    },
+}
+
+
+def write(path, **changes):
+    """Write RECIPE with some of its sections changed."""
+    path.write_text(yaml.safe_dump({key: RECIPE[key] | changes.get(key, {}) for key in RECIPE}))
+    return str(path)
+
+
+def downstream(path, kind, pretrained):
+    """Write a recipe that probes or fine-tunes."""
+    init_args = {"pretrained": str(pretrained)} if pretrained else {"network": NETWORK, "palette": "gray:4"}
+    return write(
+        path,
+        model={"class_path": f"{kind}Module", "init_args": init_args},
+        data={"class_path": f"{kind}DataModule"},
+        trainer={"max_steps": -1, "max_epochs": 1, "limit_train_batches": 2, "default_root_dir": f"runs/{kind}"},
+    )
+
+
+def printed(*words):
+    """The configuration as the command line understands it; nothing is built."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+        main(["fit", *words, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(out.getvalue())
+
+
+def refusal(words):
+    """The message with which the program ends: one line, and exit status 1."""
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    message = stop.value.code
+    assert isinstance(message, str)  # which the interpreter prints, and exits with 1
+    assert message.startswith(f"lightning-igpt {words[0]}: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(autouse=True)
+def _work_in_a_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished pretraining run: the command line object, and the absolute path of its newest checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        done = cli.run(["fit", "--config", write(folder / "recipe.yaml")])
+    return done, max(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+
+
+def in_a_new_process(*words):
+    """Run Python where the package can be imported; returns its output and the seconds it took."""
+    environment = os.environ | {"PYTHONPATH": str(Path(lightning_igpt.__file__).parents[1])}
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, time.perf_counter() - start
+
+
+class TestVerbs:
+    def test_version_answers_at_once(self):
+        out, seconds = in_a_new_process("-m", "lightning_igpt", "--version")
+        assert out.split() == ["lightning-igpt", lightning_igpt.__version__]
+        assert seconds < 2
+
+    def test_importing_the_package_is_light(self):
+        out, _ = in_a_new_process("-c", "import lightning_igpt, sys; print(*sys.modules)")
+        assert not {"torch", "lightning", "datasets", "transformers"} & set(out.split())
+
+    def test_listing_recipes_is_light(self):
+        code = "import sys; from lightning_igpt.__main__ import main; main(['recipes', 'list']); print(*sys.modules)"
+        out, _ = in_a_new_process("-c", code)
+        assert not {"torch", "lightning", "datasets", "transformers"} & set(out.split())
+        assert "digits_tiny_pretrain" in out
+
+    @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+    def test_help_lists_both_families(self, words, capsys):
+        assert main(words) == 0
+        lines = capsys.readouterr().out.splitlines()
+        for verb, text in (LIGHTNING_VERBS | OWN_VERBS).items():
+            assert f"  {verb:<12}{text}" in lines
+
+    def test_every_own_verb_exists(self):
+        for verb in OWN_VERBS:
+            assert importlib.util.find_spec(f"lightning_igpt.commands.{verb}") is not None
+
+    @pytest.mark.parametrize(("typed", "meant"), [("fitt", "fit"), ("complet", "complete"), ("recipe", "recipes")])
+    def test_a_misspelt_verb_is_wrong_usage_with_a_hint(self, typed, meant, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main([typed])
+        assert stop.value.code == 2
+        assert f"{typed!r}; did you mean {meant!r}?" in capsys.readouterr().err
+
+
+class TestConfig:
+    def test_the_name_of_a_shipped_recipe_and_its_path_are_the_same(self):
+        by_name = printed("--config", "digits_tiny_pretrain")
+        assert by_name == printed(f"--config={recipes.folder() / 'digits_tiny_pretrain.yaml'}")
+        assert by_name == printed("-c", "digits_tiny_pretrain.yaml")
+        assert by_name["model"]["init_args"]["palette"] == "gray:16"
+
+    def test_a_file_here_wins_over_a_shipped_recipe(self, tmp_path):
+        write(tmp_path / "digits_tiny_pretrain.yaml")
+        assert printed("--config", "digits_tiny_pretrain.yaml")["model"]["init_args"]["palette"] == "gray:4"
+
+    def test_a_misspelt_name_gets_a_hint(self):
+        message = refusal(["fit", "--config", "digits_tiny_pretrian"])
+        assert "'digits_tiny_pretrian'" in message
+        assert "did you mean digits_tiny_pretrain" in message
+
+    @pytest.mark.parametrize("order", [("steps.yaml", "warmup.yaml"), ("warmup.yaml", "steps.yaml")])
+    @pytest.mark.parametrize(("flags", "steps"), [([], 3), (["--trainer.max_steps", "5"], 5)])
+    def test_one_file_refers_to_a_value_of_another(self, order, flags, steps, tmp_path):
+        (tmp_path / "steps.yaml").write_text("trainer: {max_steps: 3}")
+        warmup = RECIPE["model"]["init_args"] | {"warmup_steps": "${trainer.max_steps}"}
+        model = RECIPE["model"] | {"init_args": warmup}
+        (tmp_path / "warmup.yaml").write_text(yaml.safe_dump({"model": model, "data": RECIPE["data"]}))
+        config = printed(*(word for file in order for word in ("--config", file)), *flags)
+        assert config["trainer"]["max_steps"] == steps
+        assert config["model"]["init_args"]["warmup_steps"] == steps
+
+    def test_a_reference_to_nothing_is_an_error(self, tmp_path, capsys):
+        config = write(tmp_path / "recipe.yaml", trainer={"max_steps": "${trainer.max_stepz}"})
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", config])
+        assert "max_stepz" in f"{stop.value.code} {capsys.readouterr().err}"
+
+    @pytest.mark.parametrize(
+        ("section", "wrong"),
+        [
+            ("trainer", {"max_stepz": 1}),
+            ("model", {"init_args": {"lrr": 1}}),
+            ("data", {"init_args": {"batch_sise": 1}}),
+        ],
+    )
+    def test_a_misspelt_key_is_an_error_that_names_it(self, section, wrong, tmp_path, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", write(tmp_path / "recipe.yaml", **{section: wrong})])
+        assert stop.value.code == 2
+        key = next(iter(wrong.get("init_args", wrong)))
+        assert key in capsys.readouterr().err.rpartition("error:")[2]
+
+    def test_the_saved_configuration_runs_again_as_it_is(self, trained):
+        first, checkpoint = trained
+        saved = checkpoint.parents[1] / "config.yaml"
+        assert saved.is_file()
+        second = cli.run(["fit", "--config", str(saved)])
+        assert first.trainer.callback_metrics == second.trainer.callback_metrics
+        assert "val/nats_per_pixel" in second.trainer.callback_metrics
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+    @pytest.mark.parametrize("kind", ["Pretrain", "Probe", "FineTune"])
+    def test_random_weights_are_not_evaluated(self, verb, kind, tmp_path):
+        if kind == "Pretrain":
+            config = write(tmp_path / "recipe.yaml")
+        else:
+            config = downstream(tmp_path / "recipe.yaml", kind, pretrained=None)
+        assert "--ckpt_path" in refusal([verb, "--config", config])
+
+    @pytest.mark.parametrize("kind", ["Probe", "FineTune"])
+    def test_a_pretrained_network_under_an_untrained_classifier_is_not_evaluated(self, kind, trained, tmp_path):
+        config = downstream(tmp_path / "recipe.yaml", kind, trained[1])
+        assert "--ckpt_path" in refusal(["test", "--config", config])
+
+    def test_pretrained_weights_can_be_evaluated_without_a_run(self, trained, tmp_path):
+        done, checkpoint = trained
+        model = {"init_args": {"pretrained": str(checkpoint)}}
+        again = cli.run(["validate", "--config", write(tmp_path / "recipe.yaml", model=model)])
+        expected = done.trainer.callback_metrics["val/nats_per_pixel"]
+        assert again.trainer.callback_metrics["val/nats_per_pixel"] == expected
+
+    @pytest.mark.parametrize("kind", ["Probe", "FineTune"])
+    def test_a_checkpoint_of_another_protocol_is_refused(self, kind, trained, tmp_path):
+        checkpoint = trained[1]
+        config = downstream(tmp_path / "recipe.yaml", kind, checkpoint)
+        message = refusal(["fit", "--config", config, "--ckpt_path", str(checkpoint)])
+        assert f"PretrainModule's and the model is a {kind}Module" in message
+        assert "pretrained=" in message
+
+    def test_the_checkpoint_does_not_change_what_recipe_and_flags_say(self, trained, tmp_path):
+        config = write(tmp_path / "recipe.yaml", trainer={"max_steps": 4})
+        words = ["--config", config, "--ckpt_path", str(trained[1]), "--model.init_args.lr", "0.125"]
+        resumed = cli.run(["fit", *words])
+        assert resumed.trainer.global_step == 4
+        assert resumed.model.lr == resumed.model.hparams["lr"] == 0.125
+        assert resumed.config["fit"]["model"]["init_args"]["lr"] == 0.125
+        for group in resumed.trainer.optimizers[0].param_groups:  # whose state comes from the checkpoint
+            assert group["initial_lr"] == 0.125
+        assert set(resumed.trainer.lr_scheduler_configs[0].scheduler.base_lrs) == {0.125}
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("flag", "value", "told"),
+        [
+            ("model.init_args.palette", "gray:8", "the palette has 8 colours but the network's vocab_size is 4"),
+            ("model.init_args.network", "igpt_z", "there is no preset 'igpt_z'; did you mean"),
+            ("data.init_args.batch_size", "0", "batch_size is 0; it must be at least 1"),
+            ("data.init_args.source", "nowhere", "no file or folder of that name is here"),
+        ],
+    )
+    def test_a_users_mistake_is_told_in_one_line(self, flag, value, told, tmp_path):
+        assert told in refusal(["fit", "--config", write(tmp_path / "recipe.yaml"), f"--{flag}", value])
+
+    def test_the_variable_brings_the_traceback_back(self, monkeypatch):
+        monkeypatch.setenv("LIGHTNING_IGPT_TRACEBACK", "1")
+        with pytest.raises(FileNotFoundError, match="digits_tiny_pretrian"):
+            main(["fit", "--config", "digits_tiny_pretrian"])
+
+    def test_an_error_of_someone_elses_keeps_its_traceback(self):
+        with pytest.raises(ValueError, match="invalid literal"), one_line_errors("lightning-igpt fit"):
+            int("three")
+
+    def test_an_error_of_a_kind_never_raised_on_purpose_keeps_its_traceback(self, monkeypatch):
+        monkeypatch.setattr(recipes, "find", lambda name: {}[name])
+        with pytest.raises(KeyError):
+            main(["fit", "--config", "digits_tiny_pretrian"])
+
+
+class TestRecipes:
+    def test_list_has_a_line_of_explanation_for_each(self, capsys):
+        assert main(["recipes", "list"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == recipes.names()
+        assert all(len(line.split()) > 3 for line in lines)
+
+    def test_show_prints_the_file(self, capsys):
+        assert main(["recipes", "show", "digits_tiny_probe"]) == 0
+        assert capsys.readouterr().out == (recipes.folder() / "digits_tiny_probe.yaml").read_text()
+
+    def test_show_of_a_misspelt_name_gets_a_hint(self):
+        assert "did you mean digits_tiny_probe" in refusal(["recipes", "show", "digits_tiny_prob"])
+
+    @pytest.mark.parametrize(
+        ("to", "written"),
+        [
+            ([], "digits_tiny_probe.yaml"),
+            (["--to", "mine.yaml"], "mine.yaml"),
+            (["--to", "new/folder"], "new/folder/digits_tiny_probe.yaml"),
+        ],
+    )
+    def test_copy_writes_where_it_is_told(self, to, written, tmp_path):
+        assert main(["recipes", "copy", "digits_tiny_probe", *to]) == 0
+        assert (tmp_path / written).read_text() == recipes.find("digits_tiny_probe").read_text()
+
+    def test_copy_replaces_nothing_unasked(self, tmp_path):
+        mine = tmp_path / "digits_tiny_probe.yaml"
+        mine.write_text("# my changes\n")
+        assert "--overwrite true" in refusal(["recipes", "copy", "digits_tiny_probe"])
+        assert mine.read_text() == "# my changes\n"
+        assert main(["recipes", "copy", "digits_tiny_probe", "--overwrite", "true"]) == 0
+        assert mine.read_text() == recipes.find("digits_tiny_probe").read_text()

@@ -1,0 +1,271 @@
+"""Every shipped recipe says what it does, holds the paper's settings where it claims to, and runs.
+
+The recipes run at toy size through the command line, on small stand-ins for their data sets, in one working folder: a
+probe finds the weights of its pretraining recipe where it says that they are.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import yaml
+
+from lightning_igpt import cli
+from lightning_igpt.__main__ import main
+from lightning_igpt.commands import recipes
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.modules.shared import total_steps
+from lightning_igpt.optim import default_warmup
+from lightning_igpt.palette import Palette
+from lightning_igpt.planning import train_flops_per_token
+from lightning_igpt.weights import load_pretrained
+from lightning_igpt.weights.checkpoint import STAMP, read_checkpoint
+from tests.data.helpers import noise, rows
+
+RECIPES = {path.stem: path for path in sorted(recipes.folder().rglob("*.yaml"))}
+TOY = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 16, "image_size": 8}
+IMAGENET_TRAIN = 1_281_167
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A row of the paper's Table 5, with sections 3.3 and 3.4."""
+
+    n_layer: int
+    n_head: int | None  # None: not published
+    n_embd: int
+    image_size: int
+    lr: float
+    objective: str = "autoregressive"
+    batch: int = 128
+    steps: int = 1_000_000
+
+
+PAPER = {
+    "imagenet32_s_pretrain": Paper(24, 8, 512, 32, 0.003),
+    "imagenet32_m_pretrain": Paper(36, 8, 1024, 32, 0.003),
+    "imagenet32_l_pretrain": Paper(48, 16, 1536, 32, 0.001),
+    "imagenet48_l_pretrain": Paper(48, 16, 1536, 48, 0.01),
+    "imagenet64_xl_pretrain": Paper(60, None, 3072, 64, 0.0003, batch=64, steps=2_000_000),
+    "imagenet32_s_bert": Paper(24, 8, 512, 32, 0.01, "bert"),
+    "imagenet32_m_bert": Paper(36, 8, 1024, 32, 0.003, "bert"),
+    "imagenet32_l_bert": Paper(48, 16, 1536, 32, 0.001, "bert"),
+}
+
+
+def read(name):
+    return yaml.safe_load(RECIPES[name].read_text())
+
+
+def header(name):
+    lines = RECIPES[name].read_text().splitlines()
+    return [line.removeprefix("#").strip() for line in lines[: lines.index("")]]
+
+
+def parsed(name):
+    """The recipe with every default, as the command line understands it; nothing is built."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", name, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(out.getvalue())
+
+
+def network_of(recipe):
+    options = recipe["model"]["init_args"]
+    config = ImageGPTConfig.resolve(options["network"])
+    return replace(config, objective=options.get("objective") or config.objective)
+
+
+def images_per_step(recipe):
+    trainer = recipe["trainer"]
+    devices = trainer["devices"] * (trainer.get("num_nodes") or 1)
+    return recipe["data"]["init_args"]["batch_size"] * devices * trainer.get("accumulate_grad_batches", 1)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Small data sets with the columns, splits and labels of the ones on the hub."""
+    folder = tmp_path_factory.mktemp("sources")
+
+    def write(split, n, *, hidden=False):
+        labels = [-1] * n if hidden else [i % 10 for i in range(n)]
+        return rows([noise((20, 18), seed=i) for i in range(n)], labels, names=[f"class {i}" for i in range(10)])
+
+    for name, splits in {"cifar10": ("train", "test"), "imagenet": ("train", "validation", "test")}.items():
+        for split in splits:
+            data = write(split, 40 if split == "train" else 8, hidden=name == "imagenet" and split == "test")
+            data = data.rename_column("image", "img") if name == "cifar10" else data
+            (folder / name).mkdir(exist_ok=True)
+            data.to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
+    return {
+        "digits": "digits",
+        "uoft-cs/cifar10": str(folder / "cifar10"),
+        "ILSVRC/imagenet-1k": str(folder / "imagenet"),
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, sources):
+    """Fit a recipe at toy size, after the one whose weights it starts from; returns its run folder and its flags."""
+    cache = tmp_path_factory.mktemp("hf")
+
+    @functools.cache
+    def fit(name):
+        recipe = read(name)
+        start = recipe["model"]["init_args"].get("pretrained")
+        if start is not None:
+            fit(Path(start).name)
+        flags = toy_flags(recipe, sources)
+        assert main(["fit", "--config", name, *flags]) == 0
+        return Path(recipe["trainer"]["default_root_dir"]), flags
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("work"))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        yield fit
+
+
+def toy_flags(recipe, sources):
+    trainer, accumulate = recipe["trainer"], recipe["trainer"].get("accumulate_grad_batches", 1)
+    flags = {
+        "data.init_args.source": sources[recipe["data"]["init_args"]["source"]],
+        "data.init_args.batch_size": 4,
+        "data.init_args.num_workers": 0,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 1,
+        "trainer.strategy": "auto",
+        "trainer.precision": "32-true",
+        "trainer.limit_val_batches": 2,
+        "trainer.enable_progress_bar": "false",
+        "trainer.enable_model_summary": "false",
+    }
+    if "pretrained" not in recipe["model"]["init_args"]:
+        flags |= {"model.init_args.network": json.dumps(TOY), "model.init_args.palette": "gray:16"}
+    if "max_steps" in trainer:
+        flags |= {"trainer.max_steps": 2, "trainer.val_check_interval": accumulate, "trainer.checkpoint_every": 1}
+    else:
+        flags |= {"trainer.max_epochs": 1, "trainer.limit_train_batches": 4, "trainer.val_check_interval": 1.0}
+    return [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+
+
+def newest(folder):
+    return max(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+
+
+def test_the_list_shows_every_recipe_and_finds_a_new_one(monkeypatch, tmp_path):
+    assert recipes.names() == list(RECIPES), "a recipe in a sub-folder is neither listed nor shipped by name"
+    assert set(PAPER) < set(RECIPES)
+    (tmp_path / "my_new_recipe.yaml").write_text("# Mine.\n")
+    monkeypatch.setattr(recipes, "folder", lambda: tmp_path)
+    assert recipes.names() == ["my_new_recipe"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_header_says_what_one_gets(name):
+    summary, text = header(name)[0], " ".join(header(name))
+    assert re.fullmatch(r"[A-Z].{20,}\.", summary), "the first line is the sentence that `recipes list` shows"
+    assert f"lightning-igpt fit --config {name}" in header(name)
+    assert re.search(r"Device: .*(CPU|GPU)", text)
+    measured, not_run = re.search(r"Result: .*\d", text), "Not run in full:" in text
+    assert bool(measured) != not_run, "either a measured result or a confession"
+    assert "MEASURE_ME" not in text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_the_header_computes_is_true(name, capsys):
+    text, recipe = " ".join(header(name)), read(name)
+    for words, gib in re.findall(r"`lightning-igpt (plan [^`]*)`: (\d+) GiB", text):
+        main(words.split())
+        assert f"{float(re.search(r'together +([0-9.]+) GiB', capsys.readouterr().out)[1]):.0f}" == gib
+        assert f"--batch_size {recipe['data']['init_args']['batch_size']}" in words
+    for flops in re.findall(r"takes (\S+) floating-point operations", text):
+        network, images = network_of(recipe), images_per_step(recipe) * recipe["trainer"]["max_steps"]
+        assert f"{images * network.n_positions * train_flops_per_token(network):.1e}" == flops
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_parts_fit_together(name):
+    recipe = read(name)
+    options = recipe["model"]["init_args"]
+    assert recipe["trainer"]["default_root_dir"] == f"runs/{name}"
+    assert recipe["data"]["class_path"] == recipe["model"]["class_path"].replace("Module", "DataModule")
+    if "pretrained" in options:
+        before = read(Path(options["pretrained"]).name)
+        assert before["trainer"]["default_root_dir"] == options["pretrained"]
+        for key in ("source", "val_fraction"):  # else images held out there would be trained on here
+            assert before["data"]["init_args"][key] == recipe["data"]["init_args"][key]
+    else:
+        assert len(Palette.load(options["palette"])) == network_of(recipe).vocab_size
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_settings(name):
+    recipe, paper = parsed(name), PAPER[name]
+    network, options, trainer = network_of(recipe), recipe["model"]["init_args"], recipe["trainer"]
+    expected = ImageGPTConfig(
+        n_layer=paper.n_layer,
+        n_head=paper.n_head or network.n_head,
+        n_embd=paper.n_embd,
+        vocab_size=512,
+        image_size=paper.image_size,
+        objective=paper.objective,
+    )
+    assert network == expected
+    assert options["palette"] == "openai"
+    assert (options["lr"], options["betas"], options["weight_decay"]) == (paper.lr, [0.9, 0.95], 0)
+    assert (images_per_step(recipe), trainer["max_steps"]) == (paper.batch, paper.steps)
+    if paper.objective == "bert":
+        assert options["mask_ratio"] == 0.15
+    assert options["warmup_steps"] is None
+    per_device = recipe["data"]["init_args"]["batch_size"] * trainer["devices"]
+    data = SimpleNamespace(batches_per_epoch=IMAGENET_TRAIN // per_device)
+    accumulate = trainer["accumulate_grad_batches"] or 1
+    steps = SimpleNamespace(max_steps=paper.steps, accumulate_grad_batches=accumulate, datamodule=data)
+    warmup = default_warmup(*total_steps(steps))
+    assert abs(warmup - IMAGENET_TRAIN / paper.batch) <= 1  # one epoch
+    assert f"here {warmup:,} steps" in RECIPES[name].read_text()
+
+
+def test_cifar10_s_trains_on_the_papers_batches_and_stops_by_the_metric_it_saves_by():
+    assert images_per_step(parsed("cifar10_s_pretrain")) == 128
+    finetune = parsed("cifar10_s_finetune")
+    assert images_per_step(finetune) == 128
+    (early_stop,) = finetune["trainer"]["callbacks"]
+    assert early_stop["init_args"]["monitor"] == finetune["trainer"]["monitor"] == "val/accuracy"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_runs(name, run):
+    folder, _ = run(name)
+    recipe, checkpoint = read(name), read_checkpoint(newest(folder))
+    loaded = load_pretrained(folder)
+    objective = recipe["model"]["init_args"].get("objective", "autoregressive")
+    assert loaded.config == ImageGPTConfig(**TOY, objective=objective)
+    assert checkpoint[STAMP]["class"] == recipe["model"]["class_path"]
+    drawn = list(folder.rglob("completions/*.png"))
+    assert bool(drawn) == ("CompletionGrid" in RECIPES[name].read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [
+        ("digits_tiny_pretrain", "nats_per_pixel"),
+        ("cifar10_tiny_probe", "accuracy"),
+        ("cifar10_tiny_finetune", "accuracy"),
+    ],
+)
+def test_the_run_can_be_evaluated(name, metric, run):
+    folder, flags = run(name)
+    words = ["--config", name, "--ckpt_path", str(newest(folder)), *flags, "--trainer.limit_test_batches", "2"]
+    for verb, stage in (("validate", "val"), ("test", "test")):
+        assert f"{stage}/{metric}" in cli.run([verb, *words]).trainer.callback_metrics
+    predictions = cli.run(["predict", *words, "--trainer.limit_predict_batches", "1"]).trainer.predict_loop.predictions
+    assert [len(batch) for batch in predictions] == [4]
