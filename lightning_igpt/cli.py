@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lightning_igpt import callbacks, data, modules
 from lightning_igpt.commands import recipes
 from lightning_igpt.commands.arguments import one_line_errors
+from lightning_igpt.pictures import save_png
 from lightning_igpt.trainer import make_trainer
 
 __all__ = ["IGPTCLI", "callbacks", "data", "modules", "run"]  # importing the classes makes their short names known
+
+CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # what Lightning takes for ckpt_path beside a path
 
 
 class IGPTCLI(LightningCLI):
@@ -37,6 +45,21 @@ class IGPTCLI(LightningCLI):
 
     before_test = before_predict = before_validate
 
+    def before_fit(self) -> None:
+        """Tell a checkpoint that is not there before anything is set up."""
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path and path not in CHECKPOINT_WORDS and "://" not in path and not Path(path).exists():
+            raise FileNotFoundError(f"ckpt_path {path} does not exist; it names the checkpoint of a run to continue")
+
+    def predict(self, **options: Any) -> None:
+        """Run ``predict`` and keep what it gives: completed images as PNG files, class probabilities as CSV."""
+        batches = self.trainer.predict(**options) or []
+        if not batches or not self.trainer.is_global_zero:
+            return
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"
+        written = write_predictions(torch.cat(list(batches)), folder, getattr(self.model, "class_names", None))
+        rank_zero_info(f"wrote {written}")
+
     def _need_weights(self) -> None:
         options = self.config[self.subcommand]
         given, cure = options.get("ckpt_path"), "pass --ckpt_path with the checkpoint of a run"
@@ -45,6 +68,23 @@ class IGPTCLI(LightningCLI):
             cure += " (or model.init_args.pretrained)"
         if not given:
             raise ValueError(f"{self.subcommand} would run on random weights: {cure}")
+
+
+def write_predictions(predictions: Tensor, folder: Path, class_names: Sequence[str] | None) -> Path:
+    """Write images, uint8 (N, 3, S, S), as PNG files, or class probabilities, float (N, C), as a CSV file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if predictions.dtype == torch.uint8:
+        for number, image in enumerate(predictions):
+            save_png(image, folder / f"{number:06d}.png")
+        return folder
+    names = list(class_names or map(str, range(predictions.shape[1])))
+    path = folder / "classes.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "class", *names])
+        for row, values in enumerate(predictions.tolist()):
+            writer.writerow([row, names[values.index(max(values))], *(f"{value:.6f}" for value in values)])
+    return path
 
 
 def run(words: Sequence[str]) -> IGPTCLI:

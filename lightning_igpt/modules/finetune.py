@@ -80,6 +80,8 @@ class FineTuneModule(LightningModule):
         self.lr, self.betas, self.weight_decay, self.warmup_steps = lr, (betas[0], betas[1]), weight_decay, warmup_steps
         self.num_classes, self.generative_weight = num_classes, generative_weight
         self.mask_ratio, self.class_names, self.seed = mask_ratio, class_names, seed
+        if generative_weight == 0:
+            self.network.lm_head.requires_grad_(False)  # no gradient reaches it, which distributed training refuses
         register(
             self,
             self.network,

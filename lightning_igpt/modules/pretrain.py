@@ -170,5 +170,6 @@ class PretrainModule(LightningModule):
         metric = self.metrics[stage]
         nats = metric.compute()  # type: ignore[operator]
         metric.reset()  # type: ignore[operator]
-        self.log(f"{stage}/nats_per_pixel", nats, prog_bar=True, sync_dist=False)
-        self.log(f"{stage}/bits_per_pixel", nats_to_bits(nats))
+        # The metric is the same on every process already; sync_dist only tells Lightning so.
+        self.log(f"{stage}/nats_per_pixel", nats, prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/bits_per_pixel", nats_to_bits(nats), sync_dist=True)

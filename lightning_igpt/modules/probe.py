@@ -160,14 +160,14 @@ class ProbeModule(LightningModule):
         accuracy = self._finish("probe")
         if accuracy is not None:
             self.best.fill_(int(accuracy.argmax()))
-            self.log("val/accuracy", accuracy.max(), prog_bar=True)
-            self.log("val/best_layer", float(self.best_layer))
+            self.log("val/accuracy", accuracy.max(), prog_bar=True, sync_dist=True)
+            self.log("val/best_layer", float(self.best_layer), sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         accuracy = self._finish("test")
         assert accuracy is not None
-        self.log("test/accuracy", accuracy[self.best])
-        self.log("test/best_layer", float(self.best_layer))
+        self.log("test/accuracy", accuracy[self.best], sync_dist=True)
+        self.log("test/best_layer", float(self.best_layer), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities of the best layer's classifier, float32 (B, C)."""
@@ -240,6 +240,6 @@ class ProbeModule(LightningModule):
         accuracy = torch.stack([counter.compute() for counter in self.accuracy])  # type: ignore[operator]
         for counter, layer, value in zip(self.accuracy, self.layers, accuracy, strict=True):
             counter.reset()  # type: ignore[operator]
-            self.log(f"{prefix}/layer_{layer}/accuracy", value)
+            self.log(f"{prefix}/layer_{layer}/accuracy", value, sync_dist=True)
         self._last = accuracy.tolist()
         return accuracy

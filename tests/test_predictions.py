@@ -1,0 +1,59 @@
+"""What ``lightning-igpt predict`` leaves behind."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_igpt.__main__ import main
+from lightning_igpt.cli import write_predictions
+from lightning_igpt.modules import FineTuneModule
+from tests.modules.helpers import TINY, quiet_trainer
+
+
+def test_images_become_png_files(tmp_path):
+    images = torch.randint(256, (3, 3, 4, 4), dtype=torch.uint8, generator=torch.manual_seed(0))
+    assert write_predictions(images, tmp_path / "new", None) == tmp_path / "new"
+    for number, image in enumerate(images):
+        found = np.array(Image.open(tmp_path / "new" / f"{number:06d}.png"))
+        assert np.array_equal(found, image.permute(1, 2, 0).numpy())
+
+
+def test_probabilities_become_a_table_with_class_names(tmp_path):
+    path = write_predictions(torch.tensor([[0.25, 0.75], [0.5, 0.5]]), tmp_path, ["cat", "dog"])
+    rows = list(csv.reader(path.open()))
+    assert rows == [
+        ["row", "class", "cat", "dog"],
+        ["0", "dog", "0.250000", "0.750000"],
+        ["1", "cat", "0.500000", "0.500000"],
+    ]
+
+
+def test_predict_through_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = FineTuneModule(num_classes=10, network={**TINY.to_dict(), "image_size": 8}, palette="gray:8")
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint("some.ckpt")
+    network = ["--model.network.n_layer", "2", "--model.network.n_head", "2", "--model.network.n_embd", "16"]
+    network += ["--model.network.vocab_size", "8", "--model.network.image_size", "8", "--model.palette", "gray:8"]
+    data = ["--data", "FineTuneDataModule", "--data.source", "digits"]
+    options = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", "out"]
+    assert main(["predict", "--model", "FineTuneModule", *network, *data, *options, "--ckpt_path", "some.ckpt"]) == 0
+    (path,) = tmp_path.rglob("classes.csv")
+    assert len(path.read_text().splitlines()) == 361
+
+
+def test_a_missing_checkpoint_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"ckpt_path nowhere\.ckpt does not exist"):
+        main(["fit", "--config", "digits_tiny_pretrain", "--ckpt_path", "nowhere.ckpt"])
+
+
+def test_a_classifier_without_generative_loss_trains_no_colour_head():
+    module = FineTuneModule(num_classes=3, network=TINY, palette="gray:8", generative_weight=0.0)
+    assert not module.network.lm_head.weight.requires_grad
+    trained = [p for group in module.configure_optimizers()["optimizer"].param_groups for p in group["params"]]
+    assert all(p is not module.network.lm_head.weight for p in trained)
