@@ -53,11 +53,11 @@ class IGPTCLI(LightningCLI):
 
     def predict(self, **options: Any) -> None:
         """Run ``predict`` and keep what it gives: completed images as PNG files, class probabilities as CSV."""
-        batches = self.trainer.predict(**options) or []
+        batches: list[Any] = list(self.trainer.predict(**options) or [])
         if not batches or not self.trainer.is_global_zero:
             return
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"
-        written = write_predictions(torch.cat(list(batches)), folder, getattr(self.model, "class_names", None))
+        written = write_predictions(torch.cat(batches), folder, getattr(self.model, "class_names", None))
         rank_zero_info(f"wrote {written}")
 
     def _need_weights(self) -> None:

@@ -50,6 +50,11 @@ def warmup_cosine(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def warmup_constant(optimizer: torch.optim.Optimizer, *, warmup_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Rise linearly over ``warmup_steps``, then stay."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
+
+
 def default_warmup(total_steps: int, steps_per_epoch: int | None) -> int:
     """One epoch as in the paper, but never more than a tenth of the run (the paper's runs last 100 epochs)."""
     tenth = max(1, total_steps // 10)

@@ -135,12 +135,18 @@ class ProbeModule(LightningModule):
 
     def forward(self, batch: Any) -> Tensor:
         """Class logits of every layer's classifier, (B, layers, C)."""
-        return self._logits(self._features(batch, 0)[0])
+        return self._logits(self._features(batch, 0, labelled=False)[0])
 
     def on_fit_start(self) -> None:
         if self.pretrained is None:
             log.warning("no pretrained=: probing a network that was never trained")
         self._collected.clear()
+
+    def on_test_start(self) -> None:
+        if not self.weight.any():
+            raise ValueError("this probe was not fitted yet: call trainer.fit first, or pass ckpt_path")
+
+    on_predict_start = on_test_start
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         features, labels = self._features(batch, batch_idx)
@@ -206,7 +212,8 @@ class ProbeModule(LightningModule):
         return features.float(), labels
 
     def _logits(self, features: Tensor) -> Tensor:
-        return torch.einsum("bld,lcd->blc", features, self.weight.detach()) + self.bias
+        with torch.autocast(self.device.type, enabled=False):  # as exact as the fit
+            return torch.einsum("bld,lcd->blc", features, self.weight.detach()) + self.bias
 
     def _fit_heads(self) -> None:
         """Fit one classifier per layer; the processes of a distributed run share their features first."""
@@ -223,7 +230,8 @@ class ProbeModule(LightningModule):
         for index, layer in enumerate(self.layers):
             x, y = features[:, index].to(self.device), labels.to(self.device)
             options = {"c": self.c, "standardize": self.standardize, "max_iter": self.max_iter}
-            weight, bias = fit_logistic(x, y, self.num_classes, **options)  # type: ignore[arg-type]
+            with torch.autocast(self.device.type, enabled=False):  # a line search is lost in bfloat16
+                weight, bias = fit_logistic(x, y, self.num_classes, **options)  # type: ignore[arg-type]
             self.weight.data[index], self.bias[index] = weight, bias
             log.debug("layer %d: classifier fitted on %d images", layer, len(labels))
 

@@ -47,6 +47,28 @@ def test_one_epoch_and_metrics_with_the_best_layer(tmp_path):
     assert test["test/accuracy"] == test[f"test/layer_{module.best_layer}/accuracy"]
 
 
+def test_mixed_precision_touches_the_network_only(tmp_path):
+    """Classifiers are fitted and applied in float32, whatever the trainer computes in."""
+    module = probe()
+    trainer = quiet_trainer(tmp_path, max_epochs=1, precision="bf16-mixed")
+    trainer.fit(module, loader(), loader())
+    with torch.autocast("cpu", torch.bfloat16):
+        features, _ = module._features(next(iter(loader())), 0)
+        assert features.dtype == torch.float32
+        expected = torch.stack([features[:, i] @ module.weight[i].T for i in range(3)], 1).dtype
+        assert expected == torch.bfloat16 and module._logits(features).dtype == torch.float32
+
+
+def test_a_probe_without_classifiers_is_not_evaluated(tmp_path):
+    for run in (quiet_trainer(tmp_path).test, quiet_trainer(tmp_path).predict):
+        with pytest.raises(ValueError, match="not fitted yet"):
+            run(probe(), loader())
+
+
+def test_forward_takes_images_without_labels():
+    assert probe()(labelled_images(2)[0]).shape == (2, 3, 3)
+
+
 def test_the_network_is_frozen_and_in_evaluation_mode(tmp_path):
     module = ProbeModule(network={**TINY.to_dict(), "dropout": 0.5}, palette="gray:8", num_classes=3)
     before = {name: value.clone() for name, value in module.network.state_dict().items()}
