@@ -1,18 +1,24 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lightning_igpt.__main__ import main
+from lightning_igpt.commands import quickstart
 from lightning_igpt.commands.quickstart import unigram_nats
+from lightning_igpt.config import PRESETS
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A run of everything, with a network small enough for seconds."""
     out = tmp_path_factory.mktemp("quickstart")
-    assert main(["quickstart", "--out", str(out), "--steps", "4", "--epochs", "1"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "NETWORK", replace(quickstart.NETWORK, n_layer=2, n_head=2, n_embd=16))
+        assert main(["quickstart", "--out", str(out), "--steps", "4", "--epochs", "1"]) == 0
     return out
 
 
@@ -22,11 +28,12 @@ def test_report_json_holds_every_result_and_its_baseline(folder):
     assert density["uniform_nats_per_pixel"] == pytest.approx(math.log(16))
     assert density["unigram_nats_per_pixel"] == pytest.approx(1.66, abs=0.02)
     assert density["val_nats_per_pixel"] < density["uniform_nats_per_pixel"]  # four steps do that much
-    assert list(probe["accuracy_by_layer"]) == list(probe["untrained_accuracy_by_layer"]) == [str(i) for i in range(7)]
+    assert list(probe["accuracy_by_layer"]) == list(probe["untrained_accuracy_by_layer"]) == ["0", "1", "2"]
     assert probe["best_accuracy"] == probe["accuracy_by_layer"][str(probe["best_layer"])]
     assert probe["raw_pixels_accuracy"] > 0.94
     assert 0 < report["finetune"]["accuracy"] < 1 and report["seconds"] > 0
-    assert report["settings"]["network"]["n_embd"] == 96
+    assert report["settings"]["network"]["n_embd"] == 16
+    assert replace(PRESETS["igpt_tiny"], vocab_size=16, image_size=8) == quickstart.NETWORK
 
 
 def test_report_html_is_one_file(folder):
