@@ -48,17 +48,20 @@ class IGPTCLI(LightningCLI):
     def before_fit(self) -> None:
         """Tell a checkpoint that is not there before anything is set up."""
         path = self.config[self.subcommand].get("ckpt_path")
-        if path and path not in CHECKPOINT_WORDS and "://" not in path and not Path(path).exists():
-            raise FileNotFoundError(f"ckpt_path {path} does not exist; it names the checkpoint of a run to continue")
+        if path and path not in CHECKPOINT_WORDS and "://" not in path and not Path(path).is_file():
+            raise FileNotFoundError(f"ckpt_path {path} is no file; it names the checkpoint of a run to continue")
 
     def predict(self, **options: Any) -> None:
         """Run ``predict`` and keep what it gives: completed images as PNG files, class probabilities as CSV."""
+        if self.trainer.world_size > 1:
+            raise ValueError("predict writes one file in the order of the images: pass --trainer.devices 1")
         batches: list[Any] = list(self.trainer.predict(**options) or [])
-        if not batches or not self.trainer.is_global_zero:
-            return
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"
-        written = write_predictions(torch.cat(batches), folder, getattr(self.model, "class_names", None))
-        rank_zero_info(f"wrote {written}")
+        if not all(isinstance(batch, Tensor) and batch.ndim in (2, 4) for batch in batches):
+            rank_zero_info("predictions are neither images (B, 3, S, S) nor probabilities (B, C): nothing is written")
+        elif batches:
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"
+            written = write_predictions(torch.cat(batches), folder, getattr(self.model, "class_names", None))
+            rank_zero_info(f"wrote {written}")
 
     def _need_weights(self) -> None:
         options = self.config[self.subcommand]
@@ -73,11 +76,12 @@ class IGPTCLI(LightningCLI):
 def write_predictions(predictions: Tensor, folder: Path, class_names: Sequence[str] | None) -> Path:
     """Write images, uint8 (N, 3, S, S), as PNG files, or class probabilities, float (N, C), as a CSV file."""
     folder.mkdir(parents=True, exist_ok=True)
-    if predictions.dtype == torch.uint8:
+    if predictions.ndim == 4:
         for number, image in enumerate(predictions):
             save_png(image, folder / f"{number:06d}.png")
         return folder
-    names = list(class_names or map(str, range(predictions.shape[1])))
+    names = list(class_names or [])
+    names += [str(number) for number in range(len(names), predictions.shape[1])]
     path = folder / "classes.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)

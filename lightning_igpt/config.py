@@ -47,8 +47,9 @@ class ImageGPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "vocab_size", "image_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 on")
         if self.n_inner is not None and self.n_inner < 1:
             raise ValueError(f"n_inner is {self.n_inner}; it must be at least 1, or None for 4 * n_embd")
         if self.n_embd % self.n_head:
@@ -84,6 +85,8 @@ class ImageGPTConfig:
         """
         if isinstance(network, ImageGPTConfig):
             return network
+        if not isinstance(network, (str, Mapping)):
+            raise ValueError(f"network is {network!r}; name a preset or give the fields of an ImageGPTConfig")
         if isinstance(network, str):
             if network not in PRESETS:
                 close = difflib.get_close_matches(network, PRESETS, n=1)

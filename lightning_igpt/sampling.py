@@ -51,7 +51,7 @@ def complete(
         tokens = _decode(network, prompt.repeat_interleave(n_samples, 0), temperature, top_k, top_p, generator)
     finally:
         network.train(training)
-    return tokens.view(prompt.shape[0], n_samples, -1)
+    return tokens.view(prompt.shape[0], n_samples, network.config.n_positions)
 
 
 def _decode(
@@ -139,7 +139,7 @@ def inpaint(
         )
     if tokens.shape != known.shape or tokens.ndim != 2:
         raise ValueError(f"tokens {tuple(tokens.shape)} and known {tuple(known.shape)} must both be (B, T)")
-    if steps < 1 or temperature < 0:
+    if steps < 1 or not temperature >= 0:
         raise ValueError(f"steps {steps} must be at least 1 and temperature {temperature} at least 0")
     device = network.wte.weight.device
     known = known.to(device=device, dtype=torch.bool)
@@ -221,7 +221,7 @@ def _check_prompt(network: ImageGPT, prompt: Tensor) -> None:
 def _check_options(temperature: float, top_k: int | None, top_p: float | None, n_samples: int) -> None:
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}; it must be at least 1")
-    if temperature < 0:
+    if not temperature >= 0:  # catches NaN too
         raise ValueError(f"temperature is {temperature}; it must be at least 0")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1, or None for all colours")

@@ -56,7 +56,7 @@ def make_trainer(
         raise ValueError("how long to train? Give max_steps (pretraining) or max_epochs (probing, fine-tuning)")
     by_steps = max_steps > 0 and max_epochs is None
     if val_check_interval is None and by_steps:
-        val_check_interval = max(1, max_steps * int(kwargs.get("accumulate_grad_batches", 1)) // 10)
+        val_check_interval = -(-max_steps * int(kwargs.get("accumulate_grad_batches", 1)) // 10)
     if by_steps and kwargs.get("check_val_every_n_epoch", 1) == 1:
         kwargs["check_val_every_n_epoch"] = None  # steps, not passes over the data, are the clock
     precision = precision or best_precision(accelerator)

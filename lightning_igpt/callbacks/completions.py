@@ -47,7 +47,7 @@ def completion_rows(
         uint8 (B, 2 + n_samples, 3, S, S).
 
     Raises:
-        ValueError: keep_rows is not between 0 and S - 1.
+        ValueError: keep_rows is not between 0 and S - 1, or top_k or top_p is given for a BERT network.
     """
     side = network.config.image_size
     rows = side // 2 if keep_rows is None else keep_rows
@@ -56,6 +56,8 @@ def completion_rows(
     given = rows * side
     generator = torch.Generator(tokens.device).manual_seed(seed)
     if network.config.objective == "bert":
+        if top_k is not None or top_p is not None:
+            raise ValueError("top_k and top_p are for autoregressive networks; a BERT network inpaints without them")
         known = (torch.arange(side * side, device=tokens.device) < given).expand(len(tokens) * n_samples, -1)
         repeated = tokens.repeat_interleave(n_samples, 0)
         samples = inpaint(network, repeated, known, temperature=temperature, generator=generator)

@@ -43,7 +43,7 @@ def one_line_errors(prog: str) -> Iterator[None]:
     except InterpolationResolutionError as error:  # a recipe's ${...} that leads nowhere
         raise SystemExit(f"{prog}: {str(error).splitlines()[0]}") from error
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        own = _own(error)
+        own = error if isinstance(error, OSError) else _own(error)  # a path is always the user's business
         if os.environ.get(TRACEBACK) or own is None:
             raise
         raise SystemExit(f"{prog}: {own}") from error

@@ -70,9 +70,16 @@ def complete(
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; ``auto`` is the accelerator if there is one, else the CPU."""
+    """The device of this name; ``auto`` is the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {name!r} is not to be had here: {error}") from error
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

@@ -37,6 +37,8 @@ def read_images(source: str, size: int, *, split: str | None = None, limit: int 
         FileNotFoundError: There is no such path.
         ValueError: There are no images, the split does not exist, or an image cannot be decoded.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"asked for {limit} images; it takes 1 at least")
     path = Path(source).expanduser()
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         rows, names = [{"bytes": path.read_bytes(), "path": str(path)}], [path.name]
@@ -63,4 +65,4 @@ def _read(row: Mapping[str, Any], name: str, size: int) -> Tensor:
 
 
 def _name(row: Mapping[str, Any], split: str, number: int) -> str:
-    return Path(str(row["path"])).name if row.get("path") else f"{split}-{number:05d}"
+    return "/".join(Path(str(row["path"])).parts[-2:]) if row.get("path") else f"{split}-{number:05d}"

@@ -50,6 +50,8 @@ def fit(
     for file in (path, picture):
         if file.exists() and not overwrite:
             raise FileExistsError(f"{file} exists; pass --overwrite true to replace it")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1")
     opened = open_source(source, image_column=image_column)
     if split not in opened.splits:
         raise ValueError(f"{opened.name} has no split {split!r}; it has {', '.join(opened.splits)}")

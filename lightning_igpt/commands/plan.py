@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.config import ImageGPTConfig
@@ -15,7 +16,7 @@ def plan(
     batch_size: int = 128,
     steps: int = 1_000_000,
     image_size: int | None = None,
-    precision: str = "bf16-mixed",
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
 ) -> None:
     """Print parameters, operations and memory of a training run on one device.
 
@@ -26,6 +27,8 @@ def plan(
         image_size: Side of the images in pixels; default the preset's.
         precision: bf16-mixed or 32-true.
     """
+    if batch_size < 1 or steps < 1:
+        raise ValueError(f"batch_size {batch_size} and steps {steps} must be at least 1")
     config = ImageGPTConfig.resolve(network)
     config = config if image_size is None else replace(config, image_size=image_size)
     per_step = train_flops_per_token(config) * config.n_positions * batch_size

@@ -197,10 +197,15 @@ def raw_pixels_accuracy(seed: int) -> float:
 
 
 def finetune(run: Run, checkpoint: str, epochs: int) -> None:
-    """Fine-tune and test what the last step left: with a rate that falls to zero there is nothing to pick."""
+    """Fine-tune on all training digits and test what the last step left.
+
+    Nothing is picked by validation, as the rate falls to zero, so nothing is held out for it.
+    """
     options: dict[str, Any] = {"lr": 0.004, "schedule": "cosine", "warmup_steps": 20}
     module: LightningModule = FineTuneModule(checkpoint, 10, seed=run.seed, **options)
-    data: LightningDataModule = FineTuneDataModule("digits", batch_size=16, pad=0, flip=False, seed=run.seed)
+    data: LightningDataModule = FineTuneDataModule(
+        "digits", batch_size=16, val_fraction=0.0, pad=0, flip=False, seed=run.seed
+    )
     trainer = run.trainer("finetune", max_epochs=epochs)
     trainer.fit(module, data)
     test = trainer.test(module, data, verbose=False)[0]
@@ -262,14 +267,15 @@ def write_report(run: Run) -> None:
         f"lightning_igpt {__version__}, torch {torch.__version__}, seed {run.seed}.",
         [
             report.section("Results", report.table(rows, ("", "measured", "what it is"))),
-            *figures(run.out),
+            *figures(run),
             report.section("How to go on", NEXT_STEPS, report.commands(next_commands(run.out))),
         ],
     )
 
 
-def figures(out: Path) -> list[str]:
+def figures(run: Run) -> list[str]:
     """The three picture sections of the report."""
+    out, probes, tuned = run.out, run.results["probe"], run.results["finetune"]["accuracy"]
     return [
         report.section(
             "Pretraining",
@@ -293,10 +299,10 @@ def figures(out: Path) -> list[str]:
             report.picture(
                 out / "probe_by_layer.png", "Accuracy against layer", "Test accuracy by layer; dashed: raw pixels."
             ),
-            "At this size raw pixels beat the probe: averaging over positions throws away where things are, and in "
-            "centred 8 × 8 digits the place of the ink is nearly the whole answer. The probe's fair rival is the same "
-            "network before training. On natural images at the paper's scale the order turns round (96.3 % on "
-            "CIFAR-10), and fine-tuning, which rearranges the features before they are averaged, recovers most of it.",
+            f"Raw pixels reach {probes['raw_pixels_accuracy']:.3f}: averaging over positions throws away where things "
+            "are, and in centred 8 × 8 digits the place of the ink is nearly the whole answer. The probe's fair rival "
+            "is the same network before training. On natural images at the paper's scale the probe wins (96.3 % on "
+            f"CIFAR-10). Fine-tuning, which rearranges the features before they are averaged, gets {tuned:.3f} here.",
         ),
     ]
 

@@ -36,7 +36,10 @@ def score(
         batch_size: Images per forward pass.
         device: cpu, cuda, mps, or auto.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     loaded = load_pretrained(pretrained)
+    print(loaded.origin)
     pixels, names = read_images(images, loaded.config.image_size, split=split, limit=limit)
     place = pick_device(device)
     tokens = loaded.palette.quantize(pixels)

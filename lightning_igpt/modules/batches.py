@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     """A batch as the network sees it."""
 
     tokens: Tensor  # int64 (B, T)
-    labels: Tensor | None  # int64 (B,)
+    labels: Any  # int64 (B,), or None; need_labels checks
     samples: Tensor | None  # int64 (B,), each sample's number in the order of training
 
 
@@ -59,6 +59,8 @@ def need_labels(batch: Batch, num_classes: int) -> Tensor:
         raise ValueError(
             "this batch has no labels, but probing and fine-tuning need them: yield 'label' beside 'image'"
         )
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels must be an integer tensor; got {type(labels).__name__}: encode names as numbers")
     if labels.shape != batch.tokens.shape[:1] or labels.is_floating_point():
         raise ValueError(f"labels must be integers of shape ({len(batch.tokens)},); got {labels.dtype} {labels.shape}")
     # On an accelerator the comparison would stall the queue at every step; there cross_entropy itself asserts.

@@ -17,7 +17,11 @@ from lightning_igpt.modules.shared import (
     PaletteLike,
     adopt_class_names,
     build_network,
+    check_mask_ratio,
+    check_optimizer,
+    check_settings,
     check_stamp,
+    follow_schedule,
     keep_rates,
     mask_for,
     register,
@@ -79,6 +83,9 @@ class FineTuneModule(LightningModule):
             raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
         if schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule is {schedule!r}; it must be 'constant' or 'cosine'")
+        check_optimizer(lr, betas, weight_decay, warmup_steps)
+        check_settings(above_zero={}, not_below_zero={"generative_weight": generative_weight})
+        check_mask_ratio(mask_ratio)
         self.network, self.palette = build_network(network, palette, pretrained)
         self.head = nn.Linear(self.config.n_embd, num_classes, bias=False)
         nn.init.zeros_(self.head.weight)
@@ -122,6 +129,9 @@ class FineTuneModule(LightningModule):
         """Class logits (B, C) of a batch of images."""
         read = read_batch(batch, self.palette, self.config)
         return self._logits(read.tokens, mask_for(self, read, 0))[1]
+
+    def on_train_start(self) -> None:
+        follow_schedule(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         read = read_batch(batch, self.palette, self.config)

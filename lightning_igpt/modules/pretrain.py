@@ -15,7 +15,10 @@ from lightning_igpt.modules.shared import (
     NetworkLike,
     PaletteLike,
     build_network,
+    check_mask_ratio,
+    check_optimizer,
     check_stamp,
+    follow_schedule,
     keep_rates,
     mask_for,
     register,
@@ -76,6 +79,8 @@ class PretrainModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_optimizer(lr, betas, weight_decay, warmup_steps)
+        check_mask_ratio(mask_ratio)
         self.network, self.palette = build_network(network, palette, pretrained, objective)
         self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.mask_ratio, self.seed = warmup_steps, mask_ratio, seed
@@ -107,6 +112,9 @@ class PretrainModule(LightningModule):
         if self.config.objective == "bert":
             return self.network(tokens, masked=torch.zeros_like(tokens, dtype=torch.bool))  # type: ignore[no-any-return]
         return self.network(tokens)  # type: ignore[no-any-return]
+
+    def on_train_start(self) -> None:
+        follow_schedule(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         tokens, masked = self._inputs(batch, batch_idx)

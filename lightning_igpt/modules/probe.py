@@ -18,6 +18,8 @@ from lightning_igpt.modules.shared import (
     PaletteLike,
     adopt_class_names,
     build_network,
+    check_mask_ratio,
+    check_settings,
     check_stamp,
     mask_for,
     register,
@@ -56,7 +58,7 @@ class ProbeModule(LightningModule):
     palette_colors: Tensor
     weight: nn.Parameter  # (layers, C, D)
     bias: Tensor  # (layers, C)
-    best: Tensor  # index into layers of the best on validation
+    best: Tensor  # index into layers of the best on validation; -1 before any validation
 
     def __init__(
         self,
@@ -75,6 +77,10 @@ class ProbeModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # L-BFGS sees all features at once, not batches
+        check_settings(above_zero={"c": c, "max_iter": max_iter}, not_below_zero={})
+        check_mask_ratio(mask_ratio)
+        if layers != "all" and not isinstance(layers, (list, tuple, range)):
+            raise ValueError(f"layers is {layers!r}; it must be 'all' or a list of layer numbers")
         self.network, self.palette = build_network(network, palette, pretrained)
         self.network.requires_grad_(False).eval()
         self.layers = list(range(self.config.n_layer + 1)) if layers == "all" else list(layers)
@@ -111,8 +117,12 @@ class ProbeModule(LightningModule):
 
     @property
     def best_layer(self) -> int:
-        """Number of the layer that did best on validation."""
-        return self.layers[int(self.best)]
+        """Number of the layer that did best on validation.
+
+        Raises:
+            ValueError: There are several, and no validation picked one.
+        """
+        return self.layers[self._picked()]
 
     @property
     def accuracy_by_layer(self) -> dict[int, float]:
@@ -172,13 +182,16 @@ class ProbeModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         accuracy = self._finish("test")
         assert accuracy is not None
-        self.log("test/accuracy", accuracy[self.best], sync_dist=True)
+        if len(self.layers) > 1 and self.best < 0:
+            log.warning("test/accuracy is left out: without validation data no layer was picked")
+            return
+        self.log("test/accuracy", accuracy[self._picked()], sync_dist=True)
         self.log("test/best_layer", float(self.best_layer), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities of the best layer's classifier, float32 (B, C)."""
         features, _ = self._features(batch, batch_idx, labelled=False)
-        return self._logits(features)[:, int(self.best)].softmax(-1)
+        return self._logits(features)[:, self._picked()].softmax(-1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A clock. L-BFGS runs outside Lightning's sight, and Lightning saves nothing until it has counted a step."""
@@ -191,6 +204,11 @@ class ProbeModule(LightningModule):
         check_stamp(self, self.config, self.palette, checkpoint)
         self._set_classes(checkpoint["state_dict"]["bias"].shape[1])
 
+    def _picked(self) -> int:
+        if len(self.layers) > 1 and self.best < 0:
+            raise ValueError("no layer was picked: fit with validation data, or name a single one in layers=")
+        return max(0, int(self.best))
+
     def _set_classes(self, num_classes: int) -> None:
         shape = (len(self.layers), num_classes)
         self.num_classes = num_classes
@@ -198,7 +216,7 @@ class ProbeModule(LightningModule):
         # A parameter, because Lightning's distributed strategies want one; no gradient ever reaches it.
         self.weight = nn.Parameter(torch.zeros(*shape, self.config.n_embd, device=self.device))
         self.register_buffer("bias", torch.zeros(shape, device=self.device))
-        self.register_buffer("best", torch.zeros((), dtype=torch.long, device=self.device))
+        self.register_buffer("best", torch.full((), -1, dtype=torch.long, device=self.device))
         counters = [MulticlassAccuracy(num_classes, average="micro") for _ in self.layers] if num_classes else []
         self.accuracy = nn.ModuleList(counters).to(self.device)
         self._last: list[float] = []

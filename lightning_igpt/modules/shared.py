@@ -89,7 +89,8 @@ def register(module: LightningModule, network: ImageGPT, palette: Palette, **hyp
 
 
 def stamp(module: LightningModule, config: ImageGPTConfig, palette: Palette, checkpoint: dict[str, Any]) -> None:
-    """Write into a checkpoint what it is."""
+    """Write into a checkpoint what it is, and the palette as it is: training in bfloat16 rounds the module's buffer."""
+    checkpoint["state_dict"][COLORS] = palette.colors
     checkpoint[STAMP] = {
         "class": type(module).__name__,
         "version": __version__,
@@ -126,12 +127,52 @@ def keep_rates(module: Any, checkpoint: Mapping[str, Any]) -> None:
     Lightning restores the optimiser with the settings that it was saved with, whatever recipe and flags say.
     """
     for state in checkpoint.get("optimizer_states", []):
-        for group in state["param_groups"]:
-            group["lr"] *= module.lr / group["initial_lr"]
+        groups = [group for group in state["param_groups"] if {"initial_lr", "betas"} <= set(group)]
+        for group in groups:
             group["initial_lr"], group["betas"] = module.lr, module.betas
-        state["param_groups"][0]["weight_decay"] = module.weight_decay  # make_adam puts the matrices first
+        for group in groups[:1]:  # make_adam puts the matrices first
+            group["weight_decay"] = module.weight_decay
     for state in checkpoint.get("lr_schedulers", []):
-        state["base_lrs"] = [module.lr for _ in state["base_lrs"]]
+        if "base_lrs" in state:
+            state["base_lrs"] = [module.lr for _ in state["base_lrs"]]
+
+
+def follow_schedule(trainer: Trainer) -> None:
+    """Set each learning rate to what its schedule says now; a restored one may come from a shorter run's schedule."""
+    for config in trainer.lr_scheduler_configs:
+        schedule = config.scheduler
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            parts = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, base, factor in parts:
+                group["lr"] = base * factor(schedule.last_epoch)
+
+
+def check_settings(*, above_zero: Mapping[str, float], not_below_zero: Mapping[str, float]) -> None:
+    """Raise where a number is out of its range.
+
+    Raises:
+        ValueError: Names the setting and its value.
+    """
+    for name, value in above_zero.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
+    for name, value in not_below_zero.items():
+        if not value >= 0:
+            raise ValueError(f"{name} is {value}; it must be 0 or more")
+
+
+def check_optimizer(lr: float, betas: tuple[float, float], weight_decay: float, warmup_steps: int | None) -> None:
+    """Raise where a setting of Adam or its schedule makes no sense."""
+    rest = {"weight_decay": weight_decay, "warmup_steps": warmup_steps or 0}
+    check_settings(above_zero={"lr": lr}, not_below_zero=rest)
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas is {betas}; it must be two numbers from 0 to below 1")
+
+
+def check_mask_ratio(ratio: float) -> None:
+    """Raise where BERT would hide nothing or everything."""
+    if not 0 < ratio < 1:
+        raise ValueError(f"mask_ratio is {ratio}; it must lie between 0 and 1")
 
 
 def mask_for(module: Any, batch: Batch, batch_idx: int) -> Tensor | None:
@@ -164,6 +205,8 @@ def adopt_class_names(module: Any, num_classes: int) -> None:
     found, names = getattr(data, "num_classes", None), getattr(data, "class_names", None)
     if found is not None and found > num_classes:
         raise ValueError(f"the data has {found} classes but num_classes is {num_classes}; set num_classes={found}")
+    if found is not None and found < num_classes:
+        log.warning("num_classes is %d but the data has only %d classes", num_classes, found)
     if module.class_names is None and names is not None:
         module.class_names = list(names)
         module.hparams["class_names"] = module.class_names
@@ -172,14 +215,21 @@ def adopt_class_names(module: Any, num_classes: int) -> None:
 def total_steps(trainer: Trainer) -> tuple[int, int | None]:
     """(optimiser steps of the run, optimiser steps per data epoch if the data module knows its size)."""
     batches = getattr(getattr(trainer, "datamodule", None), "batches_per_epoch", None)
-    per_epoch = (
-        None if batches is None else max(1, -(-batches // trainer.accumulate_grad_batches))
-    )  # the last may be short
-    if trainer.max_steps > 0:
-        return trainer.max_steps, per_epoch
-    if per_epoch is not None and trainer.max_epochs is not None and trainer.max_epochs > 0:
-        return per_epoch * trainer.max_epochs, per_epoch
-    return int(trainer.estimated_stepping_batches), per_epoch
+    if batches is None:
+        total = trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ValueError("a cosine needs to know where the run ends: give the trainer max_steps or max_epochs")
+        return int(total), None
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+    # Lightning steps on an accumulation window that the end of an epoch cuts short, too.
+    per_epoch = max(1, -(-batches // trainer.accumulate_grad_batches))
+    ends = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        ends.append(per_epoch * trainer.max_epochs)
+    if not ends:
+        raise ValueError("a cosine needs to know where the run ends: give the trainer max_steps or max_epochs")
+    return min(ends), per_epoch
 
 
 def _differences(found: ImageGPTConfig, wanted: ImageGPTConfig) -> str:

@@ -44,11 +44,25 @@ def load_checkpoint(path: Path) -> tuple[ImageGPT, Palette]:
 
 def from_checkpoint(checkpoint: Mapping[str, Any], name: str) -> tuple[ImageGPT, Palette]:
     """As load_checkpoint, from the checkpoint's contents; ``name`` is for messages."""
-    state = checkpoint["state_dict"]
+    try:
+        state, config = checkpoint["state_dict"], ImageGPTConfig.resolve(checkpoint[STAMP]["network"])
+        state[COLORS], checkpoint[STAMP]["palette_sha256"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{name} is damaged: it lacks {error}") from error
     weights = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
     with torch.device("meta"):
-        network = ImageGPT(ImageGPTConfig.resolve(checkpoint[STAMP]["network"]))
+        network = ImageGPT(config)
     check_keys(network.state_dict(), weights, name)
-    # Cloned, because the file is only mapped: it may be replaced while the network is in use.
-    network.load_state_dict({key: value.clone() for key, value in weights.items()}, assign=True)
-    return network.requires_grad_(True), Palette(state[COLORS])
+    # Copied, because the file is only mapped: it may be replaced while the network is in use.
+    network.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in weights.items()}, assign=True)
+    return network.requires_grad_(True), _palette(checkpoint, network.config, name)
+
+
+def _palette(checkpoint: Mapping[str, Any], config: ImageGPTConfig, name: str) -> Palette:
+    palette, expected = Palette(checkpoint["state_dict"][COLORS]), checkpoint[STAMP]["palette_sha256"]
+    if palette.sha256 != expected or len(palette) != config.vocab_size:
+        raise ValueError(
+            f"{name} is damaged: it holds {len(palette)} colours with the hash {palette.sha256[:12]}, but was written "
+            f"with {config.vocab_size} colours and the hash {expected[:12]}"
+        )
+    return palette

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.model import ImageGPT
+from lightning_igpt.model import NORM_EPS, ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights.names import ATTENTION_OUT, BIASES, PACKED, PLAIN, TRANSPOSED, check_keys, expand
 
@@ -37,6 +37,8 @@ def read_config(config: Mapping[str, Any], *, bias: bool) -> ImageGPTConfig:
             raise ValueError(f"config.json sets {switch}; no published Image GPT does, and it is not supported")
     if config.get("activation_function", "quick_gelu") != "quick_gelu" or not config.get("scale_attn_weights", True):
         raise ValueError("config.json changes activation_function or scale_attn_weights from the published network's")
+    if config.get("layer_norm_epsilon", NORM_EPS) != NORM_EPS:
+        raise ValueError(f"config.json has layer_norm_epsilon {config['layer_norm_epsilon']}; here it is {NORM_EPS}")
     n_positions = config.get("n_positions", 1024)
     image_size = round(n_positions**0.5)
     if image_size**2 != n_positions:
@@ -100,7 +102,7 @@ def to_config(config: ImageGPTConfig) -> dict[str, Any]:
         "n_head": config.n_head,
         "n_inner": config.n_inner,
         "activation_function": "quick_gelu",
-        "layer_norm_epsilon": 1e-5,
+        "layer_norm_epsilon": NORM_EPS,
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,

@@ -34,10 +34,22 @@ def test_classes_only(tmp_path):
     assert opened(tmp_path) == {"train": [("a/2.png", "a"), ("b/1.png", "b")]}
 
 
-def test_a_class_may_be_called_train(tmp_path):
-    """datasets' own loader takes it for a split and drops the cars."""
-    save_images(tmp_path, ["train/1.png", "car/2.png"])
-    assert opened(tmp_path) == {"train": [("car/2.png", "car"), ("train/1.png", "train")]}
+@pytest.mark.parametrize(
+    ("folder", "split"),
+    [("Training", "train"), ("TESTING", "test"), ("eval", "validation"), ("Evaluation", "validation"), ("dev", "dev")],
+)
+def test_names_of_splits(tmp_path, folder, split):
+    other = "Testing" if split == "train" else "Training"
+    save_images(tmp_path, [f"tt/{name}/{kind}/1.png" for name in (folder, other) for kind in ("cat", "dog")])
+    found = opened(tmp_path)
+    assert set(found) == {split, "test" if split == "train" else "train"}
+    assert found[split] == [(f"tt/{folder}/{kind}/1.png", kind) for kind in ("cat", "dog")]
+
+
+def test_two_folders_for_one_split(tmp_path):
+    save_images(tmp_path, ["train/1.png", "training/2.png", "test/3.png"])
+    with pytest.raises(ValueError, match=r"2 folders for the split 'train' \(train, training\); merge them"):
+        open_image_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -63,10 +75,37 @@ def test_one_folder_around_everything(tmp_path):
     assert set(opened(tmp_path)) == {"train", "test"}
 
 
-def test_splits_beside_other_images(tmp_path):
-    save_images(tmp_path, ["train/1.png", "test/2.png", "extra/3.png"])
-    with pytest.raises(ValueError, match=r"named after splits \(test, train\) and other images beside them"):
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train/1.png", "test/2.png", "extra/3.png"], r"\(test, train\) and other images beside them \(extra/\)"),
+        (["1.png", "2.png", "test/3.png"], r"\(test\) and .* \(1.png, 2.png\).*move the other images into train/"),
+        (["Eval/1.png", "car/2.png", "dog/3.png"], r"\(car/, dog/\). Where Eval .*class, rename it or give a Dataset"),
+        (["set/val/1.png", *(f"set/{i}/1.png" for i in range(8))], r"set has .*\(0/, 1/, 2/, 3/, 4/ and 3 more\)"),
+    ],
+)
+def test_splits_beside_other_images(tmp_path, names, message):
+    save_images(tmp_path, names)
+    with pytest.raises(ValueError, match=message):
         open_image_folder(tmp_path)
+
+
+def test_links(tmp_path):
+    """Folders elsewhere count; a link to a folder already there adds nothing, and takes nothing from it."""
+    save_images(tmp_path, ["set/a/1.png", "set/z/2.png", "elsewhere/3.png"])
+    (tmp_path / "set/a/up").symlink_to(tmp_path / "set", target_is_directory=True)
+    (tmp_path / "set/a/beside").symlink_to(tmp_path / "set/z", target_is_directory=True)
+    (tmp_path / "set/b").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert [path.as_posix() for path in list_files(tmp_path / "set", SUFFIXES)] == ["a/1.png", "b/3.png", "z/2.png"]
+
+
+def test_formats_that_are_not_read(tmp_path):
+    save_images(tmp_path, ["set/a/1.png", "set/b/2.png"])
+    for name in ("set/a/3.HEIC", "set/b/4.heic", "5.cr2", ".6.svg"):
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=r"3 images in formats that are not read \(.cr2, .heic\).*Convert") as caught:
+        assert len(open_image_folder(tmp_path)["train"]) == 2
+    assert len(caught) == 1
 
 
 def test_which_files_count(tmp_path):
