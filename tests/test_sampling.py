@@ -95,6 +95,7 @@ def test_top_k_and_top_p_keep_what_they_say():
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"n_samples": 0}, "n_samples is 0"),
@@ -163,3 +164,7 @@ def test_score_is_the_surprise_of_each_pixel_in_any_batching():
     with pytest.raises(ValueError, match="no likelihood"):
         score(random_network(SMALL_BERT), tokens)
     assert score(network, tokens).shape == (5, SMALL.n_positions)
+
+
+def test_no_prompts_give_no_pictures():
+    assert complete(random_network(), torch.zeros(0, 4, dtype=torch.long), n_samples=2).shape == (0, 2, 16)

@@ -206,7 +206,7 @@ def finetune(run: Run, checkpoint: str, epochs: int) -> None:
     data: LightningDataModule = FineTuneDataModule(
         "digits", batch_size=16, val_fraction=0.0, pad=0, flip=False, seed=run.seed
     )
-    trainer = run.trainer("finetune", max_epochs=epochs)
+    trainer = run.trainer("finetune", max_epochs=epochs, limit_val_batches=0)
     trainer.fit(module, data)
     test = trainer.test(module, data, verbose=False)[0]
     run.results["finetune"] = {"accuracy": test["test/accuracy"], "cross_entropy": test["test/cross_entropy"]}

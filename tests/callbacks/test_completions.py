@@ -34,6 +34,11 @@ def test_rows_hold_prompt_samples_and_truth(config, keep_rows):
     assert len(captions(3)) == rows.shape[1]
 
 
+def test_a_bert_network_takes_no_top_k():
+    with pytest.raises(ValueError, match="top_k and top_p are for autoregressive"):
+        completion_rows(random_network(BERT), PALETTE, torch.zeros(1, 16, dtype=torch.long), top_k=3)
+
+
 def test_all_rows_kept_is_refused():
     with pytest.raises(ValueError, match="keep_rows is 4; an image of 4 rows can keep 0 to 3"):
         completion_rows(random_network(TINY), PALETTE, torch.zeros(1, 16, dtype=torch.long), keep_rows=4)

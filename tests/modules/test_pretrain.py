@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.objectives import draw_mask, masked_pixel_loss, next_pixel_loss
 from lightning_igpt.palette import Palette
+from lightning_igpt.weights import load_pretrained
 from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
 
 
@@ -141,3 +143,64 @@ def test_warm_up_and_cosine_follow_the_run(tmp_path):
     model.on_train_batch_end = lambda *args: rates.append(model.optimizers().param_groups[0]["lr"])
     quiet_trainer(tmp_path, max_steps=4).fit(model, loader())
     assert rates == pytest.approx([1.0, 1.0, 0.5, 0.0], abs=1e-6)
+
+
+def test_training_in_bfloat16_leaves_the_palette_and_float32_behind(tmp_path):
+    """bf16-true rounds every buffer; a rounded palette would give half a percent of the pixels another token."""
+    colors = torch.rand(8, 3, generator=torch.manual_seed(0)) * 2 - 1
+    model = PretrainModule(TINY, Palette(colors))
+    trainer = quiet_trainer(tmp_path, max_steps=1, precision="bf16-true")
+    trainer.fit(model, loader())
+    loaded = load_pretrained(trainer.checkpoint_callback.best_model_path)
+    assert loaded.palette == Palette(colors)
+    assert {parameter.dtype for parameter in loaded.network.parameters()} == {torch.float32}
+
+
+def test_a_longer_resumed_run_follows_the_longer_cosine(tmp_path):
+    def rates(max_steps, ckpt_path=None):
+        model, found = module(lr=1.0, warmup_steps=1), []
+        model.on_train_batch_start = lambda *args: found.append(model.optimizers().param_groups[0]["lr"])
+        trainer = quiet_trainer(tmp_path, max_steps=max_steps)
+        trainer.fit(model, loader(128), ckpt_path=ckpt_path)
+        return found, trainer.checkpoint_callback.best_model_path
+
+    _, path = rates(4)
+    whole, _ = rates(8)
+    resumed, _ = rates(8, path)
+    assert resumed == pytest.approx(whole[4:])
+
+
+@pytest.mark.parametrize(
+    ("options", "end"),
+    [
+        ({"max_epochs": 2}, 8),
+        ({"max_epochs": 2, "limit_train_batches": 3}, 6),
+        ({"max_epochs": 2, "limit_train_batches": 0.5}, 4),
+        ({"max_epochs": 2, "max_steps": 5}, 5),
+        ({"max_steps": 5}, 5),
+        ({"max_epochs": 2, "accumulate_grad_batches": 3}, 4),
+    ],
+)
+def test_the_cosine_ends_with_the_run(tmp_path, options, end):
+    model, rates = module(lr=1.0, warmup_steps=1), []
+    model.on_train_batch_end = lambda *args: rates.append(model.optimizers().param_groups[0]["lr"])
+    data = PretrainDataModule("digits", batch_size=323, image_size=4, val_fraction=0.1)  # 4 batches in an epoch
+    trainer = quiet_trainer(tmp_path, limit_val_batches=0, **options)
+    trainer.fit(model, data)
+    assert trainer.global_step == end
+    assert rates[-1] == pytest.approx(0, abs=1e-6) and rates[-2] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "lr is 0.0; it must be above 0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+        ({"warmup_steps": -5}, "warmup_steps is -5"),
+        ({"betas": (0.9,)}, r"betas is \(0.9,\)"),
+        ({"mask_ratio": 7.0}, "mask_ratio is 7.0; it must lie between 0 and 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        module(BERT, **options)

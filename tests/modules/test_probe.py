@@ -120,3 +120,30 @@ def test_wrong_use_says_so(tmp_path):
         quiet_trainer(tmp_path, max_epochs=1).fit(probe(), torch.utils.data.DataLoader(labelled_images()[0], 8))
     with pytest.raises(ValueError, match="a probe needs two classes"):
         quiet_trainer(tmp_path, max_epochs=1).fit(probe(), loader(classes=1))
+
+
+def test_without_validation_no_layer_is_picked(tmp_path):
+    module = probe()
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, loader())
+    test = trainer.test(module, loader(), verbose=False)[0]
+    assert "test/layer_2/accuracy" in test and "test/accuracy" not in test
+    for picked in (lambda: module.best_layer, lambda: trainer.predict(module, loader())):
+        with pytest.raises(ValueError, match="no layer was picked"):
+            picked()
+    single = probe(layers=[1])
+    quiet_trainer(tmp_path, max_epochs=1).fit(single, loader())
+    assert single.best_layer == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"c": 0.0}, "c is 0.0; it must be above 0"),
+        ({"layers": "al"}, "'all' or a list"),
+        ({"layers": 1}, "'all' or a list"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        probe(**options)

@@ -86,6 +86,8 @@ def test_wrong_folders_say_so(tmp_path, palette):
         load_pretrained(with_config(model_type="gpt2"))
     with pytest.raises(ValueError, match="reorder_and_upcast_attn"):
         load_pretrained(with_config(reorder_and_upcast_attn=True))
+    with pytest.raises(ValueError, match=r"layer_norm_epsilon 0\.1"):
+        load_pretrained(with_config(layer_norm_epsilon=0.1))
     with pytest.raises(ValueError, match="activation_function"):
         load_pretrained(with_config(activation_function="gelu"))
     with pytest.raises(ValueError, match=r"(?s)missing \(-\) or unexpected \(\+\).*- transformer.h.3.*"):

@@ -135,3 +135,15 @@ def test_openai_checkpoints_without_tensorflow_name_the_extra(tmp_path, monkeypa
 def test_variables_of_another_model_are_refused():
     with pytest.raises(ValueError, match="no Image GPT checkpoint"):
         openai.from_variables({"wte": np.zeros((3, 3), np.float32)})
+
+
+def test_a_changed_palette_or_a_missing_part_is_noticed(tmp_path, checkpoint):
+    content = torch.load(checkpoint, weights_only=True)
+    bad = tmp_path / "bad.ckpt"
+    torch.save({**content, "state_dict": {**content["state_dict"], "palette_colors": torch.rand(8, 3)}}, bad)
+    with pytest.raises(ValueError, match=r"damaged: it holds 8 colours with the hash"):
+        load_pretrained(bad)
+    for part in ("state_dict", "lightning_igpt"):
+        torch.save({**content, part: {}}, bad)
+        with pytest.raises(ValueError, match=r"bad\.ckpt is damaged: it lacks"):
+            load_pretrained(bad)
