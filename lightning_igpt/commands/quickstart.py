@@ -263,8 +263,9 @@ def write_report(run: Run) -> None:
     report.write_page(
         run.out / "report.html",
         "Image GPT on 8 × 8 digits",
-        f"{network}; 1,293 digits to train on, 144 to validate, 360 to test; {run.results['seconds']:.0f} seconds; "
-        f"lightning_igpt {__version__}, torch {torch.__version__}, seed {run.seed}.",
+        f"{network}; 1,437 digits to learn from, 144 of them held out at first; 360 to test; "
+        f"{run.results['seconds']:.0f} seconds, seed {run.seed}; "
+        f"lightning_igpt {__version__}, torch {torch.__version__}.",
         [
             report.section("Results", report.table(rows, ("", "measured", "what it is"))),
             *figures(run),
