@@ -66,7 +66,8 @@ def open_image_folder(folder: Path, files: list[Path] | None = None) -> datasets
         files: Its images, as ``list_files`` gives them.
 
     Raises:
-        ValueError: A sub-folder is named after a split and other images are beside it, or two name the same split.
+        ValueError: A sub-folder is named after a split and other images are beside it, two name the same split, or
+            splits lie inside other folders.
     """
     unreadable = Counter(path.suffix.lower() for path in list_files(folder, UNREADABLE))
     if unreadable:
@@ -84,12 +85,23 @@ def _read_layout(folder: Path, files: list[Path]) -> datasets.DatasetDict:
         lone = top.pop()
         return _read_layout(folder / lone, [path.relative_to(lone) for path in files])
     if not named:
+        _check_no_inner_splits(folder, files)
         return _to_datasets(folder, {"train": [(path, path) for path in files]})
     _check_split_folders(folder, named, files)
     splits = defaultdict(list)
     for path in files:
         splits[SPLIT_NAMES[path.parts[0].lower()]].append((path, path.relative_to(path.parts[0])))
     return _to_datasets(folder, splits)
+
+
+def _check_no_inner_splits(folder: Path, files: list[Path]) -> None:
+    inner = {SPLIT_NAMES.get(path.parts[1].lower()) for path in files if len(path.parts) > 2}
+    if "train" in inner and len(inner - {None}) > 1:
+        example = next(path for path in files if len(path.parts) > 2 and path.parts[1].lower() in SPLIT_NAMES)
+        raise ValueError(
+            f"{folder} has splits inside other folders ({example}); put the splits outermost, as in "
+            f"{example.parts[1]}/{example.parts[0]}/, or its test images would be trained on"
+        )
 
 
 def _check_split_folders(folder: Path, named: list[str], files: list[Path]) -> None:

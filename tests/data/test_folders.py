@@ -90,6 +90,13 @@ def test_splits_beside_other_images(tmp_path, names, message):
         open_image_folder(tmp_path)
 
 
+def test_splits_inside_classes(tmp_path):
+    """The test images of such a layout would be trained on."""
+    save_images(tmp_path, ["cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png"])
+    with pytest.raises(ValueError, match=r"splits inside other folders.*outermost, as in test/cat/"):
+        open_image_folder(tmp_path)
+
+
 def test_links(tmp_path):
     """Folders elsewhere count; a link to a folder already there adds nothing, and takes nothing from it."""
     save_images(tmp_path, ["set/a/1.png", "set/z/2.png", "elsewhere/3.png"])
