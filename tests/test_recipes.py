@@ -149,6 +149,8 @@ def toy_flags(recipe, sources):
     }
     if "pretrained" not in recipe["model"]["init_args"]:
         flags |= {"model.init_args.network": json.dumps(TOY), "model.init_args.palette": "gray:16"}
+    if recipe["model"]["init_args"].get("warmup_steps"):
+        flags["model.init_args.warmup_steps"] = 1
     if "max_steps" in trainer:
         flags |= {"trainer.max_steps": 2, "trainer.val_check_interval": accumulate, "trainer.checkpoint_every": 1}
     else:
@@ -228,8 +230,14 @@ def test_the_papers_settings(name):
     per_device = recipe["data"]["init_args"]["batch_size"] * trainer["devices"]
     data = SimpleNamespace(batches_per_epoch=IMAGENET_TRAIN // per_device)
     accumulate = trainer["accumulate_grad_batches"] or 1
-    steps = SimpleNamespace(max_steps=paper.steps, accumulate_grad_batches=accumulate, datamodule=data)
-    warmup = default_warmup(*total_steps(steps))
+    run = SimpleNamespace(
+        max_steps=paper.steps,
+        max_epochs=-1,
+        limit_train_batches=1.0,
+        accumulate_grad_batches=accumulate,
+        datamodule=data,
+    )
+    warmup = default_warmup(*total_steps(run))
     assert abs(warmup - IMAGENET_TRAIN / paper.batch) <= 1  # one epoch
     assert f"here {warmup:,} steps" in RECIPES[name].read_text()
 
