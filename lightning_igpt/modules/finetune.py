@@ -44,6 +44,8 @@ class FineTuneModule(LightningModule):
         num_classes: Number of classes.
         network: Preset name or the fields of an ImageGPTConfig. Default: the network of ``pretrained``, else igpt_s.
         palette: As in PretrainModule. Default: the palette of ``pretrained``, else openai.
+        image_size: Side of the images in pixels. Default: the network's own. With ``pretrained`` of another size its
+            table of positions is interpolated.
         lr: Learning rate; often a tenth of the one used in pretraining.
         betas: Adam's decay rates of the moments.
         weight_decay: Decoupled weight decay on matrices.
@@ -68,6 +70,7 @@ class FineTuneModule(LightningModule):
         *,
         network: NetworkLike = None,
         palette: PaletteLike = None,
+        image_size: int | None = None,
         lr: float = 0.0003,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
@@ -86,7 +89,7 @@ class FineTuneModule(LightningModule):
         check_optimizer(lr, betas, weight_decay, warmup_steps)
         check_settings(above_zero={}, not_below_zero={"generative_weight": generative_weight})
         check_mask_ratio(mask_ratio)
-        self.network, self.palette = build_network(network, palette, pretrained)
+        self.network, self.palette = build_network(network, palette, pretrained, image_size=image_size)
         self.head = nn.Linear(self.config.n_embd, num_classes, bias=False)
         nn.init.zeros_(self.head.weight)
         self.lr, self.betas, self.weight_decay, self.warmup_steps = lr, (betas[0], betas[1]), weight_decay, warmup_steps

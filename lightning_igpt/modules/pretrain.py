@@ -51,6 +51,8 @@ class PretrainModule(LightningModule):
         objective: ``autoregressive`` or ``bert``. Default: the network's own.
         pretrained: Start from these weights: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI
             checkpoint. To continue an interrupted run use ckpt_path instead.
+        image_size: Side of the images in pixels. Default: the network's own. With ``pretrained`` of another size its
+            table of positions is interpolated.
         lr: Peak learning rate. The paper: 0.003 for S and M, 0.001 for L, 0.0003 for XL.
         betas: Adam's decay rates of the moments.
         weight_decay: Decoupled weight decay on matrices.
@@ -71,6 +73,7 @@ class PretrainModule(LightningModule):
         *,
         objective: Objective | None = None,
         pretrained: str | None = None,
+        image_size: int | None = None,
         lr: float = 0.003,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
@@ -81,7 +84,7 @@ class PretrainModule(LightningModule):
         super().__init__()
         check_optimizer(lr, betas, weight_decay, warmup_steps)
         check_mask_ratio(mask_ratio)
-        self.network, self.palette = build_network(network, palette, pretrained, objective)
+        self.network, self.palette = build_network(network, palette, pretrained, objective, image_size)
         self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.mask_ratio, self.seed = warmup_steps, mask_ratio, seed
         register(

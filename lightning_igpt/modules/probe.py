@@ -43,6 +43,8 @@ class ProbeModule(LightningModule):
         layers: ``all``, or a list of layer numbers: 0 is the input of the first block, n_layer the final norm.
         network: Preset name or the fields of an ImageGPTConfig. Default: the network of ``pretrained``, else igpt_s.
         palette: As in PretrainModule. Default: the palette of ``pretrained``, else openai.
+        image_size: Side of the images in pixels. Default: the network's own. With ``pretrained`` of another size its
+            table of positions is interpolated.
         num_classes: Number of classes. Default: the data's.
         class_names: Names of the classes. Default: the data's.
         c: Inverse strength of the L2 penalty, as scikit-learn's C. The paper does not state it.
@@ -67,6 +69,7 @@ class ProbeModule(LightningModule):
         *,
         network: NetworkLike = None,
         palette: PaletteLike = None,
+        image_size: int | None = None,
         num_classes: int | None = None,
         class_names: list[str] | None = None,
         c: float = 1.0,
@@ -81,7 +84,7 @@ class ProbeModule(LightningModule):
         check_mask_ratio(mask_ratio)
         if layers != "all" and not isinstance(layers, (list, tuple, range)):
             raise ValueError(f"layers is {layers!r}; it must be 'all' or a list of layer numbers")
-        self.network, self.palette = build_network(network, palette, pretrained)
+        self.network, self.palette = build_network(network, palette, pretrained, image_size=image_size)
         self.network.requires_grad_(False).eval()
         self.layers = list(range(self.config.n_layer + 1)) if layers == "all" else list(layers)
         wrong = [layer for layer in self.layers if not 0 <= layer <= self.config.n_layer]

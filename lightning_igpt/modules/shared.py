@@ -33,28 +33,33 @@ def build_network(
     palette: PaletteLike,
     pretrained: str | None,
     objective: Objective | None = None,
+    image_size: int | None = None,
 ) -> tuple[ImageGPT, Palette]:
     """Make or load the network and its palette from a module's arguments.
+
+    Loaded weights keep their shape; only ``image_size`` (positions are interpolated) and ``dropout`` may differ.
 
     Raises:
         ValueError: The arguments contradict each other or the loaded weights.
     """
     if pretrained is None:
         config = ImageGPTConfig.resolve("igpt_s" if network is None else network)
-        if objective is not None:
-            config = replace(config, objective=objective)
+        config = _changed(config, objective=objective, image_size=image_size)
         colors = Palette.load("openai" if palette is None else palette)
         check_colors(colors, config)
         return ImageGPT(config), colors
     loaded = load_pretrained(pretrained)
-    log.info("weights and palette from %s", loaded.origin)
-    wanted = loaded.config if network is None else ImageGPTConfig.resolve(network)
-    wanted = wanted if objective is None else replace(wanted, objective=objective)
-    if wanted != loaded.config:
+    wanted = _changed(_wanted(network, loaded.config), objective=objective, image_size=image_size)
+    fixed = replace(wanted, dropout=loaded.config.dropout)
+    if image_size is not None or isinstance(network, (ImageGPTConfig, Mapping)):  # a preset's size is not a wish
+        fixed = replace(fixed, image_size=loaded.config.image_size)
+    if fixed != loaded.config:
         raise ValueError(
-            f"pretrained={pretrained!r} is a network of {_differences(loaded.config, wanted)}; "
+            f"pretrained={pretrained!r} is a network of {_differences(loaded.config, fixed)}; "
             "leave out network and objective to take the loaded network's"
         )
+    loaded = loaded.adapted(wanted)
+    log.info("weights and palette from %s", loaded.origin)
     colors = loaded.palette if palette is None else Palette.load(palette)
     check_palette(colors, loaded.palette.sha256, f"pretrained={pretrained!r}")
     return loaded.network, colors
@@ -230,6 +235,18 @@ def total_steps(trainer: Trainer) -> tuple[int, int | None]:
     if not ends:
         raise ValueError("a cosine needs to know where the run ends: give the trainer max_steps or max_epochs")
     return min(ends), per_epoch
+
+
+def _wanted(network: NetworkLike, loaded: ImageGPTConfig) -> ImageGPTConfig:
+    """What ``network`` asks for beside loaded weights: a mapping may name only the fields that shall differ."""
+    if network is None:
+        return loaded
+    return ImageGPTConfig.resolve({**loaded.to_dict(), **network} if isinstance(network, Mapping) else network)
+
+
+def _changed(config: ImageGPTConfig, **fields: Any) -> ImageGPTConfig:
+    """The config with those fields replaced that are not None."""
+    return replace(config, **{name: value for name, value in fields.items() if value is not None})
 
 
 def _differences(found: ImageGPTConfig, wanted: ImageGPTConfig) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import checkpoint, huggingface, openai
+from lightning_igpt.weights.positions import adapt_network
 
 __all__ = ["Pretrained", "load_pretrained", "save_pretrained"]
 
@@ -32,6 +33,15 @@ class Pretrained:
     def config(self) -> ImageGPTConfig:
         """The network's shape."""
         return self.network.config
+
+    def adapted(self, config: ImageGPTConfig) -> Pretrained:
+        """The same weights for another ``image_size`` or ``dropout``, and ``origin`` saying so."""
+        if config == self.config:
+            return self
+        origin, old, new = self.origin, self.config.image_size, config.image_size
+        if new != old:
+            origin += f", positions interpolated from {old} x {old} to {new} x {new}"
+        return replace(self, network=adapt_network(self.network, config), origin=origin)
 
 
 def load_pretrained(source: str | Path) -> Pretrained:
