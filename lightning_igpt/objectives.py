@@ -66,6 +66,22 @@ def draw_mask(samples: Tensor, n_positions: int, *, seed: int, ratio: float = MA
     return counter_uniform(samples, n_positions, seed=seed) <= ratio
 
 
+def majority_vote(votes: Tensor, samples: Tensor, num_classes: int, *, seed: int) -> Tensor:
+    """The class that most votes name; a tie falls to one of the tied classes at random (paper, section 4.6).
+
+    Args:
+        votes: int64 (M, B), one class per mask and sample.
+        samples: int64 (B,), the number of each sample; decides its ties together with the seed.
+        num_classes: C.
+        seed: Any integer.
+
+    Returns:
+        int64 (B,).
+    """
+    counts = F.one_hot(votes, num_classes).sum(0)  # (B, C)
+    return (counts + counter_uniform(samples, num_classes, seed=seed).double()).argmax(-1)  # it lies below 1
+
+
 def counter_uniform(counters: Tensor, n: int, *, seed: int) -> Tensor:
     """Uniform numbers in [0, 1) without a generator: float32 (B, n) from int64 counters (B,).
 

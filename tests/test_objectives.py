@@ -6,6 +6,7 @@ import torch
 from lightning_igpt.objectives import (
     counter_uniform,
     draw_mask,
+    majority_vote,
     masked_pixel_loss,
     nats_to_bits,
     next_pixel_loss,
@@ -86,3 +87,14 @@ def test_masks_are_pinned():
 
 def test_bits():
     assert nats_to_bits(math.log(512)) == pytest.approx(9)
+
+
+def test_majority_vote_counts_and_breaks_ties_by_seed():
+    votes = torch.tensor([[2, 0, 1], [2, 1, 1], [0, 2, 1], [2, 0, 0], [1, 1, 1]])  # 5 masks, 3 samples
+    samples = torch.arange(3)
+    assert majority_vote(votes[:, [0, 2]], samples[:2], 3, seed=0).tolist() == [2, 1]
+    tied = torch.tensor([[0], [2], [0], [2]]).expand(4, 2000)
+    found = majority_vote(tied, torch.arange(2000), 3, seed=0)
+    assert torch.equal(found, majority_vote(tied, torch.arange(2000), 3, seed=0))
+    assert set(found.tolist()) == {0, 2} and 800 < (found == 0).sum() < 1200
+    assert not torch.equal(found, majority_vote(tied, torch.arange(2000), 3, seed=1))

@@ -180,24 +180,49 @@ def check_mask_ratio(ratio: float) -> None:
         raise ValueError(f"mask_ratio is {ratio}; it must lie between 0 and 1")
 
 
-def mask_for(module: Any, batch: Batch, batch_idx: int) -> Tensor | None:
+def mask_for(module: Any, batch: Batch, batch_idx: int, number: int = 0) -> Tensor | None:
     """BERT's mask (B, T) of a batch, the same whenever the same sample comes; None for autoregressive networks.
 
     Args:
         module: One of this package's modules: its ``config``, ``seed`` and ``mask_ratio`` are used.
         batch: The batch. Where its loader gives no sample numbers, they are made of batch, process and row.
         batch_idx: Lightning's number of the batch.
+        number: Which of several masks of the same sample.
     """
     if module.config.objective == "autoregressive":
         return None
-    samples = batch.samples
-    if samples is None:
-        trainer = getattr(module, "_trainer", None)
-        count = trainer.fit_loop.total_batch_idx + 1 if module.training and trainer is not None else batch_idx
-        size = len(batch.tokens)
-        first = (count * MAX_PROCESSES + module.global_rank) * size
-        samples = torch.arange(first, first + size, device=batch.tokens.device)
-    return draw_mask(samples, module.config.n_positions, seed=module.seed, ratio=module.mask_ratio)
+    samples = sample_numbers(module, batch, batch_idx)
+    seed = module.seed + 1_000_003 * number  # far from the seeds that people choose
+    return draw_mask(samples, module.config.n_positions, seed=seed, ratio=module.mask_ratio)
+
+
+def evaluation_masks(module: Any, batch: Batch, batch_idx: int) -> list[Tensor | None]:
+    """The masks under which a BERT network is evaluated: ``n_masks`` of them, or one that hides nothing.
+
+    The paper hides pixels in evaluation too, and lets five masks vote (section 4.6). ``[None]`` for autoregressive
+    networks.
+
+    Args:
+        module: A ProbeModule or FineTuneModule: beside what mask_for uses, its ``mask_inputs`` and ``n_masks``.
+        batch: The batch.
+        batch_idx: Lightning's number of the batch.
+    """
+    if module.config.objective == "autoregressive":
+        return [None]
+    if not module.mask_inputs:
+        return [torch.zeros_like(batch.tokens, dtype=torch.bool)]
+    return [mask_for(module, batch, batch_idx, number) for number in range(module.n_masks)]
+
+
+def sample_numbers(module: Any, batch: Batch, batch_idx: int) -> Tensor:
+    """The number of each sample, int64 (B,): the loader's, or made of batch, process and row."""
+    if batch.samples is not None:
+        return batch.samples
+    trainer = getattr(module, "_trainer", None)
+    count = trainer.fit_loop.total_batch_idx + 1 if module.training and trainer is not None else batch_idx
+    size = len(batch.tokens)
+    first = (count * MAX_PROCESSES + module.global_rank) * size
+    return torch.arange(first, first + size, device=batch.tokens.device)
 
 
 def adopt_class_names(module: Any, num_classes: int) -> None:
