@@ -16,7 +16,7 @@ _HOMES = {
     "kmeans": ["fit_palette"],
     "model": ["ImageGPT", "KVCache"],
     "sampling": ["complete", "inpaint", "score"],
-    "weights": ["load_pretrained", "save_pretrained"],
+    "weights": ["ModelCard", "load_pretrained", "push_to_hub", "save_pretrained"],
     "modules": ["PretrainModule", "ProbeModule", "FineTuneModule"],
     "data": ["PretrainDataModule", "ProbeDataModule", "FineTuneDataModule"],
     "trainer": ["make_trainer"],
@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     from lightning_igpt.sampling import inpaint as inpaint
     from lightning_igpt.sampling import score as score
     from lightning_igpt.trainer import make_trainer as make_trainer
+    from lightning_igpt.weights import ModelCard as ModelCard
     from lightning_igpt.weights import load_pretrained as load_pretrained
+    from lightning_igpt.weights import push_to_hub as push_to_hub
     from lightning_igpt.weights import save_pretrained as save_pretrained
 
 

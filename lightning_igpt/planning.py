@@ -53,3 +53,12 @@ def training_bytes(config: ImageGPTConfig, batch_size: int, precision: str = "bf
         "activations": ACTIVATION_BYTES[precision] * config.n_embd * config.n_layer * tokens,
         "logits": 10 * config.vocab_size * tokens,  # as computed, in float32, and their gradient
     }
+
+
+def loading_bytes(config: ImageGPTConfig) -> int:
+    """Peak memory of reading a network from a file: float32 weights, and one of the pieces that it is read in.
+
+    A piece is a sixteenth of the network, or its largest matrix if that is larger.
+    """
+    largest = config.n_embd * max(config.mlp_width, 3 * config.n_embd, config.vocab_size + 1, config.n_positions)
+    return 4 * parameter_count(config) + 4 * max(parameter_count(config) // 16, largest)

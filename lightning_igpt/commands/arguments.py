@@ -6,7 +6,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_type_hints
 
 import jsonargparse
 from omegaconf.errors import InterpolationResolutionError
@@ -26,9 +26,20 @@ def run_function(
         positional: Take required arguments without their names.
     """
     prog = f"lightning-igpt {verb}"
+    words = words if isinstance(function, dict) else _spelled_out(function, words)
     with one_line_errors(prog):
         jsonargparse.auto_cli(function, args=list(words), prog=prog, as_positional=positional)
     return 0
+
+
+def _spelled_out(function: Callable[..., Any], words: Sequence[str]) -> list[str]:
+    """``--check`` alone as ``--check=true``: jsonargparse wants the value of every switch written."""
+    switches = {f"--{name}" for name, kind in get_type_hints(function).items() if kind is bool}
+    following = [*words[1:], ""]
+    return [
+        f"{word}=true" if word in switches and after not in ("true", "false") else word
+        for word, after in zip(words, following, strict=True)
+    ]
 
 
 @contextmanager

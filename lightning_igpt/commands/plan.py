@@ -8,7 +8,7 @@ from typing import Literal
 
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.planning import parameter_count, train_flops_per_token, training_bytes
+from lightning_igpt.planning import loading_bytes, parameter_count, train_flops_per_token, training_bytes
 
 
 def plan(
@@ -40,6 +40,7 @@ def plan(
         "train FLOPs per token": f"{train_flops_per_token(config):.3e}",
         "train FLOPs per step": f"{per_step:.3e}",
         "train FLOPs of the run": f"{per_step * steps:.3e} ({batch_size * steps:,} images)",
+        "memory to load weights": f"{loading_bytes(config) / 2**30:.2f} GiB",
         **{f"memory, {part}": f"{size / 2**30:.2f} GiB" for part, size in memory.items()},
         "memory, together": f"{sum(memory.values()) / 2**30:.2f} GiB",
     }

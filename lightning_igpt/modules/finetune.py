@@ -24,6 +24,7 @@ from lightning_igpt.modules.shared import (
     follow_schedule,
     keep_rates,
     mask_for,
+    note_validation,
     register,
     stamp,
     total_steps,
@@ -153,6 +154,9 @@ class FineTuneModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        note_validation(self)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, "test")

@@ -21,6 +21,7 @@ from lightning_igpt.modules.shared import (
     follow_schedule,
     keep_rates,
     mask_for,
+    note_validation,
     register,
     stamp,
     total_steps,
@@ -134,6 +135,7 @@ class PretrainModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._log_metric("val")
+        note_validation(self)
 
     def on_test_epoch_end(self) -> None:
         self._log_metric("test")

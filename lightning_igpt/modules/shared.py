@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from lightning_igpt.modules.batches import Batch
 from lightning_igpt.objectives import draw_mask
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import load_pretrained
-from lightning_igpt.weights.checkpoint import COLORS, STAMP
+from lightning_igpt.weights.checkpoint import STAMP
+from lightning_igpt.weights.native import COLORS
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +103,36 @@ def stamp(module: LightningModule, config: ImageGPTConfig, palette: Palette, che
         "version": __version__,
         "network": config.to_dict(),
         "palette_sha256": palette.sha256,
+        "steps": int(checkpoint.get("global_step", 0)),
+        "data": _data_name(module),
+        "validation": _validation(module),
     }
+
+
+def note_validation(module: Any) -> None:
+    """Remember the step at which validation ended; call it from ``on_validation_epoch_end``.
+
+    A checkpoint may be written before the validation of its step, and must not pass older numbers off as its own.
+    """
+    if not module.trainer.sanity_checking:
+        module.validated_at = module.trainer.global_step
+
+
+def _validation(module: Any) -> dict[str, float]:
+    step = getattr(module, "validated_at", None)
+    if step is None:
+        return {}
+    metrics = module.trainer.callback_metrics.items()
+    return {"step": step, **{name: float(value) for name, value in metrics if name.startswith("val/")}}
+
+
+def _data_name(module: Any) -> str | None:
+    """The data's name without the path to it, which is nobody's business where weights are published."""
+    data = getattr(getattr(module, "_trainer", None), "datamodule", None)
+    source = data.hparams.get("source") if data is not None else None
+    if not isinstance(source, str):
+        return None
+    return Path(source).name if Path(source).exists() or Path(source).is_absolute() else source
 
 
 def check_stamp(

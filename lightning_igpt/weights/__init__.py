@@ -1,18 +1,30 @@
-"""Weights in and out: load_pretrained reads every format this package knows, save_pretrained writes transformers'."""
+"""Weights in and out: load_pretrained reads every format this package knows, save_pretrained and push_to_hub write."""
 
 from __future__ import annotations
 
+import logging
 import re
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
-from lightning_igpt.weights import checkpoint, huggingface, openai
+from lightning_igpt.weights import checkpoint, huggingface, native, openai
+from lightning_igpt.weights.card import ModelCard, render
 from lightning_igpt.weights.positions import adapt_network
 
-__all__ = ["Pretrained", "load_pretrained", "save_pretrained"]
+__all__ = ["ModelCard", "Pretrained", "load_pretrained", "push_to_hub", "save_pretrained"]
+
+log = logging.getLogger(__name__)
+
+FILES = (".ckpt", ".npz", ".safetensors")
+HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True)
@@ -23,11 +35,18 @@ class Pretrained:
         network: The network, on the CPU, in float32.
         palette: Its palette.
         origin: Where both came from, in words.
+        head: Weight of a fine-tuned network's class head, float32 (C, D), which reads the mean over positions of
+            ``network.hidden``; None where there is none.
+        class_names: Names of its classes, where they are known.
+        card: What is known of the training.
     """
 
     network: ImageGPT
     palette: Palette
     origin: str
+    head: Tensor | None = None
+    class_names: list[str] | None = None
+    card: ModelCard = field(default_factory=ModelCard)
 
     @property
     def config(self) -> ImageGPTConfig:
@@ -44,66 +63,164 @@ class Pretrained:
         return replace(self, network=adapt_network(self.network, config), origin=origin)
 
 
-def load_pretrained(source: str | Path) -> Pretrained:
-    """Load a network and its palette.
+def load_pretrained(source: str | Path, *, image_size: int | None = None) -> Pretrained:
+    """Load a network and its palette, in little more memory than the network takes. No file can make code run.
 
     Args:
-        source: A ``.ckpt`` file of this package's modules; a run folder that holds such files (the newest is taken);
-            a folder or hub id in the layout of transformers' ImageGPT; or the prefix of an OpenAI TensorFlow
-            checkpoint (its palette is ``openai``).
+        source: A ``.ckpt`` file of this package's modules (where Lightning's WeightAveraging wrote it, the averaged
+            weights are taken); a run folder that holds such files (the best is taken); a folder in the layout of
+            transformers' ImageGPT, or a hub id of one, ``owner/name`` or ``owner/name@revision``; the prefix of an
+            OpenAI TensorFlow checkpoint (its palette is ``openai``); an ``.npz`` or ``.safetensors`` file that
+            ``lightning-igpt convert`` wrote. ``origin`` of the result says what was taken.
+        image_size: Side of the images that the network shall read. Where it is not the network's own, the table of
+            positions is interpolated in two dimensions.
 
     Raises:
         FileNotFoundError: There is no such file, folder or hub repository.
         ValueError: What is there is no Image GPT, is damaged, or would have to run code to be opened.
+        ModuleNotFoundError: A TensorFlow checkpoint, and TensorFlow is not installed.
     """
-    text, path = str(source), Path(source)
-    if re.match(r"[a-z][a-z0-9+.-]+://", text):
+    loaded = _load(source)
+    if image_size is None:
+        return loaded
+    adapted = loaded.adapted(replace(loaded.config, image_size=image_size))
+    if adapted is not loaded:
+        log.info("%s", adapted.origin)
+    return adapted
+
+
+def save_pretrained(
+    folder: str | Path,
+    network: ImageGPT,
+    palette: Palette,
+    *,
+    card: ModelCard | Mapping[str, Any] | None = None,
+    head: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Write a folder as transformers and the hub read it: config, weights, palette and a model card.
+
+    Its files are config.json, model.safetensors, preprocessor_config.json and README.md.
+
+    Args:
+        folder: Where to; made if it does not exist.
+        network: The network. One with the BERT objective is written too, and comes back exactly through
+            load_pretrained, but transformers cannot run it: it has no mode without the causal mask, and the network
+            has no ``sos``.
+        palette: Its palette.
+        card: What is known of the training: a ModelCard, or its fields by name.
+        head: Weight (C, D) of a class head, as in ``FineTuneModule.head.weight``: the folder is then one of
+            transformers' ImageGPTForImageClassification, with the colour head in a file beside it.
+        class_names: Names of its C classes.
+
+    Raises:
+        ValueError: Palette and network disagree on the number of colours, or head and class_names on that of classes.
+    """
+    folder, known = Path(folder), ModelCard.resolve(card)
+    huggingface.save_folder(folder, network, palette, head, class_names, known.known())
+    text = render(known, network.config, palette, None if head is None else huggingface.labels(head, class_names))
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def push_to_hub(
+    repository: str,
+    network: ImageGPT,
+    palette: Palette,
+    *,
+    card: ModelCard | Mapping[str, Any] | None = None,
+    head: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """Write what save_pretrained writes into a repository of the Hugging Face hub, made if it does not exist.
+
+    Args:
+        repository: ``owner/name``.
+        network: As in save_pretrained.
+        palette: As in save_pretrained.
+        card: As in save_pretrained.
+        head: As in save_pretrained.
+        class_names: As in save_pretrained.
+        private: Whether a new repository is private.
+        token: Access token. Default: the one of ``hf auth login``.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: ``repository`` is no hub id.
+        huggingface_hub.errors.HfHubHTTPError: The hub refused.
+    """
+    from huggingface_hub import HfApi
+
+    if HUB_ID.fullmatch(repository) is None or "@" in repository:
+        raise ValueError(f"repository is {repository!r}; it must be 'owner/name'")
+    api = HfApi(token=token, library_name="lightning_igpt")
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(folder, network, palette, card=card, head=head, class_names=class_names)
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload Image GPT weights")
+    return str(commit.commit_url)
+
+
+def _load(source: str | Path) -> Pretrained:
+    text, path = str(source), Path(source).expanduser()
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         raise ValueError(f"{text}: weights are not fetched from addresses; download the file and name its path")
-    if openai.is_checkpoint(text):
-        return Pretrained(openai.load_checkpoint(text), Palette.load("openai"), f"OpenAI checkpoint {text}")
+    if openai.is_checkpoint(str(path)):
+        return Pretrained(openai.load_checkpoint(str(path)), Palette.load("openai"), f"OpenAI checkpoint {text}")
     if path.is_file():
-        return Pretrained(*checkpoint.load_checkpoint(path), f"checkpoint {path}")
+        return _load_file(path)
     if path.is_dir():
         return _load_folder(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and path.suffix not in (".ckpt", ".pt", ".bin", ".safetensors"):
-        return Pretrained(*huggingface.load_folder(_download(text)), f"hub repository {text}")
+    hub = HUB_ID.fullmatch(text)
+    if hub and path.suffix not in (*FILES, ".pt", ".bin"):
+        return _from_folder(_download(hub["name"], hub["revision"]), f"hub repository {text}")
     raise FileNotFoundError(
         f"{text} does not exist; name a .ckpt file, a run folder, a Hugging Face folder or a hub id"
     )
 
 
-def save_pretrained(folder: str | Path, network: ImageGPT, palette: Palette) -> None:
-    """Write config.json, model.safetensors and preprocessor_config.json as transformers' ImageGPT classes read them.
-
-    Args:
-        folder: Where to; made if it does not exist.
-        network: The network. One with the BERT objective is written too, and comes back exactly through
-            load_pretrained, but transformers cannot run it: it has no mode without the causal mask.
-        palette: Its palette.
-
-    Raises:
-        ValueError: Palette and network disagree on the number of colours.
-    """
-    huggingface.save_folder(Path(folder), network, palette)
+def _load_file(path: Path) -> Pretrained:
+    if path.suffix == ".npz":
+        return Pretrained(*openai.load_archive(path), f"archive {path}")
+    if path.suffix == ".safetensors":
+        network, palette, head, header = native.load_file(path)
+        card, names = ModelCard.resolve(header.get("card")), header.get("class_names")
+        return Pretrained(network, palette, f"file {path}", head, names, card)
+    return _from_checkpoint(path, "")
 
 
 def _load_folder(folder: Path) -> Pretrained:
-    if (folder / "config.json").exists():
-        return Pretrained(*huggingface.load_folder(folder), f"Hugging Face folder {folder}")
-    found = sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(f"{folder} holds neither config.json (Hugging Face layout) nor a .ckpt file (a run)")
-    return Pretrained(*checkpoint.load_checkpoint(found[-1]), f"checkpoint {found[-1]}, the newest in {folder}")
+    if (folder / huggingface.CONFIG).exists():
+        return _from_folder(folder, f"Hugging Face folder {folder}")
+    if (folder / ".metadata").exists():
+        checkpoint.read_checkpoint(folder)  # a sharded checkpoint, which it refuses
+    return _from_checkpoint(*checkpoint.best_checkpoint(folder))
 
 
-def _download(repository: str) -> Path:
+def _from_checkpoint(path: Path, why: str) -> Pretrained:
+    content = checkpoint.load_checkpoint(path)
+    origin = f"checkpoint {path}" + (f", {why}" if why else "")
+    origin += " (averaged weights)" if content.averaged else ""
+    return Pretrained(content.network, content.palette, origin, content.head, content.class_names, content.card)
+
+
+def _from_folder(folder: Path, origin: str) -> Pretrained:
+    content = huggingface.load_folder(folder)
+    card = ModelCard.resolve(content.card)
+    return Pretrained(content.network, content.palette, origin, content.head, content.class_names, card)
+
+
+def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"]
     try:
-        return Path(snapshot_download(repository, allow_patterns=wanted))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(huggingface.DOWNLOADS)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
-            f"{repository} is neither a path here nor a hub repository that can be reached: {error}"
+            f"{repository} is neither a path here nor a hub repository that can be reached{at}: {error}"
         ) from error

@@ -1,15 +1,15 @@
-"""To and from the folder layout of transformers' ImageGPT: config.json, model.safetensors, preprocessor_config.json.
+"""To and from the folder layout of transformers' ImageGPT: config.json, weights, preprocessor_config.json.
 
-Differences between the two state dicts: transformers keeps ``sos`` as the last row of ``wte``, stores projections as
-(in, out), and always has biases, which are zero in the published networks.
+transformers always has biases, which are zero in the published networks. Its classifier has a class head in place of
+the colour head; the colour head then lies beside it in a file of its own, which transformers does not look at.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -18,10 +18,34 @@ from torch import Tensor
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import NORM_EPS, ImageGPT
 from lightning_igpt.palette import Palette
-from lightning_igpt.weights.names import ATTENTION_OUT, BIASES, PACKED, PLAIN, TRANSPOSED, check_keys, expand
+from lightning_igpt.weights.files import (
+    Ingredient,
+    SafetensorsFile,
+    ShardedFile,
+    TensorFile,
+    TorchFile,
+    assemble,
+    read_json,
+)
+from lightning_igpt.weights.names import Name, check_keys, rows
 
 MARKER = "lightning_igpt"  # the key of config.json that holds what transformers has no word for
 SWITCHES = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention")
+CONFIG, PROCESSOR, COLOR_HEAD = "config.json", "preprocessor_config.json", "lm_head.safetensors"
+SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+DOWNLOADS = (CONFIG, PROCESSOR, COLOR_HEAD, SAFE, SAFE_INDEX, "model-*.safetensors", PICKLED, "pytorch_model*.bin*")
+HEAD, LM_HEAD = "score.weight", "lm_head.weight"
+
+
+class Folder(NamedTuple):
+    """What a folder holds; head and class_names are None where there is no class head."""
+
+    network: ImageGPT
+    palette: Palette
+    head: Tensor | None  # (C, D)
+    class_names: list[str] | None
+    card: Mapping[str, Any]
 
 
 def read_config(config: Mapping[str, Any], *, bias: bool) -> ImageGPTConfig:
@@ -35,64 +59,61 @@ def read_config(config: Mapping[str, Any], *, bias: bool) -> ImageGPTConfig:
     for switch in SWITCHES:
         if config.get(switch):
             raise ValueError(f"config.json sets {switch}; no published Image GPT does, and it is not supported")
-    if config.get("activation_function", "quick_gelu") != "quick_gelu" or not config.get("scale_attn_weights", True):
-        raise ValueError("config.json changes activation_function or scale_attn_weights from the published network's")
+    for name, published in {"activation_function": "quick_gelu", "scale_attn_weights": True}.items():
+        if config.get(name, published) != published:
+            raise ValueError(f"config.json has {name} {config[name]!r}; the published network has {published!r}")
     if config.get("layer_norm_epsilon", NORM_EPS) != NORM_EPS:
         raise ValueError(f"config.json has layer_norm_epsilon {config['layer_norm_epsilon']}; here it is {NORM_EPS}")
-    n_positions = config.get("n_positions", 1024)
-    image_size = round(n_positions**0.5)
-    if image_size**2 != n_positions:
-        raise ValueError(f"config.json has n_positions {n_positions}, which is no square image")
-    return ImageGPTConfig(
-        n_layer=config.get("n_layer", 24),
-        n_head=config.get("n_head", 8),
-        n_embd=config.get("n_embd", 512),
-        vocab_size=config.get("vocab_size", 513) - 1,
-        image_size=image_size,
-        n_inner=config.get("n_inner"),
-        objective=config.get(MARKER, {}).get("objective", "autoregressive"),
-        bias=bias,
-    )
+    sizes = {"n_layer": 24, "n_head": 8, "n_embd": 512, "vocab_size": 513, "n_positions": 1024}
+    sizes = {name: config.get(name, default) for name, default in sizes.items()}
+    for name, value in [*sizes.items(), ("n_inner", config.get("n_inner") or 1)]:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"config.json has {name} {value!r}; it must be a whole number from 1 on")
+    image_size = round(sizes.pop("n_positions") ** 0.5)
+    if image_size**2 != config.get("n_positions", 1024):
+        raise ValueError(f"config.json has n_positions {config['n_positions']}, which is no square image")
+    sizes["vocab_size"] -= 1  # sos is no colour
+    objective = _marker(config).get("objective", "autoregressive")
+    return ImageGPTConfig(**sizes, image_size=image_size, n_inner=config.get("n_inner"), objective=objective, bias=bias)
 
 
-def from_state_dict(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> ImageGPT:
-    """A network from transformers' state dict and config; biases that are all zero are left out."""
-    state = {key: value for key, value in state.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
-    biased = any(value.any() for key, value in state.items() if key.endswith(".bias"))
-    ours = read_config(config, bias=bool(biased))
-    check_keys(_their_names(ours.n_layer), state, "Hugging Face weights")
-    wte = state["transformer.wte.weight"]  # (K + 1, D)
-    mine = {"wte.weight": wte[:-1]}
-    if ours.objective == "autoregressive":
-        mine["sos"] = wte[-1]
-    for template, transposed in _tensors(with_bias=bool(biased)):
-        for layer in range(ours.n_layer if "{}" in template else 1):
-            key = template.replace("{}", str(layer))
-            value = state[_theirs(key)]
-            mine[key] = value.T if transposed else value
-    with torch.device("meta"):
-        network = ImageGPT(ours)
-    network.load_state_dict({key: value.float().contiguous() for key, value in mine.items()}, assign=True)
-    return network.requires_grad_(True)
+def from_file(file: TensorFile, config: Mapping[str, Any]) -> ImageGPT:
+    """A network from transformers' weights and config; biases that are all zero are left out.
+
+    Raises:
+        ValueError: Parameters are missing, unexpected, or of the wrong shape.
+    """
+    with_biases = read_config(config, bias=True)
+    found = {name for name in file.names if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
+    check_keys({row.huggingface for row in rows(with_biases)}, found, file.where, _hint(found))
+    biases = file.read(name for name in found if name.endswith(".bias"))
+    biased = any(bool(value.any()) for value in biases.values())
+    ours = read_config(config, bias=biased)
+    return assemble(ours, {row.ours: _ingredient(row) for row in rows(ours)}, file)
 
 
 def to_state_dict(network: ImageGPT) -> dict[str, Tensor]:
-    """The state dict that transformers' ImageGPTForCausalImageModeling loads."""
-    config, state = network.config, network.state_dict()
-    sos = network.sos if network.sos is not None else torch.zeros(config.n_embd)
-    theirs = {"transformer.wte.weight": torch.cat([state["wte.weight"], sos.detach()[None].to(state["wte.weight"])])}
-    for template, transposed in _tensors(with_bias=True):
-        for key in expand(template, config.n_layer):
-            value = state.get(key)
-            if value is None:
-                value = torch.zeros_like(state[key.replace(".bias", ".weight")][:, 0])
-            theirs[_theirs(key)] = (value.T if transposed else value).contiguous().clone()
+    """The state dict that transformers' ImageGPTForCausalImageModeling loads, on the CPU."""
+    state = {name: value.cpu() for name, value in network.state_dict().items()}
+    start = state.get("sos", torch.zeros_like(state["wte.weight"][0]))
+    theirs = {"transformer.wte.weight": torch.cat([state["wte.weight"], start[None]])}  # (K + 1, D)
+    for row in rows(ImageGPTConfig(**{**network.config.to_dict(), "bias": True})):
+        if row.huggingface not in theirs:
+            value = state.get(row.ours)
+            if value is None:  # a bias that our network does not have
+                value = torch.zeros_like(state[row.ours.replace(".bias", ".weight")][:, 0])
+            theirs[row.huggingface] = (value.T if row.huggingface_transposed else value).contiguous().clone()
     return theirs
 
 
-def to_config(config: ImageGPTConfig) -> dict[str, Any]:
+def to_config(
+    config: ImageGPTConfig,
+    palette: Palette,
+    class_names: Sequence[str] | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The values of config.json."""
-    return {
+    values: dict[str, Any] = {
         "architectures": ["ImageGPTForCausalImageModeling"],
         "model_type": "imagegpt",
         "vocab_size": config.vocab_size + 1,
@@ -107,8 +128,13 @@ def to_config(config: ImageGPTConfig) -> dict[str, Any]:
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
         "tie_word_embeddings": False,
-        MARKER: {"objective": config.objective},
+        MARKER: {"objective": config.objective, "palette_sha256": palette.sha256, "card": dict(card or {})},
     }
+    if class_names is not None:
+        values["architectures"] = ["ImageGPTForImageClassification"]
+        values["id2label"] = {str(number): name for number, name in enumerate(class_names)}
+        values["label2id"] = {name: number for number, name in enumerate(class_names)}
+    return values
 
 
 def to_processor(palette: Palette, image_size: int) -> dict[str, Any]:
@@ -124,59 +150,143 @@ def to_processor(palette: Palette, image_size: int) -> dict[str, Any]:
     }
 
 
-def load_folder(folder: Path) -> tuple[ImageGPT, Palette]:
-    """Network and palette from a folder in the layout of transformers.
+def load_folder(folder: Path) -> Folder:
+    """What a folder in the layout of transformers holds.
 
     Raises:
         FileNotFoundError: A file is missing; the message says which.
-        ValueError: The files disagree with each other or describe another network.
+        ValueError: A file is damaged, would have to run code, describes another network, or disagrees with another.
     """
-    config = json.loads(_need(folder, "config.json").read_text())
-    if (folder / "model.safetensors").exists():
-        state = safetensors.torch.load_file(folder / "model.safetensors")
-    else:
-        path = _need(folder, "pytorch_model.bin", "model.safetensors or pytorch_model.bin")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    network = from_state_dict(state, config)
-    palette = Palette.load(str(_need(folder, "preprocessor_config.json")))
-    if len(palette) != network.config.vocab_size:
-        raise ValueError(
-            f"{folder}: preprocessor_config.json has {len(palette)} colours, config.json {network.config.vocab_size}"
-        )
-    return network, palette
+    config = read_json(_need(folder, CONFIG))
+    palette = Palette.load(str(_need(folder, PROCESSOR)))
+    file = _open_weights(folder)
+    head = None
+    if HEAD in file.names:
+        head = file.read([HEAD])[HEAD].to(torch.float32, copy=True)
+        file = _WithColorHead(file, folder)
+    network = from_file(file, config)
+    _check_palette(folder, config, palette, network.config)
+    return Folder(network, palette, head, _labels_of(config, head), _marker(config).get("card") or {})
 
 
-def save_folder(folder: Path, network: ImageGPT, palette: Palette) -> None:
+def save_folder(
+    folder: Path,
+    network: ImageGPT,
+    palette: Palette,
+    head: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> None:
     """Write a folder that transformers' ImageGPT classes load as it is."""
     if len(palette) != network.config.vocab_size:
-        raise ValueError(f"the palette has {len(palette)} colours, the network {network.config.vocab_size}")
+        raise ValueError(
+            f"the palette has {len(palette)} colours (sha256 {palette.sha256[:12]}), the network "
+            f"{network.config.vocab_size}; save a network with the palette that it was trained with"
+        )
+    names = None if head is None else labels(head, class_names, network.config.n_embd)
+    state = to_state_dict(network)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(to_config(network.config), indent=2) + "\n")
-    processor = to_processor(palette, network.config.image_size)
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-    state = {key: value.cpu() for key, value in to_state_dict(network).items()}
-    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    for stale in (COLOR_HEAD, SAFE_INDEX, PICKLED, PICKLED_INDEX):  # of another network that was saved here before
+        (folder / stale).unlink(missing_ok=True)
+    if head is not None:
+        _save({LM_HEAD: state.pop(LM_HEAD)}, folder / COLOR_HEAD)
+        state[HEAD] = head.detach().cpu().float().contiguous()
+    _save(state, folder / SAFE)
+    _write(folder / CONFIG, to_config(network.config, palette, names, card))
+    _write(folder / PROCESSOR, to_processor(palette, network.config.image_size))
+
+
+def labels(head: Tensor, names: Sequence[str] | None, width: int | None = None) -> list[str]:
+    """Names of a head's classes: those given, or as transformers calls them.
+
+    Raises:
+        ValueError: The head has another shape, or there are more or fewer names, or one twice.
+    """
+    if head.ndim != 2 or (width is not None and head.shape[1] != width):
+        raise ValueError(f"head has the shape {tuple(head.shape)}; it must be (classes, {width or 'n_embd'})")
+    if names is None:
+        return [f"LABEL_{number}" for number in range(len(head))]
+    if len(names) != len(head) or len(set(names)) != len(names):
+        raise ValueError(f"class_names has {len(set(names))} different names, the head {len(head)} classes")
+    return list(names)
+
+
+class _WithColorHead:
+    """A classifier's weights, with the colour head from the file beside them and without the class head."""
+
+    def __init__(self, file: TensorFile, folder: Path) -> None:
+        self.where, self._file = file.where, file
+        path = folder / COLOR_HEAD
+        self._color_head = SafetensorsFile(path) if path.exists() else None
+        self.names = file.names - {HEAD} | ({LM_HEAD} if self._color_head else set())
+
+    def read(self, names: Any) -> dict[str, Tensor]:
+        wanted = set(names)
+        found = self._file.read(wanted - {LM_HEAD})
+        if LM_HEAD in wanted and self._color_head is not None:
+            found |= self._color_head.read([LM_HEAD])
+        return found
+
+
+def _open_weights(folder: Path) -> TensorFile:
+    if (folder / SAFE).exists():
+        return SafetensorsFile(folder / SAFE)
+    if (folder / SAFE_INDEX).exists():
+        return ShardedFile(folder / SAFE_INDEX, SafetensorsFile)
+    if (folder / PICKLED_INDEX).exists() and not (folder / PICKLED).exists():
+        return ShardedFile(folder / PICKLED_INDEX, TorchFile)
+    return TorchFile(_need(folder, PICKLED, f"{SAFE} or {PICKLED}"))
+
+
+def _ingredient(row: Name) -> Ingredient:
+    if row.ours == "wte.weight":
+        return Ingredient((row.huggingface,), lambda wte: wte[:-1])
+    if row.ours == "sos":
+        return Ingredient((row.huggingface,), lambda wte: wte[-1])
+    return Ingredient(
+        (row.huggingface,), (lambda value: value.T) if row.huggingface_transposed else (lambda value: value)
+    )
+
+
+def _marker(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    marker = config.get(MARKER, {})
+    return marker if isinstance(marker, Mapping) else {}
+
+
+def _hint(found: set[str]) -> str:
+    if LM_HEAD not in found and any(name.startswith("transformer.") for name in found):
+        return "\nThis looks like a classifier saved by transformers, which keeps no colour head (lm_head)."
+    if "wte.weight" in found:
+        return "\nThis looks like transformers' ImageGPTModel; save an ImageGPTForCausalImageModeling."
+    return ""
+
+
+def _check_palette(folder: Path, config: Mapping[str, Any], palette: Palette, ours: ImageGPTConfig) -> None:
+    expected = _marker(config).get("palette_sha256", palette.sha256)
+    if len(palette) != ours.vocab_size or palette.sha256 != expected:
+        raise ValueError(
+            f"{folder}: {PROCESSOR} has {len(palette)} colours with the hash {palette.sha256[:12]}, but {CONFIG} "
+            f"describes a network of {ours.vocab_size} colours"
+            + (f" with the hash {expected[:12]}" if expected != palette.sha256 else "")
+        )
+
+
+def _labels_of(config: Mapping[str, Any], head: Tensor | None) -> list[str] | None:
+    names = config.get("id2label")
+    if head is None or not isinstance(names, Mapping):
+        return None
+    return [str(names.get(str(number), f"LABEL_{number}")) for number in range(len(head))]
 
 
 def _need(folder: Path, name: str, wording: str = "") -> Path:
     if not (folder / name).exists():
-        raise FileNotFoundError(f"{folder} has no {wording or name}")
+        raise FileNotFoundError(f"{folder} holds no {wording or name}")
     return folder / name
 
 
-def _tensors(*, with_bias: bool) -> list[tuple[str, bool]]:
-    """(our name template, stored transposed by transformers?) of all but the token embedding."""
-    rows = [(name.ours, False) for name in PLAIN]
-    rows += [(name.ours, True) for name in [*TRANSPOSED, ATTENTION_OUT, PACKED]]
-    return rows + ([(bias, False) for bias in BIASES] if with_bias else [])
+def _save(state: Mapping[str, Tensor], path: Path) -> None:
+    safetensors.torch.save_file(dict(state), path, metadata={"format": "pt"})
 
 
-def _theirs(key: str) -> str:
-    return key if key.startswith("lm_head") else f"transformer.{key}"
-
-
-def _their_names(n_layer: int) -> list[str]:
-    names = ["transformer.wte.weight"]
-    for template, _ in _tensors(with_bias=True):
-        names += [_theirs(key) for key in expand(template, n_layer)]
-    return names
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,23 +1,82 @@
-"""OpenAI's TensorFlow checkpoints of Image GPT (github.com/openai/image-gpt), autoregressive and BERT.
+"""OpenAI's checkpoints of Image GPT (github.com/openai/image-gpt), autoregressive and BERT.
 
-In those files q, k, v have the shape (heads, head width, in) and c_proj has (heads, head width, out): squares of equal
-size with opposite roles. The first kind is used as it lies, the second is transposed.
+Published as TensorFlow checkpoints; also, since TensorFlow is large, as an .npz file of the same variables by the same
+names, with the palette beside them, which ``lightning-igpt convert`` writes and NumPy reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.weights.names import ATTENTION_OUT, PLAIN, TRANSPOSED, check_keys, expand
+from lightning_igpt.palette import Palette
+from lightning_igpt.weights.files import Ingredient, NumpyFile, TensorFile, assemble
+from lightning_igpt.weights.names import Name, check_keys, rows
 
-Variables = Mapping[str, NDArray[np.float32]]
+PREFIX = "model/"
+CENTERS = "kmeans_centers"  # what OpenAI calls its palette's file
+
+
+class TensorFlowFile:
+    """The files ``prefix.index`` and ``prefix.data-*``; optimizer slots and counters are skipped.
+
+    Raises:
+        ModuleNotFoundError: TensorFlow is not installed.
+        ValueError: The files are damaged, or shards are missing.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        try:
+            import tensorflow as tf
+        except ModuleNotFoundError as error:
+            message = 'reading a TensorFlow checkpoint needs TensorFlow: pip install "lightning-igpt[openai]"'
+            raise ModuleNotFoundError(message) from error
+        self.where = prefix
+        try:
+            self._reader = tf.train.load_checkpoint(prefix)
+            self.shapes = {
+                name.removeprefix(PREFIX): tuple(shape)
+                for name, shape in self._reader.get_variable_to_shape_map().items()
+                if name.startswith(PREFIX) and not _is_slot(name)
+            }
+        except Exception as error:
+            raise ValueError(f"{prefix} cannot be opened as a TensorFlow checkpoint: {error}") from error
+        self.names = set(self.shapes)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """As TensorFile.read."""
+        try:
+            return {name: torch.from_numpy(np.array(self._reader.get_tensor(PREFIX + name))) for name in names}
+        except Exception as error:
+            raise ValueError(f"{self.where} is damaged, or one of its data files is missing: {error}") from error
+
+
+class ArchiveFile(NumpyFile):
+    """An .npz file of the same variables; its palette is no variable."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.names = {name.removeprefix(PREFIX) for name in self.names if name.startswith(PREFIX)}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """As TensorFile.read."""
+        return {
+            name.removeprefix(PREFIX): value for name, value in super().read(PREFIX + name for name in names).items()
+        }
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of those variables that tell the network's."""
+        wanted = [name for name in ("wtet", "wpe", "h0/attn/q_proj", "h0/mlp/c_fc/w") if name in self.names]
+        return {name: tuple(value.shape) for name, value in self.read(wanted).items()}
 
 
 def is_checkpoint(prefix: str) -> bool:
@@ -26,63 +85,83 @@ def is_checkpoint(prefix: str) -> bool:
 
 
 def load_checkpoint(prefix: str) -> ImageGPT:
-    """A network from the files ``prefix.index`` and ``prefix.data-*``; optimizer slots are skipped.
+    """A network from a TensorFlow checkpoint."""
+    file = TensorFlowFile(prefix)
+    return _from_file(file, read_config(file.shapes, file.names, prefix))
+
+
+def load_archive(path: Path) -> tuple[ImageGPT, Palette]:
+    """Network and palette from an .npz file that save_archive wrote."""
+    file = ArchiveFile(path)
+    network = _from_file(file, read_config(file.shapes, file.names, str(path)))
+    colors = NumpyFile(path)
+    palette = Palette(colors.read([CENTERS])[CENTERS]) if CENTERS in colors.names else Palette.load("openai")
+    if len(palette) != network.config.vocab_size:
+        raise ValueError(
+            f"{path} has a palette of {len(palette)} colours with the hash {palette.sha256[:12]}, "
+            f"but its network has {network.config.vocab_size}"
+        )
+    return network, palette
+
+
+def save_archive(path: Path, network: ImageGPT, palette: Palette) -> None:
+    """Write OpenAI's variables, float32, and the palette, as an .npz file.
 
     Raises:
-        ModuleNotFoundError: TensorFlow is not installed.
+        ValueError: The network has biases, for which OpenAI's files have no place.
+    """
+    if network.config.bias:
+        raise ValueError("OpenAI's files have no place for biases, and this network has some; convert it --to hf")
+    arrays: dict[str, NDArray[Any]] = {CENTERS: palette.colors.numpy()}
+    state, heads = network.state_dict(), network.config.n_head
+    for row in rows(network.config):
+        value = state[row.ours].cpu().float()
+        value = value.T if row.openai_transposed else value
+        for name, part in zip(row.openai, value.chunk(len(row.openai)), strict=True):
+            array = part.contiguous().numpy()
+            is_attention = "/attn/" in name
+            arrays[PREFIX + name] = array.reshape(heads, -1, network.config.n_embd) if is_attention else array
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def read_config(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str], where: str) -> ImageGPTConfig:
+    """The network's shape, read off the variables' shapes; heads come from q_proj.
+
+    Raises:
         ValueError: The variables are not those of an Image GPT.
     """
-    try:
-        import tensorflow as tf
-    except ModuleNotFoundError as error:
-        message = 'reading a TensorFlow checkpoint needs TensorFlow: pip install "lightning-igpt[openai]"'
-        raise ModuleNotFoundError(message) from error
-    reader = tf.train.load_checkpoint(prefix)
-    names = [name for name in reader.get_variable_to_shape_map() if name.startswith("model/")]
-    names = [name for name in names if "adam" not in name.lower() and not name.endswith("_step")]
-    return from_variables({name.removeprefix("model/"): reader.get_tensor(name) for name in names})
-
-
-def from_variables(variables: Variables) -> ImageGPT:
-    """A network from the checkpoint's variables, named without the prefix ``model/``."""
-    config = read_config(variables)
-    check_keys(_their_names(config), variables, "OpenAI checkpoint")
-    width = config.n_embd
-    state = {"wte.weight": variables["wte"]}
-    if "sos" in variables:
-        state["sos"] = variables["sos"]
-    for layer in range(config.n_layer):
-        qkv = [variables[f"h{layer}/attn/{part}_proj"].reshape(width, width) for part in "qkv"]
-        state[f"h.{layer}.attn.c_attn.weight"] = np.concatenate(qkv)  # (3 D, D)
-        c_proj = variables[ATTENTION_OUT.openai.replace("{}", str(layer))]
-        state[ATTENTION_OUT.ours.replace("{}", str(layer))] = c_proj.reshape(width, width).T
-    for name, transposed in [(name, False) for name in PLAIN] + [(name, True) for name in TRANSPOSED]:
-        for ours, theirs in zip(expand(name.ours, config.n_layer), expand(name.openai, config.n_layer), strict=True):
-            state[ours] = variables[theirs].T if transposed else variables[theirs]
-    network = ImageGPT(config)
-    network.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in state.items()})
-    return network
-
-
-def read_config(variables: Variables) -> ImageGPTConfig:
-    """The network's shape, read off the variables' shapes; heads come from q_proj."""
-    if "h0/attn/q_proj" not in variables or "wpe" not in variables:
-        raise ValueError(f"no Image GPT checkpoint: it holds {sorted(variables)[:8]} ...")
-    vocab_size, n_embd = variables["wtet"].shape
+    names = set(names)
+    needed = {"wtet": 2, "wpe": 2, "h0/attn/q_proj": 3, "h0/mlp/c_fc/w": 2}
+    wrong = [name for name, ndim in needed.items() if len(shapes.get(name, ())) != ndim]
+    if wrong:
+        raise ValueError(f"{where} is no Image GPT checkpoint: it lacks {wrong} among {sorted(names)[:8]} ...")
+    vocab_size, n_embd = shapes["wtet"]
+    inner = shapes["h0/mlp/c_fc/w"][1]
     return ImageGPTConfig(
-        n_layer=len({name.split("/")[0] for name in variables if name.startswith("h") and "/attn/" in name}),
-        n_head=variables["h0/attn/q_proj"].shape[0],
+        n_layer=len({name.split("/")[0] for name in names if name.startswith("h") and "/attn/" in name}),
+        n_head=shapes["h0/attn/q_proj"][0],
         n_embd=n_embd,
         vocab_size=vocab_size,
-        image_size=round(variables["wpe"].shape[0] ** 0.5),
-        objective="autoregressive" if "sos" in variables else "bert",
+        image_size=round(shapes["wpe"][0] ** 0.5),
+        n_inner=None if inner == 4 * n_embd else inner,
+        objective="autoregressive" if "sos" in names else "bert",
     )
 
 
-def _their_names(config: ImageGPTConfig) -> list[str]:
-    names = ["wte"] + (["sos"] if config.objective == "autoregressive" else [])
-    for name in [*PLAIN, *TRANSPOSED, ATTENTION_OUT]:
-        names += expand(name.openai, config.n_layer)
-    for part in "qkv":
-        names += expand(f"h{{}}/attn/{part}_proj", config.n_layer)
-    return names
+def _from_file(file: TensorFile, config: ImageGPTConfig) -> ImageGPT:
+    check_keys({name for row in rows(config) for name in row.openai}, file.names, file.where)
+    return assemble(config, {row.ours: _ingredient(row, config.n_embd) for row in rows(config)}, file)
+
+
+def _ingredient(row: Name, width: int) -> Ingredient:
+    def convert(*values: Tensor) -> Tensor:
+        squares = [value.reshape(width, width) if "/attn/" in row.openai[0] else value for value in values]
+        stacked = torch.cat(squares) if len(squares) > 1 else squares[0]
+        return stacked.T if row.openai_transposed else stacked
+
+    return Ingredient(row.openai, convert)
+
+
+def _is_slot(name: str) -> bool:
+    return "adam" in name.lower() or name.endswith("_step")

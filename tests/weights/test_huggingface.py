@@ -1,12 +1,19 @@
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import ImageGPTConfig as TheirConfig
-from transformers import ImageGPTForCausalImageModeling, ImageGPTImageProcessorPil
+from transformers import (
+    ImageGPTForCausalImageModeling,
+    ImageGPTForImageClassification,
+    ImageGPTImageProcessorPil,
+    ImageGPTModel,
+)
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.palette import Palette
+from lightning_igpt.sampling import complete
 from lightning_igpt.weights import load_pretrained, save_pretrained
 from tests.networks import SMALL, SMALL_BERT, random_network, random_tokens
 
@@ -59,19 +66,148 @@ def test_their_folder_with_a_pickled_file_loads_safely(tmp_path, palette):
     assert torch.equal(loaded.network.sos, theirs.transformer.wte.weight[-1])
 
 
-class Payload:
-    def __reduce__(self):
-        return (open, ("executed", "w"))
+def their_model(kind=ImageGPTForCausalImageModeling, biased=False, **shape):
+    torch.manual_seed(0)
+    theirs = kind(TheirConfig(**{"vocab_size": 21, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4} | shape))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if not name.endswith(".bias") or biased:
+                parameter.normal_(std=0.2)
+    return theirs.eval()
 
 
-def test_a_payload_in_a_pickled_file_is_not_executed(tmp_path, palette, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_pretrained(tmp_path, random_network(), palette)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save({"transformer.wte.weight": Payload()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(Exception, match=r"weights_only|Weights only"):
+def write_processor(folder, palette):
+    (folder / "preprocessor_config.json").write_text(json.dumps({"clusters": palette.to_list()}))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [{}, {"n_inner": 40}, {"n_positions": 36, "n_embd": 24, "n_head": 2, "n_layer": 3}])
+def test_their_models_round_trip_bit_exactly(tmp_path, palette, biased, shape):
+    """transformers -> ours -> transformers, and the same logits on the way."""
+    theirs = their_model(biased=biased, **shape)
+    theirs.save_pretrained(tmp_path / "theirs")
+    write_processor(tmp_path / "theirs", palette)
+    loaded = load_pretrained(tmp_path / "theirs")
+    assert loaded.config.bias is biased and loaded.config.n_inner == shape.get("n_inner")
+    tokens = torch.randint(20, (2, loaded.config.n_positions), generator=torch.manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(torch.cat([torch.full((2, 1), 20), tokens[:, :-1]], 1)).logits
+        difference = (loaded.network.eval()(tokens) - expected).abs().max()
+    assert difference <= 1e-5 * expected.abs().max()
+    save_pretrained(tmp_path / "ours", loaded.network, loaded.palette)
+    again = ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "ours").state_dict()
+    assert list(again) == list(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_sharded_folders(tmp_path, palette, pickled):
+    theirs = their_model()
+    theirs.save_pretrained(tmp_path, max_shard_size="20kB")
+    write_processor(tmp_path, palette)
+    index = tmp_path / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    assert len(set(places.values())) > 1
+    if pickled:
+        for place in set(places.values()):
+            state = safetensors.torch.load_file(tmp_path / place)
+            torch.save(state, tmp_path / place.replace(".safetensors", ".bin"))
+        places = {name: place.replace(".safetensors", ".bin") for name, place in places.items()}
+        index.unlink()
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": places}))
+    assert torch.equal(load_pretrained(tmp_path).network.sos, theirs.transformer.wte.weight[-1])
+    name = next(iter(places))
+    index.write_text(json.dumps({"weight_map": places | {name: "../elsewhere.safetensors"}}))
+    with pytest.raises(ValueError, match="leads out of its folder"):
         load_pretrained(tmp_path)
-    assert not (tmp_path / "executed").exists()
+    index.write_text(json.dumps({"weight_map": places | {"transformer.extra": places[name]}}))
+    with pytest.raises(ValueError, match=r"do not hold: \['transformer\.extra'\]"):
+        load_pretrained(tmp_path)
+    index.write_text(json.dumps({"weight_map": places | {name: "gone.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match=r"no gone\.safetensors"):
+        load_pretrained(tmp_path)
+
+
+def test_a_classifier_with_its_class_names(tmp_path, palette):
+    network, names = random_network(), ["a cat", "b", "c"]
+    head = torch.randn(3, 32, generator=torch.manual_seed(2))
+    save_pretrained(tmp_path, network, palette, head=head, class_names=names, card={"steps": 7})
+    theirs, info = ImageGPTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.config.id2label == dict(enumerate(names)) and theirs.config.label2id["b"] == 1
+    tokens = random_tokens()
+    with torch.no_grad():
+        expected = theirs.eval()(torch.cat([torch.full((2, 1), 20), tokens[:, :-1]], 1)).logits
+        torch.testing.assert_close(network.hidden(tokens).mean(1) @ head.T, expected, rtol=1e-5, atol=1e-5)
+    loaded = load_pretrained(tmp_path)
+    assert torch.equal(loaded.head, head) and loaded.class_names == names and loaded.card.steps == 7
+    assert torch.equal(loaded.network.lm_head.weight, network.lm_head.weight)
+    save_pretrained(tmp_path, network, palette)  # over it, without a head: nothing of the classifier may stay
+    assert load_pretrained(tmp_path).head is None and not (tmp_path / "lm_head.safetensors").exists()
+
+
+def test_a_head_that_does_not_fit_is_refused(tmp_path, palette):
+    network, head = random_network(), torch.zeros(3, 32)
+    with pytest.raises(ValueError, match=r"head has the shape \(3, 31\)"):
+        save_pretrained(tmp_path, network, palette, head=torch.zeros(3, 31))
+    with pytest.raises(ValueError, match="2 different names, the head 3 classes"):
+        save_pretrained(tmp_path, network, palette, head=head, class_names=["a", "b", "a"])
+    with pytest.raises(ValueError, match=r"unknown card fields \['licence'\]"):
+        save_pretrained(tmp_path, network, palette, card={"licence": "mit"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_classes_of_theirs_say_what_they_lack(tmp_path, palette):
+    for kind, message in [(ImageGPTForImageClassification, "keeps no colour head"), (ImageGPTModel, "ImageGPTModel")]:
+        folder = tmp_path / kind.__name__
+        their_model(kind).save_pretrained(folder)
+        write_processor(folder, palette)
+        with pytest.raises(ValueError, match=rf"(?s)- lm_head\.weight.*{message}"):
+            load_pretrained(folder)
+
+
+def test_shapes_types_and_values_are_checked(tmp_path, palette):
+    save_pretrained(tmp_path, random_network(), palette)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    name = "transformer.h.1.mlp.c_fc.weight"  # (32, 128)
+
+    def load_with(value):
+        safetensors.torch.save_file(state | {name: value}, tmp_path / "model.safetensors")
+        return load_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match=rf"{name} has the shape \(128, 32\); .* needs \(128, 32\) .* not \(32, 128\)"):
+        load_with(state[name].T.contiguous())
+    with pytest.raises(ValueError, match=rf"{name} is of type torch\.int8"):
+        load_with(state[name].to(torch.int8))
+    broken = state[name].clone()
+    broken[3, 4] = torch.nan
+    with pytest.raises(ValueError, match=rf"1 of 4096 values of {name} are not finite"):
+        load_with(broken)
+    assert load_with(state[name].bfloat16()).network.wte.weight.dtype == torch.float32
+
+
+def test_another_palette_in_the_folder_is_noticed(tmp_path, palette):
+    save_pretrained(tmp_path, random_network(), palette)
+    other = Palette(-palette.colors)
+    write_processor(tmp_path, other)
+    with pytest.raises(ValueError, match=rf"hash {other.sha256[:12]}, but .* hash {palette.sha256[:12]}"):
+        load_pretrained(tmp_path)
+    write_processor(tmp_path, Palette.load("gray:16"))
+    with pytest.raises(ValueError, match=r"16 colours with the hash .* a network of 20 colours"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_greedy_completion_equals_generate(tmp_path, palette, steps):
+    """Token for token, against transformers' own decoding."""
+    network, tokens = random_network(), random_tokens()
+    save_pretrained(tmp_path, network, palette)
+    theirs = ImageGPTForCausalImageModeling.from_pretrained(tmp_path).eval()
+    prompt = torch.cat([torch.full((2, 1), 20), tokens[:, :steps]], 1)
+    generated = theirs.generate(prompt, max_length=17, do_sample=False, suppress_tokens=[20])
+    assert torch.equal(complete(network, tokens[:, :steps], temperature=0)[:, 0], generated[:, 1:])
 
 
 def test_wrong_folders_say_so(tmp_path, palette):
@@ -92,7 +228,7 @@ def test_wrong_folders_say_so(tmp_path, palette):
         load_pretrained(with_config(activation_function="gelu"))
     with pytest.raises(ValueError, match=r"(?s)missing \(-\) or unexpected \(\+\).*- transformer.h.3.*"):
         load_pretrained(with_config(n_layer=4))
-    with pytest.raises(ValueError, match="palette has 16 colours, the network 20"):
+    with pytest.raises(ValueError, match=r"palette has 16 colours \(sha256 \w+\), the network 20"):
         save_pretrained(tmp_path / "b", random_network(), Palette.load("gray:16"))
     (tmp_path / "a" / "preprocessor_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):

@@ -1,15 +1,17 @@
 import os
-import sys
-import types
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from lightning_igpt.modules import FineTuneModule, PretrainModule
-from lightning_igpt.weights import load_pretrained, openai
+from lightning_igpt.data import PretrainDataModule
+from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
+from lightning_igpt.palette import Palette
+from lightning_igpt.weights import load_pretrained
+from lightning_igpt.weights.positions import interpolate_positions
 from tests.modules.helpers import TINY, loader, quiet_trainer
-from tests.test_model import GOLDEN
+from tests.networks import random_network
 
 
 @pytest.fixture
@@ -44,12 +46,115 @@ def test_a_finetuned_checkpoint_gives_its_network(tmp_path):
     assert torch.equal(loaded.network.wte.weight, module.network.wte.weight)
 
 
-def test_a_run_folder_gives_the_newest(tmp_path, checkpoint):
+def stamped(path, step, nats=None, monitor=None, measured_at=None, kind="PretrainModule"):
+    """A checkpoint of a run at one step, with what its validation gave; its first token embedding tells them apart."""
+    network = random_network(TINY)
+    with torch.no_grad():
+        network.wte.weight[0, 0] = step
+    palette = Palette.load("gray:8")
+    state = {f"network.{name}": value for name, value in network.state_dict().items()}
+    metric = "val/nats_per_pixel" if kind == "PretrainModule" else "val/accuracy"
+    validation = {} if nats is None else {"step": measured_at or step, metric: nats}
+    best = {"monitor": "val/x", "best_model_path": str(monitor)} if monitor else {"monitor": None}
+    stamp = {"class": kind, "network": TINY.to_dict(), "palette_sha256": palette.sha256, "steps": step}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(
+        {
+            "state_dict": state | {"palette_colors": palette.colors},
+            "lightning_igpt": stamp | {"validation": validation},
+            "callbacks": {"ModelCheckpoint": best},
+        },
+        path,
+    )
+    os.utime(path, (step, step))  # so that the order of writing is that of the steps
+
+
+def step_of(loaded):
+    return int(loaded.network.wte.weight[0, 0])
+
+
+def test_a_run_folder_gives_the_best_that_a_checkpoint_callback_kept(tmp_path):
+    stamped(tmp_path / "a" / "10.ckpt", 10, nats=3.0)
+    stamped(tmp_path / "a" / "20.ckpt", 20, nats=2.0, monitor="elsewhere/before/10.ckpt")  # the run was moved
+    loaded = load_pretrained(tmp_path)
+    assert step_of(loaded) == 10 and "the best in val/x of" in loaded.origin and "10.ckpt" in loaded.origin
+
+
+@pytest.mark.parametrize("kind", ["PretrainModule", "FineTuneModule"])
+def test_a_run_folder_gives_the_best_by_its_own_validation(tmp_path, kind):
+    values = {10: 2.5, 20: 2.0, 30: 2.2} if kind == "PretrainModule" else {10: 0.5, 20: 0.7, 30: 0.6}
+    for step, value in values.items():
+        stamped(tmp_path / "a" / f"{step}.ckpt", step, nats=value, kind=kind)
+    stamped(
+        tmp_path / "other_run" / "5.ckpt", 5, nats=values[20] * (0.1 if kind == "PretrainModule" else 1.4), kind=kind
+    )
+    loaded = load_pretrained(tmp_path)
+    assert step_of(loaded) == 20 and "the best in val/" in loaded.origin
+    stamped(
+        tmp_path / "a" / "40.ckpt",
+        40,
+        nats=values[20] * (0.1 if kind == "PretrainModule" else 1.4),
+        measured_at=30,
+        kind=kind,
+    )
+    assert step_of(load_pretrained(tmp_path)) == 20  # what step 30 measured says nothing of the weights of step 40
+
+
+def test_a_run_folder_without_validation_gives_the_newest(tmp_path, checkpoint):
     older = tmp_path / "older.ckpt"
     older.write_bytes(b"not a checkpoint")
     os.utime(older, (0, 0))
     loaded = load_pretrained(tmp_path)
     assert "newest" in loaded.origin and checkpoint in loaded.origin
+
+
+def test_checkpoints_tell_steps_data_and_what_was_measured(tmp_path):
+    data = PretrainDataModule("digits", batch_size=64, image_size=4)
+    trainer = quiet_trainer(tmp_path, max_steps=3, val_check_interval=2, check_val_every_n_epoch=None)
+    trainer.fit(PretrainModule(TINY, "gray:8"), data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    card = load_pretrained(tmp_path / "last.ckpt").card
+    assert (card.steps, card.data, card.measured_at) == (3, "digits", 2)
+    assert card.nats_per_pixel == pytest.approx(trainer.callback_metrics["val/nats_per_pixel"].item())
+
+
+def test_averaged_weights_are_taken_and_said_to_be(tmp_path):
+    module, average = PretrainModule(TINY, "gray:8", lr=0.05, warmup_steps=0), EMAWeightAveraging(decay=0.5)
+    trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[average])
+    trainer.fit(module, loader())
+    raw = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    loaded = load_pretrained(trainer.checkpoint_callback.best_model_path)
+    assert "averaged weights" in loaded.origin
+    name = "network.lm_head.weight"
+    assert torch.equal(loaded.network.lm_head.weight, raw["state_dict"][name])
+    assert not torch.equal(raw["state_dict"][name], raw["current_model_state"][name])
+
+
+def test_another_image_size_interpolates_positions_and_says_so(checkpoint, caplog):
+    loaded = load_pretrained(checkpoint)
+    with caplog.at_level("INFO", "lightning_igpt"):
+        larger = load_pretrained(checkpoint, image_size=8)
+    assert "interpolated from 4 x 4 to 8 x 8" in larger.origin and larger.origin in caplog.text
+    assert larger.config == replace(TINY, image_size=8)
+    assert torch.equal(larger.network.wpe.weight, interpolate_positions(loaded.network.wpe.weight, 8))
+    assert torch.equal(larger.network.h[0].mlp.c_fc.weight, loaded.network.h[0].mlp.c_fc.weight)
+    for module in (PretrainModule, FineTuneModule, ProbeModule):
+        built = module(pretrained=checkpoint, image_size=8)
+        assert torch.equal(built.network.wpe.weight, larger.network.wpe.weight)
+    assert PretrainModule({"image_size": 8, "dropout": 0.1}, pretrained=checkpoint).config.dropout == 0.1
+    assert PretrainModule(TINY, "gray:8", image_size=8).config.image_size == 8
+    with pytest.raises(ValueError, match=r"n_layer 2 \(asked for: 3\)"):
+        PretrainModule({"n_layer": 3}, pretrained=checkpoint)
+    with pytest.raises(ValueError, match=r"image_size 4 \(asked for: 32\)"):
+        PretrainModule("igpt_s", pretrained=checkpoint)
+
+
+def test_a_sharded_checkpoint_names_the_cure(tmp_path):
+    (tmp_path / "run.ckpt").mkdir()
+    (tmp_path / "run.ckpt" / ".metadata").touch()
+    for source in (tmp_path / "run.ckpt", tmp_path):
+        with pytest.raises(ValueError, match="consolidate_checkpoint"):
+            load_pretrained(source)
 
 
 class Payload:
@@ -77,6 +182,8 @@ def test_hostile_damaged_and_foreign_files_are_refused(tmp_path, checkpoint, mon
     ("source", "error", "message"),
     [
         ("https://example.org/model.ckpt", ValueError, "not fetched from addresses"),
+        ("http:/example.org/model", ValueError, "not fetched from addresses"),
+        ("s3://bucket/model.ckpt", ValueError, "not fetched from addresses"),
         ("nowhere.ckpt", FileNotFoundError, "does not exist"),
         ("runs/nowhere.ckpt", FileNotFoundError, "does not exist"),
     ],
@@ -97,44 +204,6 @@ def test_an_unreachable_hub_id_says_so(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="owner/nothing is neither a path here nor a hub repository"):
         load_pretrained("owner/nothing")
-
-
-@pytest.mark.parametrize("kind", ["ar", "bert"])
-def test_openai_checkpoints(tmp_path, monkeypatch, kind):
-    """Through the real reader's interface, which a stand-in serves from the golden arrays."""
-    arrays = np.load(GOLDEN / f"openai_tf_{kind}.npz", allow_pickle=False)
-    variables = {
-        f"model/{name[7:]}": arrays[name] for name in arrays if name.startswith("weight:") and "_power" not in name
-    }
-    variables |= {"model/wte/Adam": arrays["weight:wte"], "beta1_power": np.ones(()), "global_step": np.ones(())}
-    reader = types.SimpleNamespace(
-        get_variable_to_shape_map=lambda: {name: value.shape for name, value in variables.items()},
-        get_tensor=variables.__getitem__,
-    )
-    train = types.SimpleNamespace(load_checkpoint=lambda prefix: reader)
-    monkeypatch.setitem(sys.modules, "tensorflow", types.SimpleNamespace(train=train))
-    (tmp_path / "model.ckpt-1000000.index").touch()
-    loaded = load_pretrained(tmp_path / "model.ckpt-1000000")
-    assert loaded.config.objective == ("autoregressive" if kind == "ar" else "bert")
-    assert (loaded.config.n_layer, loaded.config.n_head, loaded.config.n_embd) == (2, 3, 24)
-    assert loaded.palette.spec == "openai"
-    tokens = torch.from_numpy(arrays["tokens"])
-    masked = torch.from_numpy(arrays["keep_uniform"]) <= 0.15 if kind == "bert" else None
-    np.testing.assert_allclose(
-        loaded.network(tokens, masked=masked).detach(), arrays["gen_logits"], rtol=1e-4, atol=1e-5
-    )
-
-
-def test_openai_checkpoints_without_tensorflow_name_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
-    (tmp_path / "model.ckpt-1.index").touch()
-    with pytest.raises(ModuleNotFoundError, match=r"lightning-igpt\[openai\]"):
-        load_pretrained(tmp_path / "model.ckpt-1")
-
-
-def test_variables_of_another_model_are_refused():
-    with pytest.raises(ValueError, match="no Image GPT checkpoint"):
-        openai.from_variables({"wte": np.zeros((3, 3), np.float32)})
 
 
 def test_a_changed_palette_or_a_missing_part_is_noticed(tmp_path, checkpoint):

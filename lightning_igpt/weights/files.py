@@ -1,0 +1,265 @@
+"""Tensors out of files, a few at a time and without running code, and a network put together from them.
+
+A network of 1.4 billion parameters takes 5.4 GB; a file of it read whole beside it would take as much again. So files
+are only mapped, and mapped anew for every few tensors: what was copied out of a mapping that is gone takes no memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor
+
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.model import ImageGPT
+
+PIECES = 16  # a network is put together in about as many steps; one step's tensors are in memory twice
+
+
+class TensorFile(Protocol):
+    """Named tensors on a disk."""
+
+    where: str  # for messages
+    names: set[str]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors, valid until the next call."""
+        ...
+
+
+class Ingredient(NamedTuple):
+    """What one parameter is made of."""
+
+    theirs: tuple[str, ...]
+    convert: Callable[..., Tensor]
+
+
+class TorchFile:
+    """A file written by ``torch.save``, opened with the safe loader: tensors and plain values only, no code runs.
+
+    Args:
+        path: The file.
+        pick: What of its content is the mapping of names to tensors.
+
+    Raises:
+        ValueError: The file is damaged or holds Python objects.
+    """
+
+    def __init__(self, path: Path, pick: Callable[[Any], Any] = lambda content: content) -> None:
+        self.where, self._path, self._pick = str(path), path, pick
+        self._identity = _identity(path)
+        state = pick(read_torch(path))
+        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError(f"{path} holds no mapping of names to tensors")
+        self.names = set(state)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """As TensorFile.read."""
+        state = self._pick(read_torch(self._path))
+        if _identity(self._path) != self._identity:
+            raise ValueError(f"{self._path} was replaced while it was being read; try again")
+        return {name: state[name] for name in names}
+
+
+class SafetensorsFile:
+    """A file in the safetensors format.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.where, self._path = str(path), path
+        self._identity = _identity(path)
+        with self._opened() as file:
+            self.names = set(file.keys())
+            self.metadata: dict[str, str] = file.metadata() or {}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """As TensorFile.read."""
+        if _identity(self._path) != self._identity:
+            raise ValueError(f"{self._path} was replaced while it was being read; try again")
+        with self._opened() as file:
+            return {name: file.get_tensor(name) for name in names}
+
+    def _opened(self) -> Any:
+        try:
+            return safetensors.safe_open(self._path, framework="pt")
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{self._path} cannot be opened as a safetensors file: {error}") from error
+
+
+class NumpyFile:
+    """An .npz file of plain arrays.
+
+    Raises:
+        ValueError: The file is damaged or holds Python objects.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.where, self._path = str(path), path
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                self.names = set(file.files)
+        except Exception as error:  # zipfile and NumPy each have their own errors for damage
+            raise ValueError(f"{path} cannot be opened as an .npz file: {error}") from error
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """As TensorFile.read."""
+        try:
+            with np.load(self._path, allow_pickle=False) as file:
+                return {name: torch.from_numpy(np.asarray(file[name])) for name in names}
+        except Exception as error:
+            raise ValueError(f"{self._path} cannot be read as plain arrays: {error}") from error
+
+
+class ShardedFile:
+    """Several files in a folder that an index gives the tensors' places in, as transformers writes large networks.
+
+    Args:
+        index: The .index.json file.
+        opener: Opens one of the files.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: The index is damaged or leads out of its folder.
+    """
+
+    def __init__(self, index: Path, opener: Callable[[Path], TensorFile]) -> None:
+        self.where = str(index)
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+            raise ValueError(f"{index} has no weight_map")
+        for place in set(places.values()):
+            if Path(place).name != place:
+                raise ValueError(f"{index} leads out of its folder: {place!r}")
+            if not (index.parent / place).is_file():
+                raise FileNotFoundError(f"{index.parent} holds no {place}, which {index.name} names")
+        self._files = {place: opener(index.parent / place) for place in set(places.values())}
+        self._places: dict[str, str] = places
+        self.names = set(places)
+        absent = sorted(name for name, place in places.items() if name not in self._files[place].names)
+        if absent:
+            raise ValueError(f"{index} names parameters that its files do not hold: {absent}")
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """As TensorFile.read."""
+        wanted = list(names)
+        return {
+            name: value
+            for place, file in self._files.items()
+            for name, value in file.read([name for name in wanted if self._places[name] == place]).items()
+        }
+
+
+def assemble(config: ImageGPTConfig, ingredients: Mapping[str, Ingredient], file: TensorFile) -> ImageGPT:
+    """A network in float32 from what a file holds, in little more memory than the network takes.
+
+    Args:
+        config: The network's shape.
+        ingredients: What each of our parameters is made of.
+        file: Where that is.
+
+    Raises:
+        ValueError: A tensor has the wrong shape or type, or holds values that are not finite.
+    """
+    with torch.device("meta"):
+        network = ImageGPT(config)
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    # All reserved before anything is read: between temporary tensors they would leave holes that stay with the process.
+    state = {name: torch.empty(shape) for name, shape in shapes.items()}
+    for piece in _pieces(shapes):
+        raw = file.read({name for ours in piece for name in ingredients[ours].theirs})
+        for ours in piece:
+            theirs = ingredients[ours].theirs
+            _copy([raw[name] for name in theirs], ingredients[ours], state[ours], file.where)
+        del raw
+    network.load_state_dict(state, assign=True)
+    return network.requires_grad_(True)
+
+
+def read_torch(path: Path) -> Any:
+    """The content of a file written by ``torch.save``, mapped, with the safe loader.
+
+    Raises:
+        ValueError: The file is damaged or holds Python objects.
+    """
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # torch before 1.6 wrote no zip to map
+    except OSError:
+        raise
+    except Exception as error:  # damage anywhere in the file ends in any kind of error
+        raise ValueError(f"{path} cannot be opened with weights_only=True: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: It is damaged, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def _pieces(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
+    """The names in groups of about a PIECES-th of all values."""
+    limit = sum(shape.numel() for shape in shapes.values()) / PIECES
+    piece: list[str] = []
+    size = 0
+    for name, shape in shapes.items():
+        if piece and size + shape.numel() > limit:
+            yield piece
+            piece, size = [], 0
+        piece.append(name)
+        size += shape.numel()
+    yield piece
+
+
+def _copy(values: list[Tensor], ingredient: Ingredient, target: Tensor, where: str) -> None:
+    """Fill one parameter: copied, because a mapped file may be replaced while the network is in use."""
+    names = " + ".join(ingredient.theirs)
+    for value in values:
+        if not value.is_floating_point():
+            raise ValueError(f"{where}: {names} is of type {value.dtype}; weights must be floating-point numbers")
+    try:
+        converted = ingredient.convert(*values)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"{where}: {names} has the shape {_shapes(values)}, which does not fit: {error}") from error
+    if converted.shape != target.shape:
+        raise ValueError(
+            f"{where}: {names} has the shape {_shapes(values)}; the network described there needs "
+            f"{tuple(target.shape)} after conversion, not {tuple(converted.shape)}"
+        )
+    target.copy_(converted)
+    if not torch.linalg.vector_norm(target, ord=torch.inf).isfinite():  # one pass, no copy
+        count = int((~target.isfinite()).sum())
+        raise ValueError(
+            f"{where}: {count} of {target.numel()} values of {names} are not finite; the training diverged, "
+            "or the file is damaged"
+        )
+
+
+def _shapes(values: list[Tensor]) -> str:
+    return " + ".join(str(tuple(value.shape)) for value in values)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

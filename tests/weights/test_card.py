@@ -1,0 +1,54 @@
+import re
+
+import torch
+import yaml
+from PIL import Image
+
+from lightning_igpt.palette import Palette
+from lightning_igpt.weights import ModelCard, save_pretrained
+from tests.networks import SMALL_BERT, random_network
+
+
+def read_card(folder):
+    _, front, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_the_card_states_what_is_known(tmp_path):
+    palette = Palette.load("gray:20")
+    card = ModelCard("Cats", "me/cats", 5000, 2.34567, measured_at=4000, license="mit", notes="*Grey* cats: only.")
+    save_pretrained(tmp_path, random_network(), palette, card=card)
+    front, body = read_card(tmp_path)
+    assert front["license"] == "mit" and front["datasets"] == ["me/cats"] and front["library_name"] == "transformers"
+    for text in ("# Cats", "| 5,000 |", "| 2.3457 at step 4,000 |", palette.sha256, "*Grey* cats: only.", "sos"):
+        assert text in body
+
+
+def test_what_is_not_known_is_said_not_to_be(tmp_path):
+    save_pretrained(tmp_path, random_network(), Palette.load("gray:20"))
+    front, body = read_card(tmp_path)
+    assert "license" not in front and "datasets" not in front
+    assert body.count("not recorded") == 3 and "| licence | not stated |" in body
+
+
+def test_a_bert_networks_card_says_what_is_lost(tmp_path):
+    save_pretrained(tmp_path, random_network(SMALL_BERT), Palette.load("gray:20"))
+    _, body = read_card(tmp_path)
+    assert "transformers cannot run this network" in body and "ImageGPTForCausalImageModeling" not in body
+
+
+def test_the_cards_snippets_run(tmp_path, monkeypatch):
+    """Both ways of loading, for a network and for a classifier, exactly as the card writes them."""
+    network, palette = random_network(), Palette.load("gray:20")
+    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    for folder, head in [("plain", None), ("classifier", torch.randn(3, 32))]:
+        save_pretrained(tmp_path / folder, network, palette, head=head)
+        ours, theirs = re.findall(r"```python\n(.*?)```", (tmp_path / folder / "README.md").read_text(), re.DOTALL)
+        names = {"images": images}
+        exec(ours.replace("path/or/hub-id", str(tmp_path / folder)), names)
+        tokens = names["tokens"]
+        names = {"images": [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]}
+        exec(theirs.replace("path/or/hub-id", str(tmp_path / folder)), names)
+        with torch.no_grad():
+            expected = network(tokens) if head is None else network.hidden(tokens).mean(1) @ head.T
+        torch.testing.assert_close(names["logits"], expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,132 @@
+"""What every format has in common: no code runs, damage is named, memory stays small."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.palette import Palette
+from lightning_igpt.planning import loading_bytes
+from lightning_igpt.weights import load_pretrained, native, openai, save_pretrained
+from lightning_igpt.weights.huggingface import to_state_dict
+from tests.networks import random_network
+
+FORMATS = ["folder", "pickled", "checkpoint", "archive", "native"]
+
+
+class Payload:
+    """Unpickled, it would make a file."""
+
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+def write(kind, folder, network, palette):
+    """The network in one of the formats; gives what load_pretrained takes and the file with the weights."""
+    folder.mkdir(parents=True)
+    if kind in ("folder", "pickled"):
+        save_pretrained(folder, network, palette)
+    if kind == "pickled":
+        (folder / "model.safetensors").unlink()
+        torch.save(to_state_dict(network), folder / "pytorch_model.bin")
+        return folder, folder / "pytorch_model.bin"
+    if kind == "folder":
+        return folder, folder / "model.safetensors"
+    path = folder / {"checkpoint": "x.ckpt", "archive": "x.npz", "native": "x.safetensors"}[kind]
+    if kind == "archive":
+        openai.save_archive(path, network, palette)
+    elif kind == "native":
+        native.save_file(path, network, palette)
+    else:
+        state = {f"network.{name}": value for name, value in network.state_dict().items()}
+        moments = [{name: value.clone() for name, value in state.items()} for _ in range(2)]
+        stamp = {"class": "PretrainModule", "network": network.config.to_dict(), "palette_sha256": palette.sha256}
+        content = {"state_dict": state | {"palette_colors": palette.colors}, "lightning_igpt": stamp}
+        torch.save(content | {"optimizer_states": moments}, path)
+    return path, path
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_network(tmp_path, kind):
+    network, palette = random_network(), Palette.load("gray:20")
+    source, _ = write(kind, tmp_path / kind, network, palette)
+    loaded = load_pretrained(source)
+    assert loaded.config == network.config and loaded.palette == palette
+    for (name, mine), other in zip(network.state_dict().items(), loaded.network.state_dict().values(), strict=True):
+        assert torch.equal(mine, other), name
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "payload"])
+def test_damage_and_payloads_end_in_an_error_that_names_the_file(tmp_path, monkeypatch, kind, damage):
+    monkeypatch.chdir(tmp_path)
+    source, path = write(kind, tmp_path / kind, random_network(), Palette.load("gray:20"))
+    content = path.read_bytes()
+    if damage == "payload":
+        if kind == "archive":
+            np.savez(path, **{"model/wpe": np.array([Payload()], dtype=object)})
+        else:
+            torch.save({"state_dict": Payload(), "lightning_igpt": {}, "transformer.wte.weight": Payload()}, path)
+    else:
+        path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "text": b"<html>not found</html>"}[damage])
+    with pytest.raises(ValueError, match=re.escape(path.name)):
+        load_pretrained(source)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    save_pretrained(tmp_path, random_network(), Palette.load("gray:20"))
+    good = json.loads((tmp_path / "config.json").read_text())
+    for content, message in [
+        ("{", r"config\.json is no valid JSON"),
+        ("[]", r"config\.json holds no JSON object"),
+        (json.dumps(good | {"n_layer": "3"}), "n_layer '3'"),
+        (json.dumps(good | {"n_positions": 17}), "n_positions 17, which is no square"),
+        (json.dumps(good | {"n_head": 5}), "n_embd 32 is not divisible by n_head 5"),
+    ]:
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_pretrained(tmp_path)
+
+
+def test_a_native_file_by_another_program_is_refused(tmp_path):
+    _, path = write("folder", tmp_path / "x", random_network(), Palette.load("gray:20"))
+    with pytest.raises(ValueError, match="loaded by the name of its folder"):
+        load_pretrained(path)
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+import lightning_igpt.weights, huggingface_hub, safetensors.torch, numpy
+from lightning_igpt import load_pretrained
+def status(key): return 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = status("VmRSS")
+loaded = load_pretrained(sys.argv[1])
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured through Linux's /proc")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_loading_takes_little_more_memory_than_the_network(tmp_path, kind):
+    """The peak of the whole process, mapped files included, against what planning says."""
+    config = ImageGPTConfig(n_layer=12, n_head=4, n_embd=512, vocab_size=512, image_size=8)  # 153 MB in float32
+    network = random_network(config)
+    source, _ = write(kind, tmp_path / kind, network, Palette.load("openai"))
+    size = 4 * sum(value.numel() for value in network.state_dict().values())
+    measured = subprocess.run([sys.executable, "-c", MEASURE, str(source)], capture_output=True, text=True, check=True)
+    peak = int(measured.stdout)
+    assert size < peak < 1.3 * size
+    assert peak < loading_bytes(config) + 20e6, (
+        peak / size,
+        loading_bytes(config) / size,
+    )  # reading allocates a little
