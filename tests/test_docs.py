@@ -5,6 +5,7 @@ Python blocks run page by page, each page in one namespace and in a folder of it
 
 import re
 import shlex
+import types
 import warnings
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from PIL import Image
 import lightning_igpt
 from lightning_igpt.__main__ import LIGHTNING_VERBS, OWN_VERBS, main
 from lightning_igpt.commands import recipes
-from lightning_igpt.config import PRESETS
+from lightning_igpt.config import PRESETS, ImageGPTConfig
+from lightning_igpt.model import ImageGPT
+from lightning_igpt.palette import Palette
 from lightning_igpt.planning import parameter_count
+from lightning_igpt.weights import save_pretrained
 from tests.test_layers import FLOORS
 
 ROOT = Path(__file__).parents[1]
@@ -48,9 +52,27 @@ def table(page, first_cell):
     return [row for row in rows if re.fullmatch(first_cell, row[0])]
 
 
+class Uploads:
+    """In place of huggingface_hub's HfApi: takes what it is given and asks nobody."""
+
+    def __init__(self, **options):
+        pass
+
+    def create_repo(self, *args, **options):
+        pass
+
+    def upload_folder(self, *, folder_path, **options):
+        assert (Path(folder_path) / "model.safetensors").exists()
+        return types.SimpleNamespace(commit_url="https://huggingface.co/me/cats/commit/0")
+
+
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """A folder with ``photos/cat`` and ``photos/dog``, and no reader for hints and progress."""
+def workplace(tmp_path, monkeypatch, tmp_path_factory):
+    """A folder with ``photos/cat`` and ``photos/dog``, a stand-in for the hub, and no reader for hints and progress."""
+    hub = tmp_path_factory.mktemp("hub")
+    save_pretrained(hub, ImageGPT(ImageGPTConfig(2, 2, 16, 512, 8)), Palette.load("openai"))
+    monkeypatch.setattr("huggingface_hub.HfApi", Uploads)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: str(hub))
     monkeypatch.chdir(tmp_path)
     for number in range(32):
         path = Path("photos", ("cat", "dog")[number % 2], f"{number}.png")

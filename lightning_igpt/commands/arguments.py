@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, get_type_hints
 
 import jsonargparse
@@ -35,10 +36,9 @@ def run_function(
 def _spelled_out(function: Callable[..., Any], words: Sequence[str]) -> list[str]:
     """``--check`` alone as ``--check=true``: jsonargparse wants the value of every switch written."""
     switches = {f"--{name}" for name, kind in get_type_hints(function).items() if kind is bool}
-    following = [*words[1:], ""]
     return [
         f"{word}=true" if word in switches and after not in ("true", "false") else word
-        for word, after in zip(words, following, strict=True)
+        for word, after in zip_longest(words, words[1:])
     ]
 
 
