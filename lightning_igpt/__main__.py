@@ -22,6 +22,8 @@ OWN_VERBS = {
     "quickstart": "pretrain, complete, probe and fine-tune on embedded images, then write a report",
     "complete": "complete the lower part of your images with a trained network",
     "score": "tell how surprising images are to a network, in nats per pixel",
+    "lowdata": "classify with a few labels per class: linear probes on random subsets",
+    "report": "gather runs on one HTML page, beside the paper's numbers and what differs",
     "palette": "fit a palette to images, or look at one",
     "convert": "write a network in the layout of Hugging Face transformers",
     "plan": "parameters, FLOPs and memory of a network",
