@@ -20,10 +20,12 @@ LIGHTNING_VERBS = {
 }
 OWN_VERBS = {
     "quickstart": "pretrain, complete, probe and fine-tune on embedded images, then write a report",
-    "complete": "complete the lower part of your images with a trained network",
+    "complete": "complete the lower part of your images, or a hole, with a trained network",
     "score": "tell how surprising images are to a network, in nats per pixel",
+    "lowdata": "classify with a few labels per class: linear probes on random subsets",
+    "report": "gather runs on one HTML page, beside the paper's numbers and what differs",
     "palette": "fit a palette to images, or look at one",
-    "convert": "write a network in the layout of Hugging Face transformers",
+    "convert": "write weights for transformers, NumPy or safetensors, and check them",
     "plan": "parameters, FLOPs and memory of a network",
     "recipes": "list, show or copy the shipped YAML recipes",
 }

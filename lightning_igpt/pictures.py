@@ -1,4 +1,4 @@
-"""Pictures for people: small images enlarged in a grid, the colours of a palette on a sheet.
+"""Pictures for people: small images enlarged in a grid, numbers as heat maps, the colours of a palette on a sheet.
 
 Not here: curves and the report (``report.py``).
 """
@@ -6,17 +6,22 @@ Not here: curves and the report (``report.py``).
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from math import ceil, sqrt
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 CELL = 128  # default size of an enlarged image in pixels
 _CAPTION = 18  # height of a line of captions in pixels
+_APART = 10  # pixels between the rows of a contact sheet
+_BAR = 10  # height of a colour bar in pixels
+_WHITE = (255, 255, 255)
 _SHEET = 112  # grey of the sheet behind swatches, on which black and white both show
 _GREY = 0.08  # HSV saturation below which a colour sorts with the greys
 
@@ -65,6 +70,73 @@ def image_grid(
     return torch.cat([torch.cat([heading, color.expand(3, _CAPTION, gap)], dim=2), grid], dim=1)
 
 
+def contact_sheet(cells: Tensor, captions: Sequence[Sequence[str]], *, columns: int = 4) -> Tensor:
+    """Pictures in rows on white, each below lines of text of its own.
+
+    Args:
+        cells: uint8 (N,3,h,w), shown as large as they are.
+        captions: For each picture its lines, as many for one as for another. Of a line too long its end is shown.
+        columns: Pictures per row.
+
+    Returns:
+        uint8 (3,H,W) on the CPU.
+    """
+    width = cells.shape[3]
+    above = [torch.cat([_caption(_end_of(line, width), width) for line in lines], 1) for lines in captions]
+    titled = torch.cat([torch.stack(above), cells.cpu()], 2)  # (N, 3, lines + h, w)
+    spaced = F.pad(titled, (0, 0, 0, _APART), value=255)
+    return stack([torch.cat(list(row), 2) for row in torch.split(spaced, columns)])
+
+
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """Pictures below one another, flush left on white: uint8 (3,h,w) each, (3,H,W) the result."""
+    width = max(part.shape[2] for part in parts)
+    return torch.cat([F.pad(part, (0, width - part.shape[2]), value=255) for part in parts], 1)
+
+
+def heading(text: str) -> Tensor:
+    """A line of text, black on white: uint8 (3,h,w)."""
+    return _caption(text, ceil(_font().getlength(text)) + 8)
+
+
+def heat_map(values: Tensor, colors: Tensor, *, high: float) -> Tensor:
+    """Numbers as colours, evenly from 0, the first colour, to ``high`` and above, the last.
+
+    Args:
+        values: Float (...,H,W).
+        colors: uint8 (n,3).
+        high: Above 0.
+
+    Returns:
+        uint8 (...,3,H,W) on the CPU.
+    """
+    index = (values.cpu() / high * len(colors)).clamp(0, len(colors) - 1).long()
+    return colors.cpu()[index].movedim(-1, -3)
+
+
+def color_bar(colors: Tensor, ticks: Mapping[str, float], *, width: int = 512) -> Tensor:
+    """The legend of a heat map.
+
+    Args:
+        colors: uint8 (n,3), as given to ``heat_map``.
+        ticks: Where each label stands, from 0 (left end) to 1 (right end).
+        width: Of the bar in pixels.
+
+    Returns:
+        uint8 (3,h,w).
+    """
+    margin = ceil(max(_font().getlength(text) for text in ticks) / 2) + 4
+    image = Image.new("RGB", (width + 2 * margin, _BAR + 4 + _CAPTION), _WHITE)
+    bar = Image.fromarray(colors.cpu()[None].numpy()).resize((width, _BAR), Image.Resampling.NEAREST)
+    image.paste(bar, (margin, 0))
+    draw = ImageDraw.Draw(image)
+    for text, fraction in ticks.items():
+        x = margin + round(fraction * (width - 1))
+        draw.line((x, _BAR, x, _BAR + 3), fill="black")
+        draw.text((x - draw.textlength(text, font=_font()) // 2, _BAR + 4), text, fill="black", font=_font())
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def swatch(colors: Tensor, *, side: int = 24, columns: int | None = None) -> Tensor:
     """All colours of a palette as squares: greys first from dark to light, then rows of like hue, dark to light.
 
@@ -101,10 +173,24 @@ def save_png(image: Tensor, path: str | Path) -> None:
     to_pil(image).save(path, format="PNG")
 
 
-def _caption(text: str, width: int, background: tuple[int, int, int]) -> Tensor:
+def _caption(text: str, width: int, background: tuple[int, int, int] = _WHITE) -> Tensor:
     """Centred black or white text, whichever shows: uint8 (3, _CAPTION, width)."""
     image = Image.new("RGB", (width, _CAPTION), background)
     ink = "black" if sum(background) > 382 else "white"
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default()
-    draw.text((max(0, (width - draw.textlength(text, font=font)) // 2), 2), text, fill=ink, font=font)
+    draw = ImageDraw.Draw(image)
+    draw.text((max(0, (width - draw.textlength(text, font=_font())) // 2), 2), text, fill=ink, font=_font())
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(12)
+
+
+def _end_of(text: str, width: int) -> str:
+    """The text, or as much of its end as fits: file names differ there."""
+    short = text
+    while _font().getlength(short) > width and text:
+        text = text[1:]
+        short = f"...{text}"
+    return short

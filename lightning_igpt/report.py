@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 
 import matplotlib.figure
+import matplotlib.ticker
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 BLUE, GREY, ORANGE = "#0b6bcb", "#8a929c", "#c65102"  # told apart by lightness too
@@ -23,41 +24,56 @@ def read_curve(metrics_csv: Path, name: str) -> tuple[list[int], list[float]]:
 
 
 def plot_loss(
-    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], levels: Mapping[str, float], path: Path
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    levels: Mapping[str, float],
+    path: Path,
+    *,
+    ylabel: str = "nats per pixel",
 ) -> None:
-    """Nats per pixel against steps, with horizontal lines for baselines.
+    """Nats per pixel, or another metric, against steps, with horizontal lines for baselines.
 
     Args:
-        curves: (steps, nats) by label.
-        levels: Nats of baselines by label.
+        curves: (steps, values) by label; the last one stands out.
+        levels: Values of baselines by label.
         path: The PNG to write.
+        ylabel: What the values are.
     """
-    figure = matplotlib.figure.Figure(figsize=(7, 3.6), dpi=150, layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(6.4, 3.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for (label, (steps, nats)), color in zip(curves.items(), (GREY, BLUE), strict=False):
-        axes.plot(steps, nats, label=label, color=color, linewidth=1.6, marker="o" if len(steps) < 20 else "")
+    colors = dict(zip(reversed(list(curves)), (BLUE, GREY), strict=False))  # any others in matplotlib's own
+    for label, (steps, values) in curves.items():
+        marker = "o" if len(steps) < 20 else ""
+        axes.plot(steps, values, label=label, color=colors.get(label), linewidth=1.6, marker=marker)
     for (label, level), style in zip(levels.items(), ("--", ":"), strict=False):
         axes.axhline(level, color=ORANGE, linestyle=style, linewidth=1.2, label=f"{label} ({level:.2f})")
-    axes.set(xlabel="optimiser steps", ylabel="nats per pixel")
+    axes.set(xlabel="optimiser steps", ylabel=ylabel)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     _finish(axes, figure, path)
 
 
-def plot_layers(curves: Mapping[str, Mapping[int, float]], levels: Mapping[str, float], path: Path) -> None:
+def plot_layers(
+    curves: Mapping[str, Mapping[int, float]],
+    levels: Mapping[str, float],
+    path: Path,
+    *,
+    ylabel: str = "test accuracy",
+) -> None:
     """Probe accuracy against layer.
 
     Args:
         curves: Accuracy by layer, by label.
         levels: Accuracy of baselines by label.
         path: The PNG to write.
+        ylabel: What the accuracy is of.
     """
-    figure = matplotlib.figure.Figure(figsize=(7, 3.6), dpi=150, layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(6.4, 3.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     for (label, accuracy), color, marker in zip(curves.items(), (BLUE, GREY), "os", strict=False):
         axes.plot(list(accuracy), list(accuracy.values()), marker=marker, color=color, label=label)
     for label, level in levels.items():
         axes.axhline(level, color=ORANGE, linestyle="--", linewidth=1.2, label=f"{label} ({level:.2f})")
     layers = sorted({layer for accuracy in curves.values() for layer in accuracy})
-    axes.set(xlabel="layer (0: embeddings)", ylabel="test accuracy")
+    axes.set(xlabel="layer (0: embeddings)", ylabel=ylabel)
     axes.set_xticks(layers[:: max(1, len(layers) // 12)])
     _finish(axes, figure, path)
 
@@ -71,15 +87,41 @@ def picture(path: Path, alt: str, caption: str) -> str:
     )
 
 
-def table(rows: Sequence[tuple[str, str, str]], head: tuple[str, str, str]) -> str:
-    """A table of (what, number, note)."""
+def table(
+    rows: Sequence[Sequence[str]],
+    head: Sequence[str],
+    *,
+    numbers: Sequence[int] = (1,),
+    notes: Sequence[int] = (2,),
+    above: Mapping[int, str] | None = None,
+    below: Mapping[int, str] | None = None,
+) -> str:
+    """A table, by default of (what, number, note).
+
+    Args:
+        rows: The cells.
+        head: A heading per column.
+        numbers: Columns of numbers, set strong and unbroken.
+        notes: Columns of remarks, set soft.
+        above: Headings over the whole width, by the number of the row that follows.
+        below: Remarks over the whole width, by the number of the row before.
+    """
+    kinds = {**dict.fromkeys(notes, ' class="note"'), **dict.fromkeys(numbers, ' class="number"')}
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = [
-        f'<tr><td>{html.escape(what)}</td><td class="number">{html.escape(number)}</td>'
-        f'<td class="note">{html.escape(note)}</td></tr>'
-        for what, number, note in rows
-    ]
-    return f'<div class="table"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    lines = []
+    for number, row in enumerate(rows):
+        if above and number in above:
+            lines.append(f'<th class="group" colspan="{len(head)}">{html.escape(above[number])}</th>')
+        lines.append("".join(f"<td{kinds.get(i, '')}>{html.escape(cell)}</td>" for i, cell in enumerate(row)))
+        if below and number in below:
+            lines.append(f'<td class="note" colspan="{len(head)}">{html.escape(below[number])}</td>')
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="table"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def bullets(lines: Sequence[str]) -> str:
+    """A list of remarks."""
+    return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
 
 
 def section(title: str, *parts: str) -> str:

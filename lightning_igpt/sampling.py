@@ -48,29 +48,39 @@ def complete(
     training = network.training
     network.eval()
     try:
-        tokens = _decode(network, prompt.repeat_interleave(n_samples, 0), temperature, top_k, top_p, generator)
+        tokens = _decode(network, *_padded(network, prompt, n_samples), temperature, top_k, top_p, generator)
     finally:
         network.train(training)
     return tokens.view(prompt.shape[0], n_samples, network.config.n_positions)
 
 
+def _padded(network: ImageGPT, prompt: Tensor, n_samples: int) -> tuple[Tensor, Tensor]:
+    """Tokens (B * n_samples, T) that begin with the prompts, and which of them are known, bool of that shape."""
+    device, total = network.wte.weight.device, network.config.n_positions
+    tokens = F.pad(prompt.to(device), (0, total - prompt.shape[1])).repeat_interleave(n_samples, 0)
+    return tokens, (torch.arange(total, device=device) < prompt.shape[1]).expand_as(tokens)
+
+
 def _decode(
     network: ImageGPT,
-    prompt: Tensor,
+    tokens: Tensor,
+    known: Tensor,
     temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    device = network.wte.weight.device
-    total, given = network.config.n_positions, prompt.shape[1]
-    cache = KVCache(network.config, prompt.shape[0], device=device, dtype=network.wte.weight.dtype)
-    tokens = torch.empty(prompt.shape[0], total, dtype=torch.long, device=device)
-    tokens[:, :given] = prompt
-    fed = tokens[:, :given]
-    for position in range(given, total):
+    """Draw the unknown pixels in raster order. One pass covers all before the first hole; none follows the last."""
+    holes = (~known).any(0).nonzero().flatten().tolist()  # positions that some row lacks
+    if not holes:
+        return tokens
+    cache = KVCache(network.config, len(tokens), device=tokens.device, dtype=network.wte.weight.dtype)
+    tokens = tokens.clone()
+    fed = tokens[:, : holes[0]]
+    for position in range(holes[0], holes[-1] + 1):
         logits = network(fed, cache=cache)[:, -1]  # (B, K)
-        tokens[:, position] = draw(logits, temperature, top_k, top_p, generator)
+        drawn = draw(logits, temperature, top_k, top_p, generator)
+        tokens[:, position] = torch.where(known[:, position], tokens[:, position], drawn)
         fed = tokens[:, position : position + 1]
     return tokens
 
@@ -114,31 +124,34 @@ def inpaint(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Fill the unknown pixels of each picture with a BERT network, the surest first.
+    """Fill the unknown pixels of each picture, wherever they lie.
 
-    In each of a few steps every unknown pixel is drawn in parallel, and the share of draws that the network holds
-    most probable is kept (the schedule of MaskGIT, Chang et al., CVPR 2022: the unknown share falls as a cosine).
+    A BERT network sees all known pixels. In each of a few steps every unknown pixel is drawn in parallel, and the share
+    of draws that the network holds most probable is kept (the schedule of MaskGIT, Chang et al., CVPR 2022: the unknown
+    share falls as a cosine).
+
+    An autoregressive network goes through the picture in raster order: known pixels are written as they are, each
+    unknown one is drawn given all pixels before it, ``p(x_t | x_<t)``. It cannot look ahead, so known pixels after a
+    hole do not influence it, this is no draw from the true conditional, and seams at the lower and right edges of a
+    hole are to be expected. A mask that keeps the first pixels and no others gives what ``complete`` gives.
 
     Args:
-        network: A network trained with the BERT objective.
+        network: Of either objective.
         tokens: int64 (B, T); values at unknown pixels do not matter.
-        known: Bool (B, T), true where the pixel is given.
-        steps: Passes over the picture; one pixel at a time would need as many as there are holes.
+        known: Bool (B, T), true where the pixel is given; each picture may have a mask of its own.
+        steps: Passes of a BERT network over the picture; one pixel at a time would need as many as there are holes.
+            An autoregressive network ignores it: it takes one small step per pixel from the first hole to the last.
         temperature: Divides the logits; 0 takes the likeliest colour.
-        generator: Source of randomness, on the network's device.
+        generator: Source of randomness, on the network's device. The same seed gives the same pictures.
 
     Returns:
-        int64 (B, T); known pixels as they were.
+        int64 (B, T) on the network's device; known pixels as they were.
 
     Raises:
-        ValueError: The network is autoregressive, shapes differ, or an option is out of range.
+        ValueError: Shapes differ or are not the network's, a known colour is none of the palette's, or an option is out
+            of range.
     """
-    if network.config.objective != "bert":
-        raise ValueError(
-            "inpaint() fills any hole with a BERT network; an autoregressive one continues with complete()"
-        )
-    if tokens.shape != known.shape or tokens.ndim != 2:
-        raise ValueError(f"tokens {tuple(tokens.shape)} and known {tuple(known.shape)} must both be (B, T)")
+    _check_mask(network, tokens, known)
     if steps < 1 or not temperature >= 0:
         raise ValueError(f"steps {steps} must be at least 1 and temperature {temperature} at least 0")
     device = network.wte.weight.device
@@ -148,7 +161,9 @@ def inpaint(
     training = network.training
     network.eval()
     try:
-        return _fill(network, tokens, known, steps, temperature, generator)
+        if network.config.objective == "bert":
+            return _fill(network, tokens, known, steps, temperature, generator)
+        return _decode(network, tokens, known, temperature, generator=generator)
     finally:
         network.train(training)
 
@@ -180,9 +195,11 @@ def score(network: ImageGPT, tokens: Tensor, *, batch_size: int = 64) -> Tensor:
 
     Returns:
         Float32 (N, T) in nats on the network's device; the mean over T is an image's nats per pixel.
+
+    Raises:
+        ValueError: The network is a BERT network, or the tokens are no images of its size and palette.
     """
-    if network.config.objective != "autoregressive":
-        raise ValueError("score() needs the chain rule; a BERT network has no likelihood of a whole picture")
+    check_has_likelihood(network)
     check_tokens(tokens, network.config.vocab_size)
     device = network.wte.weight.device
     training = network.training
@@ -192,6 +209,16 @@ def score(network: ImageGPT, tokens: Tensor, *, batch_size: int = 64) -> Tensor:
     finally:
         network.train(training)
     return torch.cat(parts).float()
+
+
+def check_has_likelihood(network: ImageGPT) -> None:
+    """Raise where ``score`` would, before images have been read for nothing.
+
+    Raises:
+        ValueError: The network is a BERT network.
+    """
+    if network.config.objective != "autoregressive":
+        raise ValueError("score() needs the chain rule; a BERT network has no likelihood of a whole picture")
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
@@ -216,6 +243,14 @@ def _check_prompt(network: ImageGPT, prompt: Tensor) -> None:
     total = network.config.n_positions
     if prompt.shape[1] >= total:
         raise ValueError(f"the prompt has {prompt.shape[1]} pixels and the image only {total}: nothing is left to draw")
+
+
+def _check_mask(network: ImageGPT, tokens: Tensor, known: Tensor) -> None:
+    if tokens.shape != known.shape or tokens.ndim != 2:
+        raise ValueError(f"tokens {tuple(tokens.shape)} and known {tuple(known.shape)} must both be (B, T)")
+    side, total = network.config.image_size, network.config.n_positions
+    if tokens.shape[1] != total:
+        raise ValueError(f"{tokens.shape[1]} tokens; this network reads images of {side} x {side} = {total} pixels")
 
 
 def _check_options(temperature: float, top_k: int | None, top_p: float | None, n_samples: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
+from lightning_igpt.callbacks import ClassificationReport, LayerCurve
 from lightning_igpt.checkpointing import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ def make_trainer(
         checkpoint_every: Optimiser steps between checkpoints. Default: as often as validation, at most 1000 steps.
         monitor: Keep the checkpoint that is best in this metric, such as val/accuracy (higher is better) or
             val/nats_per_pixel (lower is better), instead of the newest.
-        callbacks: Added to the ones chosen here; a ModelCheckpoint among them replaces ours.
+        callbacks: Added to the ones chosen here, which are ModelCheckpoint, LearningRateMonitor, LayerCurve and
+            ClassificationReport; one of such a class among them replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         **kwargs: Anything else that Trainer takes.
 
@@ -99,7 +101,8 @@ def _callbacks(
         chosen += _checkpoints(max_steps, checkpoint_every, monitor)
     if kwargs.get("logger") is not False and not any(isinstance(one, LearningRateMonitor) for one in chosen):
         chosen.append(LearningRateMonitor(logging_interval="step"))
-    return chosen
+    pictures = (LayerCurve, ClassificationReport)  # both are idle beside modules that they do not concern
+    return chosen + [kind() for kind in pictures if not any(isinstance(one, kind) for one in chosen)]
 
 
 def _checkpoints(max_steps: int | None, every: int | None, monitor: str | None) -> list[Callback]:

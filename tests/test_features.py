@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from lightning_igpt.features import fit_logistic
+from lightning_igpt.features import choose_c, fit_logistic, split_rows, usable_grid
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +45,36 @@ def test_a_class_without_examples_is_never_predicted():
     x = torch.tensor([[0.0], [1.0], [0.1], [0.9]])
     weight, bias = fit_logistic(x, torch.tensor([0, 2, 0, 2]), 3, c=100.0)
     assert (x @ weight.T + bias).argmax(1).tolist() == [0, 2, 0, 2]
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_c_is_chosen_as_scikit_learn_would_on_the_same_rows(digits, standardize):
+    x, y, *_ = digits
+    x, y = x[:600, 16:36], y[:600]  # a part of each picture, so that strengths differ
+    grid = [0.0001, 0.01, 1.0, 100.0]
+    kept, held = (part.numpy() for part in split_rows(600, 1))
+    scaler = StandardScaler(with_mean=standardize, with_std=standardize).fit(x[kept])
+    scores = [
+        LogisticRegression(C=c, max_iter=5000, tol=1e-7)
+        .fit(scaler.transform(x[kept]), y[kept])
+        .score(scaler.transform(x[held]), y[held])
+        for c in grid
+    ]
+    assert len(set(scores)) > 2
+    expected = grid[int(np.argmax(scores))]  # the first, which is the strongest penalty, among equals
+    shuffled = [grid[i] for i in (2, 0, 3, 1)]
+    options = {"grid": shuffled, "standardize": standardize, "seed": 1, "tolerance": 1e-5, "max_iter": 5000}
+    assert choose_c(torch.from_numpy(x), torch.from_numpy(y), 10, **options) == expected
+
+
+def test_a_tenth_of_the_rows_is_held_out():
+    kept, held = split_rows(205, 3)
+    assert len(held) == 20 and sorted(torch.cat([kept, held]).tolist()) == list(range(205))
+    assert held.tolist() == split_rows(205, 3)[1].tolist() != split_rows(205, 4)[1].tolist()
+
+
+def test_too_few_rows_leave_no_choice(caplog):
+    assert usable_grid([0.1, 10.0], 200) == [0.1, 10.0] and not caplog.messages
+    x, y = torch.randn(199, 2), torch.arange(199) % 2
+    assert choose_c(x, y, 2, grid=[0.001, 0.3, 10.0]) == 0.3
+    assert "199 training images leave 19 to choose c on, fewer than 20: c is 0.3" in caplog.text

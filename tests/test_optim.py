@@ -47,3 +47,17 @@ def test_only_matrices_are_decayed():
     count = sum(1 for parameter in network.parameters() if parameter.requires_grad)
     assert len(decayed["params"]) + len(plain["params"]) == count
     assert decayed["betas"] == (0.9, 0.95)
+
+
+def test_layers_below_train_slower_and_every_group_says_by_how_much():
+    layers = [[torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))] for _ in range(4)]
+    frozen = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+    optimizer = make_adam(
+        layers[0], lr=0.3, betas=(0.9, 0.95), weight_decay=0.5, below=[layers[1], [frozen], layers[3]], layer_decay=0.7
+    )
+    found = [(g["lr"], g["lr_scale"], g["weight_decay"], g["decayed"]) for g in optimizer.param_groups]
+    scales = [1.0, 0.7, 0.7**3]
+    assert found == [
+        (0.3 * scale, scale, decay, bool(decay)) for scale in scales for decay in (0.5, 0.0)
+    ]  # exactly, as a resumed run computes the same product
+    assert [g["params"] for g in optimizer.param_groups] == [[p] for layer in (0, 1, 3) for p in layers[layer]]

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import ImageGPTConfig as TheirConfig
 from transformers import ImageGPTForCausalImageModeling
 
@@ -118,8 +119,9 @@ def test_wrong_prompts_say_so():
         complete(random_network(SMALL_BERT), random_tokens()[:, :4])
 
 
-def test_inpaint_keeps_what_is_known_and_is_seeded():
-    network, tokens = random_network(SMALL_BERT), random_tokens()
+@pytest.mark.parametrize("config", [SMALL, SMALL_BERT], ids=["autoregressive", "BERT"])
+def test_inpaint_keeps_what_is_known_and_is_seeded(config):
+    network, tokens = random_network(config), random_tokens()
     known = torch.rand(2, 16, generator=torch.manual_seed(0)) < 0.4
     filled = inpaint(network, tokens, known, generator=torch.manual_seed(1))
     assert torch.equal(filled[known], tokens[known])
@@ -149,11 +151,105 @@ def test_inpaint_reveals_the_surest_first():
     assert certainty[revealed].min() >= certainty[seen[1][0]].max()
 
 
-def test_inpaint_wants_bert_and_equal_shapes():
-    with pytest.raises(ValueError, match=r"complete\(\)"):
-        inpaint(random_network(), random_tokens(), random_tokens() > 0)
-    with pytest.raises(ValueError, match="must both be"):
-        inpaint(random_network(SMALL_BERT), random_tokens(), torch.ones(2, 4, dtype=torch.bool))
+@pytest.mark.parametrize("given", [0, 1, 8, 15, 16])
+@pytest.mark.parametrize("temperature", [0, 1.3])
+def test_inpaint_after_a_raster_prefix_is_complete(given, temperature):
+    network, tokens = random_network(), random_tokens()
+    known = (torch.arange(16) < given).expand(2, 16)
+    if given < 16:
+        options = {"temperature": temperature, "generator": torch.manual_seed(3)}
+        expected = complete(network, tokens[:, :given], **options)[:, 0]
+    else:
+        expected = tokens
+    assert torch.equal(
+        inpaint(network, tokens, known, temperature=temperature, generator=torch.manual_seed(3)), expected
+    )
+
+
+SCATTERED = torch.rand(6, 16, generator=torch.Generator().manual_seed(5)) < 0.6
+SCATTERED[3] = True  # nothing to draw beside rows that lack something
+SCATTERED[4, :9] = True  # a first hole later than the others'
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_raster_inpainting_equals_the_naive_one_under_a_mask_per_row(temperature):
+    network, tokens = random_network(dtype=torch.float64), random_tokens(batch=6)
+    expected, holes = tokens.clone(), (~SCATTERED).any(0).nonzero().flatten()
+    generator = torch.manual_seed(3)
+    for position in range(int(holes[0]), int(holes[-1]) + 1):
+        drawn = draw(network(expected)[:, position], temperature, generator=generator)
+        expected[:, position] = torch.where(SCATTERED[:, position], tokens[:, position], drawn)
+    found = inpaint(network, tokens, SCATTERED, temperature=temperature, generator=torch.manual_seed(3))
+    assert torch.equal(found, expected)
+    assert torch.equal(found[SCATTERED], tokens[SCATTERED])
+
+
+def test_greedy_raster_inpainting_of_a_row_does_not_depend_on_its_neighbours():
+    network, tokens = random_network(dtype=torch.float64), random_tokens(batch=6)
+    together = inpaint(network, tokens, SCATTERED, temperature=0)
+    alone = [
+        inpaint(network, row[None], known[None], temperature=0) for row, known in zip(tokens, SCATTERED, strict=True)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_raster_inpainting_draws_each_pixel_given_those_before_it_and_not_those_after():
+    """Nine ways to fill two holes of a picture of four pixels: frequencies against exact probabilities."""
+    network = random_network(ImageGPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=3, image_size=2))
+    ways = torch.tensor([[a, 2, b, 1] for a in range(3) for b in range(3)])  # pixels 1 and 3 are clamped
+    nats = score(network, ways)
+    probability = nats[:, [0, 2]].sum(1).neg().exp()
+    assert probability.sum().item() == pytest.approx(1, abs=1e-5)
+    known = torch.tensor([False, True, False, True]).expand(20_000, 4)
+    drawn = inpaint(network, ways[:1].expand(20_000, 4), known, generator=torch.manual_seed(0))
+    frequency = torch.bincount(drawn[:, 0] * 3 + drawn[:, 2], minlength=9) / 20_000
+    error = (probability * (1 - probability) / 20_000).sqrt()
+    assert ((frequency - probability).abs() <= 5 * error + 1e-4).all()
+    conditional = F.softmax(-nats.sum(1), 0)  # what looking ahead would give
+    assert ((conditional - probability).abs() > 10 * error).any()
+
+
+def test_raster_inpainting_costs_one_pass_to_the_first_hole_and_one_step_per_pixel_to_the_last():
+    network, tokens = random_network(), random_tokens()
+    known = torch.ones(2, 16, dtype=torch.bool)
+    known[0, 7] = known[1, 5] = known[1, 9] = False
+    fed = []
+    network.register_forward_pre_hook(lambda module, args: fed.append(args[0].shape[1]))
+    inpaint(network, tokens, known, generator=torch.manual_seed(0))
+    assert fed == [5, 1, 1, 1, 1]
+    inpaint(network, tokens, torch.ones_like(known))
+    assert len(fed) == 5
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_BERT], ids=["autoregressive", "BERT"])
+def test_inpaint_leaves_the_callers_tensors_and_mode_alone(config):
+    network, tokens = random_network(config).train(), random_tokens(batch=6)
+    before, known = tokens.clone(), SCATTERED.clone()
+    filled = inpaint(network, tokens, known)
+    assert network.training
+    assert torch.equal(tokens, before) and torch.equal(known, SCATTERED)
+    assert not torch.equal(filled, tokens)
+    assert inpaint(network, tokens[:0], known[:0]).shape == (0, 16)
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_BERT], ids=["autoregressive", "BERT"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"known": torch.ones(2, 4, dtype=torch.bool)}, r"tokens \(2, 16\) and known \(2, 4\) must both be"),
+        (
+            {"tokens": random_tokens()[:, :4], "known": torch.zeros(2, 4, dtype=torch.bool)},
+            "4 tokens; this network reads images of 4 x 4 = 16 pixels",
+        ),
+        ({"tokens": random_tokens() + 9}, "this network has 20 colours"),
+        ({"steps": 0}, "steps 0 must be at least 1"),
+        ({"temperature": float("nan")}, "temperature nan"),
+    ],
+)
+def test_inpaint_says_what_is_wrong(config, changes, message):
+    given = {"tokens": random_tokens(), "known": torch.ones(2, 16, dtype=torch.bool)} | changes
+    with pytest.raises(ValueError, match=message):
+        inpaint(random_network(config), **given)
 
 
 def test_score_is_the_surprise_of_each_pixel_in_any_batching():

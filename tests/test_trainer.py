@@ -3,8 +3,9 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from lightning_igpt.callbacks import ClassificationReport, LayerCurve
 from lightning_igpt.checkpointing import AtomicCheckpointIO
-from lightning_igpt.modules import FineTuneModule, PretrainModule
+from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.trainer import best_precision, make_trainer
 from tests.modules.helpers import TINY, loader
 
@@ -68,6 +69,22 @@ def test_monitor_keeps_the_best(tmp_path):
     trainer.fit(module, loader(), loader())
     (callback,) = checkpoints(trainer)
     assert callback.best_model_score.item() == max(seen[1:])  # the first is the sanity check's
+
+
+def test_pictures_of_what_was_found_come_by_themselves(tmp_path):
+    options = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False}
+    for name, module in {
+        "probe": ProbeModule(network=TINY, palette="gray:8", num_classes=3),
+        "finetune": FineTuneModule(num_classes=3, network=TINY, palette="gray:8"),
+    }.items():
+        trainer = make_trainer(default_root_dir=tmp_path / name, **options)
+        trainer.fit(module, loader(), loader())
+        trainer.test(module, loader(), verbose=False)
+    found = {(path.relative_to(tmp_path).parts[0], path.name) for path in tmp_path.rglob("*.png")}
+    assert ("probe", "probe_by_layer.png") in found and ("finetune", "confusion.png") in found
+    mine = [LayerCurve(), ClassificationReport(n_worst=2)]
+    callbacks = make_trainer(callbacks=mine, **options).callbacks
+    assert [one for one in callbacks if isinstance(one, (LayerCurve, ClassificationReport))] == mine
 
 
 def test_the_command_lines_defaults_are_no_choices(tmp_path):

@@ -1,5 +1,8 @@
 """Sideshows of training, as Lightning callbacks."""
 
+from lightning_igpt.callbacks.classification import ClassificationReport
 from lightning_igpt.callbacks.completions import CompletionGrid, captions, completion_rows
+from lightning_igpt.callbacks.layer_curve import LayerCurve
+from lightning_igpt.callbacks.online_probe import OnlineProbe
 
-__all__ = ["CompletionGrid", "captions", "completion_rows"]
+__all__ = ["ClassificationReport", "CompletionGrid", "LayerCurve", "OnlineProbe", "captions", "completion_rows"]

@@ -1,16 +1,25 @@
-"""``lightning-igpt complete``: what a trained network makes of the upper part of your images."""
+"""``lightning-igpt complete``: what a trained network makes of the upper part of your images, or of a hole in them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from lightning_igpt.callbacks import captions, completion_rows
+from lightning_igpt.callbacks.completions import HIDDEN
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.images import read_images
+from lightning_igpt.data.images import BadImageError, decode
+from lightning_igpt.model import ImageGPT
+from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import image_grid, save_png
+from lightning_igpt.sampling import inpaint
 from lightning_igpt.weights import load_pretrained
 
 
@@ -21,6 +30,7 @@ def complete(
     n_images: int = 8,
     n_samples: int = 4,
     keep_rows: int | None = None,
+    mask: str | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -28,7 +38,7 @@ def complete(
     split: str | None = None,
     device: str = "auto",
 ) -> None:
-    """Complete the lower part of images and write a grid: what was given, samples, the truth.
+    """Complete the lower part of images, or a hole, and write a grid: what was given, samples, the truth.
 
     Args:
         pretrained: The network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint.
@@ -37,6 +47,9 @@ def complete(
         n_images: How many images, from the first on.
         n_samples: Completions of each.
         keep_rows: Rows of pixels that the network is given; default half of them.
+        mask: Instead of keep_rows, an image file whose white pixels are redrawn and whose black or transparent ones are
+            kept; cut and resized as the images are, but to the nearest pixel. An autoregressive network draws in raster
+            order, so what is kept after a hole does not influence it; a BERT network sees all of it.
         temperature: Divides the logits: 1 is the network's own distribution, 0 always takes the likeliest colour.
         top_k: Draw among the k likeliest colours only.
         top_p: Draw among the fewest colours that together have this probability.
@@ -44,22 +57,23 @@ def complete(
         split: Split of a data set; default test, else validation, else train.
         device: cpu, cuda, mps, or auto.
     """
+    if mask is not None and (keep_rows, top_k, top_p) != (None, None, None):
+        raise ValueError(
+            "mask says what is kept, and inpainting knows no top_k and top_p; drop keep_rows, top_k and top_p"
+        )
     loaded = load_pretrained(pretrained)
     size = loaded.config.image_size
+    hole = None if mask is None else read_mask(mask, size)
     pixels, names = read_images(images, size, split=split, limit=n_images)
     place = pick_device(device)
     print(f"{loaded.origin}: {len(pixels)} images at {size} x {size}, {n_samples} samples each, on {place}")
-    rows = completion_rows(
-        loaded.network.to(place),
-        loaded.palette,
-        loaded.palette.quantize(pixels).to(place),
-        n_samples=n_samples,
-        keep_rows=keep_rows,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    ).cpu()
+    network, tokens = loaded.network.to(place), loaded.palette.quantize(pixels).to(place)
+    options: dict[str, Any] = {"n_samples": n_samples, "temperature": temperature, "seed": seed}
+    if hole is not None:
+        rows = inpainted_rows(network, loaded.palette, tokens, hole.to(place), **options).cpu()
+    else:
+        options |= {"keep_rows": keep_rows, "top_k": top_k, "top_p": top_p}
+        rows = completion_rows(network, loaded.palette, tokens, **options).cpu()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
@@ -67,6 +81,71 @@ def complete(
             save_png(row[1 + sample], folder / f"{number:03d}-{Path(name).stem}-sample{sample + 1}.png")
     save_png(image_grid(rows, captions=captions(n_samples)), folder / "completions.png")
     print(f"wrote {folder / 'completions.png'} and {len(names) * n_samples} single samples beside it")
+
+
+def read_mask(path: str, size: int) -> Tensor:
+    """Which pixels an image marks to be redrawn: those nearer to white than to black.
+
+    Args:
+        path: An image file, of which the largest square in the middle counts. Transparent pixels are black.
+        size: Side S of the network's images.
+
+    Returns:
+        Bool (S * S,) in raster order.
+
+    Raises:
+        ValueError: The file cannot be read as an image, or no pixel is marked.
+    """
+    try:
+        image = decode({"path": str(Path(path).expanduser())}, background=(0, 0, 0)).convert("L")
+    except BadImageError as error:
+        raise ValueError(f"mask {path}: {error}") from error
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.NEAREST)
+    hole = torch.from_numpy(np.array(square) >= 128).flatten()
+    if not hole.any():
+        raise ValueError(f"mask {path} has no white pixel at {size} x {size}, so nothing would be redrawn")
+    return hole
+
+
+def inpainted_rows(
+    network: ImageGPT,
+    palette: Palette,
+    tokens: Tensor,
+    hole: Tensor,
+    *,
+    n_samples: int = 3,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Tensor:
+    """For each image: what was given, its hole filled by draws, and the truth, side by side.
+
+    Args:
+        network: Of either objective; ``inpaint`` says how they differ.
+        palette: The network's palette.
+        tokens: int64 (B, T), whole images.
+        hole: Bool (T,), true where every image is redrawn.
+        n_samples: Draws per image.
+        temperature: As in ``inpaint``.
+        seed: Of the draws.
+
+    Returns:
+        uint8 (B, 2 + n_samples, 3, S, S).
+
+    Raises:
+        ValueError: n_samples or temperature is out of range.
+    """
+    if n_samples < 1:
+        raise ValueError(f"n_samples is {n_samples}; it must be at least 1")
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+    repeated = tokens.repeat_interleave(n_samples, 0)
+    known = (~hole).expand_as(repeated)
+    samples = palette.dequantize(inpaint(network, repeated, known, temperature=temperature, generator=generator))
+    truth = palette.dequantize(tokens)[:, None]  # (B, 1, 3, S, S)
+    hidden = torch.tensor(HIDDEN, dtype=torch.uint8, device=truth.device)[:, None, None]
+    given = torch.where(hole.view(truth.shape[-2:]), hidden, truth)
+    return torch.cat([given, samples.view(len(tokens), n_samples, *truth.shape[2:]), truth], 1)
 
 
 def pick_device(name: str) -> torch.device:

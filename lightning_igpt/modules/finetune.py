@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.modules.batches import need_labels, read_batch
+from lightning_igpt.modules.batches import Batch, need_labels, read_batch
 from lightning_igpt.modules.shared import (
     NetworkLike,
     PaletteLike,
@@ -21,23 +25,29 @@ from lightning_igpt.modules.shared import (
     check_optimizer,
     check_settings,
     check_stamp,
+    evaluation_masks,
     follow_schedule,
     keep_rates,
     mask_for,
     note_validation,
     register,
+    sample_numbers,
     stamp,
     total_steps,
 )
-from lightning_igpt.objectives import MASK_RATIO, masked_pixel_loss, next_pixel_loss
+from lightning_igpt.objectives import MASK_RATIO, majority_vote, masked_pixel_loss, next_pixel_loss
 from lightning_igpt.optim import make_adam, warmup_constant, warmup_cosine
+
+log = logging.getLogger(__name__)
 
 
 class FineTuneModule(LightningModule):
     """Turn a pretrained network into a classifier.
 
     The head reads the mean over positions of the final norm's output and starts at zero. Logs ``train/cross_entropy``,
-    ``train/nats_per_pixel``, ``val/accuracy``, ``val/cross_entropy`` (and ``test/...``).
+    ``train/nats_per_pixel``, ``val/accuracy``, ``val/cross_entropy`` (and ``test/...``). The paper stops at the best
+    validation accuracy: give the trainer Lightning's EarlyStopping and a ModelCheckpoint, both monitoring
+    ``val/accuracy``.
 
     Args:
         pretrained: The weights to start from: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI
@@ -53,10 +63,20 @@ class FineTuneModule(LightningModule):
         schedule: ``constant`` as in the paper, which stops early at the best validation accuracy; or ``cosine``, which
             falls to zero at the end of the run and does better in short ones.
         warmup_steps: Steps of linear warm-up before that.
-        generative_weight: Weight of L_gen beside L_clf; the paper found 1 better than 0.
+        layer_decay: Factor, above 0 and up to 1, by which each layer trains slower than the one above it: heads and
+            final norm at ``lr``, block l of L at ``lr * layer_decay**(L - l)``, embeddings at
+            ``lr * layer_decay**(L + 1)``. From ELECTRA (Clark et al., 2020), with the exponents of BEiT (Bao et al.,
+            2022). None or 1 gives all the same rate, as in the paper.
+        generative_weight: Weight of L_gen beside L_clf; the paper found 1 better than 0, which is classification only.
         mask_ratio: BERT networks only: probability that an input pixel is hidden.
-        class_names: Names of the classes. Default: the data's.
-        seed: Seed of BERT's masks.
+        mask_inputs: BERT networks only: hide input pixels, in evaluation too, as the paper does. False trains and
+            evaluates the classifier on whole images; with nothing hidden there is no L_gen, so generative_weight must
+            be 0.
+        n_masks: BERT networks only: masks under which an image is evaluated. With several, accuracy counts the class
+            that most masks vote for (section 4.6: 5), ties at random; cross-entropy and predictions use the mean of
+            the probabilities.
+        class_names: Names of the classes. Default: the checkpoint's, else the data's.
+        seed: Seed of BERT's masks and of ties between their votes.
 
     Raises:
         ValueError: Arguments contradict each other or the loaded weights.
@@ -77,8 +97,11 @@ class FineTuneModule(LightningModule):
         weight_decay: float = 0.0,
         schedule: Literal["constant", "cosine"] = "constant",
         warmup_steps: int = 0,
+        layer_decay: float | None = None,
         generative_weight: float = 1.0,
         mask_ratio: float = MASK_RATIO,
+        mask_inputs: bool = True,
+        n_masks: int = 1,
         class_names: list[str] | None = None,
         seed: int = 0,
     ) -> None:
@@ -87,32 +110,28 @@ class FineTuneModule(LightningModule):
             raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
         if schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule is {schedule!r}; it must be 'constant' or 'cosine'")
+        layer_decay = 1.0 if layer_decay is None else layer_decay
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1, which is no decay")
         check_optimizer(lr, betas, weight_decay, warmup_steps)
-        check_settings(above_zero={}, not_below_zero={"generative_weight": generative_weight})
+        check_settings(above_zero={"n_masks": n_masks}, not_below_zero={"generative_weight": generative_weight})
         check_mask_ratio(mask_ratio)
         self.network, self.palette = build_network(network, palette, pretrained, image_size=image_size)
+        if self.config.objective == "bert" and not mask_inputs:
+            _check_unmasked(generative_weight, n_masks)
         self.head = nn.Linear(self.config.n_embd, num_classes, bias=False)
         nn.init.zeros_(self.head.weight)
         self.lr, self.betas, self.weight_decay, self.warmup_steps = lr, (betas[0], betas[1]), weight_decay, warmup_steps
-        self.schedule, self.num_classes, self.generative_weight = schedule, num_classes, generative_weight
-        self.mask_ratio, self.class_names, self.seed = mask_ratio, class_names, seed
+        self.schedule, self.layer_decay, self.generative_weight = schedule, layer_decay, generative_weight
+        self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
+        self.num_classes, self.class_names, self._named = num_classes, class_names, class_names is not None
         if generative_weight == 0:
             self.network.lm_head.requires_grad_(False)  # no gradient reaches it, which distributed training refuses
-        register(
-            self,
-            self.network,
-            self.palette,
-            num_classes=num_classes,
-            lr=lr,
-            betas=list(betas),
-            weight_decay=weight_decay,
-            schedule=schedule,
-            warmup_steps=warmup_steps,
-            generative_weight=generative_weight,
-            mask_ratio=mask_ratio,
-            class_names=class_names,
-            seed=seed,
-        )
+        training = {"schedule": schedule, "layer_decay": layer_decay, "generative_weight": generative_weight}
+        masks = {"mask_ratio": mask_ratio, "mask_inputs": mask_inputs, "n_masks": n_masks, "seed": seed}
+        classes = {"num_classes": num_classes, "class_names": class_names}
+        adam = {"lr": lr, "betas": list(betas), "weight_decay": weight_decay, "warmup_steps": warmup_steps}
+        register(self, self.network, self.palette, **classes, **adam, **training, **masks)
         stages = ("val", "test")
         self.accuracy = nn.ModuleDict({stage: MulticlassAccuracy(num_classes, average="micro") for stage in stages})
         self.cross_entropy = nn.ModuleDict({stage: MeanMetric() for stage in stages})
@@ -130,16 +149,16 @@ class FineTuneModule(LightningModule):
         adopt_class_names(self, self.num_classes)
 
     def forward(self, batch: Any) -> Tensor:
-        """Class logits (B, C) of a batch of images."""
-        read = read_batch(batch, self.palette, self.config)
-        return self._logits(read.tokens, mask_for(self, read, 0))[1]
+        """Class logits, float32 (B, C), of a batch; with several masks those of the mean probabilities."""
+        return _mean_over_masks(self._per_mask(read_batch(batch, self.palette, self.config), 0))
 
     def on_train_start(self) -> None:
         follow_schedule(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         read = read_batch(batch, self.palette, self.config)
-        labels, masked = need_labels(read, self.num_classes), mask_for(self, read, batch_idx)
+        labels = need_labels(read, self.num_classes)
+        masked = mask_for(self, read, batch_idx) if self.mask_inputs else evaluation_masks(self, read, batch_idx)[0]
         hidden, logits = self._logits(read.tokens, masked)
         classification = F.cross_entropy(logits.float(), labels)
         self.log("train/cross_entropy", classification, prog_bar=True)
@@ -152,22 +171,24 @@ class FineTuneModule(LightningModule):
         self.log("train/nats_per_pixel", generative)
         return classification + self.generative_weight * generative
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "val")
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """For callbacks: as test_step."""
+        return self._evaluate(batch, batch_idx, "val")
 
     def on_validation_epoch_end(self) -> None:
         note_validation(self)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "test")
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """For callbacks: ``probabilities`` float32 (B, C), ``prediction`` and ``label``, both int64 (B,)."""
+        return self._evaluate(batch, batch_idx, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class probabilities, float32 (B, C)."""
-        return self(batch).float().softmax(-1)  # type: ignore[no-any-return]
+        """Class probabilities, float32 (B, C); with several masks their mean."""
+        read = read_batch(batch, self.palette, self.config)
+        return _mean_over_masks(self._per_mask(read, batch_idx)).softmax(-1)
 
     def configure_optimizers(self) -> Any:
-        parameters = [*self.network.parameters(), *self.head.parameters()]
-        optimizer = make_adam(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        optimizer = self._adam()
         if self.schedule == "cosine":
             total, _ = total_steps(self.trainer)
             scheduler = warmup_cosine(optimizer, warmup_steps=self.warmup_steps, total_steps=total)
@@ -180,18 +201,80 @@ class FineTuneModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_stamp(self, self.config, self.palette, checkpoint)
+        saved = checkpoint.get("hyper_parameters", {})
+        self._keep_class_names(saved.get("class_names"))
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_layer_decay(saved.get("layer_decay", 1.0))
         keep_rates(self, checkpoint)
+
+    def _check_layer_decay(self, saved: float) -> None:
+        """Refuse to continue a run under another layer-wise decay: its optimiser's groups have other scales."""
+        if saved != self.layer_decay:
+            raise ValueError(
+                f"layer_decay is {self.layer_decay}, but the run to continue has {saved}; keep {saved}, or start a new "
+                "run from its weights with pretrained="
+            )
+
+    def _keep_class_names(self, saved: list[str] | None) -> None:
+        """Name the classes as in training, whatever the data at hand calls its own."""
+        if self._named or saved is None or self.class_names == saved:
+            return
+        if self.class_names is not None:
+            log.warning("the checkpoint's classes are %s, the data's %s: keeping the former", saved, self.class_names)
+        self.class_names = self.hparams["class_names"] = saved
+
+    def _adam(self) -> torch.optim.AdamW:
+        """The optimiser, with a group for each layer where they train at different rates."""
+        options: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
+        network, head = self.network, self.head
+        if self.layer_decay == 1:
+            return make_adam([*network.parameters(), *head.parameters()], **options)
+        top = [*network.ln_f.parameters(), *network.lm_head.parameters(), *head.parameters()]
+        blocks = [list(block.parameters()) for block in reversed(network.h)]
+        above = {id(parameter) for layer in (top, *blocks) for parameter in layer}
+        embeddings = [parameter for parameter in network.parameters() if id(parameter) not in above]
+        return make_adam(top, below=[*blocks, embeddings], layer_decay=self.layer_decay, **options)
 
     def _logits(self, tokens: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor]:
         """(final hidden states (B, T, D), class logits (B, C))."""
         hidden = self.network.hidden(tokens, masked=masked)
         return hidden, self.head(hidden.mean(1))
 
-    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
+    def _per_mask(self, read: Batch, batch_idx: int) -> Tensor:
+        """Class logits under each mask of an evaluation, float32 (M, B, C)."""
+        masks = evaluation_masks(self, read, batch_idx)
+        return torch.stack([self._logits(read.tokens, masked)[1].float() for masked in masks])
+
+    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> dict[str, Tensor]:
         read = read_batch(batch, self.palette, self.config)
         labels = need_labels(read, self.num_classes)
-        logits = self._logits(read.tokens, mask_for(self, read, batch_idx))[1].float()
-        self.accuracy[stage](logits, labels)
+        per_mask = self._per_mask(read, batch_idx)  # (M, B, C)
+        votes, logits = per_mask.argmax(-1), _mean_over_masks(per_mask)  # (M, B), (B, C)
+        if len(votes) == 1:
+            prediction = votes[0]
+        else:
+            samples = sample_numbers(self, read, batch_idx)
+            prediction = majority_vote(votes, samples, self.num_classes, seed=self.seed)
+        self.accuracy[stage](prediction, labels)
         self.cross_entropy[stage](F.cross_entropy(logits, labels, reduction="none"))
         self.log(f"{stage}/accuracy", self.accuracy[stage], prog_bar=True, on_epoch=True)  # type: ignore[arg-type]
         self.log(f"{stage}/cross_entropy", self.cross_entropy[stage], on_epoch=True)  # type: ignore[arg-type]
+        return {"probabilities": logits.softmax(-1), "prediction": prediction, "label": labels}
+
+
+def _mean_over_masks(logits: Tensor) -> Tensor:
+    """Logits (B, C) whose softmax is the mean of the softmaxes of ``logits`` (M, B, C); those of one mask unchanged."""
+    if len(logits) == 1:
+        return logits[0]
+    return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
+
+
+def _check_unmasked(generative_weight: float, n_masks: int) -> None:
+    """Raise where a setting asks for hidden pixels although mask_inputs=False hides none."""
+    if generative_weight != 0:
+        raise ValueError(
+            f"mask_inputs=False hides no pixel, so there is none to predict, but generative_weight is "
+            f"{generative_weight}; set generative_weight=0 or mask_inputs=True"
+        )
+    if n_masks > 1:
+        raise ValueError(f"mask_inputs=False uses no mask, but n_masks is {n_masks}; set n_masks=1 or mask_inputs=True")

@@ -1,4 +1,7 @@
-"""Linear probes: logistic regression on pooled features of every layer (paper, sections 2.4 and 3.4)."""
+"""Linear probes: a classifier on the pooled features of every layer (paper, sections 2.4, 3.4, 4.4 and 4.6).
+
+How the classifiers come about stands in ``lbfgs`` and ``sgd``.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +11,49 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.features import fit_logistic
-from lightning_igpt.modules.batches import need_labels, read_batch
+from lightning_igpt.features import C_GRID
+from lightning_igpt.modules.batches import Batch, need_labels, read_batch
+from lightning_igpt.modules.fitting import Logistic
+from lightning_igpt.modules.heads import ConcatHead, vote
+from lightning_igpt.modules.lbfgs import Lbfgs
+from lightning_igpt.modules.probe_settings import (
+    check_concat,
+    check_fit,
+    check_same_probe,
+    check_votes,
+    choose_layers,
+)
+from lightning_igpt.modules.scores import Scores
+from lightning_igpt.modules.sgd import RunningScale, Sgd
 from lightning_igpt.modules.shared import (
     NetworkLike,
     PaletteLike,
     adopt_class_names,
     build_network,
     check_mask_ratio,
-    check_settings,
     check_stamp,
-    mask_for,
+    evaluation_masks,
+    keep_rates,
     register,
+    sample_numbers,
     stamp,
 )
 from lightning_igpt.objectives import MASK_RATIO
 
 log = logging.getLogger(__name__)
 
+RESULTS = "probe_results"  # key in a checkpoint
+
 
 class ProbeModule(LightningModule):
     """Measure how linearly separable the classes are at each layer of a frozen network.
 
-    One pass over the training images collects the features of all layers; L-BFGS then fits one classifier per layer,
-    and ``fit`` ends. Validation logs ``probe/layer_<l>/accuracy``, picks the best layer and logs its ``val/accuracy``;
-    test logs ``test/layer_<l>/accuracy`` and, as ``test/accuracy``, that of the layer picked on validation.
+    With solver=lbfgs, one pass over the training images collects the features of all layers, one classifier per layer
+    is fitted to them, and ``fit`` ends. With solver=sgd the classifiers are trained on batches for as long as the
+    trainer says. Validation logs ``probe/layer_<l>/accuracy``, picks the best layer and logs its ``val/accuracy``; test
+    logs ``test/layer_<l>/accuracy`` and, as ``test/accuracy``, that of the layer picked on validation.
 
     Args:
         pretrained: The network to probe: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI
@@ -47,19 +65,37 @@ class ProbeModule(LightningModule):
             table of positions is interpolated.
         num_classes: Number of classes. Default: the data's.
         class_names: Names of the classes. Default: the data's.
-        c: Inverse strength of the L2 penalty, as scikit-learn's C. The paper does not state it.
-        standardize: Scale each feature to mean 0 and variance 1 first. The paper does not state it.
-        max_iter: Upper bound on L-BFGS steps per layer.
+        solver: ``lbfgs`` fits to all features at once, as the paper does for CIFAR and STL-10. ``sgd`` keeps no
+            features, as the paper does for ImageNet: momentum 0.9 and a cosine to zero over the run; it needs a loader
+            that shuffles.
+        concat: lbfgs only: an odd number of layers, centred on the best, that are fitted together as soon as validation
+            has picked that one (the paper: 5); logged as ``val/concat_accuracy`` and ``test/concat_accuracy``. Default:
+            no such classifier.
+        c: lbfgs only: inverse strength of the L2 penalty, as scikit-learn's C; the paper does not state it. From a list
+            each layer takes what is best on a held-out tenth of the training images, then fits to all of them.
+            Default: the list 0.001, 0.01, 0.1, 1, 10.
+        standardize: Scale each feature to mean 0 and variance 1 first; the paper does not state it. Under SGD this is
+            batch normalisation without gain and bias, our choice as in the probes of MAE (He et al., 2022).
+        max_iter: lbfgs only: upper bound on steps per classifier.
+        lr: sgd only: learning rate at the start. The paper tried 30, 10, 3, ... and does not state its scaling.
+        weight_decay: sgd only: L2 decay of the weights. The paper states none.
         mask_ratio: BERT networks only: probability that an input pixel is hidden.
-        seed: Seed of BERT's masks.
+        mask_inputs: BERT networks only: hide input pixels, in evaluation too, as the paper does. False probes whole
+            images.
+        n_masks: BERT networks only: masks under which an image is evaluated. With several, accuracy counts the class
+            that most masks vote for (section 4.6: 5), ties at random; predictions are the mean of the probabilities.
+            In training an image has one mask.
+        max_feature_bytes: lbfgs only: features beyond so many bytes per process (default 4 GiB) wait in temporary files
+            instead of memory; TMPDIR says where.
+        seed: Seed of BERT's masks, of ties between their votes, and of the tenth that c is chosen on.
 
     Raises:
-        ValueError: A layer does not exist, or arguments contradict the loaded weights.
+        ValueError: A layer does not exist, or arguments contradict each other or the loaded weights.
     """
 
     palette_colors: Tensor
     weight: nn.Parameter  # (layers, C, D)
-    bias: Tensor  # (layers, C)
+    bias: Tensor  # (layers, C); a parameter under SGD
     best: Tensor  # index into layers of the best on validation; -1 before any validation
 
     def __init__(
@@ -72,41 +108,39 @@ class ProbeModule(LightningModule):
         image_size: int | None = None,
         num_classes: int | None = None,
         class_names: list[str] | None = None,
-        c: float = 1.0,
+        solver: Literal["lbfgs", "sgd"] = "lbfgs",
+        concat: int | None = None,
+        c: float | list[float] | None = None,
         standardize: bool = True,
         max_iter: int = 1000,
+        lr: float = 0.1,
+        weight_decay: float = 0.0,
         mask_ratio: float = MASK_RATIO,
+        mask_inputs: bool = True,
+        n_masks: int = 1,
+        max_feature_bytes: int = 4 * 2**30,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False  # L-BFGS sees all features at once, not batches
-        check_settings(above_zero={"c": c, "max_iter": max_iter}, not_below_zero={})
+        self.automatic_optimization = solver == "sgd"  # L-BFGS sees all features at once, not batches
+        grid = list(C_GRID) if c is None else list(c) if isinstance(c, (list, tuple)) else [c]
+        numbers = {"max_iter": max_iter, "lr": lr, "weight_decay": weight_decay, "max_feature_bytes": max_feature_bytes}
+        check_fit(solver, grid, **numbers)
         check_mask_ratio(mask_ratio)
-        if layers != "all" and not isinstance(layers, (list, tuple, range)):
-            raise ValueError(f"layers is {layers!r}; it must be 'all' or a list of layer numbers")
         self.network, self.palette = build_network(network, palette, pretrained, image_size=image_size)
         self.network.requires_grad_(False).eval()
-        self.layers = list(range(self.config.n_layer + 1)) if layers == "all" else list(layers)
-        wrong = [layer for layer in self.layers if not 0 <= layer <= self.config.n_layer]
-        if wrong or not self.layers:
-            raise ValueError(f"layers is {layers}; name one or more from 0 to {self.config.n_layer}, or 'all'")
-        self.pretrained, self.class_names = pretrained, class_names
-        self.c, self.standardize, self.max_iter = c, standardize, max_iter
-        self.mask_ratio, self.seed = mask_ratio, seed
-        register(
-            self,
-            self.network,
-            self.palette,
-            layers=layers,
-            num_classes=num_classes,
-            class_names=class_names,
-            c=c,
-            standardize=standardize,
-            max_iter=max_iter,
-            mask_ratio=mask_ratio,
-            seed=seed,
-        )
-        self._collected: list[tuple[Tensor, Tensor]] = []
+        check_votes(self.config.objective, mask_inputs, n_masks)
+        self.layers = choose_layers(layers, self.config.n_layer)
+        check_concat(concat, len(self.layers), solver)
+        self.pretrained, self.class_names, self.lr, self.weight_decay = pretrained, class_names, lr, weight_decay
+        self.solver, self.c, self.standardize, self.concat = solver, c, standardize, concat
+        self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
+        how = Logistic(grid, standardize=standardize, max_iter=max_iter, seed=seed)
+        self._solver = Sgd(lr, weight_decay) if solver == "sgd" else Lbfgs(how, max_feature_bytes)
+        probed = {"layers": layers, "solver": solver, "concat": concat, "c": c, "standardize": standardize}
+        masks = {"mask_ratio": mask_ratio, "mask_inputs": mask_inputs, "n_masks": n_masks, "seed": seed}
+        classes = {"num_classes": num_classes, "class_names": class_names}
+        register(self, self.network, self.palette, **probed, **numbers, **masks, **classes)
         self._set_classes(num_classes or 0)
 
     @property
@@ -128,9 +162,19 @@ class ProbeModule(LightningModule):
         return self.layers[self._picked()]
 
     @property
+    def results(self) -> list[dict[str, Any]]:
+        """A row per layer: layer, c, val_accuracy, test_accuracy, None where unknown; last that of concat, "8-12"."""
+        return self.scores.rows
+
+    @property
     def accuracy_by_layer(self) -> dict[int, float]:
         """Accuracy per layer of the last validation or test."""
-        return dict(zip(self.layers, self._last, strict=False))
+        return self.scores.by_layer(self._last) if self._last else {}
+
+    @property
+    def c_by_layer(self) -> dict[int, float]:
+        """The c that each layer's classifier was fitted with; empty under SGD."""
+        return self.scores.by_layer("c")
 
     def setup(self, stage: str) -> None:
         if not self.num_classes:
@@ -147,13 +191,49 @@ class ProbeModule(LightningModule):
         return self
 
     def forward(self, batch: Any) -> Tensor:
-        """Class logits of every layer's classifier, (B, layers, C)."""
-        return self._logits(self._features(batch, 0, labelled=False)[0])
+        """Class logits of every layer's classifier, (B, layers, C); of several masks the first counts."""
+        return self.logits(self._features(read_batch(batch, self.palette, self.config), 0)[0])
+
+    def logits(self, features: Tensor, *, batches: int | None = None) -> Tensor:
+        """Class logits (..., layers, C) of features (..., layers, D); ``batches`` is for RunningScale in training."""
+        with torch.autocast(self.device.type, enabled=False):  # as exact as the fit
+            features = self.scale(features, batches) if self.scale is not None else features
+            weight, bias = self.weight.float(), self.bias.float()
+            if batches is None:
+                weight, bias = weight.detach(), bias.detach()
+            return torch.einsum("...ld,lcd->...lc", features, weight) + bias
 
     def on_fit_start(self) -> None:
         if self.pretrained is None:
             log.warning("no pretrained=: probing a network that was never trained")
-        self._collected.clear()
+
+    def on_train_start(self) -> None:
+        self.scores.clear()
+        self._solver.start(self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        read = read_batch(batch, self.palette, self.config)
+        labels, features = need_labels(read, self.num_classes), self._features(read, batch_idx)[0]
+        return self._solver.step(self, features, labels, read.samples, batch_idx)
+
+    def on_train_end(self) -> None:
+        self._solver.end(self)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        # Before the fit, a sanity check still finds bad batches and labels; other validation has nothing to say.
+        if self.trainer.sanity_checking or self.weight.any():
+            self._evaluate(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking or not self.weight.any():
+            return
+        accuracy = self._finish("val", "probe")
+        self.best.fill_(int(accuracy.argmax()))
+        self.log("val/accuracy", accuracy.max(), prog_bar=True, sync_dist=True)
+        self.log("val/best_layer", float(self.best_layer), sync_dist=True)
+        if isinstance(self._solver, Lbfgs) and self._solver.waits:
+            self._solver.fit_together(self)
+        self._finish_concat("val")
 
     def on_test_start(self) -> None:
         if not self.weight.any():
@@ -161,30 +241,17 @@ class ProbeModule(LightningModule):
 
     on_predict_start = on_test_start
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        features, labels = self._features(batch, batch_idx)
-        self._collected.append((features.cpu(), labels.cpu()))
-        if self.trainer.is_last_batch:
-            self._fit_heads()
-            self.optimizers().step()  # type: ignore[union-attr]
-            self.trainer.should_stop = True  # one pass is all there is to learn from frozen features
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        accuracy = self._finish("probe")
-        if accuracy is not None:
-            self.best.fill_(int(accuracy.argmax()))
-            self.log("val/accuracy", accuracy.max(), prog_bar=True, sync_dist=True)
-            self.log("val/best_layer", float(self.best_layer), sync_dist=True)
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """For callbacks: ``probabilities`` (B, C), ``prediction`` and ``label`` (B,) of the picked layer, if any."""
+        probabilities, predictions, labels = self._evaluate(batch, batch_idx)
+        if len(self.layers) > 1 and self.best < 0:
+            return {}
+        picked = self._picked()
+        return {"probabilities": probabilities[:, picked], "prediction": predictions[:, picked], "label": labels}
 
     def on_test_epoch_end(self) -> None:
-        accuracy = self._finish("test")
-        assert accuracy is not None
+        accuracy = self._finish("test", "test")
+        self._finish_concat("test")
         if len(self.layers) > 1 and self.best < 0:
             log.warning("test/accuracy is left out: without validation data no layer was picked")
             return
@@ -192,20 +259,25 @@ class ProbeModule(LightningModule):
         self.log("test/best_layer", float(self.best_layer), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class probabilities of the best layer's classifier, float32 (B, C)."""
-        features, _ = self._features(batch, batch_idx, labelled=False)
-        return self._logits(features)[:, self._picked()].softmax(-1)
+        """Class probabilities of the best layer's classifier, float32 (B, C); with several masks their mean."""
+        features = self._features(read_batch(batch, self.palette, self.config), batch_idx, every_mask=True)
+        return self.logits(features)[:, :, self._picked()].softmax(-1).mean(0)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """A clock. L-BFGS runs outside Lightning's sight, and Lightning saves nothing until it has counted a step."""
-        return torch.optim.SGD([self.weight], lr=0.0)
+    def configure_optimizers(self) -> Any:
+        return self._solver.configure(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stamp(self, self.config, self.palette, checkpoint)
+        checkpoint[RESULTS] = [dict(row) for row in self.results]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_stamp(self, self.config, self.palette, checkpoint)
+        check_same_probe(self.hparams, checkpoint["hyper_parameters"], self.config.n_layer)
         self._set_classes(checkpoint["state_dict"]["bias"].shape[1])
+        self.scores.rows = [dict(row) for row in checkpoint.get(RESULTS, self.results)]
+        keep_rates(self, checkpoint)
+        for state in checkpoint.get("optimizer_states", []):
+            state["param_groups"][0]["weight_decay"] = self.weight_decay
 
     def _picked(self) -> int:
         if len(self.layers) > 1 and self.best < 0:
@@ -213,62 +285,56 @@ class ProbeModule(LightningModule):
         return max(0, int(self.best))
 
     def _set_classes(self, num_classes: int) -> None:
-        shape = (len(self.layers), num_classes)
+        """Make the classifiers, for a number of classes that the data may tell only in ``setup``."""
+        n_layers, width, descends = len(self.layers), self.config.n_embd, isinstance(self._solver, Sgd)
         self.num_classes = num_classes
         self.hparams["num_classes"] = num_classes or None
-        # A parameter, because Lightning's distributed strategies want one; no gradient ever reaches it.
-        self.weight = nn.Parameter(torch.zeros(*shape, self.config.n_embd, device=self.device))
-        self.register_buffer("bias", torch.zeros(shape, device=self.device))
+        # A parameter, because Lightning's distributed strategies want one; under L-BFGS no gradient ever reaches it.
+        self.weight = nn.Parameter(torch.zeros(n_layers, num_classes, width, device=self.device))
+        bias = torch.zeros(n_layers, num_classes, device=self.device)
+        if descends:
+            self.bias = nn.Parameter(bias)
+        else:
+            self.register_buffer("bias", bias)
         self.register_buffer("best", torch.full((), -1, dtype=torch.long, device=self.device))
-        counters = [MulticlassAccuracy(num_classes, average="micro") for _ in self.layers] if num_classes else []
-        self.accuracy = nn.ModuleList(counters).to(self.device)
-        self._last: list[float] = []
+        self.scale = RunningScale(n_layers, width).to(self.device) if descends and self.standardize else None
+        concat = ConcatHead(self.layers, self.concat, num_classes, width) if self.concat else None
+        self.concat_head = None if concat is None else concat.to(self.device)
+        self.scores = Scores(self.layers, num_classes).to(self.device)
+        self._last = ""
 
-    def _features(self, batch: Any, batch_idx: int, *, labelled: bool = True) -> tuple[Tensor, Tensor]:
-        """(features (B, layers, D), labels (B,))."""
-        read = read_batch(batch, self.palette, self.config)
-        labels = need_labels(read, self.num_classes) if labelled else torch.empty(0)
+    def _features(self, read: Batch, batch_idx: int, *, every_mask: bool = False) -> Tensor:
+        """Pooled taps under the first or every mask of an evaluation, float32 (M, B, layers, D)."""
+        masks = evaluation_masks(self, read, batch_idx)[: None if every_mask else 1]
         with torch.no_grad():
-            features = self.network.features(read.tokens, self.layers, masked=mask_for(self, read, batch_idx))
-        return features.float(), labels
+            taps = [self.network.features(read.tokens, self.layers, masked=mask) for mask in masks]
+        return torch.stack(taps).float()
 
-    def _logits(self, features: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, enabled=False):  # as exact as the fit
-            return torch.einsum("bld,lcd->blc", features, self.weight.detach()) + self.bias
+    def _evaluate(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Count; return probabilities (B, layers, C), predictions (B, layers) and labels (B,)."""
+        read = read_batch(batch, self.palette, self.config)
+        labels, features = need_labels(read, self.num_classes), self._features(read, batch_idx, every_mask=True)
+        samples, head, logits = sample_numbers(self, read, batch_idx), self.concat_head, self.logits(features)
+        predictions = vote(logits, samples, seed=self.seed)
+        if not self.trainer.sanity_checking:
+            self.scores.update(predictions, labels)
+            if head is not None and head.fitted:
+                together = head(lambda place: features[:, :, place]).unsqueeze(2)  # (M, B, 1, C)
+                self.scores.update(vote(together, samples, seed=self.seed), labels, first=len(self.layers))
+            elif isinstance(self._solver, Lbfgs) and self._solver.waits:
+                self._solver.keep(features, labels, samples)
+        return logits.softmax(-1).mean(0), predictions, labels
 
-    def _fit_heads(self) -> None:
-        """Fit one classifier per layer; the processes of a distributed run share their features first."""
-        features, labels = (torch.cat(parts) for parts in zip(*self._collected, strict=True))
-        self._collected.clear()
-        if self.trainer.world_size > 1:
-            gathered: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, (features, labels))
-            features, labels = (torch.cat(parts) for parts in zip(*gathered, strict=True))
-        if bool((labels == labels[0]).all()):
-            raise ValueError(
-                f"all {len(labels)} training images have the label {int(labels[0])}; a probe needs two classes"
-            )
-        for index, layer in enumerate(self.layers):
-            x, y = features[:, index].to(self.device), labels.to(self.device)
-            options = {"c": self.c, "standardize": self.standardize, "max_iter": self.max_iter}
-            with torch.autocast(self.device.type, enabled=False):  # a line search is lost in bfloat16
-                weight, bias = fit_logistic(x, y, self.num_classes, **options)  # type: ignore[arg-type]
-            self.weight.data[index], self.bias[index] = weight, bias
-            log.debug("layer %d: classifier fitted on %d images", layer, len(labels))
-
-    def _evaluate(self, batch: Any, batch_idx: int) -> None:
-        if not self.weight.any():
-            return  # a sanity check before the fit, or validation before all features are there
-        features, labels = self._features(batch, batch_idx)
-        for counter, logits in zip(self.accuracy, self._logits(features).unbind(1), strict=True):
-            counter.update(logits, labels)  # type: ignore[operator]
-
-    def _finish(self, prefix: str) -> Tensor | None:
-        if not self.weight.any():
-            return None
-        accuracy = torch.stack([counter.compute() for counter in self.accuracy])  # type: ignore[operator]
-        for counter, layer, value in zip(self.accuracy, self.layers, accuracy, strict=True):
-            counter.reset()  # type: ignore[operator]
+    def _finish(self, stage: str, prefix: str) -> Tensor:
+        """Log and return each layer's accuracy, (layers,)."""
+        self._last = f"{stage}_accuracy"
+        accuracy = self.scores.finish(self._last, range(len(self.layers)))
+        for layer, value in zip(self.layers, accuracy, strict=True):
             self.log(f"{prefix}/layer_{layer}/accuracy", value, sync_dist=True)
-        self._last = accuracy.tolist()
         return accuracy
+
+    def _finish_concat(self, stage: str) -> None:
+        if self.concat_head is not None and self.concat_head.fitted:
+            place = len(self.layers)
+            accuracy = self.scores.finish(f"{stage}_accuracy", range(place, place + 1))
+            self.log(f"{stage}/concat_accuracy", accuracy[0], sync_dist=True)

@@ -160,17 +160,21 @@ def check_stamp(
 def keep_rates(module: Any, checkpoint: Mapping[str, Any]) -> None:
     """Let a resumed run train with the module's learning rate, betas and weight decay, not the checkpoint's.
 
-    Lightning restores the optimiser with the settings that it was saved with, whatever recipe and flags say.
+    Lightning restores the optimiser with the settings that it was saved with, whatever recipe and flags say. Groups
+    keep the scale of their rate, which layer-wise decay gave them.
     """
+    rates: list[float] = []
     for state in checkpoint.get("optimizer_states", []):
         groups = [group for group in state["param_groups"] if {"initial_lr", "betas"} <= set(group)]
-        for group in groups:
-            group["initial_lr"], group["betas"] = module.lr, module.betas
-        for group in groups[:1]:  # make_adam puts the matrices first
-            group["weight_decay"] = module.weight_decay
+        for number, group in enumerate(groups):
+            group["initial_lr"], group["betas"] = module.lr * group.get("lr_scale", 1.0), module.betas
+            if group.get("decayed", number == 0):  # without the mark it is an older checkpoint's, matrices first
+                group["weight_decay"] = module.weight_decay
+        rates += [group["initial_lr"] for group in groups]
     for state in checkpoint.get("lr_schedulers", []):
-        if "base_lrs" in state:
-            state["base_lrs"] = [module.lr for _ in state["base_lrs"]]
+        if "base_lrs" in state:  # a sharded checkpoint keeps its groups elsewhere, so scale what is there
+            old = state["base_lrs"]
+            state["base_lrs"] = rates if len(rates) == len(old) else [module.lr * (rate / max(old)) for rate in old]
 
 
 def follow_schedule(trainer: Trainer) -> None:

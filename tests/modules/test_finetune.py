@@ -1,15 +1,37 @@
+import csv
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch.utils.data import DataLoader
 
+from lightning_igpt.__main__ import main
+from lightning_igpt.data import FineTuneDataModule
 from lightning_igpt.modules import FineTuneModule, PretrainModule
-from lightning_igpt.objectives import next_pixel_loss
+from lightning_igpt.objectives import draw_mask, next_pixel_loss
 from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
 
 
 def finetune(config=TINY, **options):
     torch.manual_seed(0)
     return FineTuneModule(num_classes=3, network=config, palette="gray:8", **options)
+
+
+def randomized(config=TINY, **options):
+    """With heads that are not zero, so that images and masks matter."""
+    module = finetune(config, **options)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module.eval()
+
+
+def numbered(n=24):
+    """Batches whose images carry their numbers, as this package's data modules give them."""
+    images, labels = labelled_images(n)
+    return [{"image": images[i : i + 5], "label": labels[i : i + 5], "sample": torch.arange(i, min(n, i + 5)) + 100}
+            for i in range(0, n, 5)]  # fmt: skip
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
@@ -83,3 +105,198 @@ def test_wrong_use_says_so(tmp_path):
         quiet_trainer(tmp_path, max_epochs=1).fit(
             finetune(), loader(), ckpt_path=trainer.checkpoint_callback.best_model_path
         )
+
+
+def test_each_layer_trains_at_its_own_rate():
+    module = finetune(lr=0.01, weight_decay=0.1, layer_decay=0.5)
+    optimizer = module.configure_optimizers()["optimizer"]
+    found = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    assert len(found) == len(list(module.parameters()))
+    depth = {"head": 0, "network.lm_head": 0, "network.ln_f": 0, "network.h.1": 1, "network.h.0": 2,
+             "network.wte": 3, "network.wpe": 3, "network.sos": 3}  # fmt: skip
+    for name, parameter in module.named_parameters():
+        (k,) = (k for prefix, k in depth.items() if name.startswith(prefix))
+        group = found[id(parameter)]
+        assert group["lr"] == pytest.approx(0.01 * 0.5**k), name
+        assert group["weight_decay"] == (0.1 if parameter.ndim == 2 else 0.0), name
+
+
+@pytest.mark.parametrize("layer_decay", [None, 1.0])
+def test_without_layer_decay_all_train_at_one_rate(layer_decay):
+    groups = finetune(lr=0.01, layer_decay=layer_decay).configure_optimizers()["optimizer"].param_groups
+    assert [group["lr"] for group in groups] == [0.01, 0.01]
+
+
+def run_and_resume(tmp_path, config=TINY, changes=(), **options):
+    """A run of two epochs; its twin that starts from what the first saved after one epoch. Both modules, trained."""
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    whole = finetune(config, **options)
+    quiet_trainer(tmp_path, max_epochs=2, callbacks=[saver]).fit(whole, loader())
+    resumed = randomized(config, **{**options, **dict(changes)}).train()
+    trainer = quiet_trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
+    trainer.fit(resumed, loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    return whole, resumed
+
+
+@pytest.mark.parametrize(("config", "schedule"), [(TINY, "constant"), (BERT, "cosine")])
+@pytest.mark.parametrize("layer_decay", [0.7, None])
+def test_a_resumed_run_equals_its_twin_bit_for_bit(tmp_path, config, schedule, layer_decay):
+    options = {"lr": 0.01, "weight_decay": 0.1, "warmup_steps": 2, "schedule": schedule, "layer_decay": layer_decay}
+    whole, resumed = run_and_resume(tmp_path, config, **options)
+    for (name, mine), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+    rates = [[group["lr"] for group in module.optimizers().param_groups] for module in (whole, resumed)]
+    assert rates[0] == rates[1]
+
+
+def test_a_resumed_run_follows_new_settings_layer_by_layer(tmp_path):
+    changes = {"lr": 0.03, "weight_decay": 0.2, "betas": (0.8, 0.9)}
+    _, resumed = run_and_resume(tmp_path, changes=changes, lr=0.01, weight_decay=0.1, layer_decay=0.5)
+    fresh = finetune(layer_decay=0.5, **changes).configure_optimizers()["optimizer"].param_groups
+    for mine, other in zip(resumed.optimizers().param_groups, fresh, strict=True):
+        assert {key: mine[key] for key in ("lr", "weight_decay", "betas", "lr_scale")} == {
+            key: other[key] for key in ("lr", "weight_decay", "betas", "lr_scale")
+        }
+
+
+def test_another_layer_decay_is_refused_when_resuming_and_no_matter_when_testing(tmp_path):
+    with pytest.raises(ValueError, match=r"layer_decay is 0\.5, but the run to continue has 1\.0"):
+        run_and_resume(tmp_path, changes={"layer_decay": 0.5})
+    trainer = quiet_trainer(tmp_path)
+    trainer.test(finetune(layer_decay=0.5), loader(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+
+
+class Outputs(Callback):
+    """Keeps what the steps of a test return."""
+
+    def __init__(self):
+        self.parts = []
+
+    def on_test_batch_end(self, trainer, module, outputs, *rest):
+        self.parts.append(outputs)
+
+    def joined(self):
+        return {key: torch.cat([part[key] for part in self.parts]) for key in self.parts[0]}
+
+
+def one_by_one(module, n_masks, n=24):
+    """Logits (N, M, C), image by image and mask by mask."""
+    rows = []
+    for batch in numbered(n):
+        for image, sample in zip(batch["image"], batch["sample"], strict=True):
+            tokens = module.palette.quantize(image[None])
+            for number in range(n_masks):
+                masked = draw_mask(sample[None], 16, seed=module.seed + 1_000_003 * number)
+                rows.append(module.network.hidden(tokens, masked=masked).mean(1) @ module.head.weight.T)
+    return torch.cat(rows).view(n, n_masks, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_masks", [1, 2, 5])
+def test_the_vote_of_several_masks_equals_brute_force(tmp_path, n_masks):
+    module, outputs = randomized(BERT, n_masks=n_masks, seed=3), Outputs()
+    batches = DataLoader(numbered(), batch_size=None)
+    metrics = quiet_trainer(tmp_path, callbacks=[outputs]).test(module, batches, verbose=False)[0]
+    found, labels = outputs.joined(), labelled_images(24)[1]
+    logits = one_by_one(module, n_masks)
+    votes = logits.argmax(-1)  # (N, M)
+    assert bool((votes != votes[:, :1]).any()) == (n_masks > 1), "masks must matter, or this shows nothing"
+    for ballot, said in zip(votes.tolist(), found["prediction"].tolist(), strict=True):
+        counts = Counter(ballot)
+        assert counts[said] == max(counts.values())
+    probabilities = logits.softmax(-1).mean(1)
+    torch.testing.assert_close(found["probabilities"], probabilities)
+    assert found["probabilities"].dtype == torch.float32
+    assert torch.equal(found["label"], labels) and found["label"].dtype == found["prediction"].dtype == torch.int64
+    assert metrics["test/accuracy"] == pytest.approx((found["prediction"] == labels).float().mean().item())
+    assert metrics["test/cross_entropy"] == pytest.approx(F.nll_loss(probabilities.log(), labels).item(), rel=1e-5)
+    torch.testing.assert_close(torch.cat(quiet_trainer(tmp_path).predict(module, batches)), probabilities)
+    first = numbered()[0]
+    torch.testing.assert_close(module(first).softmax(-1), probabilities[:5])
+
+
+@torch.no_grad()
+def test_without_masked_inputs_whole_images_are_classified(tmp_path):
+    module = randomized(BERT, mask_inputs=False, generative_weight=0.0)
+    (images, labels), module.log = labelled_images(6), lambda *args, **kwargs: None
+    tokens = module.palette.quantize(images)
+    hidden = module.network.hidden(tokens, masked=torch.zeros_like(tokens, dtype=torch.bool))
+    logits = hidden.mean(1) @ module.head.weight.T
+    torch.testing.assert_close(module(images), logits)
+    torch.testing.assert_close(module.train().training_step((images, labels), 0), F.cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"generative_weight": 0.0}, {"generative_weight": 0.0, "mask_inputs": False}, {"layer_decay": 0.5}]
+)
+@pytest.mark.parametrize("config", [TINY, BERT])
+def test_every_trained_parameter_gets_a_gradient(config, options):
+    """Distributed training refuses a parameter that a loss does not reach."""
+    module = randomized(config, **options).train()
+    module.log = lambda *args, **kwargs: None
+    frozen = module.network.lm_head.weight.clone()
+    optimizer = module.configure_optimizers()["optimizer"]
+    module.training_step(labelled_images(6), 0).backward()
+    for name, parameter in module.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert module.network.lm_head.weight.requires_grad == (module.generative_weight > 0)
+    optimizer.step()
+    assert torch.equal(module.network.lm_head.weight, frozen) == (module.generative_weight == 0)
+
+
+def test_training_stops_when_validation_accuracy_does(tmp_path):
+    stop = EarlyStopping("val/accuracy", mode="max", patience=2)
+    best = ModelCheckpoint(monitor="val/accuracy", mode="max")
+    module = finetune(lr=1e-9)  # never better than at first
+    trainer = quiet_trainer(tmp_path, max_epochs=9, callbacks=[stop, best])
+    trainer.fit(module, loader(), loader())
+    assert trainer.current_epoch == 3
+    assert "epoch=0" in best.best_model_path
+
+
+def predicted_names(tmp_path, module, *flags):
+    """The classes in the head of the table that ``predict`` writes for the digits, whose own names are 0 to 9."""
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    network = [f"--model.network.{key}={value}" for key, value in module.config.to_dict().items() if value is not None]
+    words = ["--model", "FineTuneModule", *network, "--model.palette", "gray:8", "--data", "FineTuneDataModule"]
+    words += ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["predict", *words, "--ckpt_path", str(tmp_path / "some.ckpt"), *flags]) == 0
+    with next(tmp_path.rglob("classes.csv")).open(newline="") as file:
+        return next(csv.reader(file))[2:]
+
+
+@pytest.mark.parametrize("flags", [[], ["--model.class_names", '["k","l","m","n","o","p","q","r","s","t"]']])
+def test_predictions_are_named_as_in_training_unless_told_otherwise(tmp_path, caplog, flags):
+    network = {**TINY.to_dict(), "image_size": 8}
+    module = FineTuneModule(num_classes=10, network=network, palette="gray:8", class_names=list("abcdefghij"))
+    found = predicted_names(tmp_path, module, *flags)
+    assert found == list("klmnopqrst" if flags else "abcdefghij")
+    assert ("keeping the former" in caplog.text) == (not flags)
+
+
+def test_class_names_of_the_data_reach_the_checkpoint(tmp_path):
+    network = {**TINY.to_dict(), "image_size": 8}
+    module = FineTuneModule(num_classes=10, network=network, palette="gray:8")
+    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.fit(module, FineTuneDataModule("digits", batch_size=4))
+    again = FineTuneModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
+    assert again.class_names == [str(digit) for digit in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_decay": 0.0}, "layer_decay is 0.0; it must be above 0"),
+        ({"layer_decay": 1.5}, "layer_decay is 1.5"),
+        ({"n_masks": 0}, "n_masks is 0; it must be above 0"),
+        ({"mask_inputs": False}, "mask_inputs=False .* generative_weight is 1.0"),
+        ({"mask_inputs": False, "generative_weight": 0, "n_masks": 5}, "mask_inputs=False .* n_masks is 5"),
+        ({"schedule": "linear"}, "schedule is 'linear'"),
+        ({"generative_weight": -1.0}, "generative_weight is -1.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(BERT, **options)

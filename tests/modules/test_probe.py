@@ -1,10 +1,16 @@
+import tempfile
+
+import lightning
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from torch.utils.data import DataLoader
 
-from lightning_igpt.modules import PretrainModule, ProbeModule
+from lightning_igpt.features import choose_c, fit_logistic
+from lightning_igpt.modules import PretrainModule, ProbeModule, lbfgs
+from lightning_igpt.objectives import draw_mask, majority_vote
 from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
 
 
@@ -13,8 +19,35 @@ def probe(**options):
     return ProbeModule(network=TINY, palette="gray:8", num_classes=3, **options)
 
 
+def noisy_loader(n, seed=0, batch_size=50, start=0):
+    """Classes that overlap, so that layers and strengths differ; with sample numbers."""
+    generator = torch.manual_seed(seed)
+    labels = torch.arange(n) % 3
+    images = labels[:, None, None, None] * 25 + torch.randint(0, 190, (n, 3, 4, 4), generator=generator)
+    rows = [
+        {"image": image, "label": label, "sample": start + number}
+        for number, (image, label) in enumerate(zip(images.to(torch.uint8), labels, strict=True))
+    ]
+    return DataLoader(rows, batch_size=batch_size)
+
+
+def features_of(module, data, layers, masks=None):
+    """Features (N, layers, D) and labels (N,), by the network itself."""
+    parts = []
+    for batch in data:
+        masked = None if masks is None else masks(batch["sample"])
+        tokens = module.palette.quantize(batch["image"])
+        parts.append((module.network.features(tokens, layers, masked=masked).detach(), batch["label"]))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def accuracy(classifier, features, labels):
+    weight, bias = classifier
+    return ((features @ weight.T + bias).argmax(1) == labels).float().mean().item()
+
+
 def test_accuracy_by_layer_equals_scikit_learn_on_the_same_features(tmp_path):
-    module = probe()
+    module = probe(c=1.0)
     trainer = quiet_trainer(tmp_path, max_epochs=1)
     trainer.fit(module, loader(48, shuffle=True), loader(20))
     trainer.test(module, loader(20), verbose=False)
@@ -29,7 +62,7 @@ def test_accuracy_by_layer_equals_scikit_learn_on_the_same_features(tmp_path):
         theirs = LogisticRegression(max_iter=2000).fit(scaler.transform(x), labels)
         expected = theirs.score(scaler.transform(x_test), test_labels)
         assert module.accuracy_by_layer[layer] == pytest.approx(expected, abs=1e-6)
-        ours = module._logits(torch.from_numpy(np.stack([x_test] * 3, 1)))[:, layer].softmax(-1)
+        ours = module.logits(torch.from_numpy(np.stack([x_test] * 3, 1)))[:, layer].softmax(-1)
         np.testing.assert_allclose(ours, theirs.predict_proba(scaler.transform(x_test)), atol=0.01)
 
 
@@ -53,10 +86,9 @@ def test_mixed_precision_touches_the_network_only(tmp_path):
     trainer = quiet_trainer(tmp_path, max_epochs=1, precision="bf16-mixed")
     trainer.fit(module, loader(), loader())
     with torch.autocast("cpu", torch.bfloat16):
-        features, _ = module._features(next(iter(loader())), 0)
-        assert features.dtype == torch.float32
+        features = torch.ones(2, 3, 16)
         expected = torch.stack([features[:, i] @ module.weight[i].T for i in range(3)], 1).dtype
-        assert expected == torch.bfloat16 and module._logits(features).dtype == torch.float32
+        assert expected == torch.bfloat16 and module.logits(features).dtype == torch.float32
 
 
 def test_a_probe_without_classifiers_is_not_evaluated(tmp_path):
@@ -140,6 +172,15 @@ def test_without_validation_no_layer_is_picked(tmp_path):
     ("options", "message"),
     [
         ({"c": 0.0}, "c is 0.0; it must be above 0"),
+        ({"c": [1.0, -1.0]}, "c is -1.0; it must be above 0"),
+        ({"c": []}, "c is an empty list"),
+        ({"solver": "adam"}, "solver is 'adam'; it must be 'lbfgs' or 'sgd'"),
+        ({"lr": 0.0}, "lr is 0.0; it must be above 0"),
+        ({"max_feature_bytes": -1}, "max_feature_bytes is -1; it must be 0 or more"),
+        ({"n_masks": 0}, "n_masks is 0; it must be above 0"),
+        ({"concat": 2}, "concat is 2; it must be an odd number"),
+        ({"concat": 5}, "concat is 5, but only 3 layers are probed"),
+        ({"concat": 3, "solver": "sgd"}, "concat=3 needs the features that solver='sgd' does not keep"),
         ({"layers": "al"}, "'all' or a list"),
         ({"layers": 1}, "'all' or a list"),
     ],
@@ -147,3 +188,301 @@ def test_without_validation_no_layer_is_picked(tmp_path):
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         probe(**options)
+
+
+def test_voting_without_masks_is_refused():
+    with pytest.raises(ValueError, match=r"mask_inputs=False uses no mask, but n_masks is 5"):
+        ProbeModule(network=BERT, palette="gray:8", num_classes=3, mask_inputs=False, n_masks=5)
+
+
+# --- the strength ---------------------------------------------------------------------------------------------------
+
+
+def test_each_layer_chooses_its_c_on_training_images_alone(tmp_path):
+    module = probe(c=[1.0, 0.001, 0.03], seed=1)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, noisy_loader(300), noisy_loader(90, seed=1))
+    features, labels = features_of(module, noisy_loader(300), [0, 1, 2])
+    for layer in range(3):
+        c = choose_c(features[:, layer], labels, 3, grid=[0.001, 0.03, 1.0], seed=1)
+        weight, bias = fit_logistic(features[:, layer], labels, 3, c=c)
+        assert module.c_by_layer[layer] == c
+        assert trainer.callback_metrics[f"probe/layer_{layer}/c"].item() == pytest.approx(c)
+        torch.testing.assert_close(module.weight[layer], weight)
+        torch.testing.assert_close(module.bias[layer], bias)
+    assert len(set(module.c_by_layer.values())) > 1
+    other = probe(c=[1.0, 0.001, 0.03], seed=1)
+    quiet_trainer(tmp_path, max_epochs=1).fit(other, noisy_loader(300), noisy_loader(30, seed=9))
+    assert other.c_by_layer == module.c_by_layer  # whatever the validation images
+
+
+def test_a_number_is_no_choice(tmp_path):
+    module = probe(c=0.03)
+    quiet_trainer(tmp_path, max_epochs=1).fit(module, loader(), loader())
+    assert module.c_by_layer == dict.fromkeys(range(3), 0.03)
+
+
+# --- several layers together ----------------------------------------------------------------------------------------
+
+
+def deep_probe(**options):
+    torch.manual_seed(0)
+    return ProbeModule(network={**TINY.to_dict(), "n_layer": 5}, palette="gray:8", num_classes=3, **options)
+
+
+def test_concat_equals_scikit_learn_on_the_layers_around_the_best(tmp_path):
+    module = deep_probe(c=0.1, concat=3)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, noisy_loader(300), noisy_loader(90, seed=1))
+    found = {"val": trainer.callback_metrics["val/concat_accuracy"].item()}
+    found["test"] = trainer.test(module, noisy_loader(80, seed=2), verbose=False)[0]["test/concat_accuracy"]
+    middle = min(max(module.best_layer, 1), 4)
+    layers = [middle - 1, middle, middle + 1]
+    x, y = features_of(module, noisy_loader(300), layers)
+    scaler = StandardScaler().fit(x.flatten(1))
+    theirs = LogisticRegression(C=0.1, max_iter=5000, tol=1e-7).fit(scaler.transform(x.flatten(1)), y)
+    for stage, data in (("val", noisy_loader(90, seed=1)), ("test", noisy_loader(80, seed=2))):
+        x_new, y_new = features_of(module, data, layers)
+        assert found[stage] == pytest.approx(theirs.score(scaler.transform(x_new.flatten(1)), y_new), abs=1e-6)
+    assert module.results[-1] == {
+        "layer": f"{layers[0]}-{layers[2]}",
+        "c": 0.1,
+        "val_accuracy": pytest.approx(found["val"]),
+        "test_accuracy": pytest.approx(found["test"]),
+    }
+    again = quiet_trainer(tmp_path).validate(module, noisy_loader(90, seed=1), verbose=False)[0]
+    assert again["val/concat_accuracy"] == pytest.approx(found["val"])
+    assert not len(module._solver.training) and not len(module._solver.validation)
+
+
+def test_concat_survives_a_checkpoint(tmp_path):
+    module = deep_probe(c=[0.1, 0.01], concat=3)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, noisy_loader(300), noisy_loader(90, seed=1))
+    again = ProbeModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
+    assert again.results == module.results and again.c_by_layer == module.c_by_layer
+    assert again.results[-1]["val_accuracy"] == trainer.callback_metrics["val/concat_accuracy"].item()
+    expected = trainer.test(module, noisy_loader(80, seed=2), verbose=False)
+    assert quiet_trainer(tmp_path).test(again, noisy_loader(80, seed=2), verbose=False) == expected
+    assert "test/concat_accuracy" in expected[0]
+
+
+def test_concat_without_validation_is_left_out_with_a_warning(tmp_path, caplog):
+    module = deep_probe(c=0.1, concat=3)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, loader())
+    assert "concat=3 was not fitted" in caplog.text and not len(module._solver.training)
+    assert "test/concat_accuracy" not in trainer.test(module, loader(), verbose=False)[0]
+    assert len(module.results) == 6
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+
+def bert_probe(**options):
+    torch.manual_seed(0)
+    return ProbeModule(network=BERT, palette="gray:8", num_classes=3, mask_ratio=0.5, seed=5, c=0.1, **options)
+
+
+def test_votes_and_mean_probabilities_equal_one_mask_after_another(tmp_path):
+    module = bert_probe(n_masks=4, concat=1)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    data, val = noisy_loader(300), noisy_loader(90, seed=1, start=1000)
+    trainer.fit(module, data, val)
+    masks = [
+        lambda samples, number=number: draw_mask(samples, 16, seed=5 + 1_000_003 * number, ratio=0.5)
+        for number in range(4)
+    ]
+    x, y = features_of(module, data, [0, 1, 2], masks[0])  # in training the first mask alone
+    expected, probabilities = {}, {}
+    for layer in range(3):
+        weight, bias = fit_logistic(x[:, layer], y, 3, c=0.1)
+        torch.testing.assert_close(module.weight[layer], weight)
+        logits = [features_of(module, val, [layer], mask)[0][:, 0] @ weight.T + bias for mask in masks]
+        votes = majority_vote(torch.stack([one.argmax(1) for one in logits]), torch.arange(1000, 1090), 3, seed=5)
+        expected[layer] = (votes == torch.arange(90) % 3).float().mean().item()
+        probabilities[layer] = torch.stack([one.softmax(1) for one in logits]).mean(0)
+    assert module.accuracy_by_layer == pytest.approx(expected)
+    assert module.results[-1]["val_accuracy"] == pytest.approx(expected[module.best_layer])  # concat of one layer
+    test = quiet_trainer(tmp_path).test(module, val, verbose=False)[0]
+    assert test["test/concat_accuracy"] == pytest.approx(expected[module.best_layer])
+    found = torch.cat(quiet_trainer(tmp_path).predict(module, val))
+    torch.testing.assert_close(found, probabilities[module.best_layer], rtol=1e-4, atol=1e-5)
+
+
+def test_whole_images_where_inputs_are_not_masked(tmp_path):
+    module = bert_probe(mask_inputs=False)
+    quiet_trainer(tmp_path, max_epochs=1).fit(module, noisy_loader(300), noisy_loader(90, seed=1))
+    nothing = lambda samples: torch.zeros(len(samples), 16, dtype=torch.bool)  # noqa: E731
+    x, y = features_of(module, noisy_loader(300), [0, 1, 2], nothing)
+    x_val, y_val = features_of(module, noisy_loader(90, seed=1), [0, 1, 2], nothing)
+    for layer in range(3):
+        classifier = fit_logistic(x[:, layer], y, 3, c=0.1)
+        assert module.accuracy_by_layer[layer] == pytest.approx(accuracy(classifier, x_val[:, layer], y_val))
+
+
+# --- what a run costs and keeps -------------------------------------------------------------------------------------
+
+
+def test_one_pass_serves_all_layers_and_goes_no_deeper(tmp_path):
+    module = deep_probe(layers=[0, 3], c=1.0)
+    calls = []
+    for number, block in enumerate(module.network.h):
+        block.register_forward_hook(lambda *_, number=number: calls.append(number))
+    quiet_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0).fit(module, loader(32), loader(16))
+    assert calls == [0, 1, 2] * 6  # 4 batches of training, 2 of validation
+
+
+def test_files_change_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    probes = [
+        deep_probe(layers=[0, 2, 5], c=[0.01, 0.1], concat=3, max_feature_bytes=limit)
+        for limit in (2**20, 3 * 3 * 16 * 4 * 50, 0)
+    ]
+    for module in probes:
+        quiet_trainer(tmp_path, max_epochs=1).fit(module, noisy_loader(300), noisy_loader(90, seed=1))
+        assert module.results == probes[0].results
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, probes[0].state_dict()[name]), name
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_an_error_frees_the_features(tmp_path, monkeypatch, fails_at):
+    """In the fit of the layers, or in that of the layers together."""
+    original, calls = lbfgs.fit_heads, []
+
+    def fit_heads(store, *args, **options):
+        calls.append(store.on_disk)
+        if len(calls) == fails_at:
+            raise MemoryError("no room")
+        return original(store, *args, **options)
+
+    monkeypatch.setattr(lbfgs, "fit_heads", fit_heads)
+    module = probe(concat=3, c=1.0, max_feature_bytes=0)
+    with pytest.raises(MemoryError):
+        quiet_trainer(tmp_path, max_epochs=1).fit(module, loader(), loader())
+    assert calls == [True] * fails_at
+    assert not module._solver.training.on_disk and not len(module._solver.validation)
+
+
+def test_an_image_that_comes_twice_counts_once(tmp_path, caplog):
+    rows = list(noisy_loader(90).dataset)
+    once, twice = probe(c=1.0), probe(c=1.0)
+    for module, data in ((once, rows), (twice, rows + rows[:30])):
+        quiet_trainer(tmp_path, max_epochs=1).fit(module, DataLoader(data, 16), noisy_loader(30))
+    assert torch.equal(once.weight, twice.weight)
+    assert "30 of 120 training images came before" in caplog.text
+
+
+def test_bad_validation_labels_are_found_before_the_pass(tmp_path):
+    module = probe()
+    with pytest.raises(ValueError, match="labels run from 0 to 3"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(module, loader(), loader(classes=4))
+    assert not module.weight.any() and not len(module._solver.training)
+
+
+# --- results and checkpoints ----------------------------------------------------------------------------------------
+
+
+def test_results_have_a_row_per_layer(tmp_path):
+    module = probe(layers=[2, 0], c=1.0)
+    empty = {"c": None, "val_accuracy": None, "test_accuracy": None}
+    assert module.results == [{"layer": 2, **empty}, {"layer": 0, **empty}]
+    assert module.accuracy_by_layer == module.c_by_layer == {}
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, noisy_loader(300), noisy_loader(90, seed=1))
+    val = module.accuracy_by_layer
+    again = ProbeModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
+    test = quiet_trainer(tmp_path).test(again, noisy_loader(80, seed=2), verbose=False)[0]
+    assert again.results == [
+        {
+            "layer": layer,
+            "c": 1.0,
+            "val_accuracy": val[layer],
+            "test_accuracy": pytest.approx(test[f"test/layer_{layer}/accuracy"]),
+        }
+        for layer in (2, 0)
+    ]
+    assert again.accuracy_by_layer == {row["layer"]: row["test_accuracy"] for row in again.results}
+
+
+def test_a_second_fit_begins_anew(tmp_path):
+    module = probe(c=1.0, concat=1)
+    quiet_trainer(tmp_path, max_epochs=1).fit(module, noisy_loader(90), noisy_loader(30, seed=1))
+    quiet_trainer(tmp_path).test(module, noisy_loader(30, seed=2), verbose=False)
+    quiet_trainer(tmp_path, max_epochs=1).fit(module, noisy_loader(120, seed=3))
+    assert (
+        [row["val_accuracy"] for row in module.results]
+        == [row["test_accuracy"] for row in module.results]
+        == [None] * 3
+    )
+    with pytest.raises(ValueError, match="no layer was picked"):
+        _ = module.best_layer
+    fresh = probe(c=1.0)
+    quiet_trainer(tmp_path, max_epochs=1).fit(fresh, noisy_loader(120, seed=3))
+    assert torch.equal(module.weight, fresh.weight)
+
+
+def test_the_classes_said_are_there_for_callbacks(tmp_path):
+    outputs = []
+
+    class Keep(lightning.Callback):
+        def on_test_batch_end(self, trainer, module, output, batch, batch_idx):
+            outputs.append(output)
+
+    module = probe(c=1.0)
+    quiet_trainer(tmp_path, max_epochs=1).fit(module, loader(), loader())
+    test = quiet_trainer(tmp_path, callbacks=[Keep()]).test(module, loader(), verbose=False)[0]
+    said, labels, likely = (
+        torch.cat([out[name] for out in outputs]) for name in ("prediction", "label", "probabilities")
+    )
+    assert (said == labels).float().mean().item() == pytest.approx(test["test/accuracy"])
+    assert torch.equal(said, likely.argmax(1)) and likely.shape == (32, 3)
+
+
+def test_a_checkpoint_without_the_newer_settings_opens(tmp_path):
+    module = probe(c=1.0)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, loader(), loader())
+    path = trainer.checkpoint_callback.best_model_path
+    checkpoint = torch.load(path)
+    assert {name for name in checkpoint["state_dict"] if not name.startswith("network.")} == {
+        "palette_colors",
+        "weight",
+        "bias",
+        "best",
+    }
+    del checkpoint["probe_results"]
+    for name in ("solver", "concat", "lr", "weight_decay", "mask_inputs", "n_masks", "max_feature_bytes"):
+        del checkpoint["hyper_parameters"][name]
+    torch.save(checkpoint, path)
+    again = ProbeModule.load_from_checkpoint(path)
+    assert torch.equal(again.weight, module.weight) and again.best_layer == module.best_layer
+    for options, message in (
+        ({"layers": [0, 1]}, r"the checkpoint's probe has layers=\[0, 1, 2\], this one layers=\[0, 1\]"),
+        ({"solver": "sgd"}, "the checkpoint's probe has solver=lbfgs, this one solver=sgd"),
+        ({"concat": 3}, "the checkpoint's probe has concat=None, this one concat=3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quiet_trainer(tmp_path).test(probe(**options), loader(), ckpt_path=path)
+
+
+def test_a_pass_that_was_cut_off_is_not_continued(tmp_path):
+    class CutOff(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[CutOff()]).fit(probe(), loader())
+    with pytest.raises(ValueError, match="cut off after 2 batches, before the fit"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(probe(), loader(), ckpt_path=tmp_path / "cut.ckpt")
+
+
+def test_a_float64_network_is_probed_in_float32(tmp_path):
+    module = probe(c=1.0)
+    module.network.double()
+    quiet_trainer(tmp_path, max_epochs=1).fit(module, loader(), loader())
+    assert module.weight.dtype == torch.float32 and module.best_layer in (0, 1, 2)

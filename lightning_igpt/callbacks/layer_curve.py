@@ -1,0 +1,152 @@
+"""The result of a linear probe: accuracy against layer, as table, CSV file and picture (paper, figure 2).
+
+Not here: the probing itself, nor what a trained run's report draws.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+COLUMNS = ("layer", "c", "val_accuracy", "test_accuracy")
+BLUE, GREY, ORANGE = "#0b6bcb", "#8a929c", "#c65102"  # told apart by lightness too
+
+Row = Mapping[str, Any]
+
+
+class LayerCurve(Callback):
+    """After validation and test of a probe, show what each layer reached.
+
+    Prints a table, writes ``probe_by_layer.csv`` and ``probe_by_layer.png`` into the trainer's log folder, and adds the
+    picture to TensorBoard. Reads the module's ``results``, a list of rows with the keys layer, c, val_accuracy and
+    test_accuracy, or else its ``accuracy_by_layer``, a mapping from layer to accuracy. Idle beside other modules.
+    """
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            _show(trainer, layer_rows(pl_module, "val_accuracy"))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _show(trainer, layer_rows(pl_module, "test_accuracy"))
+
+
+def layer_rows(module: Any, column: str) -> list[Row]:
+    """What a module says of its layers; empty if it says nothing or knows nothing yet.
+
+    Args:
+        module: A probe, or any other module.
+        column: Where the numbers of ``accuracy_by_layer`` belong.
+
+    Returns:
+        Rows with the keys of ``COLUMNS``; None where a number is unknown. ``layer`` is an int, or a name such as
+        "8-12" for layers that are read together.
+    """
+    rows: Any = getattr(module, "results", None)
+    if not _is_table(rows):
+        by_layer = getattr(module, "accuracy_by_layer", None)
+        rows = (
+            [{"layer": layer, column: by_layer[layer]} for layer in by_layer] if isinstance(by_layer, Mapping) else []
+        )
+    rows = [{name: row.get(name) for name in COLUMNS} for row in rows]
+    return rows if any(_accuracy(row) is not None for row in _single(rows)) else []
+
+
+def best_row(rows: Sequence[Row]) -> tuple[Row, str]:
+    """The best single layer and the column that tells so: validation if it is known, else test."""
+    single = _single(rows)
+    column = next(name for name in COLUMNS[2:] if any(row[name] is not None for row in single))
+    return max((row for row in single if row[column] is not None), key=lambda row: row[column]), column
+
+
+def table_text(rows: Sequence[Row]) -> str:
+    """The rows as aligned text, without the columns that nothing is known of; the best layer is marked."""
+    columns = [name for name in COLUMNS if any(row[name] is not None for row in rows)]
+    best, _ = best_row(rows)
+    cells = [[name.removesuffix("_accuracy") for name in columns] + [""]]
+    cells += [[_cell(name, row[name]) for name in columns] + ["best" if row is best else ""] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return "\n".join(lines)
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write the rows as CSV, unrounded; empty cells are unknown."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def layer_figure(rows: Sequence[Row]) -> matplotlib.figure.Figure:
+    """Accuracy against layer, on validation and test as far as known, with the best layer ringed."""
+    figure = matplotlib.figure.Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    single = _single(rows)
+    looks = {"val_accuracy": ("validation", GREY, "s"), "test_accuracy": ("test", BLUE, "o")}
+    for column, (label, color, marker) in looks.items():
+        points = sorted((row["layer"], row[column]) for row in single if row[column] is not None)
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, markersize=4)
+    best, column = best_row(rows)
+    label = f"best on {looks[column][0]}: layer {best['layer']} ({best[column]:.3f})"
+    axes.plot(best["layer"], best[column], "o", markersize=11, markerfacecolor="none", color=ORANGE, label=label)
+    for row in rows:
+        level = None if row in single else _accuracy(row)
+        if level is not None:
+            part = "validation" if row["test_accuracy"] is None else "test"
+            label = f"layers {row['layer']} together on {part} ({level:.3f})"
+            axes.axhline(level, color=ORANGE, linestyle="--", linewidth=1.2, label=label)
+    layers = sorted(row["layer"] for row in single)
+    axes.set(xlabel="layer (0: embeddings)", ylabel="accuracy")
+    axes.set_xticks(layers[:: max(1, len(layers) // 12)])
+    axes.grid(color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # no corner of the axes is free for sure
+    return figure
+
+
+def _show(trainer: Trainer, rows: Sequence[Row]) -> None:
+    if not rows:
+        return
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks every process, so before the others leave
+    if not trainer.is_global_zero:
+        return
+    rank_zero_info(f"accuracy by layer\n{table_text(rows)}")
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(rows, folder / "probe_by_layer.csv")
+    figure = layer_figure(rows)
+    figure.savefig(folder / "probe_by_layer.png")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure("probe_by_layer", figure, trainer.global_step)
+
+
+def _is_table(rows: Any) -> bool:
+    """Some other module's ``results`` may be anything."""
+    return isinstance(rows, list) and all(isinstance(row, Mapping) and "layer" in row for row in rows)
+
+
+def _single(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one layer each."""
+    return [row for row in rows if isinstance(row["layer"], int)]
+
+
+def _accuracy(row: Row) -> float | None:
+    """On test if known, else on validation."""
+    return row["val_accuracy"] if row["test_accuracy"] is None else row["test_accuracy"]  # type: ignore[no-any-return]
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if column.endswith("accuracy") else f"{value:g}" if column == "c" else str(value)

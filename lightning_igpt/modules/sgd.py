@@ -1,0 +1,100 @@
+"""The probe's solver for data whose features fill any memory: SGD on batches, as the paper does for ImageNet."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_igpt.modules.samplers import reads_in_order
+from lightning_igpt.modules.shared import follow_schedule
+from lightning_igpt.optim import warmup_cosine
+
+log = logging.getLogger(__name__)
+
+MOMENTUM = 0.9  # paper, section 3.4
+EPS = 1e-6  # beside the variance, as in the probes of MAE
+
+
+class RunningScale(nn.Module):
+    """Scale each of D features of each layer to mean 0 and variance 1: batch normalisation without gain and bias.
+
+    A training batch is scaled by its own statistics. In evaluation their means over all training batches scale, since
+    frozen features do not drift.
+
+    Args:
+        n_layers: Number of layers.
+        width: D.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, n_layers: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_layers * width))
+        self.register_buffer("variance", torch.ones(n_layers * width))
+
+    def forward(self, features: Tensor, batches: int | None = None) -> Tensor:
+        """Scaled features (..., layers, D); in training ``batches`` is how many there were, this one included."""
+        flat = features.reshape(-1, len(self.mean))
+        learn = batches is not None and len(flat) > 1  # a single row has no variance
+        share = 0.0 if batches is None else 1 / batches
+        scaled = F.batch_norm(flat, self.mean, self.variance, training=learn, momentum=share, eps=EPS)
+        return scaled.view_as(features)
+
+
+class Sgd:
+    """Trains the classifiers of a ProbeModule, which every method is given.
+
+    Args:
+        lr: Learning rate at the start; a cosine takes it to zero at the end of the run.
+        weight_decay: L2 decay of the weights, not of the bias.
+    """
+
+    waits = False  # no features are kept
+
+    def __init__(self, lr: float, weight_decay: float) -> None:
+        self.lr, self.weight_decay = lr, weight_decay
+
+    def configure(self, module: Any) -> Any:
+        """The optimiser and its schedule.
+
+        Raises:
+            ValueError: The trainer does not say where the run ends.
+        """
+        total = module.trainer.estimated_stepping_batches
+        if not 0 < total < float("inf"):
+            raise ValueError("a cosine needs to know where the run ends: give the trainer max_steps or max_epochs")
+        decayed: dict[str, Any] = {"params": [module.weight], "weight_decay": self.weight_decay}
+        optimizer = torch.optim.SGD([decayed, {"params": [module.bias]}], lr=self.lr, momentum=MOMENTUM)
+        scheduler = warmup_cosine(optimizer, warmup_steps=0, total_steps=int(total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def start(self, module: Any) -> None:
+        """Begin or resume."""
+        follow_schedule(module.trainer)
+        if reads_in_order(module.trainer.train_dataloader):
+            log.warning("training images come in the order of the data; SGD needs a loader that shuffles them")
+
+    def step(self, module: Any, features: Tensor, labels: Tensor, samples: Any, batch_idx: int) -> Tensor:
+        """The sum over layers of the mean cross-entropy, so that each layer learns as if it were alone.
+
+        Args:
+            module: The ProbeModule.
+            features: Float (B, layers, D).
+            labels: int64 (B,).
+            samples: Not used.
+            batch_idx: Not used.
+        """
+        n_layers = features.shape[1]
+        logits = module.logits(features, batches=module.trainer.fit_loop.total_batch_idx + 1)  # (B, layers, C)
+        mean = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(n_layers))
+        module.log("train/cross_entropy", mean, prog_bar=True)
+        return mean * n_layers
+
+    def end(self, module: Any) -> None:
+        """Nothing is left to do."""

@@ -1,0 +1,154 @@
+import csv
+import math
+import re
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import colormaps
+from PIL import Image
+
+from lightning_igpt.__main__ import main
+from lightning_igpt.commands.images import read_images
+from lightning_igpt.commands.score import summary, surprise_sheet, write_csv
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.modules import PretrainModule
+from lightning_igpt.palette import Palette
+from lightning_igpt.sampling import score
+from lightning_igpt.weights import save_pretrained
+from tests.modules.helpers import BERT, quiet_trainer
+from tests.networks import random_network
+
+CONFIG = ImageGPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=16, image_size=8)
+PALETTE = Palette.load("gray:16")
+
+
+@pytest.fixture(scope="module")
+def network_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("network")
+    save_pretrained(folder, random_network(CONFIG), PALETTE)
+    return str(folder)
+
+
+def run(network_folder, out, *words):
+    return main(["score", "--pretrained", network_folder, "--images", "digits", "--out", str(out), *words])
+
+
+def test_list_mean_and_error_are_those_of_the_images(network_folder, tmp_path, capsys):
+    assert run(network_folder, tmp_path / "new" / "digits.csv", "--limit", "12", "--batch_size", "5") == 0
+    pixels, names = read_images("digits", 8, limit=12)
+    means = score(random_network(CONFIG), PALETTE.quantize(pixels)).mean(1).tolist()
+    rows = list(csv.reader((tmp_path / "new" / "digits.csv").open()))
+    assert rows[0] == ["image", "nats_per_pixel", "bits_per_pixel"]
+    best_first = sorted(zip(means, names, strict=True), reverse=True)
+    assert [row[0] for row in rows[1:]] == [name for _, name in best_first]
+    for (_, nats, bits), (expected, _) in zip(rows[1:], best_first, strict=True):
+        assert float(nats) == pytest.approx(expected, abs=2e-6)
+        assert float(bits) == pytest.approx(expected / math.log(2), abs=2e-6)
+    said = capsys.readouterr().out
+    mean, error = re.search(r"^12 images: (\S+) \+- (\S+) nats per pixel .*n = 12", said, re.MULTILINE).groups()
+    assert float(mean) == pytest.approx(statistics.mean(means), abs=1e-4)
+    assert float(error) == pytest.approx(statistics.stdev(means) / math.sqrt(12), abs=1e-4)
+    ranks = re.findall(r"^ +(\d+) +(\S+)  (\S+)$", said, re.MULTILINE)
+    assert [(int(rank), name) for rank, _, name in ranks] == [(i + 1, best_first[i][1]) for i in range(5)]
+    assert [float(nats) for _, nats, _ in ranks] == pytest.approx([nats for nats, _ in best_first[:5]], abs=1e-4)
+    with Image.open(tmp_path / "new" / "digits_surprise.png") as drawn:
+        assert drawn.mode == "RGB" and drawn.width > 4 * 2 * 128
+
+
+def test_one_image_has_no_standard_error(network_folder, tmp_path, capsys):
+    assert run(network_folder, tmp_path / "one.csv", "--limit", "1", "--pictures", "0") == 0
+    said = capsys.readouterr().out
+    assert (
+        re.search(r"^1 image: \d\.\d{4} nats per pixel \(no standard error", said, re.MULTILINE) and "nan" not in said
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["one.csv"]
+
+
+def test_the_error_of_the_mean_has_the_sample_deviation():
+    assert summary(torch.tensor([1.0, 3.0], dtype=torch.float64), 2.0).startswith("2 images: 2.0000 +- 1.0000 nats")
+
+
+def area(sheet, color):
+    """Pixels of a colour on a sheet, in units of one enlarged 8 x 8 image."""
+    return (sheet == torch.as_tensor(color).view(3, 1, 1)).all(0).sum().item() / 128**2
+
+
+@pytest.mark.parametrize(
+    ("pictures", "drawn"),
+    [
+        (1, [9, 3, 2, 1, 0]),
+        (4, [9, 8, 7, 6, 3, 2, 1, 0]),
+        (8, list(range(10))),
+        (10, list(range(10))),
+        (99, list(range(10))),
+    ],
+)
+def test_sheet_shows_the_most_and_the_least_surprising_once(pictures, drawn):
+    """Ten images of one colour each; number i has i / 10 nats in every pixel."""
+    tokens = torch.arange(1, 11)[:, None].expand(10, 64)
+    nats = torch.arange(10)[:, None].expand(10, 64) / 10
+    sheet = surprise_sheet(tokens, nats, [f"{i}.png" for i in range(10)], PALETTE, pictures=pictures)
+    shown = [i for i in range(10) if area(sheet, PALETTE.rgb[tokens[i, 0]]) > 0.5]
+    assert shown == sorted(drawn)
+    assert all(area(sheet, PALETTE.rgb[tokens[i, 0]]) < 1.5 for i in shown)
+
+
+def test_heat_maps_share_one_scale_from_nothing_to_beyond_chance():
+    nats = torch.zeros(2, 64)
+    nats[0, 8:12] = math.log(16)
+    nats[1, :32] = 100
+    sheet = surprise_sheet(torch.ones(2, 64, dtype=torch.long), nats, ["a", "b"], PALETTE, pictures=2)
+    black, bright = (np.array(colormaps["magma"](end, bytes=True)[:3]) for end in (0.0, 1.0))
+    assert area(sheet, bright) == pytest.approx(32 / 64, abs=0.01)
+    assert area(sheet, black) == pytest.approx((60 + 32) / 64, abs=0.05)  # and the text
+    sheet = surprise_sheet(torch.ones(1, 64, dtype=torch.long), nats[:1], ["a"], PALETTE, pictures=1)
+    chance = np.array(colormaps["magma"](204, bytes=True)[:3])  # at 1 / 1.25 of the scale
+    assert area(sheet, chance) == pytest.approx(4 / 64, abs=0.01)
+
+
+def test_writing_keeps_any_name(tmp_path):
+    name = 'grün/日本, "1".png'
+    write_csv([(name, math.log(2))], tmp_path / "scores.csv")
+    rows = list(csv.reader((tmp_path / "scores.csv").open(encoding="utf-8", newline="")))
+    assert rows[1] == [name, "0.693147", "1.000000"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--batch_size", "0"], "batch_size is 0"),
+        (["--pictures", "-1"], "pictures is -1"),
+        (["--limit", "0"], "asked for 0 images"),
+        (["--images", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(network_folder, tmp_path, words, told):
+    with pytest.raises(SystemExit, match=told) as stop:
+        run(network_folder, tmp_path / "scores.csv", *words)
+    assert "\n" not in stop.value.code
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_no_csv_file(tmp_path):
+    with pytest.raises(SystemExit, match=r"is a folder; --out wants the name of a CSV file"):
+        run("nothing is loaded", tmp_path)
+
+
+def test_a_network_that_diverged_is_told_apart_from_surprising_images(tmp_path):
+    network = random_network(CONFIG)
+    with torch.no_grad():
+        network.ln_f.weight.fill_(math.nan)
+    save_pretrained(tmp_path / "network", network, PALETTE)
+    with pytest.raises(SystemExit, match="test-00000: its surprise is nan"):
+        run(str(tmp_path / "network"), tmp_path / "scores.csv", "--limit", "2")
+    assert not (tmp_path / "scores.csv").exists()
+
+
+def test_a_bert_network_is_refused_before_images_are_read(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_steps=1)
+    trainer.strategy.connect(PretrainModule(BERT, "gray:8", objective="bert"))
+    trainer.save_checkpoint(tmp_path / "bert.ckpt")
+    with pytest.raises(SystemExit, match="a BERT network has no likelihood"):
+        run(str(tmp_path / "bert.ckpt"), tmp_path / "scores.csv", "--images", "nowhere")
