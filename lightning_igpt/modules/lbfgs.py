@@ -81,7 +81,7 @@ class Lbfgs:
 
     def keep(self, features: Tensor, labels: Tensor, samples: Tensor) -> None:
         """Keep a batch of validation, float (M, B, layers, D), until the layers are fitted together."""
-        per_image = features.transpose(0, 1).flatten(0, 1)  # (B * M, layers, D)
+        per_image = features.transpose(0, 1).flatten(0, 1)  # (B * M, layers, D), for each label M rows
         self.validation.add(per_image, labels, samples)
 
     def fit_together(self, module: Any) -> None:

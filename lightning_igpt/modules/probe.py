@@ -53,7 +53,8 @@ class ProbeModule(LightningModule):
     With solver=lbfgs, one pass over the training images collects the features of all layers, one classifier per layer
     is fitted to them, and ``fit`` ends. With solver=sgd the classifiers are trained on batches for as long as the
     trainer says. Validation logs ``probe/layer_<l>/accuracy``, picks the best layer and logs its ``val/accuracy``; test
-    logs ``test/layer_<l>/accuracy`` and, as ``test/accuracy``, that of the layer picked on validation.
+    logs ``test/layer_<l>/accuracy`` and, as ``test/accuracy``, that of the layer picked on validation. On several
+    devices each training image counts once; only a sampler of your own must not repeat images.
 
     Args:
         pretrained: The network to probe: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI

@@ -41,10 +41,13 @@ class RunningScale(nn.Module):
     def forward(self, features: Tensor, batches: int | None = None) -> Tensor:
         """Scaled features (..., layers, D); in training ``batches`` is how many there were, this one included."""
         flat = features.reshape(-1, len(self.mean))
-        learn = batches is not None and len(flat) > 1  # a single row has no variance
-        share = 0.0 if batches is None else 1 / batches
-        scaled = F.batch_norm(flat, self.mean, self.variance, training=learn, momentum=share, eps=EPS)
-        return scaled.view_as(features)
+        mean, variance = self.mean.float(), self.variance.float()
+        if batches is not None and len(flat) > 1:  # a single row has no variance
+            mean, variance = flat.mean(0), flat.var(0, correction=0)
+            unbiased = variance * len(flat) / (len(flat) - 1)
+            self.mean.lerp_(mean.to(self.mean.dtype), 1 / batches)
+            self.variance.lerp_(unbiased.to(self.variance.dtype), 1 / batches)
+        return ((flat - mean) * (variance + EPS).rsqrt()).view_as(features)
 
 
 class Sgd:

@@ -11,8 +11,8 @@ import pytest
 SCRIPT = """
 import json, os, sys, torch
 from lightning_igpt.modules import ProbeModule
-from tests.modules.helpers import TINY
-from tests.modules.test_probe import noisy_loader, quiet_trainer
+from tests.modules.helpers import TINY, quiet_trainer
+from tests.modules.probes import noisy_loader
 from torch.utils.data import DataLoader, DistributedSampler
 
 if __name__ == "__main__":
