@@ -160,7 +160,9 @@ def probe(run: Run, checkpoint: str) -> None:
     """Probe the pretrained and an untrained network, and classify raw pixels, on the same split."""
     found: dict[str, dict[int, float]] = {}
     for label, weights in (("pretrained", checkpoint), ("untrained", None)):
-        module = ProbeModule(weights, network=NETWORK, palette=PALETTE, seed=run.seed)
+        module = ProbeModule(
+            weights, network=NETWORK, palette=PALETTE, c=1.0, seed=run.seed
+        )  # a choice of c takes longer
         data = ProbeDataModule("digits", seed=run.seed)
         trainer = run.trainer(f"probe-{label}", max_epochs=1)
         trainer.fit(module, data)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning_igpt.data.base import ImageDataModule
 from lightning_igpt.data.loaders import Loader
+from lightning_igpt.data.sources import ImageSource
 
 
 class ProbeDataModule(ImageDataModule):
-    """Images and labels for ``ProbeModule``, which reads the features of every image once.
+    """Images and labels for ``ProbeModule``, never augmented.
 
-    The training loader is neither shuffled nor augmented and leaves nothing out: each image comes exactly once.
+    Args:
+        source: "digits" (embedded); a hub id "owner/name"; a folder of images; a Parquet file or a folder of them; a
+            folder written by save_to_disk. In Python also a datasets.Dataset or DatasetDict.
+        shuffle: For ``solver=sgd``: shuffled batches in an endless, resumable order. The default, for L-BFGS, reads
+            every image exactly once, in order.
+        **common: The other options of ``ImageDataModule``.
     """
 
+    def __init__(self, source: ImageSource = "digits", *, shuffle: bool = False, **common: Any) -> None:
+        super().__init__(source, **common)
+        self.shuffle = shuffle
+
     def train_dataloader(self) -> Loader:
-        """Every training image once, in order."""
-        return self._eval_loader(self._part("train"))
+        """Every training image once, in order; or shuffled batches without end."""
+        return super().train_dataloader() if self.shuffle else self._eval_loader(self._part("train"))

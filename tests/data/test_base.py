@@ -86,6 +86,15 @@ def test_probe_reads_every_training_image_once_and_plain():
     assert column(loader, "label").tolist() == [value % 2 for value in values[:23]]
 
 
+def test_a_shuffled_probe_loader_goes_on_and_holds_nothing_out():
+    data = ready(ProbeDataModule, tiny(26), batch_size=4, image_size=4, shuffle=True)
+    rows = [column(data.train_dataloader(), "image")[:, 0, 0, 0].tolist() for _ in range(2)]
+    once = ready(ProbeDataModule, tiny(26), batch_size=4, image_size=4)
+    plain = column(once.train_dataloader(), "image")[:, 0, 0, 0].tolist()
+    assert rows[0] == rows[1] and len(set(rows[0])) == len(rows[0]) and set(rows[0]) <= set(plain)
+    assert rows[0] != plain[: len(rows[0])]
+
+
 def test_training_and_validation_share_no_image():
     for cls in ALL:
         data = ready(cls, tiny(30), batch_size=3, image_size=8)
