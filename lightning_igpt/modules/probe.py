@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.features import C_GRID
 from lightning_igpt.modules.batches import Batch, need_labels, read_batch
-from lightning_igpt.modules.fitting import Logistic
-from lightning_igpt.modules.heads import ConcatHead, vote
-from lightning_igpt.modules.lbfgs import Lbfgs
-from lightning_igpt.modules.probe_settings import (
+from lightning_igpt.modules.probing.fitting import Logistic
+from lightning_igpt.modules.probing.heads import ConcatHead, vote
+from lightning_igpt.modules.probing.lbfgs import Lbfgs
+from lightning_igpt.modules.probing.scores import Scores
+from lightning_igpt.modules.probing.settings import (
     check_concat,
     check_fit,
     check_same_probe,
     check_votes,
     choose_layers,
 )
-from lightning_igpt.modules.scores import Scores
-from lightning_igpt.modules.sgd import RunningScale, Sgd
+from lightning_igpt.modules.probing.sgd import RunningScale, Sgd
 from lightning_igpt.modules.shared import (
     NetworkLike,
     PaletteLike,

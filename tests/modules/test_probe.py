@@ -9,7 +9,7 @@ from lightning_igpt.features import fit_logistic
 from lightning_igpt.modules import PretrainModule, ProbeModule
 from lightning_igpt.objectives import draw_mask, majority_vote
 from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
-from tests.modules.probes import accuracy, features_of, noisy_loader, probe
+from tests.modules.probing.helpers import accuracy, features_of, noisy_loader, probe
 
 
 def test_accuracy_by_layer_equals_scikit_learn_on_the_same_features(tmp_path):

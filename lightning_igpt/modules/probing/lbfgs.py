@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_igpt.modules.feature_store import FeatureStore
-from lightning_igpt.modules.fitting import Head, Logistic, fit_heads
-from lightning_igpt.modules.heads import vote
-from lightning_igpt.modules.samplers import rows_before_padding
+from lightning_igpt.modules.probing.feature_store import FeatureStore
+from lightning_igpt.modules.probing.fitting import Head, Logistic, fit_heads
+from lightning_igpt.modules.probing.heads import vote
+from lightning_igpt.modules.probing.samplers import rows_before_padding
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_igpt.features import choose_c, fit_logistic, usable_grid
-from lightning_igpt.modules.feature_store import FeatureStore
+from lightning_igpt.modules.probing.feature_store import FeatureStore
 
 log = logging.getLogger(__name__)
 

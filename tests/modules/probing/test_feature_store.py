@@ -3,7 +3,7 @@ import tempfile
 import pytest
 import torch
 
-from lightning_igpt.modules.feature_store import FeatureStore
+from lightning_igpt.modules.probing.feature_store import FeatureStore
 
 
 def fill(store, n_batches=3):

@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 import torch
 
-from lightning_igpt.modules.heads import ConcatHead, places_around, vote
+from lightning_igpt.modules.probing.heads import ConcatHead, places_around, vote
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from lightning_igpt.data import FineTuneDataModule
 from lightning_igpt.modules import ProbeModule
-from lightning_igpt.modules.sgd import RunningScale
+from lightning_igpt.modules.probing.sgd import RunningScale
 from tests.modules.helpers import BERT, TINY, loader, quiet_trainer
 
 

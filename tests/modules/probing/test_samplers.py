@@ -3,7 +3,7 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from lightning_igpt.data.order import EndlessOrder, EvalOrder
-from lightning_igpt.modules.samplers import reads_in_order, rows_before_padding
+from lightning_igpt.modules.probing.samplers import reads_in_order, rows_before_padding
 
 DATA = range(7)
 

@@ -8,9 +8,10 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader
 
 from lightning_igpt.features import choose_c, fit_logistic
-from lightning_igpt.modules import ProbeModule, lbfgs
+from lightning_igpt.modules import ProbeModule
+from lightning_igpt.modules.probing import lbfgs
 from tests.modules.helpers import loader, quiet_trainer
-from tests.modules.probes import deep_probe, features_of, noisy_loader, probe
+from tests.modules.probing.helpers import deep_probe, features_of, noisy_loader, probe
 
 # --- the strength ---------------------------------------------------------------------------------------------------
 

@@ -3,9 +3,9 @@ import threading
 import pytest
 import torch
 
-from lightning_igpt.modules import fitting
-from lightning_igpt.modules.feature_store import FeatureStore
-from lightning_igpt.modules.fitting import Logistic, fit_heads, rows_once
+from lightning_igpt.modules.probing import fitting
+from lightning_igpt.modules.probing.feature_store import FeatureStore
+from lightning_igpt.modules.probing.fitting import Logistic, fit_heads, rows_once
 
 CPU = torch.device("cpu")
 GROUPS = [[0], [1], [2], [0, 2]]

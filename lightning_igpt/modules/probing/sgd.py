@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_igpt.modules.samplers import reads_in_order
+from lightning_igpt.modules.probing.samplers import reads_in_order
 from lightning_igpt.modules.shared import follow_schedule
 from lightning_igpt.optim import warmup_cosine
 
