@@ -15,6 +15,10 @@ from typing import Any, Literal
 Objective = Literal["autoregressive", "bert"]
 
 
+# Far beyond any network of today: a damaged or hostile file must not make a process build forever.
+_MOST = {"n_layer": 1000, "n_head": 1000, "n_embd": 65_536, "vocab_size": 32_768, "image_size": 1024}
+
+
 @dataclass(frozen=True)
 class ImageGPTConfig:
     """Everything that decides the shape and the mathematics of a network.
@@ -47,9 +51,9 @@ class ImageGPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "vocab_size", "image_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 on")
+            value, most = getattr(self, name), _MOST[name]
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 to {most:,}")
         if self.n_inner is not None and self.n_inner < 1:
             raise ValueError(f"n_inner is {self.n_inner}; it must be at least 1, or None for 4 * n_embd")
         if self.n_embd % self.n_head:

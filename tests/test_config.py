@@ -33,8 +33,8 @@ def test_resolve_names_what_exists():
     [
         ({"n_embd": 10, "n_head": 4}, "n_embd 10 is not divisible by n_head 4"),
         ({"n_layer": 0}, "n_layer is 0"),
-        ({"n_layer": "2"}, "whole number from 1 on"),
-        ({"image_size": 8.5}, "whole number from 1 on"),
+        ({"n_layer": "2"}, "whole number from 1 to"),
+        ({"image_size": 8.5}, "whole number from 1 to"),
         ({"objective": "diffusion"}, "'autoregressive' or 'bert'"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"n_inner": 0}, "n_inner is 0"),

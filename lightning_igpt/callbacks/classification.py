@@ -144,7 +144,8 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)  # (C, C), 0..1
     side = min(24.0, max(3.5, 0.4 * n))  # inches
     font = min(9.0, 0.36 * 72 * side / n)  # points, of which a cell is 72 * side / n wide
-    figure = matplotlib.figure.Figure(figsize=(side + 2, side + 1.5), dpi=100, layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(side + 2, side + 1.5), dpi=100)
+    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.1)  # without padding the outer labels are cut
     axes = figure.subplots()
     image = axes.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.04, aspect=30, shrink=0.9)

@@ -37,7 +37,7 @@ def _spelled_out(function: Callable[..., Any], words: Sequence[str]) -> list[str
     """``--check`` alone as ``--check=true``: jsonargparse wants the value of every switch written."""
     switches = {f"--{name}" for name, kind in get_type_hints(function).items() if kind is bool}
     return [
-        f"{word}=true" if word in switches and after not in ("true", "false") else word
+        f"{word}=true" if word in switches and str(after).lower() not in ("true", "false") else word
         for word, after in zip_longest(words, words[1:])
     ]
 

@@ -40,6 +40,7 @@ def convert(
         data: What the network was trained on, for the model card; default what the checkpoint says.
         license: SPDX identifier of the weights' licence, for the model card.
     """
+    out = str(Path(out).expanduser())
     _check_out(out, to)
     loaded = load_pretrained(source, image_size=image_size)
     logits = check_logits(loaded.network)
@@ -49,8 +50,12 @@ def convert(
     if check:
         _compare(loaded)
     _write(loaded, Path(out), to, {"title": title, "data": data, "license": license})
+    head = loaded.head if to != "openai-npz" else None
     del loaded  # before it comes back from the disk; of large networks there is room for one
-    difference = (check_logits(load_pretrained(out).network) - logits).abs().max().item()
+    again = load_pretrained(out)
+    difference = (check_logits(again.network) - logits).abs().max().item()
+    if head is not None:
+        difference = max(difference, (again.head - head).abs().max().item() if again.head is not None else float("inf"))
     _row("read back", f"largest difference of check logits {difference:g}")
     if difference != 0:
         raise ValueError(f"{out} does not give the network back that was written; its disk may be damaged")
@@ -101,8 +106,9 @@ def _check_out(out: str, to: str) -> None:
     suffix = SUFFIXES.get(to)
     if suffix is not None and Path(out).suffix != suffix:
         raise ValueError(f"out is {out}; a file of the format {to} must end in {suffix}")
-    if suffix is None and Path(out).is_file():
-        raise ValueError(f"out is {out}, which is a file; the format {to} is a folder")
+    if suffix is None and (Path(out).is_file() or Path(out).suffix in SUFFIXES.values()):
+        meant = next((f"; did you mean --to {name}?" for name, end in SUFFIXES.items() if out.endswith(end)), "")
+        raise ValueError(f"out is {out}, a file; the format {to} is a folder{meant}")
 
 
 def _row(name: str, value: str) -> None:

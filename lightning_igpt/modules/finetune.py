@@ -21,6 +21,7 @@ from lightning_igpt.modules.shared import (
     PaletteLike,
     adopt_class_names,
     build_network,
+    check_class_names,
     check_mask_ratio,
     check_optimizer,
     check_settings,
@@ -113,6 +114,7 @@ class FineTuneModule(LightningModule):
         layer_decay = 1.0 if layer_decay is None else layer_decay
         if not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1, which is no decay")
+        check_class_names(class_names, num_classes)
         check_optimizer(lr, betas, weight_decay, warmup_steps)
         check_settings(above_zero={"n_masks": n_masks}, not_below_zero={"generative_weight": generative_weight})
         check_mask_ratio(mask_ratio)

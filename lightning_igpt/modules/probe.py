@@ -32,6 +32,7 @@ from lightning_igpt.modules.shared import (
     PaletteLike,
     adopt_class_names,
     build_network,
+    check_class_names,
     check_mask_ratio,
     check_stamp,
     evaluation_masks,
@@ -127,6 +128,7 @@ class ProbeModule(LightningModule):
         grid = list(C_GRID) if c is None else list(c) if isinstance(c, (list, tuple)) else [c]
         numbers = {"max_iter": max_iter, "lr": lr, "weight_decay": weight_decay, "max_feature_bytes": max_feature_bytes}
         check_fit(solver, grid, **numbers)
+        check_class_names(class_names, num_classes)
         check_mask_ratio(mask_ratio)
         self.network, self.palette = build_network(network, palette, pretrained, image_size=image_size)
         self.network.requires_grad_(False).eval()

@@ -260,6 +260,23 @@ def sample_numbers(module: Any, batch: Batch, batch_idx: int) -> Tensor:
     return torch.arange(first, first + size, device=batch.tokens.device)
 
 
+def check_class_names(names: Any, num_classes: int | None) -> None:
+    """Raise where names cannot be those of the classes, before anything is trained.
+
+    Raises:
+        ValueError: They are no list of different texts, one per class.
+    """
+    if names is None:
+        return
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names is {names!r}; it must be a list of texts")
+    if len(set(names)) != len(names) or len(names) != (num_classes or len(names)):
+        raise ValueError(
+            f"class_names has {len(names)} names, {len(set(names))} of them different; there are "
+            f"{num_classes or 'as many'} classes, and each needs a name of its own"
+        )
+
+
 def adopt_class_names(module: Any, num_classes: int) -> None:
     """Take class names, and check the number of classes, from a data module that knows them.
 
@@ -273,7 +290,8 @@ def adopt_class_names(module: Any, num_classes: int) -> None:
     if found is not None and found < num_classes:
         log.warning("num_classes is %d but the data has only %d classes", num_classes, found)
     if module.class_names is None and names is not None:
-        module.class_names = list(names)
+        rest = (f"LABEL_{number}" for number in range(len(names), num_classes))  # classes that the data lacks
+        module.class_names = [*names, *rest]
         module.hparams["class_names"] = module.class_names
 
 

@@ -17,6 +17,7 @@ from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import checkpoint, huggingface, native, openai
 from lightning_igpt.weights.card import ModelCard, render
+from lightning_igpt.weights.files import check_head
 from lightning_igpt.weights.positions import adapt_network
 
 __all__ = ["ModelCard", "Pretrained", "load_pretrained", "push_to_hub", "save_pretrained"]
@@ -57,10 +58,11 @@ class Pretrained:
         """The same weights for another ``image_size`` or ``dropout``, and ``origin`` saying so."""
         if config == self.config:
             return self
-        origin, old, new = self.origin, self.config.image_size, config.image_size
+        origin, card, old, new = self.origin, self.card, self.config.image_size, config.image_size
         if new != old:
             origin += f", positions interpolated from {old} x {old} to {new} x {new}"
-        return replace(self, network=adapt_network(self.network, config), origin=origin)
+            card = card.for_another_size()
+        return replace(self, network=adapt_network(self.network, config), origin=origin, card=card)
 
 
 def load_pretrained(source: str | Path, *, image_size: int | None = None) -> Pretrained:
@@ -80,7 +82,18 @@ def load_pretrained(source: str | Path, *, image_size: int | None = None) -> Pre
         ValueError: What is there is no Image GPT, is damaged, or would have to run code to be opened.
         ModuleNotFoundError: A TensorFlow checkpoint, and TensorFlow is not installed.
     """
-    loaded = _load(source)
+    if not isinstance(source, str | Path) or not str(source):
+        raise ValueError(f"the source of weights is {source!r}; name a file, a folder or a hub id")
+    try:
+        loaded = _load(source)
+    except (FileNotFoundError, PermissionError, ModuleNotFoundError):
+        raise
+    except ValueError as error:
+        if Path(source).name in str(error):
+            raise
+        raise ValueError(f"{source}: {error}") from error
+    except (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, OSError) as error:
+        raise ValueError(f"{source} is damaged or no Image GPT: {type(error).__name__}: {error}") from error
     if image_size is None:
         return loaded
     adapted = loaded.adapted(replace(loaded.config, image_size=image_size))
@@ -114,12 +127,25 @@ def save_pretrained(
         class_names: Names of its C classes.
 
     Raises:
+        TypeError: ``network`` is no ImageGPT.
         ValueError: Palette and network disagree on the number of colours, or head and class_names on that of classes.
+        FileExistsError: The folder holds other things, such as a run, that would be overwritten.
     """
-    folder, known = Path(folder), ModelCard.resolve(card)
-    huggingface.save_folder(folder, network, palette, head, class_names, known.known())
-    text = render(known, network.config, palette, None if head is None else huggingface.labels(head, class_names))
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    folder, known, palette = Path(folder).expanduser(), ModelCard.resolve(card), Palette.load(palette)
+    network = getattr(network, "_orig_mod", network)  # what torch.compile wraps
+    if not isinstance(network, ImageGPT):
+        raise TypeError(f"network is a {type(network).__name__}; give the ImageGPT itself, as in module.network")
+    if any(parameter.is_meta for parameter in network.parameters()):
+        raise ValueError("the network is on the meta device: it has no weights to save")
+    if class_names is not None and head is None:
+        raise ValueError("class_names are given without the head that they name; give head= too")
+    names = None
+    if head is not None:
+        head = check_head(head, network.config.n_embd, "head")
+        names = huggingface.labels(head, class_names)
+    text = render(known, network.config, palette, names)
+    huggingface.save_folder(folder, network, palette, head, names, known.known())
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
 
 def push_to_hub(
@@ -187,7 +213,8 @@ def _load_file(path: Path) -> Pretrained:
         return Pretrained(*openai.load_archive(path), f"archive {path}")
     if path.suffix == ".safetensors":
         network, palette, head, header = native.load_file(path)
-        card, names = ModelCard.resolve(header.get("card")), header.get("class_names")
+        card, names = ModelCard.read(header.get("card")), header.get("class_names")
+        names = huggingface.labels(head, names) if head is not None and names is not None else None
         return Pretrained(network, palette, f"file {path}", head, names, card)
     return _from_checkpoint(path, "")
 
@@ -209,7 +236,7 @@ def _from_checkpoint(path: Path, why: str) -> Pretrained:
 
 def _from_folder(folder: Path, origin: str) -> Pretrained:
     content = huggingface.load_folder(folder)
-    card = ModelCard.resolve(content.card)
+    card = ModelCard.read(content.card)
     return Pretrained(content.network, content.palette, origin, content.head, content.class_names, card)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -36,6 +38,23 @@ class ModelCard:
     license: str | None = None
     notes: str | None = None
 
+    def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if value is not None and kind is str and not isinstance(value, str):
+                raise ValueError(f"the card's {name} is {value!r}; it must be text")
+            if value is not None:
+                object.__setattr__(self, name, kind(value))  # a tensor or a NumPy number becomes a plain one
+
+    @classmethod
+    def read(cls, values: Any) -> ModelCard:
+        """The card in a file, whatever else a newer or a damaged one may hold."""
+        card = cls()
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            with contextlib.suppress(TypeError, ValueError):
+                card = card.filled(**{name: value})
+        return card
+
     @classmethod
     def resolve(cls, card: ModelCard | Mapping[str, Any] | None) -> ModelCard:
         """Turn what a user may write for ``card`` into one.
@@ -51,6 +70,10 @@ class ModelCard:
             raise ValueError(f"unknown card fields {unknown}; a model card has {known}")
         return cls(**(card or {}))
 
+    def for_another_size(self) -> ModelCard:
+        """Without what was measured at the old size of the images."""
+        return ModelCard(**{**asdict(self), "nats_per_pixel": None, "accuracy": None, "measured_at": None})
+
     def known(self) -> dict[str, Any]:
         """The fields that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -58,6 +81,10 @@ class ModelCard:
     def filled(self, **changes: Any) -> ModelCard:
         """A copy with those fields replaced that are not None."""
         return ModelCard(**{**asdict(self), **{name: value for name, value in changes.items() if value is not None}})
+
+
+_KINDS: dict[str, Any] = {"steps": int, "nats_per_pixel": float, "accuracy": float, "measured_at": int}
+_KINDS |= dict.fromkeys(("title", "data", "license", "notes"), str)
 
 
 def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_names: Sequence[str] | None = None) -> str:
@@ -77,9 +104,9 @@ def _front_matter(card: ModelCard, class_names: Sequence[str] | None) -> str:
     values["tags"] = ["image-gpt", "lightning-igpt"]
     if card.license is not None:
         values["license"] = card.license
-    if card.data is not None and card.data.count("/") == 1:
+    if card.data is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", card.data, re.ASCII):
         values["datasets"] = [card.data]
-    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]  # JSON is YAML
+    lines = [f"{name}: {json.dumps(value)}" for name, value in values.items()]  # JSON is YAML
     return "\n".join(["---", *lines, "---"])
 
 
@@ -153,4 +180,4 @@ def _bert() -> str:
 
 
 def _cell(value: str) -> str:
-    return value.replace("|", "\\|").replace("\n", " ")
+    return " ".join(value.split()).replace("|", "\\|")

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights.card import ModelCard
-from lightning_igpt.weights.files import TorchFile, read_torch
+from lightning_igpt.weights.files import TorchFile, check_head, read_torch
 from lightning_igpt.weights.native import COLORS, HEAD, check_palette, read_network
 
 log = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
         )
     checkpoint = read_torch(path)
-    if not isinstance(checkpoint, dict) or STAMP not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(STAMP), dict):
         raise ValueError(f"{path} was not written by a lightning_igpt module (its state holds no {STAMP!r} entry)")
     return checkpoint
 
@@ -67,61 +66,97 @@ def load_checkpoint(path: Path) -> Content:
     palette = check_palette(colors, config, sha256, where)
     # Lightning's WeightAveraging puts the average into state_dict and the raw weights elsewhere.
     network = read_network(config, TorchFile(path, lambda content: content["state_dict"]), where, prefix=PREFIX)
-    head = state.get(HEAD)
-    hparams = checkpoint.get("hyper_parameters") or {}
-    return Content(
-        network,
-        palette,
-        None if head is None else head.to(torch.float32, copy=True),
-        None if head is None else hparams.get("class_names"),
-        _card(checkpoint),
-        "averaging_state" in checkpoint,
-    )
+    head = check_head(state[HEAD], config.n_embd, where) if HEAD in state else None
+    names = None if head is None else _class_names(checkpoint, len(head))
+    return Content(network, palette, head, names, _card(checkpoint), "averaging_state" in checkpoint)
 
 
 def best_checkpoint(folder: Path) -> tuple[Path, str]:
     """(the best checkpoint of the newest run in a folder, why it was taken).
 
-    The best is what a ModelCheckpoint that monitors a metric kept as such; without one, the checkpoint with the best
-    validation among those that lie beside the newest; without any validation, the newest.
+    The best is what a ModelCheckpoint that monitors a validation metric kept as such; without one, the checkpoint with
+    the best validation among those that lie beside the newest; without any validation, the newest. What cannot be read
+    is passed over with a warning.
 
     Raises:
         FileNotFoundError: The folder holds no checkpoint.
+        ValueError: None of them can be read.
     """
-    found = sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = sorted((path for path in folder.rglob("*.ckpt") if path.exists()), key=lambda path: -path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"{folder} holds neither config.json (Hugging Face layout) nor a .ckpt file (a run)")
-    newest = found[-1]
-    checkpoint = read_checkpoint(newest)
-    for state in (checkpoint.get("callbacks") or {}).values():
-        if isinstance(state, Mapping) and state.get("monitor") and state.get("best_model_path"):
-            best = newest.parent / Path(str(state["best_model_path"])).name  # the run may have been moved
-            if best.exists():
-                return best, f"the best in {state['monitor']} of {folder}"
-            log.warning("%s, the best in %s, is gone; another checkpoint is taken", best, state["monitor"])
+    newest, checkpoint = _first_readable(found)
+    for state in _mapping(checkpoint.get("callbacks")).values():
+        monitor, kept = _mapping(state).get("monitor"), _mapping(state).get("best_model_path")
+        if isinstance(monitor, str) and monitor.startswith("val/") and kept:
+            best = _moved(Path(str(kept)), found)
+            if best is not None:
+                return best, f"the best in {monitor} of {folder}"
+            log.warning("%s, the best in %s, is gone; another checkpoint is taken", kept, monitor)
     metric, sign = (NATS, 1) if checkpoint[STAMP].get("class") == "PretrainModule" else (ACCURACY, -1)
-    values = {path: _validation(path).get(metric) for path in found if path.parent == newest.parent}
-    rated = {path: sign * value for path, value in values.items() if value is not None}
-    if len(rated) > 1:
-        best = min(rated, key=lambda path: (rated[path], -found.index(path)))
+    values = _validations([path for path in found if path.parent == newest.parent], metric)
+    if len(values) > 1:
+        best = min(values, key=lambda path: (sign * values[path], found.index(path)))
         return best, f"the best in {metric} ({values[best]:.4f}) of {folder}"
     return newest, f"the newest in {folder}"
 
 
-def _validation(path: Path) -> Mapping[str, Any]:
-    """The validation metrics of the very weights that a checkpoint holds; empty if they were not measured."""
-    stamp = read_checkpoint(path)[STAMP]
-    validation = stamp.get("validation") or {}
-    return validation if validation.get("step") == stamp.get("steps") else {}
+def _first_readable(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
+    errors = []
+    for path in paths:
+        try:
+            return path, read_checkpoint(path)
+        except (ValueError, OSError) as error:
+            errors.append(error)
+            log.warning("%s is passed over: %s", path, error)
+    raise ValueError(str(errors[0]) if len(errors) == 1 else f"none of {len(errors)} checkpoints opens: {errors[0]}")
+
+
+def _moved(recorded: Path, found: list[Path]) -> Path | None:
+    """The file that a checkpoint recorded by its path at the time: the one whose path ends most like it."""
+
+    def alike(path: Path) -> int:
+        pairs = zip(reversed(path.parts), reversed(recorded.parts), strict=False)
+        return next((count for count, (one, other) in enumerate(pairs) if one != other), len(recorded.parts))
+
+    best = max(found, key=alike)
+    return best if alike(best) else None
+
+
+def _validations(paths: list[Path], metric: str) -> dict[Path, float]:
+    """What the very weights of each checkpoint gave in validation, where any of the checkpoints says so.
+
+    A checkpoint may be saved before the validation of its step; a later one then tells of it.
+    """
+    steps, measured = {}, {}
+    for path in paths:
+        try:
+            stamp = read_checkpoint(path)[STAMP]
+        except (ValueError, OSError) as error:
+            log.warning("%s is passed over: %s", path, error)
+            continue
+        validation = _mapping(stamp.get("validation"))
+        steps[path] = stamp.get("steps")
+        if metric in validation:
+            measured[validation.get("step")] = validation[metric]
+    return {path: measured[step] for path, step in steps.items() if step in measured}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _class_names(checkpoint: Mapping[str, Any], n_classes: int) -> list[str] | None:
+    """The names that training knew, with numbers for classes beyond them."""
+    names = _mapping(checkpoint.get("hyper_parameters")).get("class_names")
+    if not isinstance(names, (list, tuple)):
+        return None
+    texts = [str(name) for name in names[:n_classes]]
+    return texts + [f"LABEL_{number}" for number in range(len(texts), n_classes)]
 
 
 def _card(checkpoint: Mapping[str, Any]) -> ModelCard:
-    stamp = checkpoint[STAMP]
-    validation = stamp.get("validation") or {}
-    return ModelCard(
-        data=stamp.get("data"),
-        steps=stamp.get("steps"),
-        nats_per_pixel=validation.get(NATS),
-        accuracy=validation.get(ACCURACY),
-        measured_at=validation.get("step"),
-    )
+    stamp = _mapping(checkpoint[STAMP])
+    validation = _mapping(stamp.get("validation"))
+    values = {"data": stamp.get("data"), "steps": stamp.get("steps"), "measured_at": validation.get("step")}
+    return ModelCard.read(values | {"nats_per_pixel": validation.get(NATS), "accuracy": validation.get(ACCURACY)})

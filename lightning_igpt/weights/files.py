@@ -6,7 +6,10 @@ are only mapped, and mapped anew for every few tensors: what was copied out of a
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -197,10 +200,14 @@ def read_torch(path: Path) -> Any:
             if "mmap can only be used" not in str(error):
                 raise
         return torch.load(path, map_location="cpu", weights_only=True)  # torch before 1.6 wrote no zip to map
-    except OSError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
+    except pickle.UnpicklingError as error:  # torch's own words advise to switch its protection off
+        reason = "it holds Python objects, which could run code, or is damaged"
+        raise ValueError(f"{path} cannot be opened with weights_only=True: {reason}") from error
     except Exception as error:  # damage anywhere in the file ends in any kind of error
-        raise ValueError(f"{path} cannot be opened with weights_only=True: {error}") from error
+        reason = "it is damaged or incomplete"
+        raise ValueError(f"{path} cannot be opened with weights_only=True: {reason} ({error})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -211,11 +218,51 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
     return content
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to, which takes its place once it is whole.
+
+    Raises:
+        OSError: It cannot be written; what lay at ``path`` is still there.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # NumPy appends a suffix that is missing
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors would make it readable by its owner alone
+        yield temporary
+        temporary.chmod(mode)
+        temporary.replace(path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_head(head: Any, n_embd: int, where: str) -> Tensor:
+    """A class head as float32 (C, D), copied.
+
+    Raises:
+        ValueError: It has another shape or type, or holds values that are not finite.
+    """
+    if not isinstance(head, Tensor) or head.ndim != 2 or head.shape[1] != n_embd or not len(head):
+        shape = tuple(head.shape) if isinstance(head, Tensor) else type(head).__name__
+        raise ValueError(f"{where}: the class head is {shape}; it must be a tensor (classes, {n_embd})")
+    if not head.is_floating_point() or head.is_meta or head.layout != torch.strided:
+        raise ValueError(f"{where}: the class head is of type {head.dtype}; it must hold floating-point numbers")
+    copy = head.detach().to("cpu", torch.float32, copy=True)
+    if not copy.isfinite().all():
+        raise ValueError(f"{where}: the class head holds values that are not finite")
+    return copy
 
 
 def _pieces(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:

@@ -25,7 +25,9 @@ from lightning_igpt.weights.files import (
     TensorFile,
     TorchFile,
     assemble,
+    check_head,
     read_json,
+    replacing,
 )
 from lightning_igpt.weights.names import Name, check_keys, rows
 
@@ -45,7 +47,7 @@ class Folder(NamedTuple):
     palette: Palette
     head: Tensor | None  # (C, D)
     class_names: list[str] | None
-    card: Mapping[str, Any]
+    card: Any
 
 
 def read_config(config: Mapping[str, Any], *, bias: bool) -> ImageGPTConfig:
@@ -74,7 +76,14 @@ def read_config(config: Mapping[str, Any], *, bias: bool) -> ImageGPTConfig:
         raise ValueError(f"config.json has n_positions {config['n_positions']}, which is no square image")
     sizes["vocab_size"] -= 1  # sos is no colour
     objective = _marker(config).get("objective", "autoregressive")
-    return ImageGPTConfig(**sizes, image_size=image_size, n_inner=config.get("n_inner"), objective=objective, bias=bias)
+    return ImageGPTConfig(
+        **sizes,
+        image_size=image_size,
+        n_inner=config.get("n_inner"),
+        objective=objective,
+        bias=bias,
+        dropout=_marker(config).get("dropout", 0.0),  # transformers' own default of 0.1 is not the paper's
+    )
 
 
 def from_file(file: TensorFile, config: Mapping[str, Any]) -> ImageGPT:
@@ -128,7 +137,12 @@ def to_config(
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
         "tie_word_embeddings": False,
-        MARKER: {"objective": config.objective, "palette_sha256": palette.sha256, "card": dict(card or {})},
+        MARKER: {
+            "objective": config.objective,
+            "dropout": config.dropout,
+            "palette_sha256": palette.sha256,
+            "card": dict(card or {}),
+        },
     }
     if class_names is not None:
         values["architectures"] = ["ImageGPTForImageClassification"]
@@ -160,13 +174,11 @@ def load_folder(folder: Path) -> Folder:
     config = read_json(_need(folder, CONFIG))
     palette = Palette.load(str(_need(folder, PROCESSOR)))
     file = _open_weights(folder)
-    head = None
-    if HEAD in file.names:
-        head = file.read([HEAD])[HEAD].to(torch.float32, copy=True)
-        file = _WithColorHead(file, folder)
-    network = from_file(file, config)
+    head = file.read([HEAD])[HEAD] if HEAD in file.names else None
+    network = from_file(file if head is None else _WithColorHead(file, folder), config)
+    head = None if head is None else check_head(head, network.config.n_embd, file.where)
     _check_palette(folder, config, palette, network.config)
-    return Folder(network, palette, head, _labels_of(config, head), _marker(config).get("card") or {})
+    return Folder(network, palette, head, _labels_of(config, head), _marker(config).get("card"))
 
 
 def save_folder(
@@ -183,32 +195,36 @@ def save_folder(
             f"the palette has {len(palette)} colours (sha256 {palette.sha256[:12]}), the network "
             f"{network.config.vocab_size}; save a network with the palette that it was trained with"
         )
-    names = None if head is None else labels(head, class_names, network.config.n_embd)
+    names = None if head is None else labels(head, class_names)
+    texts = {
+        CONFIG: json.dumps(to_config(network.config, palette, names, card), indent=2),
+        PROCESSOR: json.dumps(to_processor(palette, network.config.image_size), indent=2),
+    }
     state = to_state_dict(network)
+    _check_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (COLOR_HEAD, SAFE_INDEX, PICKLED, PICKLED_INDEX):  # of another network that was saved here before
         (folder / stale).unlink(missing_ok=True)
     if head is not None:
         _save({LM_HEAD: state.pop(LM_HEAD)}, folder / COLOR_HEAD)
-        state[HEAD] = head.detach().cpu().float().contiguous()
+        state[HEAD] = head
     _save(state, folder / SAFE)
-    _write(folder / CONFIG, to_config(network.config, palette, names, card))
-    _write(folder / PROCESSOR, to_processor(palette, network.config.image_size))
+    for name, text in texts.items():
+        (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
-def labels(head: Tensor, names: Sequence[str] | None, width: int | None = None) -> list[str]:
+def labels(head: Tensor, names: Sequence[str] | None) -> list[str]:
     """Names of a head's classes: those given, or as transformers calls them.
 
     Raises:
-        ValueError: The head has another shape, or there are more or fewer names, or one twice.
+        ValueError: There are more or fewer names than classes, or one twice.
     """
-    if head.ndim != 2 or (width is not None and head.shape[1] != width):
-        raise ValueError(f"head has the shape {tuple(head.shape)}; it must be (classes, {width or 'n_embd'})")
     if names is None:
         return [f"LABEL_{number}" for number in range(len(head))]
-    if len(names) != len(head) or len(set(names)) != len(names):
-        raise ValueError(f"class_names has {len(set(names))} different names, the head {len(head)} classes")
-    return list(names)
+    texts = [str(name) for name in names]
+    if len(texts) != len(head) or len(set(texts)) != len(texts):
+        raise ValueError(f"class_names has {len(set(texts))} different names, the head {len(head)} classes")
+    return texts
 
 
 class _WithColorHead:
@@ -218,7 +234,7 @@ class _WithColorHead:
         self.where, self._file = file.where, file
         path = folder / COLOR_HEAD
         self._color_head = SafetensorsFile(path) if path.exists() else None
-        self.names = file.names - {HEAD} | ({LM_HEAD} if self._color_head else set())
+        self.names = file.names - {HEAD} | (self._color_head.names if self._color_head else set())
 
     def read(self, names: Any) -> dict[str, Tensor]:
         wanted = set(names)
@@ -229,11 +245,11 @@ class _WithColorHead:
 
 
 def _open_weights(folder: Path) -> TensorFile:
-    if (folder / SAFE).exists():
+    if (folder / SAFE).is_file():
         return SafetensorsFile(folder / SAFE)
-    if (folder / SAFE_INDEX).exists():
+    if (folder / SAFE_INDEX).is_file():
         return ShardedFile(folder / SAFE_INDEX, SafetensorsFile)
-    if (folder / PICKLED_INDEX).exists() and not (folder / PICKLED).exists():
+    if (folder / PICKLED_INDEX).is_file() and not (folder / PICKLED).is_file():
         return ShardedFile(folder / PICKLED_INDEX, TorchFile)
     return TorchFile(_need(folder, PICKLED, f"{SAFE} or {PICKLED}"))
 
@@ -278,15 +294,24 @@ def _labels_of(config: Mapping[str, Any], head: Tensor | None) -> list[str] | No
     return [str(names.get(str(number), f"LABEL_{number}")) for number in range(len(head))]
 
 
+def _check_place(folder: Path) -> None:
+    """Raise where something else lives in the folder that would be overwritten, or would hide what is written."""
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; name a folder")
+    if next(folder.rglob("*.ckpt"), None) is not None:
+        raise FileExistsError(f"{folder} is a run folder (it holds .ckpt files); write into another one")
+    if (folder / CONFIG).exists() and read_json(folder / CONFIG).get("model_type") != "imagegpt":
+        raise FileExistsError(f"{folder} holds a {CONFIG} that is no Image GPT's; write into another folder")
+    if (folder / "README.md").exists() and not (folder / CONFIG).exists():
+        raise FileExistsError(f"{folder} holds a README.md that is no model card; write into another folder")
+
+
 def _need(folder: Path, name: str, wording: str = "") -> Path:
-    if not (folder / name).exists():
+    if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder} holds no {wording or name}")
     return folder / name
 
 
 def _save(state: Mapping[str, Tensor], path: Path) -> None:
-    safetensors.torch.save_file(dict(state), path, metadata={"format": "pt"})
-
-
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(dict(state), temporary, metadata={"format": "pt"})

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
-from lightning_igpt.weights.files import Ingredient, SafetensorsFile, TensorFile, assemble
+from lightning_igpt.weights.files import Ingredient, SafetensorsFile, TensorFile, assemble, check_head, replacing
 from lightning_igpt.weights.names import check_keys, rows
 
 HEADER = "lightning_igpt"  # the key of the file's metadata
@@ -32,7 +32,7 @@ def load_file(path: Path) -> tuple[ImageGPT, Palette, Tensor | None, dict[str, A
     try:
         header = json.loads(file.metadata[HEADER])
         config, sha256 = ImageGPTConfig.resolve(header["network"]), header["palette_sha256"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} was not written by lightning-igpt convert (its header has no valid {HEADER!r}); "
             "a file by transformers is loaded by the name of its folder, which holds config.json too"
@@ -40,7 +40,7 @@ def load_file(path: Path) -> tuple[ImageGPT, Palette, Tensor | None, dict[str, A
     check_keys({COLORS}, file.names & {COLORS}, str(path))
     network = read_network(config, file, str(path), prefix="")
     palette = check_palette(file.read([COLORS])[COLORS], config, sha256, str(path))
-    head = file.read([HEAD])[HEAD].clone() if HEAD in file.names else None
+    head = check_head(file.read([HEAD])[HEAD], config.n_embd, str(path)) if HEAD in file.names else None
     return network, palette, head, header
 
 
@@ -59,8 +59,8 @@ def save_file(
     if head is not None:
         tensors[HEAD] = head.detach().cpu().float().contiguous()
         header["class_names"] = None if class_names is None else list(class_names)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt", HEADER: json.dumps(header)})
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt", HEADER: json.dumps(header)})
 
 
 def read_network(config: ImageGPTConfig, file: TensorFile, where: str, *, prefix: str) -> ImageGPT:

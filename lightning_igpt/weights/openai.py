@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
-from lightning_igpt.weights.files import Ingredient, NumpyFile, TensorFile, assemble
+from lightning_igpt.weights.files import Ingredient, NumpyFile, TensorFile, assemble, replacing
 from lightning_igpt.weights.names import Name, check_keys, rows
 
 PREFIX = "model/"
@@ -121,8 +121,8 @@ def save_archive(path: Path, network: ImageGPT, palette: Palette) -> None:
             array = part.contiguous().numpy()
             is_attention = "/attn/" in name
             arrays[PREFIX + name] = array.reshape(heads, -1, network.config.n_embd) if is_attention else array
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays)  # type: ignore[arg-type]
+    with replacing(path) as temporary:
+        np.savez(temporary, **arrays)  # type: ignore[arg-type]
 
 
 def read_config(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str], where: str) -> ImageGPTConfig:

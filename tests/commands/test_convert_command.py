@@ -55,5 +55,7 @@ def test_wrong_use_says_so(tmp_path, capsys):
         with pytest.raises(SystemExit, match=message):
             main(["convert", str(tmp_path / "bert"), str(tmp_path / "out"), *words])
     assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="did you mean --to openai-npz"):
+        main(["convert", str(tmp_path / "bert"), str(tmp_path / "out.npz")])
     assert main(["convert", str(tmp_path / "bert"), str(tmp_path / "out")]) == 0
     assert "transformers cannot run a BERT network" in capsys.readouterr().out

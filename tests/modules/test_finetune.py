@@ -300,3 +300,9 @@ def test_class_names_of_the_data_reach_the_checkpoint(tmp_path):
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         finetune(BERT, **options)
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "a", "b"], [0, 1, 2], "abc"])
+def test_class_names_are_checked_before_training(names):
+    with pytest.raises(ValueError, match="class_names"):
+        finetune(class_names=names)

@@ -52,3 +52,15 @@ def test_the_cards_snippets_run(tmp_path, monkeypatch):
         with torch.no_grad():
             expected = network(tokens) if head is None else network.hidden(tokens).mean(1) @ head.T
         torch.testing.assert_close(names["logits"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_odd_texts_break_neither_front_matter_nor_table(tmp_path):
+    names = ["a|b", "c\r\nd", 'say "x": \x7f', "ü"]
+    card = {"data": "a\x7f/b\u0085c", "license": "x\ny: z", "title": "T\udcff"}
+    save_pretrained(
+        tmp_path, random_network(), Palette.load("gray:20"), card=card, head=torch.ones(4, 32), class_names=names
+    )
+    front, body = read_card(tmp_path)
+    assert front["license"] == "x\ny: z" and "datasets" not in front
+    rows = [line for line in body.splitlines() if line.startswith("| ")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)

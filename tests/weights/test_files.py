@@ -95,6 +95,109 @@ def test_a_damaged_config_is_named(tmp_path):
             load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_layer": 100_000_000},
+        {"n_embd": 10**9, "n_head": 1},
+        {"n_positions": 10**12},
+        {"n_inner": 64.0},
+        {"lightning_igpt": {"objective": "bart"}},
+        {"lightning_igpt": {"palette_sha256": 3}},
+        {"id2label": 7},
+    ],
+)
+def test_hostile_configs_end_at_once(tmp_path, changes):
+    save_pretrained(tmp_path / "x", random_network(), Palette.load("gray:20"), head=torch.ones(3, 32))
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config | changes))
+    if "id2label" in changes:
+        assert load_pretrained(tmp_path / "x").class_names is None
+        return
+    with pytest.raises(ValueError, match="x"):
+        load_pretrained(tmp_path / "x")
+
+
+def test_nested_json_and_cards_of_other_versions(tmp_path):
+    save_pretrained(tmp_path, random_network(), Palette.load("gray:20"), card={"steps": 3})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["lightning_igpt"]["card"] |= {"author": "x", "license": 7}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_pretrained(tmp_path).card.known() == {"steps": 3}
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"config\.json is no valid JSON"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["archive", "native", "folder"])
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, kind):
+    source, path = write(kind, tmp_path / kind, random_network(), Palette.load("gray:20"))
+    before = path.read_bytes()
+
+    def full(target, *args, **options):
+        Path(args[0] if kind != "archive" else target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numpy.savez", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        rewrite(kind, source, random_network(seed=1), Palette.load("gray:20"))
+    assert path.read_bytes() == before
+    assert [one for one in path.parent.iterdir() if one.name.startswith(".")] == []
+    assert torch.equal(load_pretrained(source).network.wte.weight, random_network().wte.weight)
+
+
+def rewrite(kind, source, network, palette):
+    if kind == "folder":
+        save_pretrained(source, network, palette)
+    elif kind == "archive":
+        openai.save_archive(source, network, palette)
+    else:
+        native.save_file(source, network, palette)
+
+
+def test_files_are_as_readable_as_any_other(tmp_path):
+    (tmp_path / "other").touch()
+    for kind in ("folder", "archive", "native"):
+        _, path = write(kind, tmp_path / kind, random_network(), Palette.load("gray:20"))
+        assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_home_folder_is_one_in_both_directions(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_pretrained("~/exported", random_network(), Palette.load("gray:20"))
+    assert (tmp_path / "exported" / "config.json").exists()
+    assert load_pretrained("~/exported").config == random_network().config
+
+
+@pytest.mark.parametrize("other", ["run/x.ckpt", "README.md", "config.json"])
+def test_other_things_are_not_overwritten(tmp_path, other):
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).write_text("{}")
+    with pytest.raises(FileExistsError, match=r"write into another"):
+        save_pretrained(tmp_path, random_network(), Palette.load("gray:20"))
+    assert (tmp_path / other).read_text() == "{}" and not (tmp_path / "model.safetensors").exists()
+
+
+def test_wrong_arguments_say_so_before_anything_is_written(tmp_path):
+    network, palette = random_network(), Palette.load("gray:20")
+    with torch.device("meta"):
+        empty = random_network().to("meta")
+    for arguments, options, message in [
+        ((torch.nn.Linear(2, 2), palette), {}, "network is a Linear"),
+        ((empty, palette), {}, "meta device"),
+        ((network, palette), {"class_names": ["a"]}, "without the head"),
+        ((network, palette), {"head": torch.nn.Linear(32, 3)}, "class head is Linear"),
+        ((network, palette), {"head": torch.full((3, 32), torch.nan)}, "not finite"),
+        ((network, palette), {"card": {"data": 3}}, "the card's data is 3"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            save_pretrained(tmp_path / "x", *arguments, **options)
+    assert not (tmp_path / "x").exists()
+    save_pretrained(tmp_path / "x", torch.compile(network), "gray:20", card={"nats_per_pixel": torch.tensor(2.0)})
+    assert load_pretrained(tmp_path / "x").card.nats_per_pixel == 2.0
+
+
 def test_a_native_file_by_another_program_is_refused(tmp_path):
     _, path = write("folder", tmp_path / "x", random_network(), Palette.load("gray:20"))
     with pytest.raises(ValueError, match="loaded by the name of its folder"):

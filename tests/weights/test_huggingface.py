@@ -150,7 +150,7 @@ def test_a_classifier_with_its_class_names(tmp_path, palette):
 
 def test_a_head_that_does_not_fit_is_refused(tmp_path, palette):
     network, head = random_network(), torch.zeros(3, 32)
-    with pytest.raises(ValueError, match=r"head has the shape \(3, 31\)"):
+    with pytest.raises(ValueError, match=r"class head is \(3, 31\)"):
         save_pretrained(tmp_path, network, palette, head=torch.zeros(3, 31))
     with pytest.raises(ValueError, match="2 different names, the head 3 classes"):
         save_pretrained(tmp_path, network, palette, head=head, class_names=["a", "b", "a"])

@@ -100,6 +100,60 @@ def test_a_run_folder_gives_the_best_by_its_own_validation(tmp_path, kind):
     assert step_of(load_pretrained(tmp_path)) == 20  # what step 30 measured says nothing of the weights of step 40
 
 
+def test_the_best_lies_wherever_the_callback_put_it(tmp_path):
+    """Its folder of its own, and the sub-folder that a metric's name with a slash makes."""
+    kept = "/before/the/move/best/val/nats=1.5.ckpt"
+    stamped(tmp_path / "best" / "val" / "nats=1.5.ckpt", 10)
+    stamped(tmp_path / "other" / "val" / "nats=1.5.ckpt", 15)
+    stamped(tmp_path / "last" / "20.ckpt", 20, monitor=kept)
+    assert step_of(load_pretrained(tmp_path)) == 10
+
+
+def test_a_monitor_that_is_no_validation_decides_nothing(tmp_path):
+    for step, nats in [(10, 2.0), (20, 3.0)]:
+        stamped(tmp_path / f"{step}.ckpt", step, nats=nats)
+    content = torch.load(tmp_path / "20.ckpt", weights_only=True)
+    content["callbacks"] = {"ModelCheckpoint": {"monitor": "step", "best_model_path": "20.ckpt"}}
+    torch.save(content, tmp_path / "20.ckpt")
+    assert step_of(load_pretrained(tmp_path)) == 10
+
+
+def test_a_later_checkpoint_may_tell_of_an_earlier_ones_validation(tmp_path):
+    """Saved before the validation of their step, as every_n_train_steps does."""
+    for step, measured_at, nats in [(10, 5, 4.0), (20, 10, 2.0), (30, 20, 3.0)]:
+        stamped(tmp_path / f"{step}.ckpt", step, nats=nats, measured_at=measured_at)
+    assert step_of(load_pretrained(tmp_path)) == 10
+
+
+def test_what_cannot_be_read_is_passed_over(tmp_path, caplog):
+    stamped(tmp_path / "10.ckpt", 10)
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "10.ckpt").read_bytes()[:5000])
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    (tmp_path / "gone.ckpt").symlink_to(tmp_path / "nowhere")
+    loaded = load_pretrained(tmp_path)
+    assert step_of(loaded) == 10
+    assert "cut.ckpt is passed over" in caplog.text and "foreign.ckpt is passed over" in caplog.text
+    (tmp_path / "10.ckpt").unlink()
+    with pytest.raises(ValueError, match="none of 2 checkpoints opens"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("length", range(0, 60_000, 3000))
+def test_every_cut_names_the_file(tmp_path, checkpoint, length):
+    with open(checkpoint, "rb") as file:
+        content = file.read()
+    assert len(content) > 60_000
+    (tmp_path / "cut.ckpt").write_bytes(content[:length])
+    with pytest.raises(ValueError, match=r"cut\.ckpt cannot be opened"):
+        load_pretrained(tmp_path / "cut.ckpt")
+
+
+@pytest.mark.parametrize("source", ["", None, 3])
+def test_sources_that_are_none(source):
+    with pytest.raises(ValueError, match="name a file, a folder or a hub id"):
+        load_pretrained(source)
+
+
 def test_a_run_folder_without_validation_gives_the_newest(tmp_path, checkpoint):
     older = tmp_path / "older.ckpt"
     older.write_bytes(b"not a checkpoint")
@@ -137,6 +191,7 @@ def test_another_image_size_interpolates_positions_and_says_so(checkpoint, caplo
     assert "interpolated from 4 x 4 to 8 x 8" in larger.origin and larger.origin in caplog.text
     assert larger.config == replace(TINY, image_size=8)
     assert torch.equal(larger.network.wpe.weight, interpolate_positions(loaded.network.wpe.weight, 8))
+    assert larger.card.nats_per_pixel is None and larger.card.steps == loaded.card.steps  # measured at the old size
     assert torch.equal(larger.network.h[0].mlp.c_fc.weight, loaded.network.h[0].mlp.c_fc.weight)
     for module in (PretrainModule, FineTuneModule, ProbeModule):
         built = module(pretrained=checkpoint, image_size=8)
