@@ -87,13 +87,13 @@ def is_checkpoint(prefix: str) -> bool:
 def load_checkpoint(prefix: str) -> ImageGPT:
     """A network from a TensorFlow checkpoint."""
     file = TensorFlowFile(prefix)
-    return _from_file(file, read_config(file.shapes, file.names, prefix))
+    return from_file(file, read_config(file.shapes, file.names, prefix))
 
 
 def load_archive(path: Path) -> tuple[ImageGPT, Palette]:
     """Network and palette from an .npz file that save_archive wrote."""
     file = ArchiveFile(path)
-    network = _from_file(file, read_config(file.shapes, file.names, str(path)))
+    network = from_file(file, read_config(file.shapes, file.names, str(path)))
     colors = NumpyFile(path)
     palette = Palette(colors.read([CENTERS])[CENTERS]) if CENTERS in colors.names else Palette.load("openai")
     if len(palette) != network.config.vocab_size:
@@ -149,7 +149,12 @@ def read_config(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str], whe
     )
 
 
-def _from_file(file: TensorFile, config: ImageGPTConfig) -> ImageGPT:
+def from_file(file: TensorFile, config: ImageGPTConfig) -> ImageGPT:
+    """A network from OpenAI's variables, named without the prefix ``model/``.
+
+    Raises:
+        ValueError: Variables are missing, unexpected, or of the wrong shape.
+    """
     check_keys({name for row in rows(config) for name in row.openai}, file.names, file.where)
     return assemble(config, {row.ours: _ingredient(row, config.n_embd) for row in rows(config)}, file)
 

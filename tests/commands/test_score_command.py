@@ -139,7 +139,7 @@ def test_a_folder_is_no_csv_file(tmp_path):
 def test_a_network_that_diverged_is_told_apart_from_surprising_images(tmp_path):
     network = random_network(CONFIG)
     with torch.no_grad():
-        network.ln_f.weight.fill_(math.nan)
+        network.ln_f.weight.fill_(3e38)  # finite, but not what it is multiplied with
     save_pretrained(tmp_path / "network", network, PALETTE)
     with pytest.raises(SystemExit, match="test-00000: its surprise is nan"):
         run(str(tmp_path / "network"), tmp_path / "scores.csv", "--limit", "2")
