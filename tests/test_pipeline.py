@@ -18,7 +18,7 @@ def test_pretrain_probe_finetune_chain_by_run_folder(tmp_path):
     torch.manual_seed(0)
     pretrain = igpt.PretrainModule(NETWORK, "gray:16")
     trainer(tmp_path / "pretrain", max_steps=3).fit(pretrain, PretrainDataModule("digits"))
-    probe = igpt.ProbeModule(pretrained=str(tmp_path / "pretrain"))
+    probe = igpt.ProbeModule(pretrained=str(tmp_path / "pretrain"), c=1.0)
     runner = trainer(tmp_path / "probe", max_epochs=1)
     runner.fit(probe, ProbeDataModule("digits"))
     accuracy = runner.test(probe, ProbeDataModule("digits"), verbose=False)[0]["test/accuracy"]
