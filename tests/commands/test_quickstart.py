@@ -22,6 +22,7 @@ def folder(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_report_json_holds_every_result_and_its_baseline(folder):
     report = json.loads((folder / "report.json").read_text())
     density, probe = report["pretrain"], report["probe"]
@@ -36,6 +37,7 @@ def test_report_json_holds_every_result_and_its_baseline(folder):
     assert replace(PRESETS["igpt_tiny"], vocab_size=16, image_size=8) == quickstart.NETWORK
 
 
+@pytest.mark.slow
 def test_report_html_is_one_file(folder):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count('<img src="data:image/png;base64,') == 3 and page.count("alt=") == 3
@@ -45,6 +47,7 @@ def test_report_html_is_one_file(folder):
         assert (folder / name).stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_what_the_report_suggests_works(folder, capsys):
     checkpoint = str(folder / "pretrain.ckpt")
     out = folder / "completions"
@@ -63,6 +66,7 @@ def test_what_the_report_suggests_works(folder, capsys):
 
 
 @pytest.mark.parametrize("limit", ["0", "-3"])
+@pytest.mark.slow
 def test_no_images_is_a_mistake(folder, limit):
     words = ["--pretrained", str(folder / "pretrain.ckpt"), "--images", "digits", "--n_images", limit]
     with pytest.raises(SystemExit, match=f"asked for {limit} images"):
