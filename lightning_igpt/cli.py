@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -38,6 +38,13 @@ class IGPTCLI(LightningCLI):
         Lightning's own version lets the hyperparameters in the checkpoint win over recipe and flags without a word.
         Here the modules compare themselves with the checkpoint when it is loaded, and say what differs.
         """
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer; only ``fit`` has to be told how long to train."""
+        options = self._get(self.config_init, "trainer", default={})
+        if self.subcommand != "fit" and options.get("max_steps", -1) < 1 and options.get("max_epochs") is None:
+            kwargs["max_epochs"] = 1
+        return super().instantiate_trainer(**kwargs)
 
     def before_validate(self) -> None:
         """Refuse to evaluate random weights."""

@@ -211,6 +211,13 @@ class TestCheckpoints:
         expected = done.trainer.callback_metrics["val/nats_per_pixel"]
         assert again.trainer.callback_metrics["val/nats_per_pixel"] == expected
 
+    def test_evaluation_need_not_be_told_how_long_to_train(self, trained, tmp_path):
+        model = ["--model", "PretrainModule", "--model.pretrained", str(trained[1])]
+        data = ["--data", "PretrainDataModule", "--data.source", "digits", "--data.batch_size", "8"]
+        trainer = ["--trainer.limit_val_batches", "1", "--trainer.default_root_dir", str(tmp_path)]
+        done = cli.run(["validate", *model, *data, *trainer])
+        assert "val/nats_per_pixel" in done.trainer.callback_metrics
+
     @pytest.mark.parametrize("kind", ["Probe", "FineTune"])
     def test_a_checkpoint_of_another_protocol_is_refused(self, kind, trained, tmp_path):
         checkpoint = trained[1]
