@@ -32,6 +32,7 @@ from tests.data.helpers import noise, rows
 RECIPES = {path.stem: path for path in sorted(recipes.folder().rglob("*.yaml"))}
 TOY = {"n_layer": 4, "n_head": 2, "n_embd": 8, "vocab_size": 16, "image_size": 8}
 IMAGENET_TRAIN = 1_281_167
+LARGE = pytest.mark.slow  # their files differ little from each other's, and not at all at toy size
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,9 @@ def test_cifar10_s_trains_on_the_papers_batches_and_stops_by_the_metric_it_saves
     assert early_stop["init_args"]["monitor"] == finetune["trainer"]["monitor"] == "val/accuracy"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=LARGE if name.startswith("imagenet") else ()) for name in RECIPES]
+)
 def test_the_recipe_runs(name, run):
     folder, _ = run(name)
     recipe, checkpoint = read(name), read_checkpoint(newest(folder))

@@ -174,8 +174,8 @@ def test_a_longer_resumed_run_follows_the_longer_cosine(tmp_path):
     ("options", "end"),
     [
         ({"max_epochs": 2}, 8),
-        ({"max_epochs": 2, "limit_train_batches": 3}, 6),
-        ({"max_epochs": 2, "limit_train_batches": 0.5}, 4),
+        pytest.param({"max_epochs": 2, "limit_train_batches": 3}, 6, marks=pytest.mark.slow),
+        pytest.param({"max_epochs": 2, "limit_train_batches": 0.5}, 4, marks=pytest.mark.slow),
         ({"max_epochs": 2, "max_steps": 5}, 5),
         ({"max_steps": 5}, 5),
         ({"max_epochs": 2, "accumulate_grad_batches": 3}, 4),
