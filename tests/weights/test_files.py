@@ -222,14 +222,11 @@ print(status("VmHWM") - before)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_loading_takes_little_more_memory_than_the_network(tmp_path, kind):
     """The peak of the whole process, mapped files included, against what planning says."""
-    config = ImageGPTConfig(n_layer=12, n_head=4, n_embd=512, vocab_size=512, image_size=8)  # 153 MB in float32
+    config = ImageGPTConfig(n_layer=12, n_head=4, n_embd=640, vocab_size=512, image_size=8)  # 239 MB in float32
     network = random_network(config)
     source, _ = write(kind, tmp_path / kind, network, Palette.load("openai"))
     size = 4 * sum(value.numel() for value in network.state_dict().values())
     measured = subprocess.run([sys.executable, "-c", MEASURE, str(source)], capture_output=True, text=True, check=True)
     peak = int(measured.stdout)
     assert size < peak < 1.3 * size
-    assert peak < loading_bytes(config) + 20e6, (
-        peak / size,
-        loading_bytes(config) / size,
-    )  # reading allocates a little
+    assert peak < loading_bytes(config) + 40e6  # what the process itself allocates varies by some 20 MB
