@@ -1,6 +1,6 @@
 """One written rule that turns any PIL image into 8-bit RGB.
 
-Not here: EXIF orientation, resizing and cropping (``data/images.py``), colours of a palette (``palette.py``).
+Not here: EXIF orientation, resizing and cropping (``images.py``), colours of a palette (``palette.py``).
 """
 
 from __future__ import annotations

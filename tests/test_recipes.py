@@ -27,7 +27,7 @@ from lightning_igpt.palette import Palette
 from lightning_igpt.planning import train_flops_per_token
 from lightning_igpt.weights import load_pretrained
 from lightning_igpt.weights.checkpoint import STAMP, read_checkpoint
-from tests.data.helpers import noise, rows
+from tests.image_files import noise, rows
 
 RECIPES = {path.stem: path for path in sorted(recipes.folder().rglob("*.yaml"))}
 TOY = {"n_layer": 4, "n_head": 2, "n_embd": 8, "vocab_size": 16, "image_size": 8}

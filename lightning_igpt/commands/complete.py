@@ -15,7 +15,7 @@ from lightning_igpt.callbacks import captions, completion_rows
 from lightning_igpt.callbacks.completions import HIDDEN
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.images import read_images
-from lightning_igpt.data.images import BadImageError, decode
+from lightning_igpt.images import BadImageError, decode
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import image_grid, save_png

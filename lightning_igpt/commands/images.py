@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_igpt.data.images import SUFFIXES, BadImageError, decode
 from lightning_igpt.data.sources import open_source
-from lightning_igpt.data.transforms import resize_center_crop
+from lightning_igpt.images import SUFFIXES, BadImageError, decode, resize_center_crop
 
 SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # tried in this order: unseen images first
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from lightning_igpt.commands.arguments import run_function
-from lightning_igpt.data.images import BadImageError, decode
 from lightning_igpt.data.sources import Source, open_source
+from lightning_igpt.images import BadImageError, decode
 from lightning_igpt.kmeans import fit_palette
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import save_png, swatch

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_igpt.data.images import BadImageError, decode
 from lightning_igpt.data.order import Draw
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import Augment, Resize
+from lightning_igpt.images import BadImageError, decode
 
 CACHE_LIMIT = 256 * 2**20  # bytes; 87,381 images of 32 x 32
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_igpt.data.images import SUFFIXES
+from lightning_igpt.images import SUFFIXES
 
 # Folder names that mean a split, and what the split is called: one of the names ``splits.py`` looks for.
 SPLIT_NAMES = {name: name for name in ("train", "validation", "valid", "val", "dev", "test")} | {

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_igpt.data.columns import class_names_of, encode_labels, find_image_column, find_label_column
 from lightning_igpt.data.digits import load_digits
 from lightning_igpt.data.folders import list_files, open_image_folder
-from lightning_igpt.data.images import SUFFIXES
+from lightning_igpt.images import SUFFIXES
 
 if TYPE_CHECKING:
     ImageSource: TypeAlias = str | Path | datasets.Dataset | datasets.DatasetDict

@@ -1,8 +1,7 @@
 """Resizing, cropping and augmentation, on PIL images and bytes, one small class per protocol.
 
 Randomness is counter based: a draw is decided by (seed, sample) alone, never by workers, ranks or global state.
-Rules: Chen et al. 2020, sections 3.1 (crops) and 3.2 with appendix A (CIFAR padding). The paper does not name the
-filter; here it is Pillow's antialiased bilinear.
+Rules: Chen et al. 2020, sections 3.1 (crops) and 3.2 with appendix A (CIFAR padding).
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from lightning_igpt.images import cut, resize_center_crop
 
 # The paper resizes the shorter side to 256..384 and crops 224. In units of the crop this fits any size.
 _SHORTER_SIDE = (256 / 224, 384 / 224)
@@ -48,15 +49,6 @@ def draw_generator(seed: int, sample: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, sample], dtype=np.uint64)))
 
 
-def resize_center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Cut the largest square out of the middle and resize it to ``size``; returns the image if it fits already."""
-    if image.size == (size, size):
-        return image
-    width, height = image.size
-    side = min(width, height)
-    return _cut(image, ((width - side) / 2, (height - side) / 2), side=side, size=size)
-
-
 def random_resized_crop(image: Image.Image, size: int, *, generator: np.random.Generator) -> Image.Image:
     """The paper's pre-training crop: a square of 224/384 to 224/256 of the shorter side, anywhere in the image.
 
@@ -66,7 +58,7 @@ def random_resized_crop(image: Image.Image, size: int, *, generator: np.random.G
     width, height = image.size
     side = min(width, height) / generator.uniform(*_SHORTER_SIDE)
     corner = generator.random(2) * (width - side, height - side)
-    return _cut(image, (float(corner[0]), float(corner[1])), side=side, size=size)
+    return cut(image, (float(corner[0]), float(corner[1])), side=side, size=size)
 
 
 def reflect_pad_crop_flip(
@@ -92,12 +84,6 @@ def reflect_pad_crop_flip(
     if flip and generator.random() < 0.5:
         columns = columns[::-1]
     return pixels[:, rows[:, None], columns]
-
-
-def _cut(image: Image.Image, corner: tuple[float, float], *, side: float, size: int) -> Image.Image:
-    left, top = corner
-    box = (left, top, min(left + side, image.width), min(top + side, image.height))
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
 @dataclass(frozen=True)

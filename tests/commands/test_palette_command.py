@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from lightning_igpt.commands.palette import fit, images_of, run, show
-from lightning_igpt.data.images import BadImageError
 from lightning_igpt.data.sources import open_source
+from lightning_igpt.images import BadImageError
 from lightning_igpt.palette import Palette
 
 COLORS = [(10, 20, 30), (200, 100, 50), (0, 255, 0), (255, 255, 255)]

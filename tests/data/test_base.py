@@ -7,8 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
 from lightning_igpt.data.base import ImageDataModule
-
-from .helpers import noise, picture, rows, tiny
+from tests.image_files import noise, picture, rows, tiny
 
 ALL = [PretrainDataModule, ProbeDataModule, FineTuneDataModule]
 

@@ -5,11 +5,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_igpt.data.dataset import CACHE_LIMIT, ImageBatches, PixelCache, make_cache
-from lightning_igpt.data.images import BadImageError
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import CenterCrop, PadCropFlip, RandomCrop
-
-from .helpers import encoded, noise, rows, tiny
+from lightning_igpt.images import BadImageError
+from tests.image_files import encoded, noise, rows, tiny
 
 UNDECODED = datasets.Image(decode=False)
 

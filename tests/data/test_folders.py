@@ -3,9 +3,8 @@ from pathlib import Path
 import pytest
 
 from lightning_igpt.data.folders import list_files, open_image_folder
-from lightning_igpt.data.images import SUFFIXES
-
-from .helpers import save_images
+from lightning_igpt.images import SUFFIXES
+from tests.image_files import save_images
 
 
 def opened(folder):

@@ -8,8 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule
-
-from .helpers import tiny
+from tests.image_files import tiny
 
 SOURCE = tiny(26)  # 23 to train on, 5 batches of 4 per pass
 

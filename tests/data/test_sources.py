@@ -3,8 +3,7 @@ import pytest
 from datasets import ClassLabel, Features, Image, Value
 
 from lightning_igpt.data.sources import open_source
-
-from .helpers import encoded, noise, picture, rows, save_images, tiny
+from tests.image_files import encoded, noise, picture, rows, save_images, tiny
 
 
 def shape(source):

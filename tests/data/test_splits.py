@@ -3,8 +3,7 @@ import pytest
 
 from lightning_igpt.data.sources import open_source
 from lightning_igpt.data.splits import split_source
-
-from .helpers import tiny
+from tests.image_files import tiny
 
 
 def split(sizes, val_fraction=0.1, seed=0, **options):

@@ -13,8 +13,7 @@ from lightning_igpt.data.transforms import (
     reflect_pad_crop_flip,
     resize_center_crop,
 )
-
-from .helpers import noise
+from tests.image_files import noise
 
 
 def test_an_image_that_fits_is_untouched():

@@ -1,6 +1,6 @@
-"""From the bytes of an image file to an upright RGB image, with limits and clear errors.
+"""From the bytes of an image file to an upright, square RGB image, with limits and clear errors.
 
-Not here: the rule for modes and transparency (``rgb.py``), resizing and cropping (``data/transforms.py``).
+Not here: the rule for modes and transparency (``rgb.py``), random crops (``data/transforms.py``).
 """
 
 from __future__ import annotations
@@ -60,6 +60,25 @@ def decode(
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
         raise BadImageError(_explain(value, error)) from error
+
+
+def resize_center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Cut the largest square out of the middle and resize it to ``size``; returns the image if it fits already."""
+    if image.size == (size, size):
+        return image
+    width, height = image.size
+    side = min(width, height)
+    return cut(image, ((width - side) / 2, (height - side) / 2), side=side, size=size)
+
+
+def cut(image: Image.Image, corner: tuple[float, float], *, side: float, size: int) -> Image.Image:
+    """The square of ``side`` pixels at ``corner`` (left, top), resampled once to ``size``.
+
+    The paper does not name the filter; here it is Pillow's antialiased bilinear.
+    """
+    left, top = corner
+    box = (left, top, min(left + side, image.width), min(top + side, image.height))
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
 def _open(value: Mapping[str, Any] | None) -> Image.Image:

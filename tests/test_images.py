@@ -8,9 +8,8 @@ import pytest
 from PIL import Image, ImageOps
 from torch._utils import ExceptionWrapper
 
-from lightning_igpt.data.images import BadImageError, decode
-
-from .helpers import encoded, noise, picture
+from lightning_igpt.images import BadImageError, decode
+from tests.image_files import encoded, noise, picture
 
 
 def row(content, path=None):
