@@ -18,7 +18,7 @@ _HOMES = {
     "sampling": ["complete", "inpaint", "score"],
     "weights": ["ModelCard", "load_pretrained", "push_to_hub", "save_pretrained"],
     "modules": ["PretrainModule", "ProbeModule", "FineTuneModule"],
-    "data": ["PretrainDataModule", "ProbeDataModule", "FineTuneDataModule"],
+    "data": ["PretrainDataModule", "ProbeDataModule", "FineTuneDataModule", "tokenize"],
     "trainer": ["make_trainer"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_igpt.data import FineTuneDataModule as FineTuneDataModule
     from lightning_igpt.data import PretrainDataModule as PretrainDataModule
     from lightning_igpt.data import ProbeDataModule as ProbeDataModule
+    from lightning_igpt.data import tokenize as tokenize
     from lightning_igpt.kmeans import fit_palette as fit_palette
     from lightning_igpt.model import ImageGPT as ImageGPT
     from lightning_igpt.model import KVCache as KVCache

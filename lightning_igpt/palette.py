@@ -15,16 +15,18 @@ import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from math import isqrt
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from lightning_igpt.lookup import cached_table
+from lightning_igpt.pictures import to_pil
+from lightning_igpt.tokenizing import PaletteTransform, TokenRows, kind_of, side_of, token_rows
 
 MAX_COLORS = 32768  # ids fit into int16
 _OPENAI = Path(__file__).parent / "assets" / "openai_512.npy"
@@ -152,13 +154,7 @@ class Palette:
             ValueError: T is not ``size * size``, or an id is outside 0..K-1. On a CUDA device the ids are not
                 inspected, which would wait for the device; there a wrong id trips a device-side assertion.
         """
-        if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise TypeError(f"tokens must be an integer tensor, not {_kind(tokens)}")
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must have shape (B, T), not {tuple(tokens.shape)}")
-        size = isqrt(tokens.shape[1]) if size is None else size
-        if size * size != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fill a square picture of {size} x {size} pixels")
+        size = side_of(tokens, size)
         tokens = tokens.long()
         if tokens.device.type != "cuda" and tokens.numel():
             low, high = (int(value) for value in tokens.aminmax())
@@ -169,6 +165,27 @@ class Palette:
         rgb: Tensor = _rgb(self, tokens.device)
         pixels = rgb.index_select(0, tokens.flatten())  # (B*T, 3)
         return pixels.view(tokens.shape[0], size, size, 3).permute(0, 3, 1, 2).contiguous()
+
+    def to_images(self, tokens: TokenRows, size: int | None = None) -> list[Image.Image]:
+        """The pictures that ids stand for, as :meth:`dequantize`, whose errors it raises.
+
+        Args:
+            tokens: (B,T) or a single row (T,) of integers: a tensor, an array or lists.
+            size: Side of the pictures in pixels; the square root of T by default.
+
+        Returns:
+            B images of mode RGB; one for a single row.
+        """
+        return [to_pil(image) for image in self.dequantize(token_rows(tokens), size).cpu()]
+
+    def transform(self, image_column: str = "image", size: int = 32) -> PaletteTransform:
+        """:meth:`quantize` for ``with_transform`` and ``map(batched=True)`` of a Hugging Face data set.
+
+        Args:
+            image_column: Column of images.
+            size: Side of the pictures in pixels, at least 1.
+        """
+        return PaletteTransform(self, image_column, size)
 
     def rmse(self, images: Tensor) -> float:
         """What the palette costs: root mean square error per channel of ``dequantize(quantize(images))``, in 0..255.
@@ -231,17 +248,13 @@ def _gray(count: int) -> NDArray[np.float32]:
     return np.repeat(np.linspace(-1, 1, count)[:, None], 3, axis=1).astype(np.float32)
 
 
-def _kind(value: object) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
 def _checked(colors: Colors) -> NDArray[np.float32]:
     """The colours as a read-only (K,3) float32 copy."""
     if isinstance(colors, str):
         raise ValueError(f"Palette takes colours; write Palette.load({colors!r}) for a name or a path")
     try:
         values = colors.detach().cpu().double().numpy() if isinstance(colors, Tensor) else colors
-        array: NDArray[np.float32] = np.array(values, dtype=np.float32)
+        array: NDArray[np.float32] = np.array(values, dtype=np.float32, order="C")
     except (TypeError, ValueError) as error:
         raise ValueError(f"colours must be K rows of three numbers: {error}") from error
     array = array + np.float32(0)  # makes one zero of -0 and 0
@@ -272,7 +285,7 @@ def check_images(images: object) -> None:
         ValueError: Another shape.
     """
     if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a uint8 tensor (B, 3, H, W), not {_kind(images)}")
+        raise TypeError(f"images must be a uint8 tensor (B, 3, H, W), not {kind_of(images)}")
     if images.dtype != torch.uint8:
         cure = "; if they lie in [0, 1]: (images * 255).round().to(torch.uint8)" if images.is_floating_point() else ""
         raise TypeError(f"images must be bytes (torch.uint8), not {images.dtype}{cure}")

@@ -140,6 +140,33 @@ def test_tokens_may_have_any_integer_type(dtype):
     assert images.tolist() == [[[[0, 128], [255, 0]]] * 3]
 
 
+@pytest.mark.parametrize("spec", ["gray:16", "openai"])
+def test_images_of_tokens_give_the_tokens_back(spec):
+    palette = Palette.load(spec)
+    tokens = torch.arange(2 * 8 * 8).view(2, 64) % len(palette)
+    images = palette.to_images(tokens)
+    assert [(image.mode, image.size) for image in images] == [("RGB", (8, 8))] * 2
+    assert np.array_equal(palette.transform(size=8)({"image": images})["tokens"], tokens.numpy())
+    for form in (tokens.numpy().astype(np.uint16), tokens.tolist(), list(tokens)):
+        assert palette.to_images(form) == images
+    assert palette.to_images(tokens[1]) == palette.to_images(tokens[1].tolist(), size=8) == images[1:]
+    assert palette.to_images([]) == palette.to_images(tokens[:0]) == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        ([[0, 1, 2]], ValueError, "3 tokens do not fill"),
+        ([0.5, 1, 1, 1], TypeError, "torch.float64"),
+        ([[0, 1, 2, 512]], ValueError, "from 0 to 512"),
+        (torch.zeros(1, 1, 4, dtype=torch.int64), ValueError, r"\(B, T\)"),
+    ],
+)
+def test_tokens_that_are_no_pictures_are_refused(openai, tokens, error, message):
+    with pytest.raises(error, match=message):
+        openai.to_images(tokens)
+
+
 def test_an_empty_batch_stays_empty(openai):
     tokens = openai.quantize(torch.zeros(0, 3, 4, 6, dtype=torch.uint8))
     assert tokens.shape == (0, 24)

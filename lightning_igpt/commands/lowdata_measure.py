@@ -19,6 +19,7 @@ from lightning_igpt.data import ProbeDataModule
 from lightning_igpt.data.dataset import ImageBatches
 from lightning_igpt.features import fit_logistic
 from lightning_igpt.model import ImageGPT
+from lightning_igpt.modules.batches import read_batch
 from lightning_igpt.objectives import MASK_RATIO, draw_mask
 from lightning_igpt.palette import Palette
 
@@ -85,11 +86,10 @@ class Reader:
         loader: DataLoader[Any] = DataLoader(images, batch_size=None, sampler=draws, num_workers=self.num_workers)
         parts = []
         for batch in loader:
-            tokens, masked = self.palette.quantize(batch["image"].to(self.device)), None
+            batch = {name: values.to(self.device) for name, values in batch.items()}
+            tokens, masked = read_batch(batch, self.palette, config).tokens, None
             if config.objective == "bert":
-                masked = draw_mask(
-                    batch["sample"].to(self.device), config.n_positions, seed=self.seed, ratio=MASK_RATIO
-                )
+                masked = draw_mask(batch["sample"], config.n_positions, seed=self.seed, ratio=MASK_RATIO)
             parts.append(self.network.features(tokens, self.layers, masked=masked).float().cpu())  # (B, layers, D)
         return torch.cat(parts)
 

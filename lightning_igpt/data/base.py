@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_igpt.data.dataset import ImageBatches, make_cache
-from lightning_igpt.data.loaders import (
-    Loader,
-    batches_done,
-    epoch_length,
-    make_loader,
-    network_image_size,
-    rank_and_world,
-)
-from lightning_igpt.data.order import EndlessOrder, EvalOrder
+from lightning_igpt.data.bad_images import OnBadImage, write_list
+from lightning_igpt.data.loaders import Loader, network_image_size, network_palette, rank_and_world
+from lightning_igpt.data.mixing import check_weights, mix, mix_streams
+from lightning_igpt.data.settings import Settings
 from lightning_igpt.data.sources import ImageSource, Source, open_source
-from lightning_igpt.data.splits import Part, split_source
+from lightning_igpt.data.splits import Division, divide, make_parts
+from lightning_igpt.data.stored import StoredImages
+from lightning_igpt.data.streamed import StreamedImages
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
-
-_LEAST = {"image_size": 1, "batch_size": 1, "num_workers": 0, "seed": 0}
+from lightning_igpt.palette import Palette
 
 
 class ImageDataModule(LightningDataModule):
     """Images from one source in train, validation and test parts.
 
     Every batch is ``{"image": uint8 (B, 3, S, S), "sample": int64 (B,), "label": int64 (B,)}``; ``sample`` numbers
-    the draws of a run in training and the rows in evaluation, ``label`` is there when the source has labels.
+    the draws of a run in training and the rows in evaluation, ``label`` is there when the source has labels. Sources
+    of tokens, and ``cache="disk"``, give ``tokens`` int16 (B, S * S) in place of ``image``.
 
     After ``setup``, ``num_classes`` and ``class_names`` (None without labels) and ``batches_per_epoch`` tell modules
-    what they train on.
+    what they train on; ``bad_images`` says which images were left out.
 
     Args:
-        source: "digits" (embedded); a hub id "owner/name"; a folder of images; a Parquet file or a folder of them; a
-            folder written by save_to_disk. In Python also a datasets.Dataset or DatasetDict.
+        source: "digits" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, or of
+            WebDataset shards (.tar), or one such file; a folder written by save_to_disk. In Python also a Dataset,
+            DatasetDict, IterableDataset or IterableDatasetDict. Tokens made by ``lightning_igpt.tokenize`` are a
+            source, too. A list is a mix to pretrain on; validation and test images are those of the first.
         image_size: Side S of the square images in pixels. Default: the network's, or 32 without a network.
         batch_size: Images per device and step; a step of all devices takes batch_size x devices images.
         num_workers: Processes that read and decode; 0 reads in the main process.
@@ -46,17 +44,30 @@ class ImageDataModule(LightningDataModule):
         config_name: Configuration of a hub data set that has several.
         revision: Branch, tag or commit of a hub data set.
         image_column: Column of images. Default: the only column of type Image.
-        label_column: Column of labels. Default: the only ClassLabel, or integers called label or labels.
-        train_split: Split to train on. Default: train.
-        val_split: Split to validate on. Default: validation, valid, val or dev, else a hold-out of the training split.
-        test_split: Split to test on. Default: test.
-        cache: Keep resized images in memory, 3 S^2 bytes each, so that they are decoded once: memory, none, or auto,
-            which keeps up to 256 MiB per part if num_workers is 0.
+        label_column: Column of labels. Default: the only ClassLabel, or integers called label, labels or cls.
+        train_split: Split to train on, or a slice such as train[:10%] or train+unlabeled. Default: train.
+        val_split: Split or slice to validate on. Default: validation, valid, val or dev, else a hold-out of the
+            training split.
+        test_split: Split or slice to test on. Default: test.
+        source_weights: Share of each source of a mix in the images of every thousand. Default: each image once a pass
+            (streams: equal shares).
+        streaming: Read rows as they arrive, without a copy of all of them first. Shuffles shards and blocks only.
+        shuffle_buffer: Streams: rows of a block that are shuffled together; every worker holds a block undecoded.
+        val_images: Streams: images to validate on, read once and held in memory undecoded.
+        cache: What is kept of decoded images. memory: their pixels, 3 S^2 bytes each. disk: their tokens, 2 S^2 bytes,
+            in cache_dir, for all runs with the same images, size and palette. none. auto: memory, up to 256 MiB per
+            part and if num_workers is 0.
+        cache_dir: Folder of token caches. Default: tokens in $LIGHTNING_IGPT_CACHE or ~/.cache/lightning_igpt.
+        palette: Of a token cache; as for the modules. Default: the network's.
+        on_bad_image: What to do with an image that cannot be read: error stops the run and names it; skip leaves it
+            out, trains on another one in its place, and lists it in bad_images.csv.
+        max_bad_share: Largest share of images to leave out; beyond it the run stops.
     """
 
     needs_labels: ClassVar[bool] = True
     num_classes: int | None = None
     class_names: list[str] | None = None
+    _images: StoredImages | StreamedImages | None = None  # there after setup
 
     def __init__(
         self,
@@ -74,21 +85,39 @@ class ImageDataModule(LightningDataModule):
         train_split: str | None = None,
         val_split: str | None = None,
         test_split: str | None = None,
-        cache: Literal["auto", "memory", "none"] = "auto",
+        source_weights: list[float] | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+        val_images: int = 1000,
+        cache: Literal["auto", "memory", "none", "disk"] = "auto",
+        cache_dir: str | None = None,
+        palette: str | None = None,
+        on_bad_image: OnBadImage = "error",
+        max_bad_share: float = 0.05,
     ) -> None:
         super().__init__()
         # Not logged: Lightning stops where module and data module have different values of one name, such as seed.
-        self.save_hyperparameters(ignore="source", logger=False)
+        self.save_hyperparameters(ignore=["source", "palette"], logger=False)
         # A data set itself would make checkpoints large, and unreadable with weights_only=True.
-        self.hparams["source"] = str(source) if isinstance(source, str | Path) else type(source).__name__
-        self.source, self.image_size, self.batch_size = source, image_size, batch_size
-        self.num_workers, self.seed, self.cache = num_workers, seed, cache
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
-        if cache not in ("auto", "memory", "none"):
-            raise ValueError(f"cache is {cache!r}; it must be 'auto', 'memory' or 'none'")
+        self.hparams["source"] = _name_of(source)
+        self.source, self.image_size, self.batch_size, self.seed = source, image_size, batch_size, seed
+        self.palette, self.source_weights = palette, source_weights
+        self.settings = Settings(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            val_fraction=val_fraction,
+            cache=cache,
+            cache_dir=cache_dir,
+            on_bad_image=on_bad_image,
+            max_bad_share=max_bad_share,
+            shuffle_buffer=shuffle_buffer,
+            val_images=val_images,
+        )
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"image_size is {image_size}; it must be at least 1")
+        check_weights(len(_as_list(source)), source_weights)
+        self._split_names = {"train_split": train_split, "val_split": val_split, "test_split": test_split}
         self._open_options: dict[str, Any] = {
             "name": config_name,
             "revision": revision,
@@ -96,18 +125,10 @@ class ImageDataModule(LightningDataModule):
             "label_column": label_column,
             "train_split": train_split,
             "need_labels": self.needs_labels,
+            "streaming": streaming,
         }
-        self._split_options: dict[str, Any] = {
-            "seed": seed,
-            "val_fraction": val_fraction,
-            "train_split": train_split,
-            "val_split": val_split,
-            "test_split": test_split,
-        }
-        self._opened: Source | None = None
-        self._parts: dict[str, Part] = {}
-        self._order: EndlessOrder | None = None
-        self._loaded_state: dict[str, int] = {}
+        self._opened: list[Source] = []
+        self._loaded_state: dict[str, Any] = {}
 
     @property
     def global_batch(self) -> int:
@@ -116,8 +137,15 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def batches_per_epoch(self) -> int | None:
-        """Steps of all devices in one pass over the training part; None before ``setup``."""
-        return len(self._parts["train"]) // self.global_batch if self._parts else None
+        """Steps of all devices in one pass over the training part; None before ``setup`` and where nobody knows."""
+        n_images = self._images.n_train if self._images is not None else None
+        return None if n_images is None else n_images // self.global_batch
+
+    @property
+    def bad_images(self) -> dict[str, str]:
+        """Images that this process left out so far, and why."""
+        logs = self._images.bad_images.values() if self._images is not None else ()
+        return {place: reason for log in logs for place, reason in log.found.items()}
 
     def prepare_data(self) -> None:
         """Download and convert once per node."""
@@ -129,18 +157,12 @@ class ImageDataModule(LightningDataModule):
         Raises:
             ValueError: A column, a split or labels are missing or unusable.
         """
-        source = self._open()
-        if self._parts:
-            return
-        parts = split_source(source, **self._split_options)
-        if self.needs_labels:
-            n_used = len(self._labels(parts["train"]).unique())  # type: ignore[no-untyped-call]
-            if n_used < 2:
-                where = f"{source.name}, split {parts['train'].split!r}"
-                raise ValueError(f"{where} has images of a single class; a classifier needs two or more")
-            if "val" in parts:
-                self._labels(parts["val"])
-        self._parts = parts
+        if self._images is None:
+            sources = self._open()
+            images = self._stream(sources) if sources[0].streaming else self._store(sources)
+            if self.needs_labels:
+                images.check_labels()
+            self._images = images
 
     def train_dataloader(self) -> Loader:
         """Shuffled global batches in an endless, resumable order.
@@ -151,24 +173,19 @@ class ImageDataModule(LightningDataModule):
         Raises:
             ValueError: The part is smaller than one global batch, or the checkpoint was made with another order.
         """
-        part, trainer = self._part("train"), self.trainer
-        rank, world_size = rank_and_world(trainer)
-        self._order = EndlessOrder(
-            len(part),
-            global_batch=self.global_batch,
-            length=epoch_length(trainer, len(part) // self.global_batch),
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-            batches_done=lambda: batches_done(trainer),
+        state, self._loaded_state = self._loaded_state, {}
+        return self._part("train").train(
+            self.trainer,
+            self._train_resize(),
+            augment=self._augment(),
+            need_labels=self.needs_labels,
+            palette=self._colors(),
+            state=state,
         )
-        self._check_loaded_state()
-        images = self._images(part, resize=self._train_resize(), augment=self._augment())
-        return make_loader(images, self._order, num_workers=self.num_workers)
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """Every validation image once; empty with ``val_fraction=0`` and no validation split."""
-        return self._eval_loader(self._part("val")) if "val" in self._parts else []
+        return self._eval_loader("val") if self._images is None or "val" in self._images.roles() else []
 
     def test_dataloader(self) -> Loader:
         """Every test image once.
@@ -176,32 +193,29 @@ class ImageDataModule(LightningDataModule):
         Raises:
             ValueError: There is no test split.
         """
-        return self._eval_loader(self._part("test"))
+        return self._eval_loader("test")
 
     def predict_dataloader(self) -> Loader:
         """Every image of the test split once, or of validation where there is no test split; labels may be absent."""
-        return self._eval_loader(self._part("test" if "test" in self._parts else "val"), need_labels=False)
+        role = "test" if self._images is not None and "test" in self._images.roles() else "val"
+        return self._eval_loader(role, need_labels=False)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """How far the run has come in its order, and what the order is made of."""
-        if self._order is None:
-            return {}
-        return {"batches_done": batches_done(self.trainer), **self._order.fingerprint}
+        return {} if self._images is None else self._images.state(self.trainer)
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what the checkpoint says; ``train_dataloader`` checks it, since evaluation may use other settings."""
         self._loaded_state = dict(state_dict)
 
-    def _check_loaded_state(self) -> None:
-        assert self._order is not None
-        state, self._loaded_state = self._loaded_state, {}
-        for key, mine in self._order.fingerprint.items():
-            if state.get(key, mine) != mine:
-                raise ValueError(
-                    f"the checkpoint was made with {key}={state[key]}, this run has {key}={mine}: after "
-                    f"{state['batches_done']} batches the images would not continue in the same order. Set it as it "
-                    "was (global_batch is batch_size x devices), or start a new run from the weights with pretrained="
-                )
+    def teardown(self, stage: str) -> None:
+        """Say how many images were left out, and list them in ``bad_images.csv`` beside the logs."""
+        found = self.bad_images
+        if found and self.trainer is not None and self._images is not None:
+            rank = self.trainer.global_rank
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+            path = write_list(found, folder / (f"bad_images_{rank}.csv" if rank else "bad_images.csv"))
+            rank_zero_warn(f"{len(found)} images could not be read and were left out; they are listed in {path}")
 
     def _train_resize(self) -> Resize:
         return CenterCrop(self._size())
@@ -210,51 +224,108 @@ class ImageDataModule(LightningDataModule):
         return None
 
     def _size(self) -> int:
-        return self.image_size or network_image_size(self.trainer)
+        mark = self._open()[0].tokens
+        if mark is None:
+            return self.image_size or network_image_size(self.trainer)
+        wanted = self.image_size or network_image_size(self.trainer, default=mark.image_size)
+        if wanted != mark.image_size:
+            raise ValueError(
+                f"{self._open()[0].name} holds tokens of {mark.image_size} x {mark.image_size} images, but image_size "
+                f"is {wanted}; make tokens of that size from the images"
+            )
+        return wanted
 
-    def _open(self) -> Source:
-        if self._opened is None:
-            self._opened = open_source(self.source, **self._open_options)
-            self.class_names = self._opened.class_names
-            self.num_classes = None if self.class_names is None else len(self.class_names)
+    def _colors(self) -> Palette | None:
+        """The palette of tokens, where there are any; checked against the network's.
+
+        Raises:
+            ValueError: Nobody says which, or the tokens have another palette.
+        """
+        mine = None if self.palette is None else Palette.load(self.palette)
+        network = network_palette(self.trainer)
+        mark, name = self._open()[0].tokens, self._open()[0].name
+        sha256 = mine.sha256 if mine is not None else mark.sha256 if mark is not None else None
+        if (
+            network is not None
+            and sha256 not in (None, network.sha256)
+            and (mark is not None or self.settings.cache == "disk")
+        ):
+            raise ValueError(
+                f"{name} is to be read with the palette {str(sha256)[:12]}, but the network has {network.sha256[:12]}: "
+                "every token would mean another colour. Use one palette for both"
+            )
+        if mark is not None and mine is not None and mine.sha256 != mark.sha256:
+            raise ValueError(f"{name} holds tokens of the palette {mark.sha256[:12]}, not of {mine.sha256[:12]}")
+        if self.settings.cache == "disk" and mark is None and mine is None and network is None:
+            raise ValueError("cache=disk keeps tokens: give palette, or use it with a trainer whose module has one")
+        return mine or network
+
+    def _open(self) -> list[Source]:
+        if not self._opened:
+            self._opened = [open_source(one, **self._open_options) for one in _as_list(self.source)]
+            if len(self._opened) == 1:
+                self.class_names = self._opened[0].class_names
+                self.num_classes = None if self.class_names is None else len(self.class_names)
+            if self.settings.cache in ("disk", "memory") and self._opened[0].streaming:
+                raise ValueError(
+                    f"cache is {self.settings.cache!r}, but rows of a stream do not come back; use cache=none"
+                )
         return self._opened
 
-    def _part(self, role: str) -> Part:
-        if role in self._parts:
-            return self._parts[role]
-        if not self._parts:
+    def _store(self, sources: list[Source]) -> StoredImages:
+        divisions = self._divide(sources)
+        parts = make_parts(divisions[0], val_fraction=self.settings.val_fraction, seed=self.seed)
+        if len(sources) == 1:
+            return StoredImages(self.settings, divisions[0].source, parts)
+        rest = [make_parts(division, val_fraction=0, seed=self.seed)["train"] for division in divisions[1:]]
+        train = [parts["train"], *rest]
+        parts["train"] = mix([division.source for division in divisions], train)
+        sizes = [len(part) for part in train]
+        return StoredImages(self.settings, replace(sources[0], class_names=None), parts, sizes, self.source_weights)
+
+    def _stream(self, sources: list[Source]) -> StreamedImages:
+        divisions = self._divide(sources)
+        first = divisions[0]
+        if len(sources) > 1:
+            streams: list[Any] = [one.source.splits[one.train] for one in divisions]
+            columns = [one.source.image_column for one in divisions]
+            mixed = mix_streams(streams, columns, self.source_weights, self.seed)
+            name = " + ".join(source.name for source in sources)
+            source = replace(first.source.with_split(name, mixed), class_names=None)
+            first = replace(first, source=source, train=name)
+        return StreamedImages(self.settings, first)
+
+    def _divide(self, sources: list[Source]) -> list[Division]:
+        if len(sources) > 1 and self.needs_labels:
+            raise ValueError(
+                f"a mix of {len(sources)} sources has no common labels; for probing and fine-tuning give one source, "
+                "such as datasets.concatenate_datasets([...])"
+            )
+        if len({source.streaming for source in sources}) > 1:
+            raise ValueError("some sources of the mix are streams and some are not; set streaming=True for all")
+        names = {"train_split": self._split_names["train_split"]}
+        return [divide(sources[0], **self._split_names), *(divide(source, **names) for source in sources[1:])]
+
+    def _part(self, role: str) -> StoredImages | StreamedImages:
+        if self._images is None:
             raise RuntimeError("call setup() before asking for a loader")
-        source = self._open()
-        raise ValueError(f"{source.name} has no {role} split; set {role}_split to one of: {', '.join(source.splits)}")
+        if role not in self._images.roles():
+            source = self._open()[0]
+            raise ValueError(
+                f"{source.name} has no {role} split; set {role}_split to one of: {', '.join(source.splits)}"
+            )
+        return self._images
 
-    def _labels(self, part: Part) -> Tensor:
-        labels = self._open().labels(part.split)
-        return labels if part.rows is None else labels[part.rows]
-
-    def _labels_if_any(self, part: Part) -> Tensor | None:
-        if self.class_names is None:
-            return None
-        try:
-            return self._labels(part)
-        except ValueError as error:
-            rank_zero_info(f"batches will carry no labels: {error}")
-            return None
-
-    def _images(
-        self, part: Part, *, resize: Resize, augment: Augment | None = None, need_labels: bool | None = None
-    ) -> ImageBatches:
+    def _eval_loader(self, role: str, *, need_labels: bool | None = None) -> Loader:
         needed = self.needs_labels if need_labels is None else need_labels
-        return ImageBatches(
-            part,
-            image_column=self._open().image_column,
-            resize=resize,
-            labels=self._labels(part) if needed else self._labels_if_any(part),
-            augment=augment,
-            cache=make_cache(self.cache, len(part), resize.size, num_workers=self.num_workers),
-        )
+        part = self._part(role)
+        return part.evaluate(role, self.trainer, self._size(), need_labels=needed, palette=self._colors())
 
-    def _eval_loader(self, part: Part, *, need_labels: bool | None = None) -> Loader:
-        rank, world_size = rank_and_world(self.trainer)
-        order = EvalOrder(len(part), batch_size=self.batch_size, rank=rank, world_size=world_size)
-        images = self._images(part, resize=CenterCrop(self._size()), need_labels=need_labels)
-        return make_loader(images, order, num_workers=self.num_workers)
+
+def _as_list(source: ImageSource) -> list[Any]:
+    return list(source) if isinstance(source, (list, tuple)) else [source]
+
+
+def _name_of(source: ImageSource) -> str:
+    names = [str(one) if isinstance(one, str | Path) else type(one).__name__ for one in _as_list(source)]
+    return " + ".join(names)

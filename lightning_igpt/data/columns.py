@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LABEL_NAMES = ("label", "labels")
+LABEL_NAMES = ("label", "labels", "cls")  # cls is WebDataset's
 MAX_CLASSES = 1_000_000  # beyond this a column of integers holds ids of something else
 
 
@@ -83,17 +83,22 @@ def check_column(features: datasets.Features, name: str, *, option: str, where: 
         raise ValueError(f"{option} is {name!r}, but {where} has the columns {_listed(features)}.{hint}")
 
 
-def class_names_of(dataset: datasets.Dataset, column: str) -> list[str]:
+def class_names_of(dataset: datasets.Dataset | datasets.IterableDataset, column: str) -> list[str]:
     """The classes of a split, in the order of their numbers.
 
     Names of a ClassLabel; sorted distinct strings; for plain integers "0" to the largest.
 
     Raises:
-        ValueError: The integers are too large to be class numbers.
+        ValueError: The integers are too large to be class numbers, or a stream does not name its classes.
     """
-    feature = dataset.features[column]
+    feature = (dataset.features or {}).get(column)
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
+    if isinstance(dataset, datasets.IterableDataset):
+        raise ValueError(
+            f"the classes in column {column!r} of a stream cannot be counted before all of it is read; name them: "
+            f"stream.cast_column({column!r}, datasets.ClassLabel(names=[...]))"
+        )
     values = _read(dataset, column).unique().drop_null().to_pylist()
     if _is_string(feature):
         return sorted(values)

@@ -17,8 +17,9 @@ class FineTuneDataModule(ImageDataModule):
     digits and text.
 
     Args:
-        source: "digits" (embedded); a hub id "owner/name"; a folder of images; a Parquet file or a folder of them; a
-            folder written by save_to_disk. In Python also a datasets.Dataset or DatasetDict.
+        source: "digits" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, or of
+            WebDataset shards; a folder written by save_to_disk; in Python also the objects of datasets. See
+            ``ImageDataModule``.
         pad: Pixels of reflected padding on every side before the random cut; below image_size.
         flip: Mirror left to right at random.
         **common: The other options of ``ImageDataModule``.

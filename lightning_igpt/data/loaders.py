@@ -5,16 +5,21 @@ from __future__ import annotations
 import atexit
 import signal
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_igpt.data.dataset import ImageBatches
-from lightning_igpt.data.order import Draw
+from lightning_igpt.data.bad_images import BadImages
+from lightning_igpt.data.dataset import BAD
+from lightning_igpt.data.stream_progress import StreamProgress
+from lightning_igpt.data.streams import PLACE
+from lightning_igpt.images import BadImageError
+from lightning_igpt.palette import Palette
 
 DEFAULT_IMAGE_SIZE = 32
 
@@ -24,14 +29,36 @@ _ITERATORS: weakref.WeakSet[Any] = weakref.WeakSet()  # those with workers, of a
 class Loader(DataLoader[dict[str, Tensor]]):
     """A DataLoader that Lightning takes for resumable: for any other it warns, falsely here, of unreliable results.
 
-    Its place comes from the loop's own count (``batches_done``), so there is nothing to save.
+    Its place comes from the loop's own count (``batches_done``), so there is nothing to save. What workers tell beside
+    the batches, of bad images and of their place in a stream, is taken off here.
     """
+
+    bad_images: BadImages | None = None
+    progress: StreamProgress | None = None
 
     def __iter__(self) -> Any:
         iterator = super().__iter__()
         if self.num_workers > 0:
             _ITERATORS.add(iterator)
-        return iterator
+        return self._stripped(iterator)
+
+    def _stripped(self, iterator: Iterator[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:
+        while True:
+            try:
+                batch = next(iterator, None)
+            except BadImageError as error:  # from a worker it comes with the worker's whole traceback in its text
+                raise BadImageError(str(error).rpartition(f"{BadImageError.__name__}: ")[2].strip()) from error
+            if batch is None:
+                return
+            yield self._strip(batch)
+
+    def _strip(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        bad, place = batch.pop(BAD, []), batch.pop(PLACE, None)
+        if self.bad_images is not None:
+            self.bad_images.note(bad, len(batch["sample"]) + len(bad))
+        if self.progress is not None and place is not None:
+            self.progress.note(*place)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
@@ -41,9 +68,24 @@ class Loader(DataLoader[dict[str, Tensor]]):
         """Nothing to load."""
 
 
-def make_loader(images: ImageBatches, order: Sampler[list[Draw]], *, num_workers: int) -> Loader:
-    """Read the batches of ``order``, in ``num_workers`` processes or, with 0, in this one."""
-    return Loader(
+def make_loader(
+    images: Dataset[dict[str, Any]],
+    order: Sampler[Any] | None,
+    *,
+    num_workers: int,
+    bad_images: BadImages,
+    progress: StreamProgress | None = None,
+) -> Loader:
+    """Read the batches of ``order``, in ``num_workers`` processes or, with 0, in this one.
+
+    Args:
+        images: Gives whole batches.
+        order: What to ask for; None for a data set that is iterated over.
+        num_workers: Processes.
+        bad_images: Takes note of images that were left out.
+        progress: Takes note of the place in a stream.
+    """
+    loader = Loader(
         images,
         batch_size=None,  # the order yields whole batches
         sampler=order,
@@ -52,6 +94,8 @@ def make_loader(images: ImageBatches, order: Sampler[list[Draw]], *, num_workers
         persistent_workers=num_workers > 0,
         worker_init_fn=_leave_signals_to_the_main_process,
     )
+    loader.bad_images, loader.progress = bad_images, progress
+    return loader
 
 
 def rank_and_world(trainer: Trainer | None) -> tuple[int, int]:
@@ -87,13 +131,20 @@ def epoch_length(trainer: Trainer | None, batches_per_epoch: int) -> int:
     return batches_per_epoch
 
 
-def network_image_size(trainer: Trainer | None) -> int:
-    """The ``image_size`` of the network in training, or 32 where none says."""
+def network_image_size(trainer: Trainer | None, default: int = DEFAULT_IMAGE_SIZE) -> int:
+    """The ``image_size`` of the network in training, or ``default`` where none says."""
     module = trainer.lightning_module if trainer is not None else None
     size = getattr(getattr(module, "config", None), "image_size", None)
     if size is None:
-        rank_zero_info(f"no network says its image_size; images become {DEFAULT_IMAGE_SIZE} x {DEFAULT_IMAGE_SIZE}")
-    return size or DEFAULT_IMAGE_SIZE
+        rank_zero_info(f"no network says its image_size; images are {default} x {default}")
+    return size or default
+
+
+def network_palette(trainer: Trainer | None) -> Palette | None:
+    """The palette of the module in training; None where it has none."""
+    module = trainer.lightning_module if trainer is not None else None
+    palette = getattr(module, "palette", None)
+    return palette if isinstance(palette, Palette) else None
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

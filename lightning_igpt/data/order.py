@@ -1,20 +1,23 @@
-"""Which image is read when: an endless training order that can be resumed anywhere, and an order for evaluation.
+"""Which image is read when: endless training orders that can be resumed anywhere, and an order for evaluation.
 
-Both are samplers for ``DataLoader(batch_size=None)``: what they yield is one batch, a list of (row, sample) pairs.
+All are samplers for ``DataLoader(batch_size=None)``: what they yield is one batch, a list of (row, sample) pairs.
 They subclass torch's ``DistributedSampler`` because Lightning leaves only that class alone: any other sampler it
 wraps a second time under several processes, unless the user passes ``use_distributed_sampler=False``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch.utils.data import DistributedSampler
 
 Draw: TypeAlias = tuple[int, int]  # (row of the data, number of the draw)
+
+MIX_BLOCK = 1000  # draws in which the sources of a mixture keep their shares exactly
 
 
 class EndlessOrder(DistributedSampler[list[Draw]]):
@@ -70,8 +73,8 @@ class EndlessOrder(DistributedSampler[list[Draw]]):
         return self.n_images // self.global_batch
 
     @property
-    def fingerprint(self) -> dict[str, int]:
-        """What must not change when a run resumes."""
+    def fingerprint(self) -> dict[str, Any]:
+        """What must not change when a run resumes; plain values."""
         return {"seed": self.seed, "n_images": self.n_images, "global_batch": self.global_batch}
 
     def batch(self, number: int) -> list[Draw]:
@@ -92,6 +95,114 @@ class EndlessOrder(DistributedSampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         start = self.batches_done()
         return map(self.batch, range(start, start + self.length))
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class MixedOrder(EndlessOrder):
+    """An endless order over several sources, each with a fixed share of the draws.
+
+    Draw s is a pure function of (seed, s). In every thousand draws each source has its exact share, in a random order;
+    each source is read in permutations of its own, so that none of its images comes twice before all came once.
+
+    Args:
+        sizes: Rows of each source; their rows follow one another.
+        weights: Share of each source, in any unit.
+        **common: The other options of ``EndlessOrder``.
+
+    Raises:
+        ValueError: A weight is not above 0, or too small for a place among a thousand draws.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], **common: Any) -> None:
+        super().__init__(sum(sizes), **common)
+        self.sizes, self.quotas = list(sizes), mix_quotas(weights)
+        self._starts = [0, *accumulate(self.sizes)]
+        self._block = -1
+        self._sources = self._turns = np.empty(0, np.int64)
+        self._permutations: dict[tuple[int, int], torch.Tensor] = {}
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What must not change when a run resumes; plain values."""
+        return super().fingerprint | {"quotas": self.quotas}
+
+    def batch(self, number: int) -> list[Draw]:
+        """This rank's share of global batch ``number``.
+
+        Returns:
+            (row, sample) pairs; ``sample`` numbers the draws of the run.
+        """
+        share = self.global_batch // self.num_replicas
+        start = number * self.global_batch + self.rank * share
+        return [(self._row(draw), draw) for draw in range(start, start + share)]
+
+    def _row(self, draw: int) -> int:
+        block, place = divmod(draw, MIX_BLOCK)
+        if block != self._block:
+            self._enter(block)
+        source = int(self._sources[place])
+        turn = block * self.quotas[source] + int(self._turns[place])  # draws of this source before this one
+        number_of_pass, within = divmod(turn, self.sizes[source])
+        return self._starts[source] + int(self._permutation_of(source, number_of_pass)[within])
+
+    def _enter(self, block: int) -> None:
+        """Deal a thousand draws out to the sources."""
+        sources = np.repeat(np.arange(len(self.quotas)), self.quotas)
+        sources = np.random.Generator(np.random.Philox(key=[self.seed, block])).permutation(sources)
+        turns = np.empty(MIX_BLOCK, np.int64)
+        for source, quota in enumerate(self.quotas):
+            turns[sources == source] = np.arange(quota)
+        self._block, self._sources, self._turns = block, sources, turns
+
+    def _permutation_of(self, source: int, number_of_pass: int) -> torch.Tensor:
+        key = (source, number_of_pass)
+        if key not in self._permutations:
+            # One pass may end within a batch, hence the one before is kept; older ones are gone.
+            self._permutations = {
+                kept: order
+                for kept, order in self._permutations.items()
+                if kept[0] != source or kept[1] >= number_of_pass - 1
+            }
+            generator = torch.Generator().manual_seed(self.seed + number_of_pass + 1_000_003 * source)
+            self._permutations[key] = torch.randperm(self.sizes[source], generator=generator)
+        return self._permutations[key]
+
+
+def mix_quotas(weights: Sequence[float]) -> list[int]:
+    """Draws of each source in a block: proportional to the weights, by largest remainders.
+
+    Raises:
+        ValueError: A weight is not above 0, or too small for a place among a thousand draws.
+    """
+    if not all(weight > 0 for weight in weights):
+        raise ValueError(f"source_weights are {list(weights)}; each must be above 0")
+    exact = [weight * MIX_BLOCK / sum(weights) for weight in weights]
+    quotas = [int(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])
+    for i in by_remainder[: MIX_BLOCK - sum(quotas)]:
+        quotas[i] += 1
+    if 0 in quotas:
+        raise ValueError(f"source_weights are {list(weights)}; the smallest must be at least a thousandth of the sum")
+    return quotas
+
+
+class StreamOrder(DistributedSampler[int]):
+    """Numbers of the batches of a stream, from those done on; the stream knows itself what comes next.
+
+    Args:
+        length: Batches in one iteration, which is what ``len`` says.
+        batches_done: Asked whenever an iteration begins.
+    """
+
+    def __init__(self, *, length: int, batches_done: Callable[[], int] = lambda: 0) -> None:
+        super().__init__(range(length), num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type]
+        self.length, self.batches_done = length, batches_done
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.batches_done()
+        return iter(range(start, start + self.length))
 
     def __len__(self) -> int:
         return self.length

@@ -13,8 +13,9 @@ class ProbeDataModule(ImageDataModule):
     """Images and labels for ``ProbeModule``, never augmented.
 
     Args:
-        source: "digits" (embedded); a hub id "owner/name"; a folder of images; a Parquet file or a folder of them; a
-            folder written by save_to_disk. In Python also a datasets.Dataset or DatasetDict.
+        source: "digits" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, or of
+            WebDataset shards; a folder written by save_to_disk; in Python also the objects of datasets. See
+            ``ImageDataModule``.
         shuffle: For ``solver=sgd``: shuffled batches in an endless, resumable order. The default, for L-BFGS, reads
             every image exactly once, in order.
         **common: The other options of ``ImageDataModule``.
@@ -26,4 +27,4 @@ class ProbeDataModule(ImageDataModule):
 
     def train_dataloader(self) -> Loader:
         """Every training image once, in order; or shuffled batches without end."""
-        return super().train_dataloader() if self.shuffle else self._eval_loader(self._part("train"))
+        return super().train_dataloader() if self.shuffle else self._eval_loader("train")

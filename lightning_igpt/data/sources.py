@@ -1,12 +1,9 @@
-"""One door for every place images come from: the hub, folders, Parquet, saved or in-memory data sets, the digits."""
+"""One door for every place images come from, and what is known of them before any is decoded."""
 
 from __future__ import annotations
 
-import contextlib
-import re
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -14,37 +11,42 @@ import datasets
 from torch import Tensor
 
 from lightning_igpt.data.columns import class_names_of, encode_labels, find_image_column, find_label_column
-from lightning_igpt.data.digits import load_digits
-from lightning_igpt.data.folders import list_files, open_image_folder
-from lightning_igpt.images import SUFFIXES
+from lightning_igpt.data.locations import Rows, as_stream, open_location, quiet
+from lightning_igpt.data.tokenize import TOKENS_COLUMN, TokenMark, is_tokenised, marked_palette
+from lightning_igpt.tokenizing import PALETTE_COLUMN
 
 if TYPE_CHECKING:
-    ImageSource: TypeAlias = str | Path | datasets.Dataset | datasets.DatasetDict
+    OneSource: TypeAlias = (
+        str | Path | datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict
+    )
+    ImageSource: TypeAlias = OneSource | Sequence[OneSource]
 else:
     # What the command line sees. A union with classes would let a config file name, and so import, any module.
-    ImageSource: TypeAlias = str
-
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+    OneSource: TypeAlias = str
+    ImageSource: TypeAlias = str | list[str]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Opened images.
+    """Opened images, or tokens made of them.
 
     Args:
         name: What messages call it.
         splits: The splits by name; the image column gives ``{"bytes", "path"}``, nothing is decoded yet.
-        image_column: The column of images.
+        image_column: The column of images, or of tokens.
         label_column: The column of labels, or None.
         class_names: The classes of the training split, or None without labels.
+        tokens: Palette and size of the tokens; None where there are images.
+        streaming: The splits are streams, which have no length and are read in their own order.
     """
 
     name: str
-    splits: dict[str, datasets.Dataset]
+    splits: dict[str, Rows]
     image_column: str
     label_column: str | None
     class_names: list[str] | None
+    tokens: TokenMark | None = None
+    streaming: bool = False
 
     def labels(self, split: str) -> Tensor:
         """Class numbers of a split, int64 (rows,), aligned with ``class_names``.
@@ -58,9 +60,13 @@ class Source:
             raise ValueError(f"{where} has no labels")
         return encode_labels(dataset, self.label_column, self.class_names, where=where)
 
+    def with_split(self, name: str, rows: Rows) -> Source:
+        """The same source with one split more."""
+        return replace(self, splits={**self.splits, name: rows})
+
 
 def open_source(
-    source: ImageSource,
+    source: OneSource,
     *,
     name: str | None = None,
     revision: str | None = None,
@@ -68,109 +74,102 @@ def open_source(
     label_column: str | None = None,
     need_labels: bool = False,
     train_split: str | None = None,
+    streaming: bool = False,
 ) -> Source:
     """Open images wherever they are.
 
     Args:
-        source: "digits"; a hub id "owner/name"; a folder of images; a Parquet file or a folder of them; a folder
-            written by ``save_to_disk``; or a ``datasets.Dataset`` or ``DatasetDict``. A path that exists wins over a
-            hub id.
+        source: "digits"; a hub id "owner/name"; a folder of images, of Parquet or Arrow files or of WebDataset shards,
+            or one such file; a folder written by ``save_to_disk``; or an object of ``datasets``: Dataset, DatasetDict,
+            IterableDataset, IterableDatasetDict. A path that exists wins over a hub id.
         name: Configuration of a data set that has several.
         revision: Branch, tag or commit on the hub.
         image_column: Column of images; needed where not exactly one column has the type Image.
         label_column: Column of labels; needed where not exactly one column is a ClassLabel.
         need_labels: Raise where there are no labels.
         train_split: The split that decides the classes; default: ``train``, or else the first.
+        streaming: Read rows as they arrive.
 
     Raises:
         FileNotFoundError: The path does not exist.
-        TypeError: ``source`` is a stream, or of no known type.
+        TypeError: ``source`` is of no known type.
         ValueError: Nothing usable is there; the message says what was looked for.
     """
-    splits, where = _open(source, name=name, revision=revision)
-    splits = {split: dataset.with_format(None) for split, dataset in splits.items()}
-    train = splits.get(train_split or "train", next(iter(splits.values())))
-    image_column = find_image_column(train.features, image_column, where=where)
-    found, class_names = _find_labels(train, label_column, needed=need_labels, where=where)
-    splits = {split: _undecoded(dataset, image_column, where) for split, dataset in splits.items()}
-    return Source(where, splits, image_column, found, class_names)
+    splits, where = _open(source, name, revision, streaming)
+    splits = {split: rows.with_format(None) for split, rows in splits.items()}
+    base = (train_split or "train").split("[")[0].split("+")[0]
+    train = splits.get(base, next(iter(splits.values())))
+    features = _features(train, where)
+    mark = None
+    if image_column is None and is_tokenised(features):
+        image_column, mark = TOKENS_COLUMN, _find_mark(splits, where)
+        features = datasets.Features({key: kind for key, kind in features.items() if key != PALETTE_COLUMN})
+    else:
+        image_column = find_image_column(features, image_column, where=where)
+    column, classes = _find_labels(train, features, label_column, needed=need_labels, where=where)
+    if mark is None:
+        splits = {split: _undecoded(rows, image_column, where) for split, rows in splits.items()}
+    is_stream = isinstance(train, datasets.IterableDataset)
+    return Source(where, splits, image_column, column, classes, mark, is_stream)
 
 
-def _open(source: ImageSource, *, name: str | None, revision: str | None) -> tuple[dict[str, datasets.Dataset], str]:
-    if isinstance(source, datasets.DatasetDict):
+def _open(source: OneSource, name: str | None, revision: str | None, streaming: bool) -> tuple[dict[str, Rows], str]:
+    if isinstance(source, str | Path):
+        return open_location(source, name=name, revision=revision, streaming=streaming), str(source)
+    if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
         if not source:
-            raise ValueError("the DatasetDict is empty: it has no splits")
-        return dict(source), f"the DatasetDict of {', '.join(source)}"
-    if isinstance(source, datasets.Dataset):
-        return {"train": source}, f"the Dataset of {len(source)} rows"
-    if isinstance(source, datasets.IterableDataset | datasets.IterableDatasetDict):
+            raise ValueError(f"the {type(source).__name__} is empty: it has no splits")
+        opened, where = dict(source), f"the {type(source).__name__} of {', '.join(source)}"
+    elif isinstance(source, datasets.Dataset):
+        opened, where = {"train": source}, f"the Dataset of {len(source)} rows"
+    elif isinstance(source, datasets.IterableDataset):
+        opened, where = {"train": source}, "the IterableDataset"
+    else:
         raise TypeError(
-            "a stream cannot be read in an order that resumes; load it with streaming=False, or materialise a part: "
-            "datasets.Dataset.from_list(list(stream.take(100_000)), features=stream.features)"
+            f"source is a {type(source).__name__}; it takes a string, a path, or a Dataset, DatasetDict, "
+            "IterableDataset or IterableDatasetDict of Hugging Face datasets"
         )
-    if not isinstance(source, str | Path):
-        raise TypeError(f"source is a {type(source).__name__}; it takes a string, a path, a Dataset or a DatasetDict")
-    if source == "digits":
-        return dict(load_digits()), "digits"
-    path = Path(source).expanduser()
-    with _quiet():
-        if path.exists():
-            opened = _open_path(path, name)
-        elif isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix != ".parquet":
-            opened = _open_hub(source, name, revision)
-        else:
-            raise _not_found(source, path)
-    return ({"train": opened} if isinstance(opened, datasets.Dataset) else dict(opened)), str(source)
+    return {split: as_stream(rows) if streaming else rows for split, rows in opened.items()}, where
 
 
-def _open_path(path: Path, name: str | None) -> datasets.Dataset | datasets.DatasetDict:
-    if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"{path} is a file that is not Parquet; give a .parquet file or a folder")
-        return datasets.load_dataset("parquet", data_files=str(path))
-    if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-        return datasets.load_from_disk(str(path))
-    if any(file.name in _METADATA for file in list_files(path, frozenset({".csv", ".jsonl", ".parquet"}))):
-        return datasets.load_dataset("imagefolder", data_dir=str(path))
-    images, tables = list_files(path, SUFFIXES), list_files(path, frozenset({".parquet"}))
-    if images and tables:
-        raise ValueError(
-            f"{path} holds {len(images)} images and {len(tables)} Parquet files; give a folder of one kind"
-        )
-    if images:
-        return open_image_folder(path, images)
-    if tables:
-        return datasets.load_dataset(str(path), name)
-    raise ValueError(
-        f"{path} holds no images ({' '.join(sorted(SUFFIXES))}), no Parquet files, and no data set written by "
-        "save_to_disk, in it or below"
-    )
+def _features(rows: Rows, where: str) -> datasets.Features:
+    """The columns and their types; a stream that does not tell them is asked for its first row."""
+    if rows.features is not None:
+        return rows.features
+    first = list(rows.take(1))
+    if not first:
+        raise ValueError(f"{where} has no rows")
+    return datasets.Dataset.from_list(first).features
 
 
-def _open_hub(source: str, name: str | None, revision: str | None) -> datasets.DatasetDict:
+def _find_mark(splits: dict[str, Rows], where: str) -> TokenMark:
+    """Palette and size of the tokens, which must be the same in every split."""
+    marks = {split: _mark_of(rows, f"{where}, split {split!r}") for split, rows in splits.items() if _has_rows(rows)}
+    if not marks:
+        raise ValueError(f"{where} has no rows")
+    if len(set(marks.values())) > 1:
+        found = ", ".join(f"{split}: {mark.sha256[:12]} at {mark.image_size} pixels" for split, mark in marks.items())
+        raise ValueError(f"the splits of {where} are tokens of different palettes or sizes ({found}); make all anew")
+    return next(iter(marks.values()))
+
+
+def _mark_of(rows: Rows, where: str) -> TokenMark:
     try:
-        return datasets.load_dataset(source, name, revision=revision)
-    except Exception as error:  # missing, gated, offline, unknown configuration: each has its own class
-        raise ValueError(
-            f"cannot open {source!r}: no such folder here, and as a data set on the Hugging Face hub it failed with "
-            f"{type(error).__name__}: {error}\nCheck the name and the connection; a private or gated data set needs "
-            "a login, one with several configurations needs config_name. HF_HUB_OFFLINE=1 uses earlier downloads only"
-        ) from error
+        if isinstance(rows, datasets.IterableDataset):
+            rows = datasets.Dataset.from_list(list(rows.take(1)), features=rows.features)
+        return marked_palette(rows)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
-def _not_found(source: str | Path, path: Path) -> Exception:
-    if isinstance(source, str) and re.fullmatch(r"[\w-]+", source):
-        return ValueError(
-            f"source is {source!r}: no file or folder of that name is here, and data sets on the Hugging Face hub are "
-            "called 'owner/name'. The only embedded data are 'digits'"
-        )
-    return FileNotFoundError(f"source is {str(source)!r}, but there is no file or folder {path.absolute()}")
+def _has_rows(rows: Rows) -> bool:
+    return isinstance(rows, datasets.IterableDataset) or len(rows) > 0
 
 
 def _find_labels(
-    train: datasets.Dataset, wanted: str | None, *, needed: bool, where: str
+    train: Rows, features: datasets.Features, wanted: str | None, *, needed: bool, where: str
 ) -> tuple[str | None, list[str] | None]:
-    column = find_label_column(train.features, wanted, needed=needed, where=where)
+    column = find_label_column(features, wanted, needed=needed, where=where)
     if column is None:
         return None, None
     try:
@@ -181,21 +180,10 @@ def _find_labels(
         return None, None
 
 
-def _undecoded(dataset: datasets.Dataset, column: str, where: str) -> datasets.Dataset:
-    if column not in dataset.features:
-        raise ValueError(f"a split of {where} has no column {column!r}; its columns: {', '.join(dataset.features)}")
-    with _quiet():
-        return dataset.cast_column(column, datasets.Image(decode=False))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars where nobody watches: in a log file every redraw is a line."""
-    if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
+def _undecoded(rows: Rows, column: str, where: str) -> Rows:
+    if rows.features is None:  # a stream that was mapped gives what its function makes
+        return rows
+    if column not in rows.features:
+        raise ValueError(f"a split of {where} has no column {column!r}; its columns: {', '.join(rows.features)}")
+    with quiet():
+        return rows.cast_column(column, datasets.Image(decode=False))

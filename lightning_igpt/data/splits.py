@@ -1,9 +1,12 @@
-"""Which rows train, validate and test, with a seeded hold-out where a source has no validation split."""
+"""Which rows train, validate and test: named splits, slices of them, and a seeded hold-out where none validates."""
 
 from __future__ import annotations
 
+import bisect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import datasets
 import numpy as np
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 from lightning_igpt.data.sources import Source
 
 _NAMES = {"train": ("train",), "val": ("validation", "valid", "val", "dev"), "test": ("test",)}
+_PLAIN = re.compile(r"[^\[\]+]+")  # a split's name without slice or sum
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,14 @@ class Part:
         split: Name of the split.
         dataset: The whole split.
         rows: int64, the rows that belong to this part, ascending; None means all.
+        members: Of a mixture, the parts whose data sets ``dataset`` holds one after the other.
     """
 
     source: str
     split: str
     dataset: datasets.Dataset
     rows: NDArray[np.int64] | None = None
+    members: tuple[Part, ...] = ()
 
     def __len__(self) -> int:
         return len(self.dataset) if self.rows is None else len(self.rows)
@@ -39,60 +45,136 @@ class Part:
         """Rows of the split for places in this part."""
         return list(places) if self.rows is None else self.rows[list(places)].tolist()
 
+    def describe(self, row: int) -> str:
+        """Where a row of the data set comes from, for messages."""
+        if not self.members:
+            return f"{self.source}, split {self.split!r}, row {row}"
+        starts = [0, *accumulate(len(member.dataset) for member in self.members)]
+        number = bisect.bisect_right(starts, row) - 1
+        return self.members[number].describe(row - starts[number])
 
-def split_source(
+
+@dataclass(frozen=True)
+class Division:
+    """Names of the splits for each role, and the source that has them all."""
+
+    source: Source
+    train: str
+    val: str | None
+    test: str | None
+    held_out_of: str  # where validation rows come from if ``val`` is None: ``train``, or its first source in a mix
+
+
+def divide(
     source: Source,
     *,
-    val_fraction: float,
-    seed: int,
     train_split: str | None = None,
     val_split: str | None = None,
     test_split: str | None = None,
-) -> dict[str, Part]:
-    """Divide a source into parts that never share a row with training.
+) -> Division:
+    """Choose the splits of each role.
 
     Args:
         source: The opened source.
-        val_fraction: Share of the training split held out where there is no validation split, in [0, 1); 0 means
-            no validation.
-        seed: Decides which rows are held out, together with the number of rows and nothing else.
-        train_split: Split to train on; default: ``train``.
-        val_split: Split to validate on; default: ``validation``, ``valid``, ``val`` or ``dev``.
-        test_split: Split to test on; default: ``test``.
-
-    Returns:
-        ``train`` and, where there are any, ``val`` and ``test``.
+        train_split: Split to train on, or slices as ``datasets`` writes them, such as ``train[:10%]`` or
+            ``train+unlabeled``; default: ``train``.
+        val_split: Split or slice to validate on; default: ``validation``, ``valid``, ``val`` or ``dev``.
+        test_split: Split or slice to test on; default: ``test``.
 
     Raises:
-        ValueError: A split does not exist or is empty, would be trained and evaluated on, or is too small to hold out.
+        ValueError: A split does not exist or is empty, or rows would be trained and evaluated on.
     """
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; it must be at least 0 and below 1")
+    wanted = {"train": train_split, "val": val_split, "test": test_split}
+    for role, name in wanted.items():
+        if name is not None:
+            source = _with_slice(source, name, f"{role}_split")
     train = _choose(source, "train", train_split)
     if train is None:
         raise ValueError(
             f"{source.name} has no split named 'train'; set train_split to one of: {', '.join(source.splits)}"
         )
-    parts = {"train": Part(source.name, train, source.splits[train])}
-    for role, wanted in (("val", val_split), ("test", test_split)):
-        split = _choose(source, role, wanted)
-        if split == train and wanted is not None:
-            raise ValueError(f"{role}_split is {split!r}, which is the training split; they must differ")
-        if split is not None and split != train:
-            parts[role] = Part(source.name, split, source.splits[split])
-    if empty := [part.split for part in parts.values() if not len(part)]:
-        raise ValueError(f"{source.name} has no rows in the split {empty[0]!r}")
+    found: dict[str, str | None] = {}
+    for role in ("val", "test"):
+        name = _choose(source, role, wanted[role])
+        shared = 0 if name is None else _shared_rows(source, train, name)
+        if shared and wanted[role] is not None:
+            raise ValueError(
+                f"{role}_split {name!r} and train_split {train!r} have {shared} rows in common, which would be trained "
+                "and evaluated on; they must differ"
+            )
+        found[role] = None if shared else name
+    if not source.streaming:
+        for name in (train, found["val"], found["test"]):
+            if name is not None and not len(source.splits[name]):
+                raise ValueError(f"{source.name} has no rows in the split {name!r}")
+    return Division(source, train, found["val"], found["test"], held_out_of=train)
+
+
+def make_parts(division: Division, *, val_fraction: float, seed: int) -> dict[str, Part]:
+    """Parts that never share a row with training.
+
+    Args:
+        division: The splits of a source that is no stream.
+        val_fraction: Share of the training split held out where there is no validation split, in [0, 1); 0 means
+            no validation.
+        seed: Decides which rows are held out, together with the number of rows and nothing else.
+
+    Returns:
+        ``train`` and, where there are any, ``val`` and ``test``.
+
+    Raises:
+        ValueError: The training split is too small to hold out any.
+    """
+    source = division.source
+    roles = {"train": division.train, "val": division.val, "test": division.test}
+    parts = {role: Part(source.name, split, source.splits[split]) for role, split in roles.items() if split is not None}
     if "val" not in parts and val_fraction > 0:
         parts.update(_hold_out(parts["train"], val_fraction, seed))
     return parts
 
 
+def _with_slice(source: Source, name: str, option: str) -> Source:
+    """The source with a split made for ``name`` where that is a slice or a sum."""
+    if name in source.splits:
+        return source
+    if _PLAIN.fullmatch(name):
+        raise ValueError(f"{option} is {name!r}, but {source.name} has the splits {', '.join(source.splits)}")
+    if source.streaming:
+        raise ValueError(f"{option} is {name!r}; a stream has no slices: name a whole split, or use streaming=False")
+    pieces = [
+        source.splits[base].select(range(start, stop)) for base, start, stop in _ranges(source, name, option=option)
+    ]
+    return source.with_split(name, pieces[0] if len(pieces) == 1 else datasets.concatenate_datasets(pieces))
+
+
+def _ranges(source: Source, name: str, *, option: str = "a split") -> list[tuple[str, int, int]]:
+    """(split, first row, row after the last) of what a name means."""
+    lengths = {split: len(rows) for split, rows in source.splits.items() if _PLAIN.fullmatch(split)}
+    if name in lengths:
+        return [(name, 0, lengths[name])]
+    try:
+        absolute = datasets.ReadInstruction.from_spec(name).to_absolute(lengths)
+    except Exception as error:  # of many classes: syntax, unknown splits, rows that are not there
+        raise ValueError(
+            f"{option} is {name!r}, which is no slice of {source.name} ({', '.join(lengths)}): {error}. Write for "
+            "instance train[:10%], train[100:], or train+test"
+        ) from error
+    return [(one.splitname, one.from_, one.to) for one in absolute]
+
+
+def _shared_rows(source: Source, one: str, other: str) -> int:
+    if source.streaming:
+        return int(one == other)
+    return sum(
+        max(0, min(stop, end) - max(start, first))
+        for base, start, stop in _ranges(source, one)
+        for name, first, end in _ranges(source, other)
+        if base == name
+    )
+
+
 def _choose(source: Source, role: str, wanted: str | None) -> str | None:
-    if wanted is not None:
-        if wanted not in source.splits:
-            raise ValueError(f"{role}_split is {wanted!r}, but {source.name} has the splits {', '.join(source.splits)}")
-        return wanted
-    return next((name for name in _NAMES[role] if name in source.splits), None)
+    return wanted or next((name for name in _NAMES[role] if name in source.splits), None)
 
 
 def _hold_out(train: Part, fraction: float, seed: int) -> dict[str, Part]:

@@ -1,7 +1,7 @@
 """What a batch may look like, and what to say when it does not.
 
 A batch is a mapping with ``image`` (and ``label``), an ``(image, label)`` pair, images alone, or a mapping with
-``tokens``. Images are uint8 (B, 3, S, S), or floats in [0, 1], which are rounded to bytes.
+``tokens``, whose ``palette`` is checked where it is there. Images are uint8 (B, 3, S, S), or floats in [0, 1], which are rounded to bytes.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def read_batch(batch: Any, palette: Palette, config: ImageGPTConfig) -> Batch:
     if isinstance(batch, Mapping):
         labels, samples = batch.get("label"), batch.get("sample")
         if "tokens" in batch:
+            _check_mark(batch.get("palette"), palette)
             return Batch(_check_tokens(batch["tokens"], config), labels, samples)
         if "image" not in batch:
             raise TypeError(f"the batch has the keys {sorted(map(str, batch))}; a module looks for 'image' or 'tokens'")
@@ -112,6 +113,17 @@ def _to_tokens(images: Any, palette: Palette, config: ImageGPTConfig) -> Tensor:
             f"resize them, or build the network with image_size={height}"
         )
     return palette.quantize(to_bytes(images))
+
+
+def _check_mark(mark: Any, palette: Palette) -> None:
+    """Rows of ``palette.transform`` and ``lightning_igpt.tokenize`` name their palette by its SHA-256, as text."""
+    names = {mark} if isinstance(mark, str) else set(mark) if isinstance(mark, (list, tuple)) else set()
+    for name in names:
+        if isinstance(name, str) and name != palette.sha256:
+            raise ValueError(
+                f"the tokens of this batch have the palette {name[:12]}, but the network's is {palette.sha256[:12]}: "
+                "every token would mean another colour. Make the tokens with the network's palette"
+            )
 
 
 def _check_tokens(tokens: Tensor, config: ImageGPTConfig) -> Tensor:

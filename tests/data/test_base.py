@@ -209,13 +209,21 @@ def test_too_few_images_for_one_step():
         ({"num_workers": -1}, "num_workers is -1"),
         ({"seed": -1}, "seed is -1"),
         ({"image_size": 0}, "image_size is 0"),
-        ({"cache": "disk"}, "cache is 'disk'"),
+        ({"cache": "dsik"}, "cache is 'dsik'"),
+        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
+        ({"val_fraction": -0.1}, "val_fraction is -0.1"),
+        ({"max_bad_share": 1.5}, "max_bad_share is 1.5"),
+        ({"on_bad_image": "drop"}, "on_bad_image is 'drop'"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer is 0"),
+        ({"n_crops": 3}, "n_crops is 3, but cache is 'auto'"),
+        ({"source_weights": [1.0]}, "source_weights mixes several sources"),
+        ({"source": ["a", "b"], "source_weights": [1.0]}, "2 sources but 1 source_weights"),
     ],
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         PretrainDataModule(**options)
-    if "cache" not in options:
+    if "image_size" in options:
         with pytest.raises(ValueError, match=r"pad is -1"):
             FineTuneDataModule(pad=-1)
 
@@ -245,7 +253,7 @@ def test_the_command_line_builds_it(cls):
         [f"--data={name}", "--data.init_args.source=owner/name", "--data.init_args.batch_size=7"]
     )
     data = parser.instantiate(config).data
-    assert type(data) is cls and (data.source, data.batch_size, data.cache) == ("owner/name", 7, "auto")
+    assert type(data) is cls and (data.source, data.batch_size, data.settings.cache) == ("owner/name", 7, "auto")
     # A source is a string there: a class would let a config file import any module.
     with pytest.raises(Exception, match=r"source"):
         parser.parse_args([f"--data={name}", '--data.init_args.source={"class_path": "pdb.Pdb"}'])
@@ -255,4 +263,4 @@ def test_every_option_is_documented_for_the_command_line():
     parser = ArgumentParser()
     parser.add_class_arguments(FineTuneDataModule, "data")
     texts = {action.dest: action.help or "" for action in parser._actions if action.dest.startswith("data.")}
-    assert len(texts) == 16 and not [name for name, text in texts.items() if len(text.split("(type")[0]) < 10]
+    assert len(texts) == 24 and not [name for name, text in texts.items() if len(text.split("(type")[0]) < 10]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_igpt.data.dataset import CACHE_LIMIT, ImageBatches, PixelCache, make_cache
+from lightning_igpt.data.dataset import ImageBatches
+from lightning_igpt.data.readers import CACHE_LIMIT, ImageReader, PixelCache, make_cache
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import CenterCrop, PadCropFlip, RandomCrop
 from lightning_igpt.images import BadImageError
@@ -13,9 +14,10 @@ from tests.image_files import encoded, noise, rows, tiny
 UNDECODED = datasets.Image(decode=False)
 
 
-def batches(dataset, part_rows=None, size=4, resize=None, **options):
+def batches(dataset, part_rows=None, size=4, resize=None, cache=None, **options):
     part = Part("some/source", "train", dataset.cast_column("image", UNDECODED), part_rows)
-    return ImageBatches(part, image_column="image", resize=resize or CenterCrop(size), **options)
+    reader = ImageReader(part, "image", resize or CenterCrop(size), cache=cache)
+    return ImageBatches(reader, len(part), **options)
 
 
 def by_hand(image):
@@ -39,13 +41,12 @@ def test_rows_of_a_part():
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_cache_gives_the_same_pixels_and_decodes_once(shared, monkeypatch):
+def test_cache_gives_the_same_pixels_and_decodes_once(shared):
     decoded = []
-    monkeypatch.setattr(ImageBatches, "_place", None)  # no error is raised here
     dataset = rows([noise((12, 9), seed) for seed in range(6)])
     plain, cached = batches(dataset), batches(dataset, cache=PixelCache(6, 4, shared=shared))
-    original = cached._decode
-    cached._decode = lambda rows, samples: decoded.extend(rows) or original(rows, samples)
+    original = cached.reader.decode
+    cached.reader.decode = lambda place, value: decoded.append(place) or original(place, value)
     for draws in ([(0, 0), (3, 1)], [(3, 2), (1, 3), (0, 4)], [(1, 5), (3, 6)], [(5, 7), (4, 8), (2, 9), (0, 10)]):
         assert torch.equal(plain[draws]["image"], cached[draws]["image"])
     assert sorted(decoded) == [0, 1, 2, 3, 4, 5]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from lightning_igpt.data.bad_images import BadImages
 from lightning_igpt.data.dataset import ImageBatches
 from lightning_igpt.data.loaders import _stop_workers, epoch_length, make_loader
 from lightning_igpt.data.order import EvalOrder
@@ -47,15 +48,15 @@ class SignalsOfAWorker(ImageBatches):
 
 
 def test_a_worker_outlives_the_signals_of_a_scheduler():
-    loader = make_loader(SignalsOfAWorker(), EvalOrder(4, batch_size=2), num_workers=1)
+    loader = make_loader(SignalsOfAWorker(), EvalOrder(4, batch_size=2), num_workers=1, bad_images=BadImages(0))
     assert [batch["sample"].tolist() for batch in loader] == [[0, 1], [2, 3]]
 
 
 def test_workers_are_stopped_before_the_program_ends():
-    iterator = iter(make_loader(SignalsOfAWorker(), EvalOrder(4, batch_size=2), num_workers=2))
-    next(iterator)
+    loader = make_loader(SignalsOfAWorker(), EvalOrder(4, batch_size=2), num_workers=2, bad_images=BadImages(0))
+    next(iter(loader))
     _stop_workers()
-    assert not any(worker.is_alive() for worker in iterator._workers)
+    assert not any(worker.is_alive() for worker in loader._iterator._workers)
 
 
 @pytest.mark.slow

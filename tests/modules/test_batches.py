@@ -23,6 +23,8 @@ def test_every_form_of_batch_gives_the_same_tokens():
         [IMAGES, LABELS],
         {"image": IMAGES, "label": LABELS},
         {"tokens": tokens, "label": LABELS},
+        {"tokens": tokens.to(torch.int16), "palette": [PALETTE.sha256] * len(tokens)},
+        {"tokens": tokens.to(torch.uint16), "palette": torch.zeros(len(tokens), dtype=torch.int64)},
         {"image": IMAGES.float() / 255},
         {"image": IMAGES.double() / 255},
     ]
@@ -59,6 +61,11 @@ def test_bytes_survive_the_way_through_floats():
         ("cat.png", TypeError, "got str"),
         ({"tokens": torch.zeros(2, 9, dtype=torch.long)}, ValueError, r"\(B, 16\).*image_size=4"),
         ({"tokens": torch.full((2, 16), 8)}, ValueError, "run from 8 to 8; this network has 8 colours"),
+        (
+            {"tokens": torch.zeros(2, 16).long(), "palette": ["f" * 64] * 2},
+            ValueError,
+            "ffffffffffff, but the network's",
+        ),
     ],
 )
 def test_wrong_batches_say_what_was_expected(batch, error, message):
