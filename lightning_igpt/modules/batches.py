@@ -1,8 +1,8 @@
 """What a batch may look like, and what to say when it does not.
 
 A batch is a mapping with ``image`` (and ``label``), an ``(image, label)`` pair, images alone, or a mapping with
-``tokens``, whose ``palette`` is checked where it is there. Images are uint8 (B, 3, S, S), or floats in [0, 1], which are
-rounded to bytes.
+``tokens``, whose ``palette`` is checked where it is there. Images are uint8 (B, 3, S, S), or floats in [0, 1], which
+are rounded to bytes.
 """
 
 from __future__ import annotations
