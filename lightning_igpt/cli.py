@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ class IGPTCLI(LightningCLI):
             rank_zero_info("predictions are neither images (B, 3, S, S) nor probabilities (B, C): nothing is written")
         elif batches:
             folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"
-            written = write_predictions(torch.cat(batches), folder, getattr(self.model, "class_names", None))
+            ask = getattr(self.datamodule, "left_out_of_predictions", set)
+            names = getattr(self.model, "class_names", None)
+            written = write_predictions(torch.cat(batches), folder, names, left_out=ask())
             rank_zero_info(f"wrote {written}")
 
     def _need_weights(self) -> None:
@@ -80,11 +83,17 @@ class IGPTCLI(LightningCLI):
             raise ValueError(f"{self.subcommand} would run on random weights: {cure}")
 
 
-def write_predictions(predictions: Tensor, folder: Path, class_names: Sequence[str] | None) -> Path:
-    """Write images, uint8 (N, 3, S, S), as PNG files, or class probabilities, float (N, C), as a CSV file."""
+def write_predictions(
+    predictions: Tensor, folder: Path, class_names: Sequence[str] | None, *, left_out: Collection[int] = ()
+) -> Path:
+    """Write images, uint8 (N, 3, S, S), as PNG files, or class probabilities, float (N, C), as a CSV file.
+
+    They are named by the rows of the data, of which those ``left_out`` have no prediction.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    rows = (row for row in itertools.count() if row not in left_out)
     if predictions.ndim == 4:
-        for number, image in enumerate(predictions):
+        for number, image in zip(rows, predictions, strict=False):
             save_png(image, folder / f"{number:06d}.png")
         return folder
     names = list(class_names or [])
@@ -93,7 +102,7 @@ def write_predictions(predictions: Tensor, folder: Path, class_names: Sequence[s
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "class", *names])
-        for row, values in enumerate(predictions.tolist()):
+        for row, values in zip(rows, predictions.tolist(), strict=False):
             writer.writerow([row, names[values.index(max(values))], *(f"{value:.6f}" for value in values)])
     return path
 

@@ -31,6 +31,13 @@ def test_probabilities_become_a_table_with_class_names(tmp_path):
     ]
 
 
+def test_rows_without_a_prediction_keep_their_numbers(tmp_path):
+    path = write_predictions(torch.tensor([[0.25, 0.75], [0.5, 0.5]]), tmp_path, ["cat", "dog"], left_out={0, 2})
+    assert [row[:2] for row in csv.reader(path.open())] == [["row", "class"], ["1", "dog"], ["3", "cat"]]
+    write_predictions(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), tmp_path / "images", None, left_out={1})
+    assert sorted(file.name for file in (tmp_path / "images").iterdir()) == ["000000.png", "000002.png"]
+
+
 def test_more_classes_than_names_are_numbered(tmp_path):
     path = write_predictions(torch.tensor([[0.1, 0.2, 0.7]]), tmp_path, ["cat", "dog"])
     assert path.read_text().splitlines() == ["row,class,cat,dog,2", "0,2,0.100000,0.200000,0.700000"]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_igpt.data.bad_images import OnBadImage
 from lightning_igpt.data.sources import open_source
 from lightning_igpt.images import SUFFIXES, BadImageError, decode, resize_center_crop
 
@@ -23,7 +24,14 @@ class Images(NamedTuple):
     names: list[str]
 
 
-def read_images(source: str, size: int, *, split: str | None = None, limit: int | None = None) -> Images:
+def read_images(
+    source: str,
+    size: int,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    on_bad_image: OnBadImage = "error",
+) -> Images:
     """The first images of a source, resized so that the shorter side fits and cut from the centre.
 
     Args:
@@ -31,6 +39,7 @@ def read_images(source: str, size: int, *, split: str | None = None, limit: int 
         size: Side S of the result.
         split: Which split; default the first of test, validation and train that is there.
         limit: How many at most.
+        on_bad_image: error, or skip, which prints the images that cannot be read and leaves them out.
 
     Raises:
         FileNotFoundError: There is no such path.
@@ -43,6 +52,7 @@ def read_images(source: str, size: int, *, split: str | None = None, limit: int 
         rows, names = [{"bytes": path.read_bytes(), "path": str(path)}], [path.name]
     else:
         opened = open_source(source)
+        opened.need_images()
         found = split or next((name for name in SPLITS if name in opened.splits), next(iter(opened.splits)))
         if found not in opened.splits:
             raise ValueError(f"{opened.name} has no split {found!r}; it has {', '.join(opened.splits)}")
@@ -51,15 +61,22 @@ def read_images(source: str, size: int, *, split: str | None = None, limit: int 
         names = [_name(row, found, number) for number, row in enumerate(rows)]
     if not rows:
         raise ValueError(f"{source} holds no images")
-    pixels = [_read(row, name, size) for row, name in zip(rows, names, strict=True)]
-    return Images(torch.stack(pixels), names)
+    pixels, kept = [], []
+    for row, name in zip(rows, names, strict=True):
+        try:
+            pixels.append(_read(row, size))
+            kept.append(name)
+        except BadImageError as error:
+            if on_bad_image == "error":
+                raise ValueError(f"{name}: {error}") from error
+            print(f"left out {name}: {error}")
+    if not kept:
+        raise ValueError(f"none of the {len(rows)} images of {source} can be read")
+    return Images(torch.stack(pixels), kept)
 
 
-def _read(row: Mapping[str, Any], name: str, size: int) -> Tensor:
-    try:
-        image = resize_center_crop(decode(row), size)
-    except BadImageError as error:
-        raise ValueError(f"{name}: {error}") from error
+def _read(row: Mapping[str, Any], size: int) -> Tensor:
+    image = resize_center_crop(decode(row), size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, S, S)
 
 

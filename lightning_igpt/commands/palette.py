@@ -53,6 +53,7 @@ def fit(
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1")
     opened = open_source(source, image_column=image_column)
+    opened.need_images()
     if split not in opened.splits:
         raise ValueError(f"{opened.name} has no split {split!r}; it has {', '.join(opened.splits)}")
     n_images = min(len(opened.splits[split]), limit or sys.maxsize)

@@ -16,6 +16,7 @@ from lightning_igpt import sampling
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.images import read_images
+from lightning_igpt.data.bad_images import OnBadImage
 from lightning_igpt.objectives import nats_to_bits
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import color_bar, contact_sheet, heading, heat_map, image_grid, save_png, stack
@@ -34,6 +35,7 @@ def score(
     split: str | None = None,
     batch_size: int = 32,
     device: str = "auto",
+    on_bad_image: OnBadImage = "error",
 ) -> None:
     """Write the surprise of each image in nats per pixel and draw that of each pixel; print the mean.
 
@@ -49,6 +51,7 @@ def score(
         split: Split of a data set; default test, else validation, else train.
         batch_size: Images per forward pass.
         device: cpu, cuda, mps, or auto.
+        on_bad_image: What to do with an image that cannot be read: error stops; skip names it and goes on.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -61,7 +64,7 @@ def score(
     loaded = load_pretrained(pretrained)
     print(loaded.origin)
     sampling.check_has_likelihood(loaded.network)
-    pixels, names = read_images(images, loaded.config.image_size, split=split, limit=limit)
+    pixels, names = read_images(images, loaded.config.image_size, split=split, limit=limit, on_bad_image=on_bad_image)
     network = loaded.network.to(pick_device(device))
     tokens = loaded.palette.quantize(pixels)  # (N, T)
     nats = sampling.score(network, tokens, batch_size=batch_size).cpu()  # (N, T)

@@ -24,6 +24,7 @@ class BadImage(NamedTuple):
 
     place: str  # source, split, row and, where there is one, path
     reason: str
+    number: int = -1  # its place in the part, or its row in a stream that is read once
 
 
 def stand_ins(seed: int, place: int, n_images: int) -> Iterator[int]:
@@ -44,6 +45,7 @@ class BadImages:
     def __init__(self, max_share: float, n_images: int | None = None) -> None:
         self.max_share, self.n_images = max_share, n_images
         self.found: dict[str, str] = {}  # place: reason
+        self.numbers: set[int] = set()
         self.n_read = 0
 
     def note(self, bad: list[BadImage], n_read: int) -> None:
@@ -56,6 +58,7 @@ class BadImages:
         for image in bad:
             if image.place not in self.found:
                 self.found[image.place] = image.reason
+                self.numbers.add(image.number)
                 if len(self.found) <= _SHOWN:
                     rank_zero_warn(f"left out {image.place}: {image.reason}")
         if bad:

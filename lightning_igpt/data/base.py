@@ -200,6 +200,11 @@ class ImageDataModule(LightningDataModule):
         role = "test" if self._images is not None and "test" in self._images.roles() else "val"
         return self._eval_loader(role, need_labels=False)
 
+    def left_out_of_predictions(self) -> set[int]:
+        """Rows of ``predict_dataloader`` that could not be read, so that no prediction stands for them."""
+        logs = self._images.bad_images if self._images is not None else {}
+        return logs["test" if "test" in logs else "val"].numbers if logs else set()
+
     def state_dict(self) -> dict[str, Any]:
         """How far the run has come in its order, and what the order is made of."""
         return {} if self._images is None else self._images.state(self.trainer)

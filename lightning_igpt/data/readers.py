@@ -144,7 +144,7 @@ class ImageReader:
         try:
             return decode(value)
         except BadImageError as error:
-            bad = BadImage(self._describe(place, value), str(error))
+            bad = BadImage(self._describe(place, value), str(error), place)
             if self.policy.action == "error":
                 raise BadImageError(
                     f"{bad.place}: {error}. Repair or remove it; on_bad_image=skip leaves such images out"

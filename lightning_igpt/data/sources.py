@@ -60,6 +60,11 @@ class Source:
             raise ValueError(f"{where} has no labels")
         return encode_labels(dataset, self.label_column, self.class_names, where=where)
 
+    def need_images(self) -> None:
+        """Raise ValueError where there are tokens instead."""
+        if self.tokens is not None:
+            raise ValueError(f"{self.name} holds tokens, from which the images cannot be had again; give the images")
+
     def with_split(self, name: str, rows: Rows) -> Source:
         """The same source with one split more."""
         return replace(self, splits={**self.splits, name: rows})

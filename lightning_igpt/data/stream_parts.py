@@ -75,7 +75,7 @@ class StreamPart:
             pixels: NDArray[Any] = np.asarray(resize(decode(value), sample)).transpose(2, 0, 1)
             return pixels
         except BadImageError as error:
-            return BadImage(self.describe(value, sample), str(error))
+            return BadImage(self.describe(value, sample), str(error), sample)
 
     def describe(self, value: Any, sample: int) -> str:
         """A row for messages: by its path, for rows of a stream have no number of their own, or by its draw."""

@@ -105,7 +105,7 @@ class TokenFileReader:
     def _without_bad(
         self, places: list[int], rows: list[int], samples: list[int]
     ) -> tuple[list[int], list[int], list[BadImage]]:
-        bad = [self.bad[row] for row in rows if row in self.bad]
+        bad = [self.bad[row]._replace(number=place) for place, row in zip(places, rows, strict=True) if row in self.bad]
         if not self.policy.replace:
             good = [number for number, row in enumerate(rows) if row not in self.bad]
             if not good:

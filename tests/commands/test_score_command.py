@@ -13,10 +13,12 @@ from lightning_igpt.__main__ import main
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.score import summary, surprise_sheet, write_csv
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.data import tokenize
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.palette import Palette
 from lightning_igpt.sampling import score
 from lightning_igpt.weights import save_pretrained
+from tests.image_files import save_images, tiny
 from tests.modules.helpers import BERT, quiet_trainer
 from tests.networks import random_network
 
@@ -129,6 +131,27 @@ def test_mistakes_are_told_in_one_line(network_folder, tmp_path, words, told):
         run(network_folder, tmp_path / "scores.csv", *words)
     assert "\n" not in stop.value.code
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_image_is_named_and_may_be_left_out(network_folder, tmp_path, capsys):
+    photos = save_images(tmp_path / "photos", ["a.png", "b.png", "c.png"])
+    (photos / "b.png").write_bytes(b"<html>")
+    words, out = ("--images", str(photos), "--pictures", "0"), tmp_path / "scores.csv"
+    with pytest.raises(SystemExit, match=r"photos/b\.png: the file is not an image"):
+        run(network_folder, out, *words)
+    assert run(network_folder, out, *words, "--on_bad_image", "skip") == 0
+    assert sorted(row[0] for row in list(csv.reader(out.open()))[1:]) == ["photos/a.png", "photos/c.png"]
+    assert "left out photos/b.png: the file is not an image" in capsys.readouterr().out
+    for name in ("a.png", "c.png"):
+        (photos / name).write_bytes(b"")
+    with pytest.raises(SystemExit, match="none of the 3 images"):
+        run(network_folder, out, *words, "--on_bad_image", "skip")
+
+
+def test_tokens_are_no_images(network_folder, tmp_path):
+    tokenize(tiny(3), "gray:16", size=8).save_to_disk(tmp_path / "tokens")
+    with pytest.raises(SystemExit, match="holds tokens"):
+        run(network_folder, tmp_path / "scores.csv", "--images", str(tmp_path / "tokens"))
 
 
 def test_a_folder_is_no_csv_file(tmp_path):
