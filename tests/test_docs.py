@@ -1,6 +1,7 @@
 """What README and documentation say holds: their Python runs, their commands parse, their tables and numbers agree.
 
-Python blocks run page by page, each page in one namespace and in a folder of its own that holds ``photos/``.
+Python blocks run page by page, each page in one namespace and in a folder of its own that holds ``photos/`` and
+``snapshots/``.
 """
 
 import re
@@ -68,7 +69,7 @@ class Uploads:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, tmp_path_factory):
-    """A folder with ``photos/cat`` and ``photos/dog``, a stand-in for the hub, and no reader for hints and progress."""
+    """A folder with labelled ``photos``, ``snapshots`` of every kind, a stand-in for the hub, and nobody to warn."""
     hub = tmp_path_factory.mktemp("hub")
     save_pretrained(hub, ImageGPT(ImageGPTConfig(2, 2, 16, 512, 8)), Palette.load("openai"))
     monkeypatch.setattr("huggingface_hub.HfApi", Uploads)
@@ -78,6 +79,11 @@ def workplace(tmp_path, monkeypatch, tmp_path_factory):
         path = Path("photos", ("cat", "dog")[number % 2], f"{number}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((24, 20), 60 + number).convert("RGB").save(path)
+    Path("snapshots").mkdir()
+    for number, mode in enumerate(["RGB", "L", "RGBA", "I;16", "P", "CMYK"] * 5):
+        image = Image.effect_noise((40 + 7 * number, 90 - 2 * number), 60)
+        image.convert(mode).save(f"snapshots/{number}.{'jpg' if mode == 'CMYK' else 'png'}")
+    Path("snapshots", "broken.jpg").write_bytes(b"<html>404</html>")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -145,7 +145,7 @@ class StoredImages:
         assert palette is not None
         n_crops = settings.n_crops if role == "train" else 1
         if n_crops == 1 and not isinstance(resize, CenterCrop):
-            rank_zero_info("cache=disk keeps the centre of each image; n_crops=10 keeps ten random squares of each")
+            rank_zero_info("cache=disk keeps the centre of large images; n_crops=10 keeps ten random squares of each")
             resize = CenterCrop(resize.size)
         whole = Part(part.source, part.split, part.dataset, members=part.members)
         file = open_token_cache(
