@@ -78,7 +78,7 @@ def make_batch(reading: Reading, labels: Tensor | None, augment: Augment | None)
     """Augment what was read and give it the names that modules look for."""
     grids, samples = reading.grids, reading.samples
     if augment is not None:
-        grids = np.stack([augment(grid, sample) for grid, sample in zip(grids, samples, strict=True)])
+        grids = augment(grids, samples)
     values = torch.from_numpy(np.ascontiguousarray(grids))
     batch: dict[str, Any] = {"tokens": values.flatten(1)} if values.shape[1] == 1 else {"image": values}
     batch["sample"] = torch.tensor(samples, dtype=torch.int64)

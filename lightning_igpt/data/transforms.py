@@ -6,17 +6,21 @@ Rules: Chen et al. 2020, sections 3.1 (crops) and 3.2 with appendix A (CIFAR pad
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from lightning_igpt.images import cut, resize_center_crop
+from lightning_igpt.objectives import counter_uniform
 
 # The paper resizes the shorter side to 256..384 and crops 224. In units of the crop this fits any size.
 _SHORTER_SIDE = (256 / 224, 384 / 224)
+_AUGMENTATION = 0x5EED_0F_A96  # far from the seeds that people choose
 
 
 class Resize(Protocol):
@@ -37,10 +41,10 @@ class Resize(Protocol):
 
 
 class Augment(Protocol):
-    """Changes the pixels of a square image at random."""
+    """Changes square images, or their tokens, at random."""
 
-    def __call__(self, pixels: NDArray[np.uint8], sample: int) -> NDArray[np.uint8]:
-        """Map uint8 (3, S, S) to uint8 (3, S, S); ``sample`` is the number of the draw."""
+    def __call__(self, grids: NDArray[Any], samples: Sequence[int]) -> NDArray[Any]:
+        """Map (B, C, S, S) to the same shape; ``samples`` are the numbers of the draws."""
         ...
 
 
@@ -62,28 +66,28 @@ def random_resized_crop(image: Image.Image, size: int, *, generator: np.random.G
 
 
 def reflect_pad_crop_flip(
-    pixels: NDArray[np.uint8], *, pad: int, flip: bool, generator: np.random.Generator
-) -> NDArray[np.uint8]:
-    """The paper's fine-tuning augmentation for CIFAR: pad by reflection, cut at random, maybe mirror.
+    grids: NDArray[Any], *, pad: int, top: NDArray[np.int64], left: NDArray[np.int64], mirrored: NDArray[np.bool_]
+) -> NDArray[Any]:
+    """The paper's fine-tuning augmentation for CIFAR: pad by reflection, cut, maybe mirror.
 
     Args:
-        pixels: uint8 (3, S, S).
+        grids: (B, C, S, S), pixels or tokens.
         pad: Pixels added on every side; below S.
-        flip: Mirror left to right with probability 1/2.
-        generator: Source of randomness.
+        top: (B,), where each cut begins in the padded grid, 0 to 2 * pad.
+        left: (B,), the same for columns.
+        mirrored: (B,), which are mirrored left to right.
 
     Returns:
-        uint8 (3, S, S).
+        (B, C, S, S).
     """
-    size = pixels.shape[-1]
-    top, left = generator.integers(0, 2 * pad + 1, size=2)
-    # Where each row and column of the padded image comes from; np.pad on the pixels is five times slower.
+    n, channels, size, _ = grids.shape
+    # Where each row and column of the padded grid comes from; np.pad on the pixels is five times slower.
     last = size - 1
     origin = last - np.abs(last - np.abs(np.arange(-pad, size + pad)))
-    rows, columns = origin[top : top + size], origin[left : left + size]
-    if flip and generator.random() < 0.5:
-        columns = columns[::-1]
-    return pixels[:, rows[:, None], columns]
+    rows, columns = (origin[start[:, None] + np.arange(size)] for start in (top, left))  # (B, S)
+    columns = np.where(mirrored[:, None], columns[:, ::-1], columns)
+    places = (rows[:, :, None] * size + columns[:, None, :]).reshape(n, 1, -1)  # (B, 1, S * S)
+    return np.take_along_axis(grids.reshape(n, channels, -1), places, axis=2).reshape(grids.shape)
 
 
 @dataclass(frozen=True)
@@ -124,13 +128,15 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class PadCropFlip:
-    """Fine-tuning: see ``reflect_pad_crop_flip``."""
+    """Fine-tuning: see ``reflect_pad_crop_flip``; each cut is as likely as another, one in two is mirrored."""
 
     pad: int = 4
     flip: bool = True
     seed: int = 0
 
-    def __call__(self, pixels: NDArray[np.uint8], sample: int) -> NDArray[np.uint8]:
-        """Augment one draw."""
-        generator = draw_generator(self.seed, sample)
-        return reflect_pad_crop_flip(pixels, pad=self.pad, flip=self.flip, generator=generator)
+    def __call__(self, grids: NDArray[Any], samples: Sequence[int]) -> NDArray[Any]:
+        """Augment a batch."""
+        # Another seed than that of the masks, which are drawn by the same numbers.
+        draws = counter_uniform(torch.tensor(samples), 3, seed=self.seed + _AUGMENTATION).numpy()  # (B, 3)
+        top, left = (draws[:, :2].T * (2 * self.pad + 1)).astype(np.int64)
+        return reflect_pad_crop_flip(grids, pad=self.pad, top=top, left=left, mirrored=self.flip & (draws[:, 2] < 0.5))

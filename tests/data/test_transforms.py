@@ -63,9 +63,10 @@ def test_which_images_are_cropped_at_random():
     assert crop(large, 5).tobytes() != RandomCrop(8, seed=2)(large, 5).tobytes()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("pad", [0, 1, 4, 7])
-def test_pad_crop_flip_against_numpy(pad):
-    pixels = np.asarray(noise((8, 8))).transpose(2, 0, 1)
+def test_pad_crop_flip_against_numpy(pad, channels):
+    pixels = np.asarray(noise((8, 8))).transpose(2, 0, 1)[:channels]
     padded = np.pad(pixels, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")
     possible = {
         padded[:, top : top + 8, left : left + 8][:, :, ::step].tobytes()
@@ -73,17 +74,32 @@ def test_pad_crop_flip_against_numpy(pad):
         for left in range(2 * pad + 1)
         for step in (1, -1)
     }
-    found = {
-        reflect_pad_crop_flip(pixels, pad=pad, flip=True, generator=draw_generator(3, sample)).tobytes()
-        for sample in range(3000)
-    }
-    assert found == possible  # 450 outcomes at most, 3000 draws: each is seen
+    found = {grid.tobytes() for grid in PadCropFlip(pad, seed=3)(np.stack([pixels] * 5000), range(5000))}
+    assert found == possible  # 450 outcomes at most, 5000 draws: each is seen
+
+
+def test_cuts_are_where_they_are_said_to_be():
+    grids = np.random.default_rng(0).integers(0, 512, (3, 1, 6, 6)).astype(np.int16)
+    top, left, mirrored = np.array([0, 4, 2]), np.array([3, 0, 2]), np.array([False, True, True])
+    found = reflect_pad_crop_flip(grids, pad=2, top=top, left=left, mirrored=mirrored)
+    assert found.dtype == np.int16
+    for i in range(3):
+        cut = np.pad(grids[i, 0], 2, mode="reflect")[top[i] : top[i] + 6, left[i] : left[i] + 6]
+        assert np.array_equal(found[i, 0], cut[:, ::-1] if mirrored[i] else cut)
+
+
+def test_a_draw_is_the_same_in_any_batch():
+    grids = np.stack([np.asarray(noise((8, 8), seed)).transpose(2, 0, 1) for seed in range(6)])
+    augment, samples = PadCropFlip(3, seed=5), [7, 2**40, 0, 3, 9, 1]
+    whole = augment(grids, samples)
+    for i, sample in enumerate(samples):
+        assert np.array_equal(augment(grids[i : i + 1], [sample])[0], whole[i])
+    assert not np.array_equal(PadCropFlip(3, seed=6)(grids, samples), whole)
 
 
 def test_flip_can_be_left_out():
-    pixels = np.asarray(noise((8, 8))).transpose(2, 0, 1)
-    for sample in range(20):
-        assert np.array_equal(PadCropFlip(0, False)(pixels, sample), pixels)
+    grids = np.stack([np.asarray(noise((8, 8))).transpose(2, 0, 1)] * 20)
+    assert np.array_equal(PadCropFlip(0, False)(grids, range(20)), grids)
 
 
 def test_draws_depend_on_seed_and_sample_alone():
