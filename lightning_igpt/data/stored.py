@@ -127,7 +127,7 @@ class StoredImages:
         replace: bool = False,
     ) -> Loader:
         part = self.parts[role]
-        self.bad_images[role] = BadImages(self.settings.max_bad_share, len(part))
+        self.bad_images[role] = BadImages(self.settings.max_bad_share, len(part.dataset))
         policy = BadImagePolicy(self.settings.on_bad_image, replace, self.settings.seed)
         labels = self._labels(role) if need_labels else self._labels_if_any(role)
         images = ImageBatches(
