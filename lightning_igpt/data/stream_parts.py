@@ -46,7 +46,8 @@ class StreamPart:
         stream: The split.
         image_column: Column of images or tokens.
         label_column: Column of class numbers, or None.
-        n_classes: Number of classes; needed with labels.
+        class_names: The classes of the training split; needed with labels.
+        own_names: The classes as this split numbers them, where it does so otherwise.
         hold_out: Which rows belong to the part; None means all.
         tokens: Whether the column holds tokens.
     """
@@ -56,7 +57,8 @@ class StreamPart:
     stream: datasets.IterableDataset
     image_column: str
     label_column: str | None = None
-    n_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    own_names: tuple[str, ...] = ()
     hold_out: HoldOut | None = None
     tokens: bool = False
 
@@ -83,19 +85,24 @@ class StreamPart:
         return f"{self.source}, split {self.split!r}, " + (str(path) if path else f"draw {sample}")
 
     def label(self, row: Mapping[str, Any]) -> int:
-        """The class number of a row.
+        """The class number of a row, as the training split numbers them.
 
         Raises:
-            ValueError: It is missing, hidden (-1) or outside the range.
+            ValueError: It is missing, hidden (-1), outside the range, or of a class that training does not have.
         """
         assert self.label_column is not None
-        label = row[self.label_column]
-        if label is None or not 0 <= label < self.n_classes:
+        label, names = row[self.label_column], self.own_names or self.class_names
+        if label is None or not 0 <= label < len(names):
             raise ValueError(
-                f"{self.source}, split {self.split!r}: a label is {label}, outside 0..{self.n_classes - 1}"
+                f"{self.source}, split {self.split!r}: a label is {label}, outside 0..{len(names) - 1}"
                 + ("; -1 marks the hidden labels of a benchmark's test split" if label == -1 else "")
             )
-        return int(label)
+        if names[label] not in self.class_names:
+            raise ValueError(
+                f"{self.source}, split {self.split!r} has the class {names[label]!r}, which the training split does not "
+                f"have; it has {', '.join(self.class_names)}"
+            )
+        return int(label) if names == self.class_names else self.class_names.index(names[label])
 
 
 def _content(value: Any) -> bytes:

@@ -165,7 +165,8 @@ class StreamedImages:
             stream,
             source.image_column,
             label_column,
-            n_classes=len(source.class_names or ()),
+            class_names=tuple(source.class_names or ()),
+            own_names=tuple(getattr((stream.features or {}).get(label_column), "names", ())),
             hold_out=hold_out,
             tokens=source.tokens is not None,
         )
