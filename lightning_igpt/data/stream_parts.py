@@ -99,8 +99,8 @@ class StreamPart:
             )
         if names[label] not in self.class_names:
             raise ValueError(
-                f"{self.source}, split {self.split!r} has the class {names[label]!r}, which the training split does not "
-                f"have; it has {', '.join(self.class_names)}"
+                f"{self.source}, split {self.split!r} has the class {names[label]!r}, which the training split does "
+                f"not have; it has {', '.join(self.class_names)}"
             )
         return int(label) if names == self.class_names else self.class_names.index(names[label])
 
