@@ -1,0 +1,55 @@
+import json
+
+import pytest
+
+from lightning_igpt.benchmarks import data
+
+SIDES = {"bare decoding", "data module", "datasets + DataLoader", "data module, tokens", "transformers, tokens"}
+SMALL_SIDES = {"pixel cache in memory", "token cache on disk", "streaming"}
+
+
+def test_the_last_line_is_json_with_every_measurement(monkeypatch, capsys):
+    monkeypatch.setattr(data, "BATCH", 8)
+    monkeypatch.setattr(data, "memory_growth", data._growth)  # in this process: another would have batches of 128
+    data.main(["--seconds", "0.001", "--repeats", "2", "--images", "32", "--rows", "64"])
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    assert set(result) == {
+        *("unit", "batch", "size", "torch", "datasets", "PIL", "numpy", "memory_growth_mib", *data.KINDS)
+    }
+    for kind in data.KINDS:
+        wanted = SIDES | SMALL_SIDES if kind == "PNG 32x32" else SIDES
+        assert set(result[kind]) == wanted
+        for row in result[kind].values():
+            assert 0 < row["min"] <= row["median"] <= row["max"] and row["to_bare"] > 0
+        assert f"\n{kind}" in printed
+    assert isinstance(result["memory_growth_mib"], float)
+
+
+@pytest.mark.parametrize("kind", data.KINDS.values(), ids=data.KINDS)
+def test_the_data_module_reads_what_bare_decoding_reads(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BATCH", 8)
+    files = data.make_files(kind, 8)
+    with data._everything_in(tmp_path):
+        path = data.write_parquet(files, tmp_path / "a.parquet")
+        images = next(data._batches(path, cache="none"))["image"].permute(0, 2, 3, 1).numpy()
+    bare = sorted(data.bare_pixels(file).tobytes() for file in files)
+    assert len(set(bare)) == 8 and sorted(pixels.tobytes() for pixels in images) == bare
+
+
+def test_memory_that_is_kept_shows(tmp_path, monkeypatch):
+    path = data.write_parquet(data.make_files(data.KINDS[data.SMALL], 256), tmp_path / "a.parquet")
+    monkeypatch.setattr(data, "BATCH", 64)
+    assert data._growth(path, 1024) < 4
+    kept, read = [], data.data_module
+    monkeypatch.setattr(
+        data, "data_module", lambda *a, **k: (kept.append(bytearray(2**20)) or count for count in read(*a, **k))
+    )
+    assert data._growth(path, 1024) > 12
+
+
+@pytest.mark.parametrize("option", ["seconds", "repeats", "images", "rows"])
+def test_nothing_to_measure_is_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        data.main([f"--{option}", "0"])
+    assert f"--{option} is 0" in capsys.readouterr().err
