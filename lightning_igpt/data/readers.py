@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from lightning_igpt.data.bad_images import BadImage, OnBadImage, stand_ins
 from lightning_igpt.data.dataset import Reading
@@ -98,7 +99,7 @@ class ImageReader:
         policy: BadImagePolicy = STOP,
     ) -> None:
         self.part, self.image_column, self.resize, self.cache, self.policy = part, image_column, resize, cache, policy
-        self._images = part.dataset.select_columns([image_column])
+        self._images = part.dataset.select_columns([image_column]).with_format("arrow")
 
     def read(self, places: list[int], samples: list[int]) -> Reading:
         """Read pixels, uint8 (B, 3, S, S).
@@ -106,36 +107,28 @@ class ImageReader:
         Raises:
             BadImageError: An image cannot be read and the policy is "error", or nothing of the batch can be.
         """
-        size = self.resize.size
-        pixels, absent = np.empty((len(places), 3, size, size), np.uint8), list(range(len(places)))
-        if self.cache is not None:
-            pixels, absent = self.cache.read(places)
-        values = self.values([places[number] for number in absent])
-        keep: list[int] = []
-        bad: dict[int, BadImage] = {}
         places = list(places)
-        for number, value in zip(absent, values, strict=True):
-            image = self.decode(places[number], value)
-            if isinstance(image, BadImage):
-                bad[number] = image
-            else:
-                pixels[number] = self._square(image, samples[number])
-                if not self.resize.is_random(image):
-                    keep.append(number)
-        if self.cache is not None:
-            self.cache.write([places[number] for number in keep], pixels[keep])
-        if not bad:
-            return Reading(pixels, places, samples, [])
-        return self._without(bad, pixels, places, samples)
+        if self.cache is None:
+            pixels, _, bad = self._decode_all(places, samples)
+        else:
+            pixels, absent = self.cache.read(places)
+            if not absent:
+                return Reading(pixels, places, samples, [])
+            of_absent = self._decode_all([places[number] for number in absent], [samples[number] for number in absent])
+            pixels[absent], bad = of_absent[0], {absent[number]: image for number, image in of_absent[2].items()}
+            fixed = [absent[number] for number in of_absent[1]]
+            self.cache.write([places[number] for number in fixed], pixels[fixed])
+        return self._without(bad, pixels, places, samples) if bad else Reading(pixels, places, samples, [])
 
-    def values(self, places: list[int]) -> list[Mapping[str, Any] | None]:
-        """The undecoded images."""
+    def values(self, places: list[int]) -> list[dict[str, Any]]:
+        """The undecoded images, ``{"bytes", "path"}``; both are None where one is missing."""
         if not places:
             return []
-        values: list[Mapping[str, Any] | None] = self._images[self.part.rows_of(places)][self.image_column]
-        return values
+        contents, paths = self._images[self.part.rows_of(places)][self.image_column].flatten()
+        pairs = zip(contents.to_pylist(), paths.to_pylist(), strict=True)
+        return [{"bytes": content, "path": path} for content, path in pairs]
 
-    def decode(self, place: int, value: Mapping[str, Any] | None) -> Any:  # PIL.Image.Image | BadImage
+    def decode(self, place: int, value: Mapping[str, Any]) -> Image.Image | BadImage:
         """One image, or what is wrong with it.
 
         Raises:
@@ -150,6 +143,25 @@ class ImageReader:
                     f"{bad.place}: {error}. Repair or remove it; on_bad_image=skip leaves such images out"
                 ) from error
             return bad
+
+    def _decode_all(
+        self, places: list[int], samples: list[int]
+    ) -> tuple[NDArray[np.uint8], list[int], dict[int, BadImage]]:
+        """uint8 (B, 3, S, S), which of them no other draw would change, and what is bad in their stead."""
+        size = self.resize.size
+        # One tall picture becomes an array once; an array of every image and a stack take twice as long.
+        tall = Image.new("RGB", (size, size * len(places)))
+        fixed: list[int] = []
+        bad: dict[int, BadImage] = {}
+        for number, (place, value) in enumerate(zip(places, self.values(places), strict=True)):
+            image = self.decode(place, value)
+            if isinstance(image, BadImage):
+                bad[number] = image
+                continue
+            tall.paste(self.resize(image, samples[number]), (0, number * size))
+            if not self.resize.is_random(image):
+                fixed.append(number)
+        return np.asarray(tall).reshape(-1, size, size, 3).transpose(0, 3, 1, 2).copy(), fixed, bad
 
     def _without(
         self, bad: dict[int, BadImage], pixels: NDArray[np.uint8], places: list[int], samples: list[int]
@@ -174,12 +186,12 @@ class ImageReader:
                 return other, self._square(image, sample)
         raise BadImageError(f"found no image of {self.part.source}, split {self.part.split!r}, that can be read")
 
-    def _square(self, image: Any, sample: int) -> NDArray[np.uint8]:
+    def _square(self, image: Image.Image, sample: int) -> NDArray[np.uint8]:
         pixels: NDArray[np.uint8] = np.asarray(self.resize(image, sample)).transpose(2, 0, 1)  # (3, S, S)
         return pixels
 
-    def _describe(self, place: int, value: Mapping[str, Any] | None) -> str:
-        path = (value or {}).get("path")
+    def _describe(self, place: int, value: Mapping[str, Any]) -> str:
+        path = value["path"]
         (row,) = self.part.rows_of([place])
         return self.part.describe(row) + (f" ({path})" if path else "")
 
