@@ -24,6 +24,7 @@ OWN_VERBS = {
     "score": "tell how surprising images are to a network, in nats per pixel",
     "lowdata": "classify with a few labels per class: linear probes on random subsets",
     "report": "gather runs on one HTML page, beside the paper's numbers and what differs",
+    "data": "look at a data set: splits, classes, bad images, palette error, a contact sheet",
     "palette": "fit a palette to images, or look at one",
     "convert": "write weights for transformers, NumPy or safetensors, and check them",
     "plan": "parameters, FLOPs and memory of a network",

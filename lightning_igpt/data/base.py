@@ -131,6 +131,16 @@ class ImageDataModule(LightningDataModule):
         self._loaded_state: dict[str, Any] = {}
 
     @property
+    def sources(self) -> list[Source]:
+        """What ``source`` names, opened: one, or those of a mix."""
+        return self._open()
+
+    @property
+    def images(self) -> StoredImages | StreamedImages | None:
+        """The parts of the source and how they are read; None before ``setup``."""
+        return self._images
+
+    @property
     def global_batch(self) -> int:
         """Images per step over all devices."""
         return self.batch_size * rank_and_world(self.trainer)[1]
@@ -182,6 +192,11 @@ class ImageDataModule(LightningDataModule):
             palette=self._colors(),
             state=state,
         )
+
+    def training_transform(self) -> tuple[Resize, Augment | None]:
+        """What makes a training image square, and what changes it then; a token cache of one crop keeps the centre."""
+        centre = self.settings.cache == "disk" and self.settings.n_crops == 1
+        return CenterCrop(self._size()) if centre else self._train_resize(), self._augment()
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """Every validation image once; empty with ``val_fraction=0`` and no validation split."""
