@@ -119,7 +119,7 @@ class Images:
         plain = _tensor(resize_center_crop(image, self.size))
         trained: NDArray[np.uint8] = _tensor(self.resize(image, draw)).numpy()
         if self.augment is not None:
-            trained = self.augment(trained, draw)
+            trained = self.augment(trained[None], [draw])[0]
         squares = torch.stack([plain, torch.from_numpy(np.ascontiguousarray(trained))])
         quantised = self.palette.dequantize(self.palette.quantize(squares))
         enlarged = _enlarged(torch.stack([plain, *quantised]))
@@ -166,7 +166,7 @@ class Tokens:
         assert self.palette is not None
         trained: NDArray[Any] = tokens
         if self.augment is not None:
-            trained = self.augment(trained, draw)
+            trained = self.augment(trained[None], [draw])[0]
         both = torch.from_numpy(np.stack([tokens, trained]))
         return _enlarged(self.palette.dequantize(both.flatten(1)))
 

@@ -67,7 +67,7 @@ class ImageDataModule(LightningDataModule):
     needs_labels: ClassVar[bool] = True
     num_classes: int | None = None
     class_names: list[str] | None = None
-    _images: StoredImages | StreamedImages | None = None  # there after setup
+    images: StoredImages | StreamedImages | None = None  # the parts and how they are read; None before ``setup``
 
     def __init__(
         self,
@@ -136,11 +136,6 @@ class ImageDataModule(LightningDataModule):
         return self._open()
 
     @property
-    def images(self) -> StoredImages | StreamedImages | None:
-        """The parts of the source and how they are read; None before ``setup``."""
-        return self._images
-
-    @property
     def global_batch(self) -> int:
         """Images per step over all devices."""
         return self.batch_size * rank_and_world(self.trainer)[1]
@@ -148,13 +143,13 @@ class ImageDataModule(LightningDataModule):
     @property
     def batches_per_epoch(self) -> int | None:
         """Steps of all devices in one pass over the training part; None before ``setup`` and where nobody knows."""
-        n_images = self._images.n_train if self._images is not None else None
+        n_images = self.images.n_train if self.images is not None else None
         return None if n_images is None else n_images // self.global_batch
 
     @property
     def bad_images(self) -> dict[str, str]:
         """Images that this process left out so far, and why."""
-        logs = self._images.bad_images.values() if self._images is not None else ()
+        logs = self.images.bad_images.values() if self.images is not None else ()
         return {place: reason for log in logs for place, reason in log.found.items()}
 
     def prepare_data(self) -> None:
@@ -167,12 +162,12 @@ class ImageDataModule(LightningDataModule):
         Raises:
             ValueError: A column, a split or labels are missing or unusable.
         """
-        if self._images is None:
+        if self.images is None:
             sources = self._open()
             images = self._stream(sources) if sources[0].streaming else self._store(sources)
             if self.needs_labels:
                 images.check_labels()
-            self._images = images
+            self.images = images
 
     def train_dataloader(self) -> Loader:
         """Shuffled global batches in an endless, resumable order.
@@ -200,7 +195,7 @@ class ImageDataModule(LightningDataModule):
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """Every validation image once; empty with ``val_fraction=0`` and no validation split."""
-        return self._eval_loader("val") if self._images is None or "val" in self._images.roles() else []
+        return self._eval_loader("val") if self.images is None or "val" in self.images.roles() else []
 
     def test_dataloader(self) -> Loader:
         """Every test image once.
@@ -212,17 +207,17 @@ class ImageDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> Loader:
         """Every image of the test split once, or of validation where there is no test split; labels may be absent."""
-        role = "test" if self._images is not None and "test" in self._images.roles() else "val"
+        role = "test" if self.images is not None and "test" in self.images.roles() else "val"
         return self._eval_loader(role, need_labels=False)
 
     def left_out_of_predictions(self) -> set[int]:
         """Rows of ``predict_dataloader`` that could not be read, so that no prediction stands for them."""
-        logs = self._images.bad_images if self._images is not None else {}
+        logs = self.images.bad_images if self.images is not None else {}
         return logs["test" if "test" in logs else "val"].numbers if logs else set()
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run has come in its order, and what the order is made of."""
-        return {} if self._images is None else self._images.state(self.trainer)
+        return {} if self.images is None else self.images.state(self.trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what the checkpoint says; ``train_dataloader`` checks it, since evaluation may use other settings."""
@@ -231,7 +226,7 @@ class ImageDataModule(LightningDataModule):
     def teardown(self, stage: str) -> None:
         """Say how many images were left out, and list them in ``bad_images.csv`` beside the logs."""
         found = self.bad_images
-        if found and self.trainer is not None and self._images is not None:
+        if found and self.trainer is not None and self.images is not None:
             rank = self.trainer.global_rank
             folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
             path = write_list(found, folder / (f"bad_images_{rank}.csv" if rank else "bad_images.csv"))
@@ -327,14 +322,14 @@ class ImageDataModule(LightningDataModule):
         return [divide(sources[0], **self._split_names), *(divide(source, **names) for source in sources[1:])]
 
     def _part(self, role: str) -> StoredImages | StreamedImages:
-        if self._images is None:
+        if self.images is None:
             raise RuntimeError("call setup() before asking for a loader")
-        if role not in self._images.roles():
+        if role not in self.images.roles():
             source = self._open()[0]
             raise ValueError(
                 f"{source.name} has no {role} split; set {role}_split to one of: {', '.join(source.splits)}"
             )
-        return self._images
+        return self.images
 
     def _eval_loader(self, role: str, *, need_labels: bool | None = None) -> Loader:
         needed = self.needs_labels if need_labels is None else need_labels
