@@ -34,6 +34,14 @@ def stand_ins(seed: int, place: int, n_images: int) -> Iterator[int]:
         yield int(generator.integers(n_images))
 
 
+def without_traceback(error: BadImageError) -> BadImageError:
+    """The error as it was raised: torch writes the whole traceback of a worker into the text."""
+    # Torch's frames hold the error in a cycle, and with it the workers, which then wait for ever: whatever collects
+    # cycles closes their queues before it tells them to stop.
+    error.__traceback__ = None
+    return BadImageError(str(error).rpartition(f"{BadImageError.__name__}: ")[2].strip())
+
+
 class BadImages:
     """The images left out so far, each once.
 
@@ -80,6 +88,6 @@ class BadImages:
 def write_list(found: dict[str, str], path: Path) -> Path:
     """Write images that were left out, and why, as CSV; return the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("image", "reason"), *found.items()])
     return path

@@ -225,10 +225,12 @@ class ImageDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Say how many images were left out, and list them in ``bad_images.csv`` beside the logs."""
-        found = self.bad_images
-        if found and self.trainer is not None and self.images is not None:
+        if self.trainer is None or self.images is None:
+            return
+        # All processes ask for the folder, which they do together, also those that left nothing out.
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        if found := self.bad_images:
             rank = self.trainer.global_rank
-            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
             path = write_list(found, folder / (f"bad_images_{rank}.csv" if rank else "bad_images.csv"))
             rank_zero_warn(f"{len(found)} images could not be read and were left out; they are listed in {path}")
 

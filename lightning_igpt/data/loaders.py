@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import signal
 import weakref
 from collections.abc import Iterator
@@ -23,8 +22,6 @@ from lightning_igpt.palette import Palette
 
 DEFAULT_IMAGE_SIZE = 32
 
-_ITERATORS: weakref.WeakSet[Any] = weakref.WeakSet()  # those with workers, of all loaders
-
 
 class Loader(DataLoader[dict[str, Tensor]]):
     """A DataLoader that Lightning takes for resumable: for any other it warns, falsely here, of unreliable results.
@@ -35,11 +32,15 @@ class Loader(DataLoader[dict[str, Tensor]]):
 
     bad_images: BadImages | None = None
     progress: StreamProgress | None = None
+    _watched: Any = None  # the iterator whose workers will be stopped
 
     def __iter__(self) -> Any:
-        iterator = super().__iter__()
-        if self.num_workers > 0:
-            _ITERATORS.add(iterator)
+        iterator: Any = super().__iter__()
+        if self.num_workers > 0 and iterator is not self._watched:
+            # Told to stop before anything else of the loader goes, and before Python ends: workers that ignore SIGTERM
+            # are waited for otherwise. When a cycle is collected, their queues are closed first, and they never hear.
+            weakref.finalize(self, iterator._shutdown_workers)
+            self._watched = iterator
         return self._stripped(iterator)
 
     def _stripped(self, iterator: Iterator[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:
@@ -152,10 +153,3 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-@atexit.register
-def _stop_workers() -> None:
-    # Python ends the children that are left with SIGTERM and waits for them. Workers that ignore it are told before.
-    for iterator in list(_ITERATORS):
-        iterator._shutdown_workers()

@@ -12,7 +12,9 @@ from lightning_igpt.data.splits import Part
 
 
 def check_weights(n_sources: int, weights: Sequence[float] | None) -> None:
-    """Raise ValueError unless there is one weight for each of several sources."""
+    """Raise ValueError unless there are sources and, if weights, one for each of several."""
+    if n_sources < 1:
+        raise ValueError("source is an empty list; name at least one source")
     if weights is None:
         return
     if n_sources < 2:
@@ -35,11 +37,11 @@ def mix(sources: Sequence[Source], parts: Sequence[Part]) -> Part:
             )
     features = parts[0].dataset.select_columns([column]).features
     tables = [
-        part.dataset.select_columns([source.image_column]).rename_columns({source.image_column: column}).cast(features)
-        if source.image_column != column or part.dataset.features[source.image_column] != features[column]
-        else part.dataset.select_columns([column])
+        part.dataset.select_columns([source.image_column]).rename_columns({source.image_column: column})
         for source, part in zip(sources, parts, strict=True)
     ]
+    # A cast writes all rows to the disk, hence only where it changes something.
+    tables = [table if table.features == features else table.cast(features) for table in tables]
     starts = np.cumsum([0, *(len(part.dataset) for part in parts)])
     rows = [
         start + (np.arange(len(part.dataset)) if part.rows is None else part.rows)

@@ -176,8 +176,8 @@ def mix_quotas(weights: Sequence[float]) -> list[int]:
     Raises:
         ValueError: A weight is not above 0, or too small for a place among a thousand draws.
     """
-    if not all(weight > 0 for weight in weights):
-        raise ValueError(f"source_weights are {list(weights)}; each must be above 0")
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise ValueError(f"source_weights are {list(weights)}; each must be a number above 0")
     exact = [weight * MIX_BLOCK / sum(weights) for weight in weights]
     quotas = [int(value) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -212,9 +213,10 @@ class TokenColumn:
     def read(self, places: list[int], samples: list[int]) -> Reading:
         """Read tokens, int16 (B, 1, S, S)."""
         rows = self._tokens[self.part.rows_of(places)][self.column].combine_chunks()
+        lengths = pc.list_value_length(rows).fill_null(0).to_numpy()
+        if (lengths != self.size**2).any():
+            wrong = int(np.flatnonzero(lengths != self.size**2)[0])
+            (row,) = self.part.rows_of([places[wrong]])
+            raise ValueError(f"{self.part.describe(row)}: there are {lengths[wrong]} tokens, not {self.size}^2")
         flat = rows.flatten().to_numpy(zero_copy_only=False)
-        if len(flat) != len(places) * self.size**2:
-            wrong = next(row for row, tokens in zip(places, rows, strict=True) if len(tokens) != self.size**2)
-            (row,) = self.part.rows_of([wrong])
-            raise ValueError(f"{self.part.describe(row)}: there are not {self.size}^2 tokens")
         return Reading(flat.astype(np.int16).reshape(-1, 1, self.size, self.size), places, samples, [])

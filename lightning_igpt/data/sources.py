@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +103,7 @@ def open_source(
     """
     splits, where = _open(source, name, revision, streaming)
     splits = {split: rows.with_format(None) for split, rows in splits.items()}
-    base = (train_split or "train").split("[")[0].split("+")[0]
+    base = re.split(r"[\[+]", train_split or "train")[0].strip()
     train = splits.get(base, next(iter(splits.values())))
     features = _features(train, where)
     mark = None

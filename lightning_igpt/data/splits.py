@@ -6,7 +6,8 @@ import bisect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, combinations, product
+from typing import TypeAlias
 
 import datasets
 import numpy as np
@@ -18,6 +19,7 @@ from lightning_igpt.data.sources import Source
 
 _NAMES = {"train": ("train",), "val": ("validation", "valid", "val", "dev"), "test": ("test",)}
 _PLAIN = re.compile(r"[^\[\]+]+")  # a split's name without slice or sum
+_Range: TypeAlias = tuple[str, int, int]  # split, first row, row after the last
 
 
 @dataclass(frozen=True)
@@ -141,14 +143,21 @@ def _with_slice(source: Source, name: str, option: str) -> Source:
         raise ValueError(f"{option} is {name!r}, but {source.name} has the splits {', '.join(source.splits)}")
     if source.streaming:
         raise ValueError(f"{option} is {name!r}; a stream has no slices: name a whole split, or use streaming=False")
-    pieces = [
-        source.splits[base].select(range(start, stop)) for base, start, stop in _ranges(source, name, option=option)
-    ]
-    return source.with_split(name, pieces[0] if len(pieces) == 1 else datasets.concatenate_datasets(pieces))
+    ranges = _ranges(source, name, option=option)
+    if twice := sum(_overlap(one, other) for one, other in combinations(ranges, 2)):
+        raise ValueError(
+            f"{option} is {name!r}, which takes {twice} rows of {source.name} twice; a hold-out could then validate on "
+            "images that are trained on. Name every row once"
+        )
+    pieces = [source.splits[base].select(range(start, stop)) for base, start, stop in ranges]
+    try:
+        return source.with_split(name, pieces[0] if len(pieces) == 1 else datasets.concatenate_datasets(pieces))
+    except ValueError as error:
+        raise ValueError(f"{option} is {name!r}, but these splits of {source.name} do not fit: {error}") from error
 
 
-def _ranges(source: Source, name: str, *, option: str = "a split") -> list[tuple[str, int, int]]:
-    """(split, first row, row after the last) of what a name means."""
+def _ranges(source: Source, name: str, *, option: str = "a split") -> list[_Range]:
+    """The rows that a name means."""
     lengths = {split: len(rows) for split, rows in source.splits.items() if _PLAIN.fullmatch(split)}
     if name in lengths:
         return [(name, 0, lengths[name])]
@@ -165,12 +174,11 @@ def _ranges(source: Source, name: str, *, option: str = "a split") -> list[tuple
 def _shared_rows(source: Source, one: str, other: str) -> int:
     if source.streaming:
         return int(one == other)
-    return sum(
-        max(0, min(stop, end) - max(start, first))
-        for base, start, stop in _ranges(source, one)
-        for name, first, end in _ranges(source, other)
-        if base == name
-    )
+    return sum(_overlap(mine, yours) for mine, yours in product(_ranges(source, one), _ranges(source, other)))
+
+
+def _overlap(one: _Range, other: _Range) -> int:
+    return max(0, min(one[2], other[2]) - max(one[1], other[1])) if one[0] == other[0] else 0
 
 
 def _choose(source: Source, role: str, wanted: str | None) -> str | None:

@@ -103,14 +103,24 @@ class StoredImages:
 
     def state(self, trainer: Trainer | None) -> dict[str, Any]:
         """What a checkpoint needs to resume the order."""
-        return {} if self._order is None else {"batches_done": batches_done(trainer), **self._order.fingerprint}
+        return {} if self._order is None else {"batches_done": batches_done(trainer), **self._fingerprint()}
+
+    def _fingerprint(self) -> dict[str, Any]:
+        assert self._order is not None
+        return self._order.fingerprint | ({"sizes": list(self.sizes)} if self.sizes else {})
 
     def _check_state(self, state: dict[str, Any]) -> None:
-        assert self._order is not None
-        for key, mine in self._order.fingerprint.items():
-            if state.get(key, mine) != mine:
+        if "stream" in state:
+            raise ValueError(
+                f"the checkpoint was made with streaming=True: after {state['batches_done']} batches the images would "
+                "not continue in the same order. Stream again, or start a new run from the weights with pretrained="
+            )
+        fingerprint = self._fingerprint()
+        for key in dict.fromkeys([*fingerprint, *state]) if state else ():
+            theirs, mine = state.get(key), fingerprint.get(key)
+            if key != "batches_done" and theirs != mine:
                 raise ValueError(
-                    f"the checkpoint was made with {key}={state[key]}, this run has {key}={mine}: after "
+                    f"the checkpoint was made with {key}={theirs}, this run has {key}={mine}: after "
                     f"{state['batches_done']} batches the images would not continue in the same order. Set it as it "
                     "was (global_batch is batch_size x devices), or start a new run from the weights with pretrained="
                 )

@@ -13,9 +13,10 @@ from datasets.utils import tqdm
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_igpt.data.bad_images import BadImage, BadImages
+from lightning_igpt.data.bad_images import BadImage, BadImages, without_traceback
 from lightning_igpt.data.locations import quiet
 from lightning_igpt.data.readers import ImageReader
+from lightning_igpt.images import BadImageError
 from lightning_igpt.palette import Palette
 
 _CHUNK = 64  # images that a process decodes before it hands them over
@@ -95,7 +96,10 @@ class TokenBuilder:
         if workers == 0 and n_images >= _WORTH_WORKERS:
             workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
         crops = Crops(self.reader, self.n_crops)
-        return iter(DataLoader(crops, batch_size=None, sampler=chunks, num_workers=workers, collate_fn=_as_it_is))
+        try:
+            yield from DataLoader(crops, batch_size=None, sampler=chunks, num_workers=workers, collate_fn=_as_it_is)
+        except BadImageError as error:
+            raise without_traceback(error) from error
 
 
 def _as_it_is(value: Any) -> Any:

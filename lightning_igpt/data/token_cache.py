@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ class TokenFileReader:
             good = [number for number, row in enumerate(rows) if row not in self.bad]
             if not good:
                 raise BadImageError(
-                    f"none of the {len(rows)} images of a batch can be read; the first is {bad[0].place}"
+                    f"none of the {len(rows)} images of a batch can be read; the first is {bad[0].place}: "
+                    f"{bad[0].reason}"
                 )
             return [places[i] for i in good], [samples[i] for i in good], bad
         places = [self._stand_in(place) if row in self.bad else place for place, row in zip(places, rows, strict=True)]
@@ -167,19 +169,16 @@ def open_token_cache(
 
 def describe(reader: ImageReader, palette: Palette, n_crops: int) -> dict[str, Any]:
     """The manifest of a cache, but for what is bad in it."""
-    part, digest = reader.part, fingerprint(reader.part, reader.image_column)
-    source = str(Path(part.source).expanduser().resolve()) if Path(part.source).expanduser().exists() else part.source
-    if source.startswith("the "):  # a data set in memory has no name: another one is another cache, not a newer one
-        source += f" {digest[:12]}"
+    part = reader.part
     return {
         "format": _FORMAT,
-        "source": source,
+        "source": " + ".join(_name(member) for member in part.members or (part,)),
         "split": part.split,
         "palette_sha256": palette.sha256,
         "image_size": reader.resize.size,
         "transform": repr(reader.resize),
         "n_crops": n_crops,
-        "fingerprint": digest,
+        "fingerprint": fingerprint(part, reader.image_column),
         "n_images": len(part.dataset),
     }
 
@@ -187,15 +186,29 @@ def describe(reader: ImageReader, palette: Palette, n_crops: int) -> dict[str, A
 def fingerprint(part: Part, image_column: str) -> str:
     """Changes when the images do: the data set's own, and size and date of image files that lie outside of it."""
     digest = hashlib.sha256(part.dataset._fingerprint.encode())
-    images = part.dataset.select_columns([image_column]).with_format("arrow")[:][image_column].combine_chunks()
-    if images.field("bytes").null_count == len(images):
-        for name in images.field("path").to_pylist():
-            try:
-                status = Path(name).stat()
-            except (OSError, TypeError):  # it will be told of when it is read
-                continue
-            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for name in _outside(part, image_column):
+        try:
+            status = Path(name).stat()
+        except (OSError, TypeError, ValueError):  # it will be told of when it is read
+            continue
+        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def _outside(part: Part, image_column: str) -> Iterator[str]:
+    """The paths of images whose bytes are not in the data set."""
+    images = part.dataset.select_columns([image_column]).with_format("arrow")[:][image_column]
+    for piece in images.chunks:  # joined they would be copied, and fail beyond 2 GiB
+        yield from piece.field("path").filter(piece.field("bytes").is_null()).to_pylist()
+
+
+def _name(part: Part) -> str:
+    """The source, whatever the working folder."""
+    path = Path(part.source).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    # A data set in memory has no name: another one is another cache, not a newer one.
+    return part.source + (f" {part.dataset._fingerprint}" if part.source.startswith("the ") else "")
 
 
 def folder_name(manifest: dict[str, Any]) -> str:
@@ -214,6 +227,8 @@ def _read_manifest(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | str:
         return f"{wanted['n_images']:,} images, {wanted['n_crops']} crop(s) each"
     except (OSError, ValueError) as error:
         return f"the one there cannot be read ({error})"
+    if not isinstance(found, dict) or "bad" not in found:
+        return f"the one there cannot be read ({_MANIFEST} is damaged)"
     for name in (*_NAMES, *_CONTENTS):
         if found.get(name) != wanted[name]:
             return f"the images have changed since ({name} was {found.get(name)}, is {wanted[name]})"
@@ -231,6 +246,14 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
+def _reserve(file: int, size: int) -> None:
+    """Make the file that large; a disk that others fill meanwhile would otherwise end the process by a bus error."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
+
+
 def _write(path: Path, builder: TokenBuilder, manifest: dict[str, Any]) -> list[tuple[int, str, str]]:
     """Write both files; return what could not be read."""
     path.mkdir(parents=True)
@@ -243,7 +266,9 @@ def _write(path: Path, builder: TokenBuilder, manifest: dict[str, Any]) -> list[
         )
     shape = (manifest["n_images"], manifest["n_crops"], manifest["image_size"] ** 2)
     try:
-        tokens = np.memmap(path / _TOKENS, dtype="<u2", mode="w+", shape=shape)
+        with (path / _TOKENS).open("wb") as file:
+            _reserve(file.fileno(), needed)
+        tokens = np.memmap(path / _TOKENS, dtype="<u2", mode="r+", shape=shape)
         bad = builder.fill(tokens)
         tokens.flush()
         with (path / _TOKENS).open("rb+") as file:

@@ -1,7 +1,11 @@
+import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
+import time
+import weakref
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from lightning.pytorch import Trainer
 
 from lightning_igpt.data.bad_images import BadImages
 from lightning_igpt.data.dataset import ImageBatches
-from lightning_igpt.data.loaders import _stop_workers, epoch_length, make_loader
+from lightning_igpt.data.loaders import epoch_length, make_loader
 from lightning_igpt.data.order import EvalOrder
 
 
@@ -55,8 +59,29 @@ def test_a_worker_outlives_the_signals_of_a_scheduler():
 def test_workers_are_stopped_before_the_program_ends():
     loader = make_loader(SignalsOfAWorker(), EvalOrder(4, batch_size=2), num_workers=2, bad_images=BadImages(0))
     next(iter(loader))
-    _stop_workers()
+    weakref.finalize._exitfunc()  # what Python does at the end
     assert not any(worker.is_alive() for worker in loader._iterator._workers)
+
+
+class Raises(ImageBatches):
+    def __init__(self):
+        pass
+
+    def __getitem__(self, draws):
+        raise ValueError("not one of ours")
+
+
+@pytest.mark.parametrize("images", [SignalsOfAWorker(), Raises()])
+def test_workers_stop_when_their_loader_goes_in_a_cycle(images):
+    loader = make_loader(images, EvalOrder(4, batch_size=2), num_workers=1, bad_images=BadImages(0))
+    with contextlib.suppress(ValueError):
+        list(loader)
+    (worker,) = loader._iterator._workers
+    loader.itself = loader
+    del loader
+    start = time.monotonic()
+    gc.collect()
+    assert not worker.is_alive() and time.monotonic() - start < 4
 
 
 @pytest.mark.slow
