@@ -116,6 +116,8 @@ def _explain(value: Any, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"the image is far too large: {error}"
     if isinstance(error, UnidentifiedImageError):
+        if isinstance(value, Mapping) and not value.get("bytes") and not Path(value["path"]).stat().st_size:
+            return "the image file is empty (0 bytes)"
         return f"the file is not an image of a known format ({', '.join(FORMATS)}) or its header is damaged"
     if isinstance(error, FileNotFoundError):
         return f"there is no file {Path(value['path'])}"

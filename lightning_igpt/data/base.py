@@ -16,6 +16,7 @@ from lightning_igpt.data.settings import Settings
 from lightning_igpt.data.sources import ImageSource, Source, open_source
 from lightning_igpt.data.splits import Division, divide, make_parts
 from lightning_igpt.data.stored import StoredImages
+from lightning_igpt.data.stream_parts import HoldOut, Kept
 from lightning_igpt.data.streamed import StreamedImages
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
 from lightning_igpt.palette import Palette
@@ -283,10 +284,9 @@ class ImageDataModule(LightningDataModule):
             if len(self._opened) == 1:
                 self.class_names = self._opened[0].class_names
                 self.num_classes = None if self.class_names is None else len(self.class_names)
-            if self.settings.cache in ("disk", "memory") and self._opened[0].streaming:
-                raise ValueError(
-                    f"cache is {self.settings.cache!r}, but rows of a stream do not come back; use cache=none"
-                )
+            cache = self.settings.cache
+            if self._opened[0].streaming and cache in ("disk", "memory"):
+                raise ValueError(f"cache is {cache!r}, but rows of a stream do not come back; use cache=none")
         return self._opened
 
     def _store(self, sources: list[Source]) -> StoredImages:
@@ -306,6 +306,8 @@ class ImageDataModule(LightningDataModule):
         if len(sources) > 1:
             streams: list[Any] = [one.source.splits[one.train] for one in divisions]
             columns = [one.source.image_column for one in divisions]
+            if first.val is None and self.settings.val_fraction > 0:
+                streams[0] = streams[0].filter(Kept(columns[0], HoldOut(self.settings.val_fraction, held_out=False)))
             mixed = mix_streams(streams, columns, self.source_weights, self.seed)
             name = " + ".join(source.name for source in sources)
             source = replace(first.source.with_split(name, mixed), class_names=None)

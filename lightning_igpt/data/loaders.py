@@ -39,7 +39,7 @@ class Loader(DataLoader[dict[str, Tensor]]):
         if self.num_workers > 0 and iterator is not self._watched:
             # Told to stop before anything else of the loader goes, and before Python ends: workers that ignore SIGTERM
             # are waited for otherwise. When a cycle is collected, their queues are closed first, and they never hear.
-            weakref.finalize(self, iterator._shutdown_workers)
+            weakref.finalize(self, _stop, iterator)
             self._watched = iterator
         return self._stripped(iterator)
 
@@ -47,11 +47,18 @@ class Loader(DataLoader[dict[str, Tensor]]):
         while True:
             try:
                 batch = next(iterator, None)
-            except BadImageError as error:  # from a worker it comes with the worker's whole traceback in its text
+                stripped = None if batch is None else self._strip(batch)
+            except Exception as error:
+                if self.num_workers > 0:
+                    _stop(iterator)  # and not when the traceback goes, which holds them
+                    self._iterator = None
+                if not isinstance(error, BadImageError):
+                    raise
+                # From a worker it comes with the worker's whole traceback in its text.
                 raise BadImageError(str(error).rpartition(f"{BadImageError.__name__}: ")[2].strip()) from error
-            if batch is None:
+            if stripped is None:
                 return
-            yield self._strip(batch)
+            yield stripped
 
     def _strip(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         bad, place = batch.pop(BAD, []), batch.pop(PLACE, None)
@@ -146,6 +153,14 @@ def network_palette(trainer: Trainer | None) -> Palette | None:
     module = trainer.lightning_module if trainer is not None else None
     palette = getattr(module, "palette", None)
     return palette if isinstance(palette, Palette) else None
+
+
+def _stop(iterator: Any) -> None:
+    workers = list(iterator._workers)
+    iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()  # they ignore SIGTERM, and Python would wait for them for ever
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

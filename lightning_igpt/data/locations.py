@@ -62,7 +62,9 @@ def as_stream(rows: Rows) -> datasets.IterableDataset:
     """A data set that lies here as a stream of up to 64 shards; a stream as it is."""
     if isinstance(rows, datasets.IterableDataset):
         return rows
-    return rows.to_iterable_dataset(num_shards=max(1, min(_STREAM_SHARDS, len(rows))))
+    if not len(rows):
+        raise ValueError(f"the split {str(rows.split)!r} has no rows, so it cannot be read as a stream")
+    return rows.to_iterable_dataset(num_shards=min(_STREAM_SHARDS, len(rows)))
 
 
 @contextlib.contextmanager

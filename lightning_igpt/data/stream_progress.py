@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch.distributed
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_igpt.data.order import StreamOrder
 from lightning_igpt.data.streams import Cursor
 
-_KEPT = 1024  # batches read ahead of those done, at the most
+_KEPT = 64  # batches of each reader; the loop asks for those done, and has taken few more
 
 
 class StreamProgress:
@@ -28,23 +29,46 @@ class StreamProgress:
     def note(self, number: int, cursor: dict[str, Any]) -> None:
         """Batch ``number`` was read, and left its reader at ``cursor``."""
         self._after[number] = cursor
-        self._after.pop(number - _KEPT, None)
+        self._after.pop(number - _KEPT * len(self.start), None)
+
+    def places(self, batches_done: int) -> list[dict[str, Any]]:
+        """Where each reader of this process stands after its first ``batches_done`` batches."""
+        n_readers = len(self.start)
+        lasts = [batches_done - 1 - (batches_done - 1 - reader) % n_readers for reader in range(n_readers)]
+        return [self._after.get(last, start) for last, start in zip(lasts, self.start, strict=True)]
 
     def state(self, batches_done: int) -> list[list[dict[str, Any]]]:
-        """Where each reader of each process stands after its first ``batches_done`` batches; plain values.
+        """The places of all processes; plain values.
 
         Under several processes all must call it together: the checkpoint is one file.
         """
-        n_readers = len(self.start)
-        own = []
-        for reader, start in enumerate(self.start):
-            last = batches_done - 1 - (batches_done - 1 - reader) % n_readers
-            own.append(self._after.get(last, start))
+        own = self.places(batches_done)
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return [own]
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, own)
         return everyone
+
+
+class PlacedOrder(StreamOrder):
+    """Numbers of batches, the first of each reader with the place where it begins.
+
+    Args:
+        progress: Knows the places.
+        **common: The options of ``StreamOrder``.
+    """
+
+    def __init__(self, progress: StreamProgress, **common: Any) -> None:
+        super().__init__(**common)
+        self.progress = progress
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any] | None]]:  # type: ignore[override]
+        places = self.progress.places(self.batches_done())
+        begun: set[int] = set()
+        for number in super().__iter__():
+            reader = number % len(places)
+            yield number, None if reader in begun else places[reader]
+            begun.add(reader)
 
 
 def resume(state: list[list[dict[str, Any]]] | None, *, rank: int, world_size: int, n_readers: int) -> list[Cursor]:

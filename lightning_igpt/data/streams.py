@@ -8,7 +8,7 @@ the stream at the beginning of a block and a number. A resumed reader reads that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ from lightning_igpt.data.transforms import Augment, Resize
 from lightning_igpt.images import BadImageError
 
 PLACE = "place_in_stream"  # key of a batch: (its number, the cursor of its reader after it); loaders take it off
+
+_EMPTY_PASSES = 100  # a reader may get shards without rows in some passes, but hardly in so many on end
 
 
 @dataclass(frozen=True)
@@ -63,63 +65,80 @@ class StreamReader:
     def __init__(
         self, part: StreamPart, *, index: int, count: int, seed: int, block: int, cursor: Cursor = Cursor()
     ) -> None:
-        self.part, self.index, self.count, self.seed, self.block = part, index, count, seed, block
-        self.cursor = cursor
-        self._rows = self._endless()
+        self.part, self.index, self.count, self.cursor = part, index, count, cursor
+        # The generator must not know this object: in a cycle it would live on until a garbage collection, in any
+        # thread, but a mix cannot be closed in a thread in which it reads ahead: that one would wait for itself.
+        self._rows = _Share(part, index, count, seed, block).rows(cursor)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        return next(self._rows)
+        self.cursor, row = next(self._rows)
+        return row
 
     def sample(self) -> int:
         """A number for the row given last that no other row of any reader has in this run."""
         return (self.cursor.n_rows - 1) * self.count + self.index
 
-    def _endless(self) -> Iterator[dict[str, Any]]:
-        while True:
-            before = self.cursor.n_rows
-            yield from self._pass()
-            if self.cursor.n_rows == before and self.cursor.state is None:
-                raise ValueError(
-                    f"{self.part.source}, split {self.part.split!r}, gave no rows to reader "
-                    f"{self.index} of {self.count}"
-                )
-            self.cursor = Cursor(self.cursor.number_of_pass + 1, n_rows=self.cursor.n_rows)
 
-    def _pass(self) -> Iterator[dict[str, Any]]:
-        stream = self._stream()
+@dataclass(frozen=True)
+class _Share:
+    """What a reader reads, as ``StreamReader`` documents it."""
+
+    part: StreamPart
+    index: int
+    count: int
+    seed: int
+    block: int
+
+    def rows(self, cursor: Cursor) -> Iterator[tuple[Cursor, dict[str, Any]]]:
+        """The rows from a place on, each with the place after it."""
+        n_empty = 0
+        while n_empty < _EMPTY_PASSES:
+            before = cursor.n_rows
+            cursor = yield from self._pass(cursor)
+            n_empty = n_empty + 1 if cursor.n_rows == before else 0
+            cursor = Cursor(cursor.number_of_pass + 1, n_rows=cursor.n_rows)
+        raise ValueError(
+            f"{self.part.source}, split {self.part.split!r}, gave no rows to reader {self.index} of {self.count} in "
+            f"{_EMPTY_PASSES} passes; it is empty, or all of it is held out (val_fraction)"
+        )
+
+    def _pass(self, cursor: Cursor) -> Generator[tuple[Cursor, dict[str, Any]], None, Cursor]:
+        stream = self._stream(cursor)
         for block in stream.iter(self.block):
             n_rows = len(block[self.part.image_column])
-            for place in self._order(n_rows)[self.cursor.offset :]:
-                self.cursor = replace(self.cursor, offset=self.cursor.offset + 1)
-                if self.part.hold_out is None or self.part.hold_out.keeps(block[self.part.image_column][place]):
-                    self.cursor = replace(self.cursor, n_rows=self.cursor.n_rows + 1)
-                    yield {name: values[place] for name, values in block.items()}
+            for place in self._order(n_rows, cursor)[cursor.offset :]:
+                row = self.part.row(block, place)
+                cursor = replace(cursor, offset=cursor.offset + 1, n_rows=cursor.n_rows + (row is not None))
+                if row is not None:
+                    yield cursor, row
             state = json.dumps(stream.state_dict())
-            self.cursor = replace(self.cursor, block=self.cursor.block + 1, state=state, offset=0)
+            cursor = replace(cursor, block=cursor.block + 1, state=state, offset=0)
+        return cursor
 
-    def _stream(self) -> datasets.IterableDataset:
+    def _stream(self, cursor: Cursor) -> datasets.IterableDataset:
         strategy = "shards" if (self.part.stream.num_shards or 1) >= self.count else "auto"
         stream = split_dataset_by_node(self.part.stream, rank=self.index, world_size=self.count, strategy=strategy)
         # Any number but 0 shuffles the shards, the same way for all readers.
-        stream.set_epoch(1 + self.seed * 1_000_003 + self.cursor.number_of_pass)
-        if self.cursor.state is not None:
-            stream.load_state_dict(json.loads(self.cursor.state))
+        stream.set_epoch(1 + self.seed * 1_000_003 + cursor.number_of_pass)
+        if cursor.state is not None:
+            stream.load_state_dict(json.loads(cursor.state))
         return stream
 
-    def _order(self, n_rows: int) -> list[int]:
-        key = [self.seed, self.cursor.number_of_pass, self.index, self.cursor.block]
+    def _order(self, n_rows: int, cursor: Cursor) -> list[int]:
+        key = [self.seed, cursor.number_of_pass, self.index, cursor.block]
         order: list[int] = np.random.default_rng(key).permutation(n_rows).tolist()
         return order
 
 
 class StreamBatches(Dataset[dict[str, Any]]):
-    """Batches of a stream, to be asked for by number, each worker's numbers in ascending order.
+    """Batches of a stream, to be asked for by number, as ``PlacedOrder`` does.
 
     A map-style data set, because torch then hands out the numbers in turn: batch k comes from reader k % workers, also
-    after a resumption, and Lightning knows the length.
+    after a resumption, and Lightning knows the length. Which worker process is which reader may differ from one
+    iteration to the next, therefore the order says with the first batch of each where the reader stands.
 
     Args:
         part: The rows.
@@ -132,7 +151,6 @@ class StreamBatches(Dataset[dict[str, Any]]):
         block: Rows that are shuffled together.
         augment: Changes training images.
         policy: What happens to images that cannot be read.
-        cursors: Where each reader of this process begins.
     """
 
     def __init__(
@@ -148,46 +166,44 @@ class StreamBatches(Dataset[dict[str, Any]]):
         block: int = 1000,
         augment: Augment | None = None,
         policy: BadImagePolicy = STOP,
-        cursors: Sequence[Cursor] = (),
     ) -> None:
         self.part, self.resize, self.batch_size, self.augment, self.policy = part, resize, batch_size, augment, policy
         self.num_readers = max(1, num_workers)
         self.seed, self.block = seed, block
         self.first, self.count = rank * self.num_readers, world_size * self.num_readers
-        self.cursors = list(cursors) or [Cursor()] * self.num_readers
-        self._readers: dict[int, StreamReader] = {}
-        self._next: dict[int, int] = {}  # the batch that each reader gives next
-        self._history: dict[int, Cursor] = {}  # where readers stood after recent batches
+        self._reader: StreamReader | None = None  # one in each worker process
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        """Batch ``number`` of this process: as ``ImageBatches`` gives them.
+    def __getitem__(self, draw: tuple[int, dict[str, Any] | None]) -> dict[str, Any]:
+        """A batch of this process by its number, as ``ImageBatches`` gives them.
+
+        Args:
+            draw: The number, and the cursor of its reader before it; None where the reader stands there.
 
         Raises:
             BadImageError, ValueError: As ``StreamPart`` does.
+            TypeError: The sampler is not one of this package's.
         """
-        own = number % self.num_readers
-        reader = self._reader_at(own, number)
+        if isinstance(draw, int):
+            raise TypeError(
+                "a stream is read by its own order; overfit_batches and other samplers do not work with it. To "
+                "overfit, give a small source, or stream.take(...)"
+            )
+        number, cursor = draw
+        reader = self._reader_at(self.first + number % self.num_readers, cursor)
         batch = _collect(self.part, self.resize, reader, self.batch_size, self.augment, self.policy)
-        self._next[own] = number + self.num_readers
-        self._remember(number, reader.cursor)
         batch[PLACE] = (number, asdict(reader.cursor))
         return batch
 
-    def _reader_at(self, own: int, number: int) -> StreamReader:
-        if own not in self._readers:
-            self._readers[own] = self._make_reader(own, self.cursors[own])
-        elif self._next[own] != number:  # the loop stopped before batches that were read ahead
-            self._readers[own] = self._make_reader(own, self._history.get(number - self.num_readers, self.cursors[own]))
-        return self._readers[own]
-
-    def _make_reader(self, own: int, cursor: Cursor) -> StreamReader:
-        return StreamReader(
-            self.part, index=self.first + own, count=self.count, seed=self.seed, block=self.block, cursor=cursor
-        )
-
-    def _remember(self, number: int, cursor: Cursor) -> None:
-        self._history[number] = cursor
-        self._history.pop(number - 64 * self.num_readers, None)
+    def _reader_at(self, index: int, cursor: dict[str, Any] | None) -> StreamReader:
+        reader = self._reader
+        if cursor is None:
+            assert reader is not None and reader.index == index
+        elif reader is None or reader.index != index or asdict(reader.cursor) != cursor:
+            # Another worker was this reader, or this one had read ahead of where the loop stopped.
+            self._reader = reader = StreamReader(
+                self.part, index=index, count=self.count, seed=self.seed, block=self.block, cursor=Cursor(**cursor)
+            )
+        return reader
 
 
 class StreamOnce(IterableDataset[dict[str, Any]]):
@@ -217,12 +233,7 @@ class _Numbered:
 
     def __init__(self, part: StreamPart) -> None:
         self._n_rows = 0
-        self._rows = (
-            {name: values[place] for name, values in block.items()}
-            for block in part.stream.iter(100)
-            for place, value in enumerate(block[part.image_column])
-            if part.hold_out is None or part.hold_out.keeps(value)
-        )
+        self._rows = part.rows()
 
     def __iter__(self) -> _Numbered:
         return self
@@ -254,9 +265,7 @@ def _collect(
         grid = part.read(row, resize, sample)
         if isinstance(grid, BadImage):
             bad.append(grid)
-            if policy.action == "error" or len(bad) > size + MAX_STAND_INS:
-                cure = "; on_bad_image=skip leaves such images out" if policy.action == "error" else ""
-                raise BadImageError(f"{grid.place}: {grid.reason}{cure}")
+            _check_bad(bad, len(grids), size, policy)
             continue
         grids.append(grid)
         samples.append(sample)
@@ -268,3 +277,14 @@ def _collect(
         return {}
     reading = Reading(np.stack(grids), [], samples, bad)
     return make_batch(reading, torch.tensor(labels) if part.label_column is not None else None, augment)
+
+
+def _check_bad(bad: list[BadImage], n_good: int, size: int, policy: BadImagePolicy) -> None:
+    last = f"{bad[-1].place}: {bad[-1].reason}"
+    if policy.action == "error":
+        raise BadImageError(f"{last}. Repair or remove it; on_bad_image=skip leaves such images out")
+    if len(bad) > size + MAX_STAND_INS:
+        raise BadImageError(
+            f"{len(bad)} of {len(bad) + n_good} images on end cannot be read, which are too many to go on; the last is "
+            f"{last}"
+        )

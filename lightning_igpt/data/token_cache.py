@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,16 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 1  # changes whenever the files do
 _TOKENS, _MANIFEST = "tokens.bin", "manifest.json"
-_NAMES = ("format", "source", "split", "palette_sha256", "image_size", "transform", "n_crops")  # what a folder is for
+_NAMES = (
+    "format",
+    "source",
+    "split",
+    "image_column",
+    "palette_sha256",
+    "image_size",
+    "transform",
+    "n_crops",
+)  # what a folder is for
 _CONTENTS = ("fingerprint", "n_images")  # what must be as it was
 
 
@@ -174,6 +182,7 @@ def describe(reader: ImageReader, palette: Palette, n_crops: int) -> dict[str, A
         "format": _FORMAT,
         "source": " + ".join(_name(member) for member in part.members or (part,)),
         "split": part.split,
+        "image_column": reader.image_column,
         "palette_sha256": palette.sha256,
         "image_size": reader.resize.size,
         "transform": repr(reader.resize),
@@ -185,8 +194,10 @@ def describe(reader: ImageReader, palette: Palette, n_crops: int) -> dict[str, A
 
 def fingerprint(part: Part, image_column: str) -> str:
     """Changes when the images do: the data set's own, and size and date of image files that lie outside of it."""
-    digest = hashlib.sha256(part.dataset._fingerprint.encode())
-    for name in _outside(part, image_column):
+    digest, paths = hashlib.sha256(), _outside(part, image_column)
+    if len(paths) < len(part.dataset):  # else all is outside, and no way to write the paths makes a difference
+        digest.update(part.dataset._fingerprint.encode())
+    for name in map(os.path.abspath, paths):
         try:
             status = Path(name).stat()
         except (OSError, TypeError, ValueError):  # it will be told of when it is read
@@ -195,11 +206,12 @@ def fingerprint(part: Part, image_column: str) -> str:
     return digest.hexdigest()
 
 
-def _outside(part: Part, image_column: str) -> Iterator[str]:
+def _outside(part: Part, image_column: str) -> list[str]:
     """The paths of images whose bytes are not in the data set."""
     images = part.dataset.select_columns([image_column]).with_format("arrow")[:][image_column]
-    for piece in images.chunks:  # joined they would be copied, and fail beyond 2 GiB
-        yield from piece.field("path").filter(piece.field("bytes").is_null()).to_pylist()
+    pieces = images.chunks  # joined they would be copied, and fail beyond 2 GiB
+    paths = [piece.field("path").filter(piece.field("bytes").is_null()).to_pylist() for piece in pieces]
+    return [path for some in paths for path in some if path is not None]
 
 
 def _name(part: Part) -> str:

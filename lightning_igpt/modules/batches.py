@@ -7,6 +7,7 @@ are rounded to bytes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -125,15 +126,27 @@ def _check_mark(mark: Any, palette: Palette) -> None:
                 f"the tokens of this batch have the palette {name[:12]}, but the network's is {palette.sha256[:12]}: "
                 "every token would mean another colour. Make the tokens with the network's palette"
             )
+    if isinstance(mark, Tensor):  # the class number of a ClassLabel, whose name does not come along
+        warnings.warn(
+            "this batch does not say which palette its tokens have: a loader without text gives only the class number "
+            f"of the column 'palette'. See that its name is {palette.sha256}, or use this package's data modules, "
+            "which check it",
+            stacklevel=2,
+        )
 
 
-def _check_tokens(tokens: Tensor, config: ImageGPTConfig) -> Tensor:
-    tokens = tokens.long()
-    if tokens.ndim != 2 or tokens.shape[1] != config.n_positions:
+def _check_tokens(tokens: Any, config: ImageGPTConfig) -> Tensor:
+    if not isinstance(tokens, Tensor):
+        raise TypeError(
+            f"tokens must be one tensor (B, T); got {type(tokens).__name__}: lists of a data set become tensors by "
+            'with_format("torch")'
+        )
+    ids: Tensor = tokens.to(torch.int64)
+    if ids.ndim != 2 or ids.shape[1] != config.n_positions:
         raise ValueError(
             f"tokens must have the shape (B, {config.n_positions}) for image_size={config.image_size}; "
-            f"got {tuple(tokens.shape)}"
+            f"got {tuple(ids.shape)}"
         )
-    if tokens.device.type == "cpu":  # as for labels
-        check_tokens(tokens, config.vocab_size)
-    return tokens
+    if ids.device.type == "cpu":  # as for labels
+        check_tokens(ids, config.vocab_size)
+    return ids

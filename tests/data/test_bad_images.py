@@ -18,7 +18,6 @@ from PIL import Image
 from lightning_igpt.data import PretrainDataModule, ProbeDataModule
 from lightning_igpt.data.bad_images import BadImage, BadImages, stand_ins
 from lightning_igpt.data.dataset import ImageBatches
-from lightning_igpt.data.loaders import _stop_workers
 from lightning_igpt.data.order import EndlessOrder
 from lightning_igpt.data.readers import BadImagePolicy, ImageReader
 from lightning_igpt.data.splits import Part
@@ -33,16 +32,10 @@ GRAY = Palette.load("gray:16")
 CURE = "on_bad_image=skip leaves such images out"
 
 
-@pytest.fixture(autouse=True)
-def _no_workers_stay():
-    yield
-    _stop_workers()
-
-
 DAMAGE = {
     "truncated.jpg": (encoded(noise((40, 40)), "JPEG")[:900], "cannot be decoded"),
     "truncated.png": (encoded(noise((40, 40)))[:900], "cannot be decoded"),
-    "empty.png": (b"", "known format"),
+    "empty.png": (b"", "0 bytes"),
     "page.jpg": (b"<!DOCTYPE html><html>404 not found</html>", "not an image of a known format"),
     "vector.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image of a known format"),
     "bomb.png": (png_header(60_000, 60_000), "far too large"),

@@ -74,9 +74,10 @@ class Raises(ImageBatches):
 @pytest.mark.parametrize("images", [SignalsOfAWorker(), Raises()])
 def test_workers_stop_when_their_loader_goes_in_a_cycle(images):
     loader = make_loader(images, EvalOrder(4, batch_size=2), num_workers=1, bad_images=BadImages(0))
-    with contextlib.suppress(ValueError):
-        list(loader)
+    batches = iter(loader)
     (worker,) = loader._iterator._workers
+    with contextlib.suppress(ValueError):
+        list(batches)
     loader.itself = loader
     del loader
     start = time.monotonic()

@@ -18,7 +18,6 @@ import torch
 
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule
 from lightning_igpt.data import token_cache as under_test
-from lightning_igpt.data.loaders import _stop_workers
 from lightning_igpt.data.readers import STOP, ImageReader
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.token_cache import TokenFileReader, fingerprint, open_token_cache
@@ -53,12 +52,6 @@ def tokens_of(image):
 
 def folders(path):
     return sorted(found for found in path.iterdir() if found.is_dir())
-
-
-@pytest.fixture(autouse=True)
-def _no_workers_stay():
-    yield
-    _stop_workers()
 
 
 @pytest.fixture
