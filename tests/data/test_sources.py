@@ -1,8 +1,14 @@
+import io
+import shutil
+import tarfile
+
 import datasets
 import pytest
 from datasets import ClassLabel, Features, Image, Value
 
+from lightning_igpt.data import tokenize
 from lightning_igpt.data.sources import open_source
+from lightning_igpt.palette import Palette
 from tests.image_files import encoded, noise, picture, rows, save_images, tiny
 
 
@@ -167,3 +173,66 @@ def test_a_test_split_without_labels_is_found_when_asked_for():
     source = open_source(datasets.DatasetDict(train=tiny(4), test=hidden), need_labels=True)
     with pytest.raises(ValueError, match=r"split 'test' are outside .*hidden"):
         source.labels("test")
+
+
+def write_tar(path, numbers):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for number in numbers:
+            for suffix, content in (("png", encoded(picture(number))), ("cls", str(number % 2).encode())):
+                member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_webdataset(streaming, tmp_path):
+    write_tar(tmp_path / "shards" / "train-000.tar", range(4))
+    write_tar(tmp_path / "shards" / "train-001.tar", range(4, 6))
+    write_tar(tmp_path / "shards" / "test-000.tar", range(6, 9))
+    source = open_source(tmp_path / "shards", streaming=streaming)
+    found = {split: [value["png"]["bytes"] for value in rows] for split, rows in source.splits.items()}
+    assert found == {
+        "train": [encoded(picture(number)) for number in range(6)],
+        "test": [encoded(picture(number)) for number in range(6, 9)],
+    }
+    if not streaming:
+        assert source.label_column == "cls" and source.labels("train").tolist() == [0, 1, 0, 1, 0, 1]
+    assert len(list(open_source(tmp_path / "shards/test-000.tar", streaming=streaming).splits["train"])) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_arrow_files(streaming, tmp_path):
+    tiny(5).save_to_disk(tmp_path / "saved")
+    (tmp_path / "arrow").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(tmp_path / "saved/data-00000-of-00001.arrow", tmp_path / f"arrow/{split}-0.arrow")
+    for place, splits in (("arrow", {"train", "test"}), ("arrow/test-0.arrow", {"train"}), ("saved", {"train"})):
+        source = open_source(tmp_path / place, streaming=streaming)
+        assert set(source.splits) == splits and source.class_names == ["a", "b"] and source.streaming == streaming
+        assert [row["image"]["bytes"] for row in source.splits["train"]] == [encoded(picture(i)) for i in range(5)]
+
+
+def test_tokens_are_a_source(tmp_path):
+    palette = Palette.load("gray:8")
+    tokenize(tiny(6), palette, size=4).save_to_disk(tmp_path / "typed")
+    mapped = tiny(6).map(palette.transform(size=4), batched=True, remove_columns=["image"])
+    for given in (tmp_path / "typed", mapped):
+        for streaming in (False, True):
+            source = open_source(given, streaming=streaming, need_labels=True)
+            assert source.tokens == (palette.sha256, 4) and source.image_column == "tokens"
+            assert source.label_column == "label" and source.class_names == ["a", "b"]
+    with pytest.raises(ValueError, match=r"nothing says which palette .*lightning_igpt.tokenize"):
+        open_source(mapped.remove_columns("palette"))
+    with pytest.raises(ValueError, match="has no labels"):
+        open_source(mapped.remove_columns("label"), need_labels=True)  # the palette is none
+    splits = datasets.DatasetDict(train=tokenize(tiny(4), palette, size=4), test=tokenize(tiny(4), palette, size=2))
+    with pytest.raises(ValueError, match=r"different palettes or sizes .*train: .* at 4 pixels, test: .* at 2 pixels"):
+        open_source(splits)
+
+
+def test_streams_of_unknown_columns_are_asked_for_a_row():
+    stream = tiny(4).to_iterable_dataset().map(lambda row: row)
+    assert open_source(stream).image_column == "image"
+    with pytest.raises(ValueError, match="has no rows"):
+        open_source(tiny(4).select([]), streaming=True)

@@ -66,3 +66,54 @@ def test_training_on_the_test_split_leaves_nothing_to_test_on():
 def test_errors(sizes, options, message):
     with pytest.raises(ValueError, match=message):
         split(sizes, **options)
+
+
+SPLITS = [("train", 0, 40), ("extra", 100, 5)]
+
+
+@pytest.mark.parametrize(
+    "spec, rows",
+    [
+        ("train[:10%]", range(4)),
+        ("train[30:]", range(30, 40)),
+        ("train[-25%:]", range(30, 40)),
+        ("train[:3]+extra[2:4]", [0, 1, 2, 102, 103]),
+        ("train+extra", [*range(40), *range(100, 105)]),
+    ],
+)
+def test_slices_and_sums(spec, rows):
+    source = open_source(datasets.DatasetDict({name: numbered(range(start, start + n)) for name, start, n in SPLITS}))
+    division = divide(source, train_split=spec)
+    part = make_parts(division, val_fraction=0, seed=0)["train"]
+    assert [int(part.dataset[row]["number"]) for row in part.rows_of(range(len(part)))] == list(rows)
+    assert division.source.labels(spec).tolist() == [row % 2 for row in rows]
+
+
+def numbered(numbers):
+    dataset = tiny(len(numbers)).remove_columns("label").add_column("number", list(numbers))
+    dataset = dataset.add_column("label", [number % 2 for number in numbers])
+    return dataset.cast_column("label", datasets.ClassLabel(names=["even", "odd"]))
+
+
+def test_a_slice_is_held_out_of_and_a_split_within_it_does_not_validate():
+    parts = split({"train": 40}, train_split="train[:50%]")
+    assert chosen(parts) == {"train": ("train[:50%]", 18), "val": ("train[:50%]", 2)}
+    parts = split({"train": 40, "validation": 10}, train_split="train+validation")
+    assert chosen(parts) == {"train": ("train+validation", 45), "val": ("train+validation", 5)}
+    parts = split({"train": 40}, train_split="train[:90%]", val_split="train[90%:]")
+    assert chosen(parts) == {"train": ("train[:90%]", 36), "val": ("train[90%:]", 4)}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"train_split": "train[:90%]", "val_split": "train[80%:]"}, "have 4 rows in common"),
+        ({"train_split": "train[:60%]+train[40%:]"}, "takes 8 rows of .* twice"),
+        ({"train_split": "train[:x]"}, "no slice of .*Unrecognized"),
+        ({"train_split": "train+nothing"}, "no slice of .*Unknown split"),
+        ({"train_split": "train[5:5]"}, "no rows in the split"),
+    ],
+)
+def test_slices_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        split({"train": 40}, **options)
