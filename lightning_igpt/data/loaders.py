@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import weakref
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ class Loader(DataLoader[dict[str, Tensor]]):
         if self.num_workers > 0 and iterator is not self._watched:
             # Told to stop before anything else of the loader goes, and before Python ends: workers that ignore SIGTERM
             # are waited for otherwise. When a cycle is collected, their queues are closed first, and they never hear.
-            weakref.finalize(self, _stop, iterator)
+            weakref.finalize(self, _stop, iterator, os.getpid())
             self._watched = iterator
         return self._stripped(iterator)
 
@@ -50,7 +51,7 @@ class Loader(DataLoader[dict[str, Tensor]]):
                 stripped = None if batch is None else self._strip(batch)
             except Exception as error:
                 if self.num_workers > 0:
-                    _stop(iterator)  # and not when the traceback goes, which holds them
+                    _stop(iterator, os.getpid())  # and not when the traceback goes, which holds them
                     self._iterator = None
                 if not isinstance(error, BadImageError):
                     raise
@@ -155,7 +156,9 @@ def network_palette(trainer: Trainer | None) -> Palette | None:
     return palette if isinstance(palette, Palette) else None
 
 
-def _stop(iterator: Any) -> None:
+def _stop(iterator: Any, owner: int) -> None:
+    if os.getpid() != owner:  # a worker of another loader, which has a copy of this one
+        return
     workers = list(iterator._workers)
     iterator._shutdown_workers()
     for worker in workers:

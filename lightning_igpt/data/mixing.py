@@ -27,13 +27,20 @@ def mix(sources: Sequence[Source], parts: Sequence[Part]) -> Part:
     """The parts one after the other, with the first one's image column and no labels.
 
     Raises:
-        ValueError: Some hold tokens and others images, or tokens of different palettes or sizes.
+        ValueError: Some hold tokens and others images, or tokens of different palettes or sizes; or rows would be
+            trained and validated on.
     """
     first, column = sources[0], sources[0].image_column
     for source in sources:
         if source.tokens != first.tokens:
             raise ValueError(
                 f"{first.name} and {source.name} cannot be mixed: all must be images, or tokens of one palette and size"
+            )
+    for part in parts[1:]:
+        if parts[0].rows is not None and part.dataset._fingerprint == parts[0].dataset._fingerprint:
+            raise ValueError(
+                f"{part.source} is in the mix twice, so what is held out of it once is trained on all the same; name "
+                "it once, or set val_split, or val_fraction=0"
             )
     features = parts[0].dataset.select_columns([column]).features
     tables = [

@@ -109,6 +109,7 @@ def test_mixes_that_make_no_sense():
         ((tiny(30), tokenize(tiny(9), "gray:4", size=4)), "cannot be mixed"),
         ((tokenize(tiny(9), "gray:8", size=4), tokenize(tiny(9), "gray:4", size=4)), "cannot be mixed"),
         ((tiny(30), other().to_iterable_dataset()), "some sources of the mix are streams"),
+        ((tiny(30), tiny(30)), "in the mix twice"),
     ):
         with pytest.raises(ValueError, match=message):
             ready(PretrainDataModule, *sources)
