@@ -34,13 +34,14 @@ class Loader(DataLoader[dict[str, Tensor]]):
     bad_images: BadImages | None = None
     progress: StreamProgress | None = None
     _watched: Any = None  # the iterator whose workers will be stopped
+    _stopper: weakref.finalize[[Any, int], Loader] | None = None
 
     def __iter__(self) -> Any:
         iterator: Any = super().__iter__()
         if self.num_workers > 0 and iterator is not self._watched:
             # Told to stop before anything else of the loader goes, and before Python ends: workers that ignore SIGTERM
             # are waited for otherwise. When a cycle is collected, their queues are closed first, and they never hear.
-            weakref.finalize(self, _stop, iterator, os.getpid())
+            self._stopper = weakref.finalize(self, _stop, iterator, os.getpid())
             self._watched = iterator
         return self._stripped(iterator)
 
