@@ -60,7 +60,8 @@ class BadImages:
         """Take note of a batch of ``n_read`` images of which ``bad`` could not be read.
 
         Raises:
-            BadImageError: More than ``max_share`` of all images, or of at least 1,000 read so far, are bad.
+            BadImageError: More than ``max_share`` of all images are bad; where their number is not known, of at least
+                1,000 read so far.
         """
         self.n_read += n_read
         for image in bad:
@@ -75,7 +76,7 @@ class BadImages:
     def _check(self) -> None:
         n_bad = len(self.found)
         of_all = self.n_images is not None and n_bad > self.max_share * self.n_images
-        of_read = self.n_read >= _ENOUGH_READ and n_bad > self.max_share * self.n_read
+        of_read = self.n_images is None and self.n_read >= _ENOUGH_READ and n_bad > self.max_share * self.n_read
         if of_all or of_read:
             total = f"{self.n_images} images" if of_all else f"the first {self.n_read} images"
             first, reason = next(iter(self.found.items()))

@@ -6,6 +6,7 @@ says what of. It is written beside its place and renamed, under a lock, so that 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -260,10 +261,13 @@ def _unfinished(path: Path) -> Path:
 
 def _reserve(file: int, size: int) -> None:
     """Make the file that large; a disk that others fill meanwhile would otherwise end the process by a bus error."""
+    os.truncate(file, size)
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, 0, size)
-    else:
-        os.truncate(file, size)
+        try:
+            os.posix_fallocate(file, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # of file systems that cannot
+                raise
 
 
 def _write(path: Path, builder: TokenBuilder, manifest: dict[str, Any]) -> list[tuple[int, str, str]]:
