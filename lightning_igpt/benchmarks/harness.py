@@ -1,0 +1,214 @@
+"""What all benchmarks share: options, turns, the machine's limits, the table, and the JSON line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_igpt.config import PRESETS
+
+PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
+MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the product that stands for the arithmetic limit
+COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far beyond any cache
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine did, in the same run, with nothing in its way."""
+
+    flops_per_second: float
+    bytes_per_second: float  # the faster of reading alone, and copying (read and written bytes)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of one side, turn by turn."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The figure that counts."""
+        return statistics.median(self.seconds)
+
+    def ratio_to(self, other: Turns) -> float:
+        """How many times as fast as ``other``: the median over the turns, which share the machine's moods."""
+        return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def options_parser(
+    name: str, about: str | None, *, preset: str, batch_size: int, repeats: int = 5
+) -> argparse.ArgumentParser:
+    """The options that every benchmark takes, in the same words.
+
+    Args:
+        name: The module's last name.
+        about: The module's docstring, shown by ``--help``.
+        preset: Default of ``--preset``.
+        batch_size: Default of ``--batch-size``.
+        repeats: Default of ``--repeats``.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m lightning_igpt.benchmarks.{name}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--preset", choices=sorted(PRESETS), default=preset, help=f"network (default {preset})")
+    parser.add_argument("--batch-size", type=positive, default=batch_size, help=f"images (default {batch_size})")
+    parser.add_argument("--precision", choices=sorted(PRECISIONS), help="default: what the trainer would choose")
+    parser.add_argument("--compile", action="store_true", help="measure ours compiled, too")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--repeats", type=positive, default=repeats, help=f"turns of each side (default {repeats})")
+    return parser
+
+
+def positive(text: str) -> int:
+    """An option's number, 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
+    return value
+
+
+def wait_for(device: str) -> None:
+    """Return when the device has done all it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
+    """Wall-clock seconds of one call, the device's work included."""
+    wait_for(device)
+    start = time.perf_counter()
+    run()
+    wait_for(device)
+    return time.perf_counter() - start
+
+
+def in_turns(
+    sides: Mapping[str, Callable[[], object]], *, repeats: int, device: str = "cpu", warm_up: int = 1
+) -> dict[str, Turns]:
+    """Call all sides one after the other, again and again, so that a machine that slows down slows all of them.
+
+    Args:
+        sides: What to call, by name.
+        repeats: Turns that count.
+        device: Where they run.
+        warm_up: Turns before, that do not.
+    """
+    for _ in range(warm_up):
+        for run in sides.values():
+            run()
+    turns = [{name: seconds_of(run, device) for name, run in sides.items()} for _ in range(repeats)]
+    return {name: Turns(tuple(turn[name] for turn in turns)) for name in sides}
+
+
+def machine_limits(device: str = "cpu", dtype: torch.dtype = torch.float32, repeats: int = 7) -> Limits:
+    """A large matrix product, and a large copy or sum, the best of ``repeats``."""
+    kind = torch.device(device).type
+    side = MATRIX.get(kind, 2048)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.ones(COPIED_BYTES.get(kind, 2**28) // 4, device=device)
+    target = torch.ones_like(source)
+    sides = {"product": lambda: a @ b, "copy": lambda: target.copy_(source), "sum": source.sum}
+    found = {name: min(turns.seconds) for name, turns in in_turns(sides, repeats=repeats, device=device).items()}
+    size = source.numel() * source.element_size()
+    return Limits(2 * side**3 / found["product"], max(2 * size / found["copy"], size / found["sum"]))
+
+
+def largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference, as a share of the largest absolute value of ``theirs``."""
+    ours, theirs = ours.detach().double().cpu(), theirs.detach().double().cpu()
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+
+
+def require(agrees: bool, what: str) -> None:
+    """Stop where two sides do not compute the same: their times would mean nothing.
+
+    Raises:
+        RuntimeError: They do not.
+    """
+    if not agrees:
+        raise RuntimeError(f"the sides disagree, so comparing their speed means nothing: {what}")
+
+
+def device_name(device: str) -> str:
+    """What ran it, in words."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def conditions(device: str, *libraries: Any) -> dict[str, Any]:
+    """Device, threads and versions, for the JSON line."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "versions": {
+            "python": platform.python_version(),
+            **{library.__name__: library.__version__ for library in (torch, *libraries)},
+        },
+    }
+
+
+def print_table(
+    title: str,
+    rows: Mapping[str, Turns],
+    *,
+    peer: str,
+    work: Mapping[str, float] | float,
+    limit: float,
+    per: float = 1.0,
+    unit: str = "ms",
+) -> None:
+    """For people: median, spread, ratio to the peer, fraction of the limit.
+
+    Args:
+        title: Heads the first column.
+        rows: What was measured.
+        peer: The row that ratios refer to.
+        work: Operations or bytes of one turn, in the limit's unit times seconds; one number, or one by row. 0: none.
+        limit: Operations or bytes per second.
+        per: Divides the times, such as by the number of steps of one turn.
+        unit: ``ms`` or ``s``.
+    """
+    scale = {"ms": 1e3, "s": 1.0}[unit] / per
+    print(f"\n{title:<34}{unit:>10}   {'fastest..slowest':<20}{'x peer':>8}{'of limit':>10}")
+    for name, turns in rows.items():
+        spread = f"{min(turns.seconds) * scale:,.2f}..{max(turns.seconds) * scale:,.2f}"
+        mine = work if isinstance(work, (int, float)) else work.get(name, 0.0)
+        share = f"{mine / turns.median / limit:>9.0%}" if mine else f"{'':>9}"
+        ratio = turns.ratio_to(rows[peer])
+        print(f"  {name:<32}{turns.median * scale:>10,.2f}   {spread:<20}{ratio:>7.2f}x{share}", flush=True)
+
+
+def as_json(rows: Mapping[str, Turns]) -> dict[str, dict[str, float]]:
+    """Seconds of every side."""
+    return {
+        name: {
+            "median_s": float(f"{turns.median:.6g}"),
+            "min_s": float(f"{min(turns.seconds):.6g}"),
+            "max_s": float(f"{max(turns.seconds):.6g}"),
+        }
+        for name, turns in rows.items()
+    }
+
+
+def print_json(name: str, *, ratio_vs_peer: float | None, fraction_of_limit: float | None, **rest: Any) -> None:
+    """The last line: one JSON object. None where there is no peer or no limit."""
+    short = {
+        key: None if value is None else float(f"{value:.4g}")
+        for key, value in (("ratio_vs_peer", ratio_vs_peer), ("fraction_of_limit", fraction_of_limit))
+    }
+    print(json.dumps({"benchmark": name, **short, **rest}))
