@@ -120,7 +120,11 @@ def machine_limits(device: str = "cpu", dtype: torch.dtype = torch.float32, repe
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.ones(COPIED_BYTES.get(kind, 2**28) // 4, device=device)
     target = torch.ones_like(source)
-    sides = {"product": lambda: a @ b, "copy": lambda: target.copy_(source), "sum": source.sum}
+    sides: dict[str, Callable[[], object]] = {
+        "product": lambda: a @ b,
+        "copy": lambda: target.copy_(source),
+        "sum": source.sum,
+    }
     found = {name: min(turns.seconds) for name, turns in in_turns(sides, repeats=repeats, device=device).items()}
     size = source.numel() * source.element_size()
     return Limits(2 * side**3 / found["product"], max(2 * size / found["copy"], size / found["sum"]))
