@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,16 +47,33 @@ class Attention(nn.Module):
         B, T, D = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, T, d)
+        p, seen = self.dropout if self.training else 0.0, None
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, H, seen + T, d)
-            causal = T > 1  # one query may look at everything the cache holds
-        p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal)
-        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, D)), p, self.training)
+            held = cache.append(layer, k, v)
+            if T == 1:  # later queries see what the cache holds, in its type; the first ones see themselves alone
+                (k, v, seen), q, causal = held, q.to(held[0].dtype), False  # k, v (B, H, seen + 1, d)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=p, is_causal=causal)
+        y = y.transpose(1, 2).reshape(B, T, D).to(x.dtype)
+        return F.dropout(self.c_proj(y), p, self.training)
+
+
+class QuickGELU(torch.autograd.Function):
+    """x sigmoid(1.702 x), the sigmoid approximation of GELU; of it autograd keeps one tensor, 1.702 x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        scaled = x * GELU_SLOPE
+        ctx.save_for_backward(scaled)
+        return F.silu(scaled).mul_(1 / GELU_SLOPE)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # The slope cancels: d/dx silu(a x) / a = silu'(a x). Autograd alone would pass over the tensor twice more.
+        return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
-    """D -> 4 D -> D with the sigmoid approximation of GELU, x * sigmoid(1.702 x)."""
+    """D -> 4 D -> D."""
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()
@@ -64,9 +82,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # silu(a x) / a = x sigmoid(a x): one fused kernel, of which autograd keeps the input alone. In place, because
-        # neither the projection before nor silu itself needs what it returned.
-        hidden = F.silu(self.c_fc(x).mul_(GELU_SLOPE)).mul_(1 / GELU_SLOPE)  # (B, T, 4 D)
+        hidden = QuickGELU.apply(self.c_fc(x))  # type: ignore[no-untyped-call]  # (B, T, 4 D)
         return F.dropout(self.c_proj(hidden), self.dropout, self.training)
 
 
@@ -90,13 +106,13 @@ class KVCache:
     """Keys and values of the positions already seen, preallocated for a whole image.
 
     Position 0 is ``sos``; pixel t is fed at position t + 1. The position is a tensor on the device, so that it can
-    enter a compiled step; ``length`` is the same number on the host, where no device has to be asked for it.
+    enter a captured step; ``length`` is the same number on the host, where no device has to be asked for it.
 
     Args:
         config: The network's shape.
         batch_size: Sequences decoded side by side.
         device: Where keys and values live.
-        dtype: Their type; the type of the activations.
+        dtype: Their type; a narrow one is faster to read, and what it cannot hold saturates.
     """
 
     def __init__(
@@ -113,14 +129,28 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.position = torch.zeros((), device=device, dtype=torch.long)
         self.length = 0
+        self.window: int | None = None  # a captured step reads so many positions, whatever the length
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (B, H, T, d) of one layer; give back all that it holds."""
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store new keys and values (B, H, T, d) of one layer.
+
+        Returns:
+            Keys and values of the positions seen, these included, (B, H, seen + T, d); with a window (B, H, window, d)
+            and, third, which of them count, bool (1, window).
+        """
+        if self.k.dtype == torch.float16:
+            most = torch.finfo(torch.float16).max
+            k, v = k.clamp(-most, most), v.clamp(-most, most)
+        if self.window is not None:
+            index = self.position[None]
+            self.k[layer].index_copy_(2, index, k.to(self.k.dtype))
+            self.v[layer].index_copy_(2, index, v.to(self.v.dtype))
+            seen = torch.arange(self.window, device=k.device)[None] <= self.position
+            return self.k[layer, :, :, : self.window], self.v[layer, :, :, : self.window], seen
         stop = self.length + k.shape[2]
-        index = self.position + torch.arange(k.shape[2], device=k.device)
-        self.k[layer].index_copy_(2, index, k.to(self.k.dtype))
-        self.v[layer].index_copy_(2, index, v.to(self.v.dtype))
-        return self.k[layer, :, :, :stop].to(k.dtype), self.v[layer, :, :, :stop].to(v.dtype)
+        self.k[layer, :, :, self.length : stop] = k
+        self.v[layer, :, :, self.length : stop] = v
+        return self.k[layer, :, :, :stop], self.v[layer, :, :, :stop], None
 
     def advance(self, n: int) -> None:
         """Move on by ``n`` positions, once every layer has appended them."""

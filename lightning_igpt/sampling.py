@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_igpt.model import ImageGPT, KVCache
+from lightning_igpt.decoding import Decoder, Precision
+from lightning_igpt.model import ImageGPT
 from lightning_igpt.objectives import pixel_nats
 
 
@@ -24,6 +25,7 @@ def complete(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    precision: Precision | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw the rest of each picture, pixel by pixel in raster order, with cached keys and values.
@@ -35,6 +37,10 @@ def complete(
         temperature: Divides the logits; 1 is the model's own distribution, 0 takes the likeliest colour.
         top_k: Draw among the k likeliest colours only.
         top_p: Draw among the fewest colours that together have at least this probability.
+        precision: What a step reads: ``full``, the network as it is; ``half``, weights, keys and values in 16 bits;
+            ``int8``, weights in 8 bits with a scale per row and the rest in 16, on CPUs only. The prompt is read by the
+            network as it is. docs/how-to/sampling.md says what each costs in nats and time. Default: half under
+            autocast, else full.
         generator: Source of randomness, on the network's device. The same seed gives the same pictures.
 
     Returns:
@@ -48,7 +54,7 @@ def complete(
     training = network.training
     network.eval()
     try:
-        tokens = _decode(network, *_padded(network, prompt, n_samples), temperature, top_k, top_p, generator)
+        tokens = _decode(network, *_padded(network, prompt, n_samples), temperature, top_k, top_p, precision, generator)
     finally:
         network.train(training)
     return tokens.view(prompt.shape[0], n_samples, network.config.n_positions)
@@ -68,20 +74,20 @@ def _decode(
     temperature: float,
     top_k: int | None = None,
     top_p: float | None = None,
+    precision: Precision | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw the unknown pixels in raster order. One pass covers all before the first hole; none follows the last."""
     holes = (~known).any(0).nonzero().flatten().tolist()  # positions that some row lacks
     if not holes:
         return tokens
-    cache = KVCache(network.config, len(tokens), device=tokens.device, dtype=network.wte.weight.dtype)
-    tokens = tokens.clone()
-    fed = tokens[:, : holes[0]]
+    decoder, tokens = Decoder(network, len(tokens), precision), tokens.clone()
+    logits = decoder.start(tokens[:, : holes[0]])  # (B, K)
     for position in range(holes[0], holes[-1] + 1):
-        logits = network(fed, cache=cache)[:, -1]  # (B, K)
         drawn = draw(logits, temperature, top_k, top_p, generator)
         tokens[:, position] = torch.where(known[:, position], tokens[:, position], drawn)
-        fed = tokens[:, position : position + 1]
+        if position < holes[-1]:
+            logits = decoder.step(tokens[:, position : position + 1])
     return tokens
 
 
@@ -122,6 +128,7 @@ def inpaint(
     *,
     steps: int = 8,
     temperature: float = 1.0,
+    precision: Precision | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Fill the unknown pixels of each picture, wherever they lie.
@@ -142,6 +149,7 @@ def inpaint(
         steps: Passes of a BERT network over the picture; one pixel at a time would need as many as there are holes.
             An autoregressive network ignores it: it takes one small step per pixel from the first hole to the last.
         temperature: Divides the logits; 0 takes the likeliest colour.
+        precision: As in ``complete``; a BERT network ignores it.
         generator: Source of randomness, on the network's device. The same seed gives the same pictures.
 
     Returns:
@@ -163,7 +171,7 @@ def inpaint(
     try:
         if network.config.objective == "bert":
             return _fill(network, tokens, known, steps, temperature, generator)
-        return _decode(network, tokens, known, temperature, generator=generator)
+        return _decode(network, tokens, known, temperature, precision=precision, generator=generator)
     finally:
         network.train(training)
 

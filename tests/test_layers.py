@@ -13,7 +13,7 @@ FLOORS = [
     ["tokenizing"],
     ["palette"],
     ["model", "kmeans", "planning", "optim"],
-    ["objectives"],
+    ["objectives", "decoding"],
     ["sampling", "features"],
     ["weights"],
     ["modules", "data", "callbacks", "checkpointing"],

@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,13 @@ class Turns:
 
 
 def options_parser(
-    name: str, about: str | None, *, preset: str, batch_size: int, repeats: int = 5
+    name: str,
+    about: str | None,
+    *,
+    preset: str,
+    batch_size: int,
+    repeats: int = 5,
+    precisions: Sequence[str] = tuple(PRECISIONS),
 ) -> argparse.ArgumentParser:
     """The options that every benchmark takes, in the same words.
 
@@ -57,6 +63,7 @@ def options_parser(
         preset: Default of ``--preset``.
         batch_size: Default of ``--batch-size``.
         repeats: Default of ``--repeats``.
+        precisions: Choices of ``--precision``.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m lightning_igpt.benchmarks.{name}",
@@ -65,7 +72,7 @@ def options_parser(
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), default=preset, help=f"network (default {preset})")
     parser.add_argument("--batch-size", type=positive, default=batch_size, help=f"images (default {batch_size})")
-    parser.add_argument("--precision", choices=sorted(PRECISIONS), help="default: what the trainer would choose")
+    parser.add_argument("--precision", choices=precisions, help="default: see above")
     parser.add_argument("--compile", action="store_true", help="measure ours compiled, too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--repeats", type=positive, default=repeats, help=f"turns of each side (default {repeats})")
@@ -188,13 +195,13 @@ def print_table(
         unit: ``ms`` or ``s``.
     """
     scale = {"ms": 1e3, "s": 1.0}[unit] / per
-    print(f"\n{title:<34}{unit:>10}   {'fastest..slowest':<20}{'x peer':>8}{'of limit':>10}")
+    print(f"\n{title:<50}{unit:>10}   {'fastest..slowest':<20}{'x peer':>8}{'of limit':>10}")
     for name, turns in rows.items():
         spread = f"{min(turns.seconds) * scale:,.2f}..{max(turns.seconds) * scale:,.2f}"
         mine = work if isinstance(work, (int, float)) else work.get(name, 0.0)
         share = f"{mine / turns.median / limit:>9.0%}" if mine else f"{'':>9}"
         ratio = turns.ratio_to(rows[peer])
-        print(f"  {name:<32}{turns.median * scale:>10,.2f}   {spread:<20}{ratio:>7.2f}x{share}", flush=True)
+        print(f"  {name:<48}{turns.median * scale:>10,.2f}   {spread:<20}{ratio:>7.2f}x{share}", flush=True)
 
 
 def as_json(rows: Mapping[str, Turns]) -> dict[str, dict[str, float]]:

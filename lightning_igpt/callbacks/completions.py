@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from lightning_igpt.decoding import Precision
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import image_grid, save_png
@@ -28,6 +29,7 @@ def completion_rows(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    precision: Precision | None = None,
     seed: int = 0,
 ) -> Tensor:
     """For each image: what was given, completions of it, and the truth, side by side.
@@ -41,6 +43,7 @@ def completion_rows(
         temperature: As in ``complete``.
         top_k: As in ``complete``; not for BERT.
         top_p: As in ``complete``; not for BERT.
+        precision: As in ``complete``.
         seed: Of the draws.
 
     Returns:
@@ -55,15 +58,15 @@ def completion_rows(
         raise ValueError(f"keep_rows is {rows}; an image of {side} rows can keep 0 to {side - 1}")
     given = rows * side
     generator = torch.Generator(tokens.device).manual_seed(seed)
+    options: dict[str, Any] = {"temperature": temperature, "precision": precision, "generator": generator}
     if network.config.objective == "bert":
         if top_k is not None or top_p is not None:
             raise ValueError("top_k and top_p are for autoregressive networks; a BERT network inpaints without them")
         known = (torch.arange(side * side, device=tokens.device) < given).expand(len(tokens) * n_samples, -1)
         repeated = tokens.repeat_interleave(n_samples, 0)
-        samples = inpaint(network, repeated, known, temperature=temperature, generator=generator)
+        samples = inpaint(network, repeated, known, **options)
     else:
-        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        samples = complete(network, tokens[:, :given], n_samples=n_samples, generator=generator, **options)
+        samples = complete(network, tokens[:, :given], n_samples=n_samples, top_k=top_k, top_p=top_p, **options)
     samples = palette.dequantize(samples.reshape(-1, side * side)).view(len(tokens), n_samples, 3, side, side)
     truth = palette.dequantize(tokens)[:, None]  # (B, 1, 3, S, S)
     prompt = truth.clone()

@@ -15,6 +15,7 @@ from lightning_igpt.callbacks import captions, completion_rows
 from lightning_igpt.callbacks.completions import HIDDEN
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.images import read_images
+from lightning_igpt.decoding import Precision
 from lightning_igpt.images import BadImageError, decode
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
@@ -34,6 +35,7 @@ def complete(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    precision: Precision | None = None,
     seed: int = 0,
     split: str | None = None,
     device: str = "auto",
@@ -53,6 +55,8 @@ def complete(
         temperature: Divides the logits: 1 is the network's own distribution, 0 always takes the likeliest colour.
         top_k: Draw among the k likeliest colours only.
         top_p: Draw among the fewest colours that together have this probability.
+        precision: Of the steps: full; half, which is 16 bits per weight; int8, on CPUs only. Default: half on CUDA,
+            else full.
         seed: Of the draws.
         split: Split of a data set; default test, else validation, else train.
         device: cpu, cuda, mps, or auto.
@@ -69,6 +73,7 @@ def complete(
     print(f"{loaded.origin}: {len(pixels)} images at {size} x {size}, {n_samples} samples each, on {place}")
     network, tokens = loaded.network.to(place), loaded.palette.quantize(pixels).to(place)
     options: dict[str, Any] = {"n_samples": n_samples, "temperature": temperature, "seed": seed}
+    options["precision"] = precision or ("half" if place.type == "cuda" else "full")
     if hole is not None:
         rows = inpainted_rows(network, loaded.palette, tokens, hole.to(place), **options).cpu()
     else:
@@ -117,6 +122,7 @@ def inpainted_rows(
     *,
     n_samples: int = 3,
     temperature: float = 1.0,
+    precision: Precision | None = None,
     seed: int = 0,
 ) -> Tensor:
     """For each image: what was given, its hole filled by draws, and the truth, side by side.
@@ -128,6 +134,7 @@ def inpainted_rows(
         hole: Bool (T,), true where every image is redrawn.
         n_samples: Draws per image.
         temperature: As in ``inpaint``.
+        precision: As in ``inpaint``.
         seed: Of the draws.
 
     Returns:
@@ -141,7 +148,8 @@ def inpainted_rows(
     generator = torch.Generator(tokens.device).manual_seed(seed)
     repeated = tokens.repeat_interleave(n_samples, 0)
     known = (~hole).expand_as(repeated)
-    samples = palette.dequantize(inpaint(network, repeated, known, temperature=temperature, generator=generator))
+    drawn = inpaint(network, repeated, known, temperature=temperature, precision=precision, generator=generator)
+    samples = palette.dequantize(drawn)
     truth = palette.dequantize(tokens)[:, None]  # (B, 1, 3, S, S)
     hidden = torch.tensor(HIDDEN, dtype=torch.uint8, device=truth.device)[:, None, None]
     given = torch.where(hole.view(truth.shape[-2:]), hidden, truth)

@@ -1,0 +1,40 @@
+"""The same network twice: ours, and ``transformers``' with the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.model import ImageGPT
+from lightning_igpt.palette import Palette
+from lightning_igpt.weights import save_pretrained
+
+
+def both_networks(config: ImageGPTConfig, device: str) -> tuple[ImageGPT, Any]:
+    """A network with random weights, and an ``ImageGPTForCausalImageModeling`` with the same, in evaluation mode."""
+    torch.manual_seed(0)
+    network = ImageGPT(config)
+    torch.nn.init.normal_(network.lm_head.weight, std=0.02)  # zero at first, which would agree with anything
+    with TemporaryDirectory() as folder:
+        save_pretrained(Path(folder), network, Palette.load("openai"))
+        theirs = transformers.ImageGPTForCausalImageModeling.from_pretrained(folder)
+    return network.eval().to(device), theirs.eval().to(device)
+
+
+def after_start(tokens: Tensor, vocab_size: int) -> Tensor:
+    """The peer's input for our tokens (B, T): its start token, then all but the last."""
+    start = torch.full_like(tokens[:, :1], vocab_size)
+    return torch.cat([start, tokens[:, :-1]], 1)
+
+
+def random_tokens(config: ImageGPTConfig, batch_size: int, device: str) -> Tensor:
+    """Seeded int64 (B, T)."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch_size, config.n_positions)
+    return torch.randint(0, config.vocab_size, shape, generator=generator).to(device)

@@ -1,0 +1,238 @@
+"""One pixel at a time: prompts are read by the network as it is, steps by a lighter form of it.
+
+A step reads all weights and the whole cache and computes little with them. So bytes are what it costs, 16 bits per
+value instead of 32, or 8 per weight; and, as the work is so small, every operation that does not read them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_igpt.model import GELU_SLOPE, NORM_EPS, Block, ImageGPT, KVCache, RMSNorm
+
+log = logging.getLogger(__name__)
+
+Precision: TypeAlias = Literal["full", "half", "int8"]
+Product: TypeAlias = Callable[[Tensor], Tensor]  # (B, in) to (B, out)
+
+FEW_ROWS = 4  # up to here x W^T is the faster way to write the product on a CPU, beyond it (W x^T)^T is
+WINDOWS = 8  # captured steps of one network; each reads a part of the cache, an eighth longer than the one before
+
+
+def multiplies_bfloat16(device: torch.device | str) -> bool:
+    """Whether the device has instructions for bfloat16; on CPUs without, it is emulated and slower than float32."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
+class Decoder:
+    """Keys, values and steps of one batch of pictures.
+
+    Args:
+        network: An autoregressive network in evaluation mode; it stays as it is.
+        batch_size: Pictures side by side, B.
+        precision: ``full``: the network's own. ``half``: weights, keys and values in 16 bits; on x86 CPUs that do not
+            multiply bfloat16 they are float16 and the arithmetic is float32. ``int8``: weights in 8 bits with a scale
+            per row, keys and values as in half; on CPUs only. Default: half under autocast, else full.
+
+    Raises:
+        ValueError: The precision is unknown, or the device has no kernel for it.
+    """
+
+    def __init__(self, network: ImageGPT, batch_size: int, precision: Precision | None = None) -> None:
+        weight = network.wte.weight
+        if precision is None:
+            precision = "half" if torch.is_autocast_enabled(weight.device.type) else "full"
+        if precision not in ("full", "half", "int8"):
+            raise ValueError(f"precision is {precision!r}; it must be 'full', 'half' or 'int8'")
+        if precision == "int8" and weight.device.type != "cpu":
+            raise ValueError(f"precision 'int8' is for CPUs, this network is on {weight.device}: take 'half'")
+        own_is_narrow = weight.dtype in (torch.bfloat16, torch.float16)
+        dtype = weight.dtype if precision == "full" or own_is_narrow else _half_type(weight.device)
+        self.network = network
+        self.cache = KVCache(network.config, batch_size, device=weight.device, dtype=dtype)
+        self._step: Product
+        if weight.device.type == "cpu":
+            self._step = FlatSteps(network, self.cache, precision)
+        elif weight.device.type == "cuda":
+            self._step = CapturedSteps(_in_type(network, dtype), self.cache)
+        else:
+            light = _in_type(network, dtype)
+            self._step = lambda pixel: light(pixel, cache=self.cache)[:, -1]
+
+    def start(self, prompt: Tensor) -> Tensor:
+        """Logits (B, K) of the first pixel after a prompt, int64 (B, P), which may be empty; one pass for all of it."""
+        return self.network(prompt, cache=self.cache)[:, -1]  # type: ignore[no-any-return]
+
+    def step(self, pixel: Tensor) -> Tensor:
+        """Logits (B, K) of the next pixel, given the one decided last, int64 (B, 1); valid until the next step."""
+        with torch.autocast(self.cache.k.device.type, enabled=False):  # it would convert everything in every step
+            return self._step(pixel)
+
+
+def _half_type(device: torch.device) -> torch.dtype:
+    """Float16 on x86 CPUs that do not multiply bfloat16: they convert it as they read it. Else bfloat16."""
+    reads_float16 = device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+    return torch.float16 if reads_float16 and not multiplies_bfloat16(device) else torch.bfloat16
+
+
+def _in_type(network: ImageGPT, dtype: torch.dtype) -> ImageGPT:
+    """The network itself, or a copy whose weights have another type."""
+    if network.wte.weight.dtype == dtype:
+        return network
+    with torch.device("meta"):
+        copy = ImageGPT(network.config)
+    copy.load_state_dict({name: value.to(dtype) for name, value in network.state_dict().items()}, assign=True)
+    return copy.requires_grad_(False).eval()
+
+
+def make_product(linear: nn.Linear, rows: int, precision: Precision) -> Product:
+    """A linear layer for few rows, on a CPU: (rows, in) to (rows, out) in the type of the input."""
+    weight, bias = linear.weight.detach(), linear.bias
+    if precision == "int8":
+        return _with_bias(_int8_product(weight.float()), bias)
+    if precision == "half" and weight.dtype == torch.float32:
+        if _half_type(weight.device) == torch.bfloat16:
+            narrow = weight.bfloat16()
+            return _with_bias(lambda x: F.linear(x.bfloat16(), narrow).to(x.dtype), bias)
+        packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+    if rows > FEW_ROWS and weight.dtype == torch.float32:
+        return _with_bias(lambda x: torch.mm(weight, x.t()).t().contiguous(), bias)
+    transposed = weight.t()
+    return _with_bias(lambda x: torch.mm(x, transposed), bias)
+
+
+def _int8_product(weight: Tensor) -> Product:
+    scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # (out,)
+    rounded, scale = (weight / scale[:, None]).round().to(torch.int8), scale.bfloat16()
+    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), rounded, scale).to(x.dtype)
+
+
+def _with_bias(product: Product, bias: Tensor | None) -> Product:
+    return product if bias is None else lambda x: product(x) + bias
+
+
+class FlatBlock:
+    """A block for one position per picture, on a CPU, written out: calls of modules would cost more than the work."""
+
+    def __init__(self, block: Block, rows: int, precision: Precision) -> None:
+        self.gain_1, self.gain_2 = _doubled_gain(block.ln_1), _doubled_gain(block.ln_2)
+        layers = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj = (make_product(one, rows, precision) for one in layers)
+        self.n_head = block.attn.n_head
+
+    def __call__(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+        """(B, D) to (B, D); the position's own keys and values are written into those of the cache, (B, H, T, d)."""
+        B, D = x.shape
+        q, k, v = self.c_attn(_norm(x, self.gain_1)).view(B, 3, self.n_head, 1, -1).unbind(1)  # (B, H, 1, d)
+        if keys.dtype == torch.float16:  # which is narrow: what it cannot hold saturates
+            most = torch.finfo(torch.float16).max
+            k, v = k.clamp(-most, most), v.clamp(-most, most)
+        keys.narrow(2, length, 1).copy_(k)
+        values.narrow(2, length, 1).copy_(v)
+        keys, values = keys.narrow(2, 0, length + 1), values.narrow(2, 0, length + 1)
+        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values).to(x.dtype)
+        x = x + self.attn_proj(y.view(B, D))
+        hidden = F.silu(self.c_fc(_norm(x, self.gain_2)).mul_(GELU_SLOPE)).mul_(1 / GELU_SLOPE)
+        return x + self.mlp_proj(hidden)
+
+
+class FlatSteps:
+    """All blocks as ``FlatBlock``, between embedding and colour head."""
+
+    def __init__(self, network: ImageGPT, cache: KVCache, precision: Precision) -> None:
+        rows = cache.k.shape[1]
+        self.network, self.cache = network, cache
+        self.blocks = [FlatBlock(block, rows, precision) for block in network.blocks()]
+        self.gain = _doubled_gain(network.ln_f)
+        self.head = make_product(network.lm_head, rows, precision)
+        self.keys, self.values = cache.k.unbind(0), cache.v.unbind(0)
+
+    def __call__(self, pixel: Tensor) -> Tensor:
+        """As ``Decoder.step``."""
+        length = self.cache.length
+        x = self.network.wte(pixel[:, 0]) + self.network.wpe.weight[length]  # (B, D)
+        for block, keys, values in zip(self.blocks, self.keys, self.values, strict=True):
+            x = block(x, keys, values, length)
+        self.cache.advance(1)
+        return self.head(_norm(x, self.gain))
+
+
+def _doubled_gain(norm: RMSNorm) -> Tensor:
+    return torch.cat([norm.weight.detach()] * 2)
+
+
+def _norm(x: Tensor, doubled_gain: Tensor) -> Tensor:
+    """RMSNorm as the LayerNorm of (x, -x), whose mean is 0: a third of the operations on a CPU."""
+    return F.layer_norm(torch.cat([x, -x], -1), doubled_gain.shape, doubled_gain, None, NORM_EPS)[:, : x.shape[1]]
+
+
+class CapturedSteps:
+    """Steps as CUDA graphs: one launch instead of hundreds, which would take longer than the work.
+
+    A graph reads a window of the cache, so there is one for each of a few windows. Where capturing fails, a warning
+    says so, and steps are launched one kernel at a time.
+    """
+
+    def __init__(self, network: ImageGPT, cache: KVCache) -> None:
+        self.network, self.cache = network, cache
+        total = network.config.n_positions
+        self.grain = -(-total // WINDOWS)
+        self.pixel = torch.zeros(cache.k.shape[1], 1, dtype=torch.long, device=cache.k.device)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.works = True
+
+    def window(self) -> int:
+        """Positions that the step at hand reads: those seen and its own, rounded up to a multiple of the grain."""
+        return min(-(-(self.cache.length + 1) // self.grain) * self.grain, self.cache.k.shape[3])
+
+    def __call__(self, pixel: Tensor) -> Tensor:
+        """As ``Decoder.step``."""
+        window = self.window()
+        if self.works and window not in self.graphs:
+            self._capture(window)
+        if not self.works:
+            return self.network(pixel, cache=self.cache)[:, -1]  # type: ignore[no-any-return]
+        graph, logits = self.graphs[window]
+        self.pixel.copy_(pixel)
+        graph.replay()
+        self.cache.length += 1  # the graph has moved the position on the device
+        return logits
+
+    def _capture(self, window: int) -> None:
+        cache, length = self.cache, self.cache.length
+        cache.window = window
+        try:
+            beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):  # libraries prepare themselves, which cannot be captured
+                for _ in range(2):
+                    self.network(self.pixel, cache=cache)
+                    self._back_to(length)
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self.network(self.pixel, cache=cache)[:, -1]
+            self.graphs[window] = graph, logits
+        except RuntimeError as error:
+            log.warning("steps cannot be captured as a CUDA graph and are launched one by one: %s", error)
+            self.works = False
+        finally:
+            cache.window = None
+            self._back_to(length)
+
+    def _back_to(self, length: int) -> None:
+        """What a step wrote beyond ``length`` is written anew by the next one."""
+        self.cache.length = length
+        self.cache.position.fill_(length)

@@ -1,0 +1,221 @@
+import dataclasses
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_igpt import decoding
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.decoding import CapturedSteps, Decoder
+from lightning_igpt.model import KVCache
+from lightning_igpt.sampling import complete, inpaint, score
+from tests.networks import SMALL, random_network, random_tokens
+
+WIDE = ImageGPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=32, image_size=8)
+BIASED = dataclasses.replace(SMALL, bias=True)
+
+
+def stepped(network, tokens, prompt, precision="full"):
+    """Logits (B, T - prompt, K) of all pixels after the prompt, one step each."""
+    decoder = Decoder(network, len(tokens), precision)
+    with torch.no_grad():
+        logits = [decoder.start(tokens[:, :prompt])]
+        logits += [decoder.step(tokens[:, t : t + 1]).clone() for t in range(prompt, tokens.shape[1] - 1)]
+    assert decoder.cache.length == int(decoder.cache.position) == tokens.shape[1]
+    return torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("config", [SMALL, BIASED, WIDE], ids=["small", "with biases", "wide"])
+@pytest.mark.parametrize("prompt", [0, 1, 9])
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_steps_give_the_logits_of_the_whole_picture(config, prompt, batch):
+    network, tokens = random_network(config, dtype=torch.float64), random_tokens(config, batch)
+    expected = network(tokens)[:, prompt:].detach()
+    torch.testing.assert_close(stepped(network, tokens, prompt), expected, rtol=0, atol=1e-11)
+    single = stepped(network.float(), tokens, prompt)
+    torch.testing.assert_close(single.double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("config", [SMALL, BIASED, WIDE], ids=["small", "with biases", "wide"])
+@pytest.mark.parametrize("batch", [1, 6])
+@pytest.mark.parametrize(("precision", "allowed"), [("half", 0.01), ("int8", 0.05)])
+def test_lighter_steps_stay_near(config, batch, precision, allowed):
+    network, tokens = random_network(config), random_tokens(config, batch)
+    expected = network(tokens)[:, 5:].detach()
+    found = stepped(network, tokens, 5, precision)
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).abs().max() < allowed * expected.abs().max()
+    torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=0, atol=1e-5)  # the prompt is read in full
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_half_follows_what_the_cpu_can_do(monkeypatch, bfloat16, own):
+    monkeypatch.setattr(decoding, "multiplies_bfloat16", lambda device: bfloat16)
+    network, tokens = random_network(dtype=own), random_tokens()
+    expected = network.float()(tokens)[:, 5:]
+    found = stepped(network.to(own), tokens, 5, "half")
+    assert (found.float() - expected).abs().max() < 0.06 * expected.abs().max()
+    on_x86 = "fbgemm" in torch.backends.quantized.supported_engines
+    wanted = torch.bfloat16 if bfloat16 or own == torch.bfloat16 or not on_x86 else torch.float16
+    assert Decoder(network, 2, "half").cache.k.dtype == wanted
+
+
+@pytest.mark.parametrize("precision", ["full", "half", "int8"])
+def test_a_picture_does_not_depend_on_those_beside_it(precision):
+    """Scales of activations shared by a batch would make it so."""
+    network, tokens = random_network(), random_tokens(batch=4)
+    tokens[1:] = tokens[1:].flip(1)
+    together = stepped(network, tokens, 5, precision)
+    torch.testing.assert_close(together[:1], stepped(network, tokens[:1], 5, precision), rtol=0, atol=1e-4)
+
+
+def test_keys_and_values_that_float16_cannot_hold_saturate(monkeypatch):
+    monkeypatch.setattr(decoding, "multiplies_bfloat16", lambda device: False)
+    network, tokens = random_network(), random_tokens()
+    with torch.no_grad():
+        network.h[0].attn.c_attn.weight[32:].mul_(1e6)
+    for precision in ("half", "int8"):
+        assert stepped(network, tokens, 5, precision).isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["full", "half", "int8"])
+def test_complete_and_inpaint_take_a_precision(precision):
+    network, tokens = random_network(WIDE), random_tokens(WIDE)
+    exact = complete(network, tokens[:, :40], temperature=0)[:, 0]
+    found = complete(network, tokens[:, :40], temperature=0, precision=precision)[:, 0]
+    assert (found == exact).float().mean() > 0.8
+    known = torch.arange(64).expand(2, 64) < 40
+    assert torch.equal(inpaint(network, tokens, known, temperature=0, precision=precision), found)
+
+
+def test_the_network_stays_as_it_is():
+    network, tokens = random_network(), random_tokens()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    for precision in ("full", "half", "int8"):
+        complete(network, tokens[:, :8], n_samples=3, precision=precision)
+    after = network.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match=r"'bf16'.*'full', 'half' or 'int8'"):
+        complete(random_network(), random_tokens()[:, :8], precision="bf16")
+
+
+@pytest.mark.parametrize("precision", ["half", "int8"])
+def test_lighter_steps_keep_the_likelihood(precision):
+    """Mean surprise of pictures that the network drew itself; docs/how-to/sampling.md states the bound."""
+    network = random_network(WIDE)
+    with torch.no_grad():
+        network.lm_head.weight.mul_(0.3)
+    tokens = complete(network, torch.empty(1, 0, dtype=torch.long), n_samples=64, generator=torch.manual_seed(0))[0]
+    nats = torch.nn.functional.cross_entropy(stepped(network, tokens, 0, precision).flatten(0, 1), tokens.flatten())
+    exact = score(network, tokens).mean()
+    assert 0.5 < exact < 3.4 and abs(nats - exact) < {"half": 0.0005, "int8": 0.005}[precision]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+        self.count += any(name in str(function) for name in waits)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3, "top_p": 0.9}])
+def test_no_step_asks_the_device_for_a_number(options):
+    network, tokens, reads = random_network(WIDE), random_tokens(WIDE), []
+    for given in (63, 32, 0):
+        with HostReads() as mode:
+            complete(network, tokens[:, :given], **options)
+        reads.append(mode.count)
+    assert reads[0] == reads[1] <= 4 and reads[2] <= reads[1]  # checks of the prompt, and where the holes are
+
+
+def flops(run):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+def test_a_step_costs_the_same_everywhere_but_for_attention():
+    """Operations, not seconds: one pass for the prompt, one position per step."""
+    network, tokens = random_network(WIDE), random_tokens(WIDE, 1)
+    matrices = 2 * (WIDE.n_layer * 12 * 64**2 + 32 * 64)
+    for position in (1, 20, 62):
+        decoder = Decoder(network, 1)
+        with torch.no_grad():
+            decoder.start(tokens[:, :position])
+        attention = 4 * WIDE.n_layer * 64 * (position + 2)
+        assert flops(lambda d=decoder: d.step(tokens[:, :1])) - matrices in (
+            0,
+            attention,
+        )  # counted, or not, by version
+
+
+# --- captured steps ---------------------------------------------------------------------------------------------
+
+
+def test_a_window_of_the_cache_changes_nothing():
+    """What a captured step computes, run eagerly: the position is a tensor and the window larger than what was seen."""
+    network, tokens = random_network(dtype=torch.float64), random_tokens()
+    expected = network(tokens)
+    cache = KVCache(SMALL, 2, dtype=torch.float64)
+    cache.k.fill_(7), cache.v.fill_(1e6)  # what lies beyond the position must not count
+    with torch.no_grad():
+        network(tokens[:, :5], cache=cache)
+        for t in range(5, 15):
+            cache.window = 8 if t < 7 else 16
+            logits = network(tokens[:, t : t + 1], cache=cache)[:, 0]
+            torch.testing.assert_close(logits, expected[:, t + 1], rtol=0, atol=1e-12)
+
+
+def test_windows_cover_every_position():
+    network, cache = random_network(), KVCache(SMALL, 2)
+    steps = CapturedSteps(network, cache)
+    for cache.length in range(16):
+        assert cache.length < steps.window() <= 16
+    assert len({steps.window() for cache.length in range(16)}) == decoding.WINDOWS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["full", "half"])
+def test_captured_steps_equal_the_network_on_cuda(precision):
+    network, tokens = random_network(WIDE).cuda(), random_tokens(WIDE, 3).cuda()
+    expected = network(tokens)[:, 9:]
+    decoder = Decoder(network, 3, precision)
+    with torch.no_grad():
+        logits = [decoder.start(tokens[:, :9])]
+        logits += [decoder.step(tokens[:, t : t + 1]).float().clone() for t in range(9, 63)]
+    assert decoder._step.works and len(decoder._step.graphs) == decoding.WINDOWS - 1
+    assert int(decoder.cache.position) == decoder.cache.length == 64
+    allowed = {"full": 1e-4, "half": 0.05}[precision] * float(expected.abs().max())
+    torch.testing.assert_close(torch.stack(logits, 1), expected, rtol=0, atol=allowed)
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_cuda():
+    network, prompt = random_network(WIDE).cuda(), random_tokens(WIDE, 3)[:, :9].cuda()
+    decoder = Decoder(network, 3)
+    with torch.no_grad():
+        pixel = decoder.start(prompt).argmax(-1, keepdim=True)
+        decoder.step(pixel)  # captures
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(4):
+                pixel = decoder.step(pixel).argmax(-1, keepdim=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_int8_is_for_cpus():
+    with pytest.raises(ValueError, match=r"int8.*cuda.*'half'"):
+        Decoder(random_network().cuda(), 1, "int8")
