@@ -7,8 +7,9 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,19 @@ def options_parser(
     return parser
 
 
+def say_unused(words: Sequence[str] | None, *names: str) -> None:
+    """Print one line for each of these options that the user gave, but that changes nothing here.
+
+    Args:
+        words: What the program was called with; None for the command line.
+        names: Options without their dashes.
+    """
+    given = [word.split("=")[0] for word in (sys.argv[1:] if words is None else words) if word.startswith("--")]
+    for name in names:
+        if any(f"--{name}".startswith(word) for word in given):
+            print(f"--{name} has no bearing on this benchmark")
+
+
 def positive(text: str) -> int:
     """An option's number, 1 or more."""
     value = int(text)
@@ -120,7 +134,11 @@ def machine_limits(device: str = "cpu", dtype: torch.dtype = torch.float32, repe
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.ones(COPIED_BYTES.get(kind, 2**28) // 4, device=device)
     target = torch.ones_like(source)
-    sides = {"product": lambda: a @ b, "copy": lambda: target.copy_(source), "sum": source.sum}
+    sides: dict[str, Callable[[], object]] = {
+        "product": lambda: a @ b,
+        "copy": lambda: target.copy_(source),
+        "sum": source.sum,
+    }
     found = {name: min(turns.seconds) for name, turns in in_turns(sides, repeats=repeats, device=device).items()}
     size = source.numel() * source.element_size()
     return Limits(2 * side**3 / found["product"], max(2 * size / found["copy"], size / found["sum"]))
