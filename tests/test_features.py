@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from lightning_igpt.features import choose_c, fit_logistic, split_rows, usable_grid
+from lightning_igpt import features
+from lightning_igpt.features import LogisticLoss, choose_c, fit_logistic, split_rows, usable_grid
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,39 @@ def test_too_few_rows_leave_no_choice(caplog):
     x, y = torch.randn(199, 2), torch.arange(199) % 2
     assert choose_c(x, y, 2, grid=[0.001, 0.3, 10.0]) == 0.3
     assert "199 training images leave 19 to choose c on, fewer than 20: c is 0.3" in caplog.text
+
+
+@pytest.mark.parametrize("rows", [1, 7, 30, 100])
+def test_loss_and_gradient_are_those_of_autograd(monkeypatch, rows):
+    monkeypatch.setattr(features, "CACHED", rows * 5)  # rows at a time
+    generator = torch.Generator().manual_seed(0)
+    x, point = torch.randn(30, 5, generator=generator), torch.randn(4, 6, generator=generator)
+    y = torch.randint(4, (30,), generator=generator)
+    loss, gradient = LogisticLoss(x, y, c=0.3)(point)
+    weight, bias = (part.double().requires_grad_() for part in (point[:, :-1], point[:, -1]))
+    expected = F.cross_entropy(x.double() @ weight.T + bias, y) + weight.square().sum() / (2 * 0.3 * 30)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient.double(), torch.cat([weight.grad, bias.grad[:, None]], 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("widest", [0, 4096])
+def test_correlated_features_of_any_scale_reach_the_minimum(monkeypatch, widest):
+    """With and without a first guess of the curvature; the gradient is that of float64."""
+    monkeypatch.setattr(features, "WIDEST", widest)
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(3, (400,), generator=generator)
+    x = torch.randn(400, 30, generator=generator) @ torch.randn(30, 30, generator=generator)
+    x[:, 0] += y
+    x = (x - x.mean(0)) * torch.logspace(-0.5, 0.5, 30)
+    weight, bias = fit_logistic(x, y, 3, standardize=False, tolerance=1e-4)
+    weight, bias = weight.double().requires_grad_(), bias.double().requires_grad_()
+    (F.cross_entropy(x.double() @ weight.T + bias, y) + weight.square().sum() / 800).backward()
+    assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 1.1e-4
+
+
+def test_what_cannot_be_fitted_is_refused():
+    with pytest.raises(ValueError, match="3 labels for 4 rows"):
+        fit_logistic(torch.randn(4, 2), torch.tensor([0, 1, 0]), 2)
+    with pytest.raises(ValueError, match="finite"):
+        fit_logistic(torch.tensor([[0.0], [torch.inf]]), torch.tensor([0, 1]), 2)

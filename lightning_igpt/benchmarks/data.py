@@ -3,14 +3,15 @@
 All images are made here: seeded low-frequency noise with some grain, which compresses about as photographs do. All
 sides decode the same files to the same squares of 32 x 32 pixels. Bare decoding is the least that any loader can do:
 it neither converts nor resizes what needs no conversion and no resizing.
+
+The ratio to the peer is that of tokens from the data module to tokens from ``transformers``, the fraction of the limit
+that of the data module to bare decoding, both on small PNG files.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import io
-import json
 import os
 import platform
 import statistics
@@ -32,6 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from lightning_igpt.benchmarks.harness import conditions, options_parser, print_json, say_unused
 from lightning_igpt.data.pretrain import PretrainDataModule
 from lightning_igpt.palette import Palette
 
@@ -98,29 +100,29 @@ def bare_pixels(file: bytes) -> NDArray[np.uint8]:
     return np.asarray(_square(Image.open(io.BytesIO(file))))
 
 
-def data_module(path: Path, *, passes_before: int = 0, **options: Any) -> Counts:
+def data_module(path: Path, *, batch_size: int, passes_before: int = 0, **options: Any) -> Counts:
     """Everything a training run pays: rows, decoding, shuffled batches."""
-    for batch in _batches(path, passes_before=passes_before, **options):
+    for batch in _batches(path, batch_size=batch_size, passes_before=passes_before, **options):
         yield len(next(iter(batch.values())))
 
 
-def plain_datasets(path: Path) -> Counts:
+def plain_datasets(path: Path, batch_size: int) -> Counts:
     """``datasets`` and a DataLoader as their documentation puts them together."""
 
     def to_tensors(rows: dict[str, Any]) -> dict[str, Any]:
         return {"image": [torch.from_numpy(np.array(_square(image))).permute(2, 0, 1) for image in rows["image"]]}
 
     dataset = datasets.load_dataset("parquet", data_files=str(path), split="train").with_transform(to_tensors)
-    loader: DataLoader[Any] = DataLoader(dataset, batch_size=BATCH, shuffle=True)
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch_size, shuffle=True)
     while True:
         for batch in loader:
             yield len(batch["image"])
 
 
-def tokens(path: Path) -> Counts:
+def tokens(path: Path, batch_size: int) -> Counts:
     """The data module, and the palette on every batch."""
     palette = Palette.load(PALETTE)
-    for batch in _batches(path, cache="none"):
+    for batch in _batches(path, batch_size=batch_size, cache="none"):
         yield len(palette.quantize(batch["image"]))
 
 
@@ -146,8 +148,8 @@ def _square(image: Image.Image) -> Image.Image:
     return image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
 
 
-def _batches(path: Path, *, passes_before: int = 0, **options: Any) -> Iterator[dict[str, Any]]:
-    common = {"image_size": SIZE, "batch_size": BATCH, "val_fraction": 0}
+def _batches(path: Path, *, batch_size: int, passes_before: int = 0, **options: Any) -> Iterator[dict[str, Any]]:
+    common = {"image_size": SIZE, "batch_size": batch_size, "val_fraction": 0}
     data = PretrainDataModule(str(path), random_crop=False, **common, **options)
     data.setup()
     loader = data.train_dataloader()
@@ -158,21 +160,21 @@ def _batches(path: Path, *, passes_before: int = 0, **options: Any) -> Iterator[
         yield from loader
 
 
-def measurements(kind: str, path: Path, files: Sequence[bytes]) -> dict[str, Counts]:
+def measurements(kind: str, path: Path, files: Sequence[bytes], batch: int) -> dict[str, Counts]:
     """What is measured on one kind of file, by name."""
     found = {
         "bare decoding": bare_decoding(files),
-        "data module": data_module(path, cache="none"),
-        "datasets + DataLoader": plain_datasets(path),
-        "data module, tokens": tokens(path),
+        "data module": data_module(path, batch_size=batch, cache="none"),
+        "datasets + DataLoader": plain_datasets(path, batch),
+        "data module, tokens": tokens(path, batch),
     }
     if importlib.util.find_spec("transformers"):
         found["transformers, tokens"] = processor_tokens(files)
     if kind != SMALL:
         return found
-    found["pixel cache in memory"] = data_module(path, passes_before=1, cache="memory")
-    found["token cache on disk"] = data_module(path, passes_before=1, cache="disk", palette=PALETTE)
-    found["streaming"] = data_module(path, streaming=True)
+    found["pixel cache in memory"] = data_module(path, batch_size=batch, passes_before=1, cache="memory")
+    found["token cache on disk"] = data_module(path, batch_size=batch, passes_before=1, cache="disk", palette=PALETTE)
+    found["streaming"] = data_module(path, batch_size=batch, streaming=True)
     return found
 
 
@@ -193,16 +195,16 @@ def in_turns(sides: dict[str, Counts], *, seconds: float, repeats: int) -> dict[
     return {name: [turn[name] for turn in turns] for name in sides}
 
 
-def memory_growth(path: Path, rows: int) -> float:
+def memory_growth(path: Path, rows: int, batch: int) -> float:
     """MiB that a new process holds more after reading ``rows`` rows than shortly after it began."""
     # A new one, because this one has freed so much that it could keep a lot before it grew.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_growth, path, rows).result()
+        return process.submit(_growth, path, rows, batch).result()
 
 
-def _growth(path: Path, rows: int) -> float:
+def _growth(path: Path, rows: int, batch: int) -> float:
     with _everything_in(path.parent):
-        counts = data_module(path, cache="none")
+        counts = data_module(path, batch_size=batch, cache="none")
         for _ in range(WARM_UP):
             next(counts)
         before, read = _private_bytes(), 0
@@ -256,39 +258,47 @@ def _everything_in(folder: Path) -> Iterator[None]:
         datasets.config.HF_DATASETS_CACHE, os.environ[variable] = before, own
 
 
-def benchmark(folder: Path, *, seconds: float, repeats: int, images: int, rows: int) -> dict[str, Any]:
+def benchmark(folder: Path, *, batch: int, seconds: float, repeats: int, images: int, rows: int) -> dict[str, Any]:
     """Measure everything, print tables, and return what the JSON says."""
-    versions = {module.__name__: module.__version__ for module in (torch, datasets, PIL, np)}
-    result: dict[str, Any] = {"unit": "images per second of CPU time", "batch": BATCH, "size": SIZE, **versions}
-    print(f"{result['unit']}; {platform.platform()}; {versions}")
+    result: dict[str, Any] = {"unit": "images per second of CPU time", "batch": batch, "size": SIZE}
+    found = conditions("cpu", datasets, PIL, np)  # here, where there is one thread
+    print(f"{result['unit']}; {platform.platform()}; {found['versions']}")
     for name, kind in KINDS.items():
-        files = make_files(kind, max(images // kind.share, BATCH))
+        files = make_files(kind, max(images // kind.share, batch, PROCESSOR_BATCH))
         path = write_parquet(files, folder / f"{name}.parquet")
-        sides = measurements(name, path, files)
+        sides = measurements(name, path, files, batch)
         result[name] = summary(in_turns(sides, seconds=seconds, repeats=repeats))
         print_table(f"{name}, {statistics.mean(map(len, files)):,.0f} bytes", result[name])
     if Path("/proc/self/statm").exists():
-        result["memory_growth_mib"] = round(memory_growth(folder / f"{SMALL}.parquet", rows), 2)
+        result["memory_growth_mib"] = round(memory_growth(folder / f"{SMALL}.parquet", rows, batch), 2)
         print(f"\nmemory that {rows:,} rows leave behind: {result['memory_growth_mib']} MiB")
-    return result
+    return result | found
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, measure in a temporary folder, print."""
-    parser = argparse.ArgumentParser(prog="python -m lightning_igpt.benchmarks.data", description=__doc__)
+    parser = options_parser("data", __doc__, preset="igpt_s", batch_size=BATCH, repeats=25)
     parser.add_argument("--seconds", type=float, default=0.15, help="CPU time of one turn (default 0.15)")
-    parser.add_argument("--repeats", type=int, default=25, help="turns of each side (default 25)")
     parser.add_argument("--images", type=int, default=20_000, help="small PNG files to make (default 20000)")
     parser.add_argument("--rows", type=int, default=200_000, help="rows read while memory is watched (default 200000)")
     parser.add_argument("--quick", action="store_true", help="short turns and few images: half a minute")
-    options = vars(parser.parse_args(words))
-    if options.pop("quick"):
-        options = {"seconds": 0.05, "repeats": 3, "images": 1_000, "rows": 5_000}
-    if wrong := [name for name, value in options.items() if value <= 0]:
-        parser.error(f"--{wrong[0]} is {options[wrong[0]]}; it must be above 0")
+    options = parser.parse_args(words)
+    say_unused(words, "preset", "precision", "compile", "device")
+    sizes = {name: getattr(options, name) for name in ("seconds", "repeats", "images", "rows")}
+    if options.quick:
+        sizes = {"seconds": 0.05, "repeats": 3, "images": 1_000, "rows": 5_000}
+    if wrong := [name for name, value in sizes.items() if value <= 0]:
+        parser.error(f"--{wrong[0]} is {sizes[wrong[0]]}; it must be above 0")
     with TemporaryDirectory() as folder, _everything_in(Path(folder)):
-        result = benchmark(Path(folder), **options)
-    print(json.dumps(result))
+        result = benchmark(Path(folder), batch=options.batch_size, **sizes)
+    small = result[SMALL]
+    peer = small.get("transformers, tokens")
+    print_json(
+        "data",
+        ratio_vs_peer=small["data module, tokens"]["median"] / peer["median"] if peer else None,
+        fraction_of_limit=small["data module"]["to_bare"],
+        **result,
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,19 @@ def options_parser(
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--repeats", type=positive, default=repeats, help=f"turns of each side (default {repeats})")
     return parser
+
+
+def say_unused(words: Sequence[str] | None, *names: str) -> None:
+    """Print one line for each of these options that the user gave, but that changes nothing here.
+
+    Args:
+        words: What the program was called with; None for the command line.
+        names: Options without their dashes.
+    """
+    given = [word.split("=")[0] for word in (sys.argv[1:] if words is None else words) if word.startswith("--")]
+    for name in names:
+        if any(f"--{name}".startswith(word) for word in given):
+            print(f"--{name} has no bearing on this benchmark")
 
 
 def positive(text: str) -> int:

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+import torch
+
+from lightning_igpt.benchmarks import harness
+from lightning_igpt.benchmarks.harness import Turns
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch):
+    monkeypatch.setitem(harness.MATRIX, "cpu", 64)
+    monkeypatch.setitem(harness.COPIED_BYTES, "cpu", 2**16)
+
+
+def test_a_ratio_is_the_median_over_the_turns():
+    ours, theirs = Turns((1.0, 4.0, 2.0)), Turns((2.0, 4.0, 10.0))
+    assert ours.median == 2.0
+    assert ours.ratio_to(theirs) == 2.0  # of 2, 1 and 5; that of the medians happens to be the same
+    assert Turns((1.0, 1.0, 4.0)).ratio_to(Turns((3.0, 2.0, 20.0))) == 3.0
+    with pytest.raises(ValueError, match="shorter"):
+        ours.ratio_to(Turns((1.0,)))
+
+
+def test_sides_take_turns():
+    calls = []
+    found = harness.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warm_up=2)
+    assert calls == ["a", "b"] * 5
+    assert list(found) == ["a", "b"] and all(len(turns.seconds) == 3 for turns in found.values())
+    assert all(seconds >= 0 for turns in found.values() for seconds in turns.seconds)
+
+
+def test_the_machine_has_limits():
+    limits = harness.machine_limits(repeats=2)
+    assert limits.flops_per_second > 0 and limits.bytes_per_second > 0
+
+
+def test_sides_that_disagree_are_refused():
+    harness.require(True, "nothing")
+    with pytest.raises(RuntimeError, match=r"disagree.*: a is not b"):
+        harness.require(False, "a is not b")
+
+
+def test_the_largest_difference_is_a_share():
+    assert harness.largest_difference(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0])) == 0.25
+    assert harness.largest_difference(torch.zeros(2), torch.zeros(2)) == 0
+
+
+def test_the_last_line_is_one_json_object(capsys):
+    print("a table")
+    sides = harness.as_json({"ours": Turns((1.0, 2.0, 4.0))})
+    harness.print_json("x", ratio_vs_peer=1.23456, fraction_of_limit=None, sides=sides, **harness.conditions("cpu"))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["benchmark"] == "x" and result["ratio_vs_peer"] == 1.235 and result["fraction_of_limit"] is None
+    assert result["sides"] == {"ours": {"median_s": 2.0, "min_s": 1.0, "max_s": 4.0}}
+    assert {"device", "threads", "cores", "versions"} < set(result)
+
+
+def test_the_table_names_every_side(capsys):
+    rows = {"ours": Turns((0.5, 0.5)), "peer": Turns((1.0, 1.0))}
+    harness.print_table("title", rows, peer="peer", work={"ours": 1.0}, limit=4.0)
+    title, ours, peer = capsys.readouterr().out.strip().splitlines()
+    assert title.startswith("title") and ours.split() == ["ours", "500.00", "500.00..500.00", "2.00x", "50%"]
+    assert peer.split() == ["peer", "1,000.00", "1,000.00..1,000.00", "1.00x"]
+
+
+@pytest.mark.parametrize("words", [["--precision", "32-true"], ["--precision=32-true"], ["--prec", "32-true"]])
+def test_an_option_without_bearing_is_said_so(words, capsys):
+    harness.say_unused([*words, "--batch-size", "3", "-h"], "precision", "compile")
+    assert capsys.readouterr().out == "--precision has no bearing on this benchmark\n"
+
+
+def test_options_are_the_same_everywhere():
+    options = harness.options_parser("x", None, preset="igpt_tiny", batch_size=4).parse_args([])
+    assert set(vars(options)) == {"preset", "batch_size", "precision", "compile", "device", "repeats"}
+    assert options.preset == "igpt_tiny" and options.batch_size == 4 and options.precision is None

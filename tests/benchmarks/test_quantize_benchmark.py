@@ -1,0 +1,61 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_igpt.benchmarks import harness, quantize
+from lightning_igpt.palette import Palette
+
+WORDS = ["--batch-size", "3", "--size", "8", "--peer-images", "2", "--repeats", "2", "--table-repeats", "1"]
+KEYS = {"benchmark", "ratio_vs_peer", "fraction_of_limit", "device", "threads", "cores", "versions", "sides"}
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch):
+    monkeypatch.setitem(harness.MATRIX, "cpu", 64)
+    monkeypatch.setitem(harness.COPIED_BYTES, "cpu", 2**16)
+
+
+def test_the_last_line_is_json_with_every_side(capsys):
+    quantize.main([*WORDS, "--compile"])
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    assert set(result) == KEYS | {
+        *("ratio_vs_peer_random_bytes", "bytes_per_pixel", "mpx_per_s", "same_ids_as_float32_search", "batch_size"),
+        "size",
+    }
+    sides = {quantize.OURS, quantize.NOISE, quantize.PEER, quantize.SEARCH}
+    assert set(result["mpx_per_s"]) == sides and set(result["sides"]) == sides | {"table from nothing"}
+    assert result["ratio_vs_peer"] > 0 and result["fraction_of_limit"] > 0
+    assert result["same_ids_as_float32_search"] > 0.99
+    assert "--compile has no bearing" in printed and "--preset has" not in printed
+
+
+def test_a_wrong_id_is_refused(monkeypatch):
+    found = Palette.quantize
+
+    def wrong(self, images):
+        tokens = found(self, images)
+        tokens[-1, -1] = (tokens[-1, -1] + 1) % 512
+        return tokens
+
+    monkeypatch.setattr(Palette, "quantize", wrong)
+    with pytest.raises(RuntimeError, match=r"disagree.*transformers"):
+        quantize.main(WORDS)
+
+
+def test_a_wrong_table_is_refused(monkeypatch):
+    table = np.zeros(2**24, dtype=np.int16)  # every colour is the first
+    monkeypatch.setattr(quantize, "build_table", lambda colors: table)
+    with pytest.raises(RuntimeError, match="not the nearest"):
+        quantize.table_turns(Palette.load("openai"), 1)
+
+
+def test_pictures_are_seeded_and_smooth():
+    images = quantize.pictures(2, 32, seed=1)
+    assert images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
+    assert torch.equal(images, quantize.pictures(2, 32, seed=1)) and not torch.equal(images[0], images[1])
+    drawn = quantize.noise(2, 32, seed=1)
+    steps = [float(x.float().diff(dim=-1).abs().mean()) for x in (images, drawn)]
+    assert steps[0] < steps[1] / 3
