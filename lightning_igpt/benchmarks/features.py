@@ -14,8 +14,6 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -35,34 +33,22 @@ from lightning_igpt.benchmarks.harness import (
     print_table,
     require,
 )
-from lightning_igpt.config import PRESETS, ImageGPTConfig
+from lightning_igpt.benchmarks.peers import after_start, both_networks, random_tokens
+from lightning_igpt.config import PRESETS
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.palette import Palette
 from lightning_igpt.planning import forward_flops_per_token
 from lightning_igpt.trainer import best_precision
-from lightning_igpt.weights import save_pretrained
 
 CLOSE = 1e-4  # of the largest feature
 FORWARD, ALL, MIDDLE, COMPILED = "plain forward", "all layers", "middle layer", "all layers, compiled"
 PEER = "transformers, all layers"
 
 
-def both_networks(config: ImageGPTConfig, device: str) -> tuple[ImageGPT, Any]:
-    """A network with random weights, and the peer with the same."""
-    torch.manual_seed(0)
-    network = ImageGPT(config)
-    torch.nn.init.normal_(network.lm_head.weight, std=0.02)  # zero at first
-    with TemporaryDirectory() as folder:
-        save_pretrained(Path(folder), network, Palette.load("openai"))
-        theirs = transformers.ImageGPTForCausalImageModeling.from_pretrained(folder).transformer
-    return network.eval().to(device), theirs.eval().to(device)
-
-
 def their_features(theirs: Any, tokens: Tensor) -> Tensor:
     """(B, L + 1, D): what ``ImageGPT.features`` gives, from the hidden states that the peer returns."""
-    start = tokens.new_full((len(tokens), 1), theirs.config.vocab_size - 1)
-    given = torch.cat([start, tokens[:, :-1]], 1)
-    states = theirs(given, output_hidden_states=True, use_cache=False).hidden_states
+    states = theirs(
+        after_start(tokens, theirs.config.vocab_size - 1), output_hidden_states=True, use_cache=False
+    ).hidden_states
     normed = [block.ln_1(state) for block, state in zip(theirs.h, states[:-1], strict=True)]
     return torch.stack([state.mean(1) for state in (*normed, states[-1])], 1)  # it has normed the last itself
 
@@ -99,9 +85,8 @@ def with_precision(network: ImageGPT, theirs: Any, precision: str, device: str) 
 def measure(options: Namespace, precision: str) -> tuple[dict[str, Turns], float]:
     """Turns of every side, and the largest difference of features."""
     config, device = PRESETS[options.preset], options.device
-    network, theirs = both_networks(config, device)
-    shape = (options.batch_size, config.n_positions)
-    tokens = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    network, model = both_networks(config, device)
+    theirs, tokens = model.transformer, random_tokens(config, options.batch_size, device)
     sides = sides_of(network, theirs, tokens)
     with torch.no_grad():
         difference = check_agreement(sides)
