@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_igpt.callbacks import ClassificationReport, LayerCurve
+from lightning_igpt.callbacks import ClassificationReport, CompileBlocks, LayerCurve, Throughput
+from lightning_igpt.callbacks.throughput import is_frozen
 from lightning_igpt.checkpointing import AtomicCheckpointIO
 
-log = logging.getLogger(__name__)
+PRODUCTS = {
+    "highest": "in full",
+    "high": "as TF32 where the device has it",
+    "medium": "as TF32 or bfloat16 where the device has them",
+}
 
 
 def make_trainer(
@@ -20,6 +25,8 @@ def make_trainer(
     max_steps: int = -1,
     max_epochs: int | None = None,
     precision: str | int | None = None,
+    compile: bool | Literal["auto"] = "auto",
+    matmul_precision: Literal["highest", "high", "medium"] | None = None,
     accelerator: str = "auto",
     devices: list[int] | str | int = "auto",
     val_check_interval: int | float | None = None,
@@ -29,12 +36,20 @@ def make_trainer(
     plugins: Any = None,
     **kwargs: Any,
 ) -> Trainer:
-    """A plain Trainer: precision by what the device does well, checkpoints that survive a crash, useful intervals.
+    """A plain Trainer: speed by what the device does well, checkpoints that survive a crash, useful intervals.
+
+    When training starts, one line tells what was chosen for speed.
 
     Args:
         max_steps: Optimiser steps of the run. Pretraining counts in steps, as the paper does.
         max_epochs: Passes over the data; for probing (1) and fine-tuning.
         precision: Lightning's name of a precision. Default: bf16-mixed where the device computes it fast, else 32-true.
+        compile: Compile the network's blocks for training; auto does where the run is long enough to gain by it, as
+            CompileBlocks explains.
+        matmul_precision: How float32 matrices are multiplied while this trainer runs, in the whole process: highest, or
+            high for TF32 on GPUs that have it, which is several times faster and keeps 10 bits of 23; medium may use
+            bfloat16. Default: high where fit trains a network in float32 on such a GPU, else as torch is set. The
+            paper trained in float32.
         accelerator: ``cpu``, ``gpu``, ... or ``auto``.
         devices: Number or list of devices, or ``auto``.
         val_check_interval: Batches between validations (int), or a fraction of an epoch (float). Default: 10
@@ -42,8 +57,8 @@ def make_trainer(
         checkpoint_every: Optimiser steps between checkpoints. Default: as often as validation, at most 1000 steps.
         monitor: Keep the checkpoint that is best in this metric, such as val/accuracy (higher is better) or
             val/nats_per_pixel (lower is better), instead of the newest.
-        callbacks: Added to the ones chosen here, which are ModelCheckpoint, LearningRateMonitor, LayerCurve and
-            ClassificationReport; one of such a class among them replaces ours.
+        callbacks: Added to the ones chosen here, which are ModelCheckpoint, LearningRateMonitor, LayerCurve,
+            ClassificationReport, Throughput and CompileBlocks; one of such a class among them replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         **kwargs: Anything else that Trainer takes.
 
@@ -61,8 +76,10 @@ def make_trainer(
         val_check_interval = -(-max_steps * int(kwargs.get("accumulate_grad_batches", 1)) // 10)
     if by_steps and kwargs.get("check_val_every_n_epoch", 1) == 1:
         kwargs["check_val_every_n_epoch"] = None  # steps, not passes over the data, are the clock
-    precision = precision or best_precision(accelerator)
-    log.info("precision %s", precision)
+    precision, why = (precision, "as told") if precision else _precision(accelerator)
+    chosen = _callbacks(callbacks, max_steps if by_steps else None, checkpoint_every, monitor, kwargs)
+    if not any(isinstance(one, CompileBlocks) for one in chosen):
+        chosen.append(CompileBlocks(compile))
     return Trainer(
         max_steps=max_steps,
         max_epochs=-1 if by_steps else max_epochs,
@@ -70,7 +87,7 @@ def make_trainer(
         accelerator=accelerator,
         devices=devices,
         val_check_interval=val_check_interval,
-        callbacks=_callbacks(callbacks, max_steps if by_steps else None, checkpoint_every, monitor, kwargs),
+        callbacks=[*chosen, _Speed(f"precision {precision} ({why})", matmul_precision)],
         plugins=_plugins(plugins),
         **kwargs,
     )
@@ -81,12 +98,56 @@ def best_precision(accelerator: str = "auto") -> str:
 
     On a CPU that means AMX or AVX512-BF16; on any other bf16 is emulated and slower.
     """
+    return _precision(accelerator)[0]
+
+
+def _precision(accelerator: str) -> tuple[str, str]:
+    """The precision that suits, and why."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed", "this GPU has bfloat16"
+        return "32-true", "this GPU has no bfloat16"
     if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        return "bf16-mixed" if fast else "32-true"
-    return "32-true"
+        if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+            return "bf16-mixed", "this CPU has AMX or AVX512-BF16"
+        return "32-true", "this CPU has no AMX or AVX512-BF16"
+    return "32-true", "on this device nothing faster was tried"
+
+
+class _Speed(Callback):
+    """Sets how float32 matrices are multiplied, for as long as the trainer runs; tells what was chosen for speed.
+
+    TF32 is chosen for networks in training only: a probe's classifiers are fitted to a tolerance below its rounding.
+    """
+
+    def __init__(self, precision: str, matmul: str | None) -> None:
+        self.precision, self.matmul = precision, matmul
+        self._earlier: str | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._earlier, wanted = torch.get_float32_matmul_precision(), self.matmul
+        in_float32 = stage == "fit" and str(trainer.precision).startswith("32")
+        if wanted is None and in_float32 and not is_frozen(getattr(pl_module, "network", pl_module)):
+            untouched = self._earlier == "highest"  # which is how torch starts
+            wanted = "high" if untouched and _has_tf32(trainer.strategy.root_device) else None
+        torch.set_float32_matmul_precision(wanted or self._earlier)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        compiles = [str(one.decision) for one in trainer.callbacks if isinstance(one, CompileBlocks)]  # type: ignore[attr-defined]
+        products = f"float32 products {PRODUCTS[torch.get_float32_matmul_precision()]}"
+        rank_zero_info(", ".join([self.precision, *compiles, products]))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._earlier is not None:
+            torch.set_float32_matmul_precision(self._earlier)
+            self._earlier = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "")
+
+
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _callbacks(
@@ -101,8 +162,8 @@ def _callbacks(
         chosen += _checkpoints(max_steps, checkpoint_every, monitor)
     if kwargs.get("logger") is not False and not any(isinstance(one, LearningRateMonitor) for one in chosen):
         chosen.append(LearningRateMonitor(logging_interval="step"))
-    pictures = (LayerCurve, ClassificationReport)  # both are idle beside modules that they do not concern
-    return chosen + [kind() for kind in pictures if not any(isinstance(one, kind) for one in chosen)]
+    idle: tuple[type[Callback], ...] = (LayerCurve, ClassificationReport, Throughput)  # beside modules not for them
+    return chosen + [kind() for kind in idle if not any(isinstance(one, kind) for one in chosen)]
 
 
 def _checkpoints(max_steps: int | None, every: int | None, monitor: str | None) -> list[Callback]:

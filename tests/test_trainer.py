@@ -1,9 +1,17 @@
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lightning_igpt.callbacks import ClassificationReport, LayerCurve
+from lightning_igpt import trainer as making
+from lightning_igpt.callbacks import ClassificationReport, CompileBlocks, LayerCurve, Throughput
 from lightning_igpt.checkpointing import AtomicCheckpointIO
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.trainer import best_precision, make_trainer
@@ -47,6 +55,78 @@ def test_precision_follows_the_hardware(monkeypatch):
     assert best_precision("cpu") == "32-true"
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert best_precision("cpu") == "bf16-mixed"
+
+
+def lines(caplog):
+    """What was told of speed."""
+    return [record.message for record in caplog.records if record.message.startswith("precision ")]
+
+
+class Products(Callback):
+    """Notes how float32 matrices are multiplied in training."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen = torch.get_float32_matmul_precision()
+
+
+def test_choices_for_speed_are_told_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    options = {"max_steps": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    with caplog.at_level(logging.INFO):
+        trainer = make_trainer(default_root_dir=tmp_path, **options)
+        trainer.fit(PretrainModule(TINY, "gray:8"), loader(64), loader())
+        trainer.validate(trainer.lightning_module, loader(), verbose=False)
+    reason = "this CPU has no AMX or AVX512-BF16"
+    assert lines(caplog) == [
+        f"precision 32-true ({reason}), compile off (about 1 second of work), float32 products in full"
+    ]
+
+
+def test_choices_for_speed_can_be_overridden(tmp_path, caplog):
+    products = Products()
+    options = {"max_steps": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    with caplog.at_level(logging.INFO):
+        trainer = make_trainer(
+            default_root_dir=tmp_path, precision="64-true", compile=False, matmul_precision="high", callbacks=products,
+            **options,
+        )  # fmt: skip
+        trainer.fit(PretrainModule(TINY, "gray:8"), loader(64))
+    assert lines(caplog) == [
+        "precision 64-true (as told), compile off (as told), float32 products as TF32 where the device has it"
+    ]
+    assert products.seen == "high" and torch.get_float32_matmul_precision() == "highest"  # it ends with the run
+    mine = [CompileBlocks(False), Throughput(peak_tflops=1)]
+    callbacks = make_trainer(callbacks=mine, **options).callbacks
+    assert [one for one in callbacks if isinstance(one, (CompileBlocks, Throughput))] == mine
+    ours = [one for one in make_trainer(**options).callbacks if isinstance(one, (CompileBlocks, Throughput))]
+    assert {type(one) for one in ours} == {CompileBlocks, Throughput} and len(ours) == 2
+
+
+def test_an_error_leaves_products_as_they_were(tmp_path):
+    class Broken(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            raise RuntimeError("out of luck")
+
+    options = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "default_root_dir": tmp_path}
+    trainer = make_trainer(max_steps=1, matmul_precision="medium", callbacks=Broken(), **options)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer.fit(PretrainModule(TINY, "gray:8"), loader())
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_tf32_is_for_networks_trained_in_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(making, "_has_tf32", lambda device: True)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
+
+    def products(module, precision):
+        seen = Products()
+        make_trainer(max_epochs=1, precision=precision, callbacks=seen, **options).fit(module, loader())
+        return seen.seen
+
+    assert products(PretrainModule(TINY, "gray:8"), "32-true") == "high"
+    assert products(PretrainModule(TINY, "gray:8"), "bf16-mixed") == "highest"
+    assert products(ProbeModule(network=TINY, palette="gray:8", num_classes=3), "32-true") == "highest"
 
 
 def test_a_run_leaves_a_checkpoint_of_its_last_step(tmp_path):
@@ -95,3 +175,43 @@ def test_the_command_lines_defaults_are_no_choices(tmp_path):
     assert any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks)
     with pytest.raises(ValueError, match="how long to train"):
         make_trainer(**given)
+
+
+SCRIPT = """
+import sys, torch
+import lightning_igpt as igpt
+from lightning_igpt.callbacks import CompileBlocks, throughput
+from tests.modules.helpers import TINY
+
+if __name__ == "__main__":
+    devices = int(sys.argv[1])
+    throughput.perf_counter = lambda: 2.0 * trainer.global_step  # a step takes two seconds
+    torch.manual_seed(0)
+    trainer = igpt.make_trainer(
+        max_steps=4, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+        callbacks=[CompileBlocks(True, backend="aot_eager")], log_every_n_steps=2, precision="32-true",
+        enable_progress_bar=False, enable_checkpointing=False,
+    )
+    module = igpt.PretrainModule({**TINY.to_dict(), "image_size": 8}, "gray:8")
+    trainer.fit(module, igpt.PretrainDataModule("digits", batch_size=16 // devices))
+    if trainer.is_global_zero:
+        rate = trainer.callback_metrics["throughput/images_per_second"].item()
+        print("FOUND", rate, module.network.wpe.weight.double().norm().item())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_told_and_compiled_as_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    found = []
+    for devices in (1, 2):
+        command = [sys.executable, str(script), str(devices)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stderr.count("compile on (as told)") == 1 and "torch.compile failed" not in done.stderr
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+        found.append([float(word) for word in line.split()[1:]])
+    assert found[0][0] == found[1][0] == 8  # 16 images of all processes in two seconds
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)

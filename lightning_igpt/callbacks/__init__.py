@@ -1,8 +1,19 @@
 """Sideshows of training, as Lightning callbacks."""
 
 from lightning_igpt.callbacks.classification import ClassificationReport
+from lightning_igpt.callbacks.compile import CompileBlocks
 from lightning_igpt.callbacks.completions import CompletionGrid, captions, completion_rows
 from lightning_igpt.callbacks.layer_curve import LayerCurve
 from lightning_igpt.callbacks.online_probe import OnlineProbe
+from lightning_igpt.callbacks.throughput import Throughput
 
-__all__ = ["ClassificationReport", "CompletionGrid", "LayerCurve", "OnlineProbe", "captions", "completion_rows"]
+__all__ = [
+    "ClassificationReport",
+    "CompileBlocks",
+    "CompletionGrid",
+    "LayerCurve",
+    "OnlineProbe",
+    "Throughput",
+    "captions",
+    "completion_rows",
+]

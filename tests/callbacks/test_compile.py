@@ -1,0 +1,247 @@
+import copy
+import pickle
+import shutil
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.data import DataLoader
+
+from lightning_igpt.callbacks import CompileBlocks, CompletionGrid, OnlineProbe
+from lightning_igpt.callbacks import compile as compiling
+from lightning_igpt.callbacks.compile import Decision, decide, duration, missing_compiler, run_flops
+from lightning_igpt.data import PretrainDataModule
+from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
+from lightning_igpt.planning import train_flops_per_token
+from lightning_igpt.sampling import complete
+from lightning_igpt.weights import load_pretrained
+from tests.modules.helpers import BERT, TINY, loader, quiet_trainer
+
+
+class Losses(lightning.pytorch.Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(outputs["loss"].item())
+
+
+class Look(lightning.pytorch.Callback):
+    """Does to a module in training what other code may do to it."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.was_on = any(map(is_on, pl_module.network.blocks()))
+        self.copy = copy.deepcopy(pl_module.network)
+        self.pickled = pickle.loads(pickle.dumps(pl_module.network))
+        trainer.save_checkpoint(trainer.default_root_dir + "/part.ckpt")
+
+
+def is_on(block):
+    return block._compiled_call_impl is not None
+
+
+def counting():
+    """A backend that knows of no earlier compilation and counts its own."""
+    torch._dynamo.reset()
+    return CompileCounterWithBackend("eager")
+
+
+def pretrain(folder, *callbacks, config=TINY, batches=None, **options):
+    """The module and the losses of a short run, the same for the same arguments."""
+    torch.manual_seed(0)
+    module, losses = PretrainModule(config, "gray:8", lr=0.01, warmup_steps=0), Losses()
+    options = {"max_epochs": 2, "enable_checkpointing": False} | options
+    trainer = quiet_trainer(folder, callbacks=[*callbacks, losses], **options)
+    trainer.fit(module, loader(24) if batches is None else batches, loader(12))
+    return module, losses.values
+
+
+def test_losses_are_those_of_the_uncompiled_network(tmp_path):
+    for config in (TINY, BERT):
+        _, want = pretrain(tmp_path, config=config)
+        _, found = pretrain(tmp_path, CompileBlocks(True, backend="aot_eager"), config=config)
+        assert found == pytest.approx(want, rel=1e-5)
+        assert want[-1] < want[0]
+
+
+def test_only_steps_of_training_run_compiled(tmp_path):
+    """Validation, completions and an online probe have other shapes and modes, and would each compile anew."""
+    backend = counting()
+    callbacks = [CompileBlocks(True, backend=backend), CompletionGrid(n_images=2), OnlineProbe(num_classes=3)]
+    pretrain(tmp_path, *callbacks)
+    assert backend.frame_count == 1  # for both blocks, both passes, both epochs
+    backend.clear()
+    pretrain(tmp_path, CompileBlocks(True, backend=backend), batches=loader(28))
+    assert backend.frame_count == 1  # for the smaller last batch, whatever its size
+
+
+def test_a_second_fit_does_not_compile_again(tmp_path):
+    backend = counting()
+    module, _ = pretrain(tmp_path, CompileBlocks(True, backend=backend))
+    first = backend.frame_count
+    trainer = quiet_trainer(tmp_path, callbacks=[CompileBlocks(True, backend=backend)], max_epochs=1)
+    trainer.fit(module, loader(24), loader(12))
+    assert backend.frame_count == first
+
+
+def test_nothing_of_it_remains(tmp_path):
+    look = Look()
+    module, _ = pretrain(tmp_path, CompileBlocks(True, backend="aot_eager"), look)
+    assert look.was_on and not any(map(is_on, module.network.blocks()))
+    names = list(PretrainModule(TINY, "gray:8").state_dict())
+    assert list(module.state_dict()) == names
+    for other in (look.copy, look.pickled):
+        assert not any(map(is_on, other.blocks()))
+    loaded = load_pretrained(tmp_path / "part.ckpt").network
+    assert all(torch.equal(mine, module.network.state_dict()[name]) for name, mine in loaded.state_dict().items())
+    prompt = torch.zeros(2, 8, dtype=torch.int64)
+    same = [complete(one, prompt, n_samples=2, generator=torch.manual_seed(0)) for one in (loaded, module.network)]
+    assert torch.equal(*same)
+
+
+def test_nothing_of_it_remains_after_an_error(tmp_path):
+    class Broken(lightning.pytorch.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise RuntimeError("out of luck")
+
+    module = PretrainModule(TINY, "gray:8")
+    callbacks = [CompileBlocks(True, backend="aot_eager"), Broken()]
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=callbacks, enable_checkpointing=False)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer.fit(module, loader())
+    assert not any(map(is_on, module.network.blocks()))
+
+
+def broken(*args):
+    raise RuntimeError("cc1plus is not here")
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [broken, aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=broken)],
+    ids=["forward", "backward"],
+)
+def test_a_broken_compiler_ends_no_run(tmp_path, backend, caplog):
+    _, want = pretrain(tmp_path)
+    torch._dynamo.reset()
+    _, found = pretrain(tmp_path, CompileBlocks(True, backend=backend))
+    assert found == want
+    told = [record.message for record in caplog.records if "torch.compile failed" in record.message]
+    assert len(told) == 1 and "--trainer.compile false" in told[0] and "cc1plus is not here" in told[0]
+
+
+def test_trying_the_compiler_leaves_gradients_and_random_numbers_alone(tmp_path):
+    """Of dropout alone the compiled network may draw others; what the run draws beside it stays."""
+    state = {}
+    for name, callbacks in {"plain": [], "compiled": [CompileBlocks(True, backend="eager")]}.items():
+        _, losses = pretrain(tmp_path, *callbacks, config={**TINY.to_dict(), "dropout": 0.1})
+        state[name] = (losses, torch.get_rng_state())
+    assert state["plain"][0] == pytest.approx(state["compiled"][0], rel=1e-5)
+    assert torch.equal(state["plain"][1], state["compiled"][1])
+
+
+def test_what_is_told_is_done(tmp_path):
+    for when in (True, False):
+        callback, look = CompileBlocks(when, backend="aot_eager"), Look()
+        pretrain(tmp_path, callback, look, max_epochs=1)
+        assert callback.decision == Decision(when, "as told") and look.was_on == when
+    with pytest.raises(ValueError, match="when is 'maybe'; it must be true, false or auto"):
+        CompileBlocks("maybe")
+
+
+def test_it_rests_where_no_block_is_trained(tmp_path):
+    for module, batches in (
+        (ProbeModule(network=TINY, palette="gray:8", num_classes=3), loader()),
+        (BoringModel(), None),
+    ):
+        callback = CompileBlocks(True)
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[callback]).fit(module, batches)
+        assert callback.decision == Decision(False, "no block is trained")
+
+
+def test_compiling_pays_in_long_runs():
+    assert decide("cpu", 3e14, None) == Decision(False, "about 50 minutes of work")
+    assert decide("cpu", 4e14, None) == Decision(True, "about 67 minutes of work")
+    assert decide("cuda", 4e16, None) == Decision(False, "about 7 minutes of work")
+    assert decide("cuda", 4e18, None) == Decision(True, "about 11 hours of work")
+    assert decide("cuda", 4e18, "triton is not installed") == Decision(False, "triton is not installed")
+    assert not decide("cuda", None, None).compile and not decide("mps", 1e30, None).compile
+    assert str(decide("cpu", 3e14, None)) == "compile off (about 50 minutes of work)"
+
+
+def test_durations_in_words():
+    words = {0.2: "1 second", 59: "59 seconds", 61: "1 minute", 7199: "120 minutes", 7200: "2 hours", 4e5: "5 days"}
+    assert {seconds: duration(seconds) for seconds in words} == words
+
+
+def flops_of(folder, options, module=None, batches=None, **fit):
+    """What a run is reckoned to take, when it starts."""
+    found = []
+
+    class Ask(lightning.pytorch.Callback):
+        def on_train_start(self, trainer, pl_module):
+            found.append(run_flops(trainer, pl_module))
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = True
+
+    trainer = quiet_trainer(folder, callbacks=[Ask()], **options)
+    trainer.fit(module or PretrainModule(TINY, "gray:8"), batches or loader(28), **fit)
+    return found[0]
+
+
+def test_operations_of_a_run(tmp_path):
+    image = 16 * train_flops_per_token(TINY)
+    assert flops_of(tmp_path, {"max_epochs": 3, "accumulate_grad_batches": 2}) == 3 * 2 * 2 * 8 * image
+    assert flops_of(tmp_path, {"max_steps": 5, "max_epochs": -1}) == 5 * 8 * image
+    whole = {"max_steps": 4, "max_epochs": -1, "accumulate_grad_batches": 3}
+    digits = dict(network={**TINY.to_dict(), "image_size": 8}, palette="gray:8")
+    data = PretrainDataModule("digits", batch_size=16)
+    found = flops_of(tmp_path, whole, PretrainModule(**digits), data)
+    assert found == 4 * 3 * 16 * 64 * train_flops_per_token(PretrainModule(**digits).config)
+    batches = DataLoader(list(loader()), batch_size=None)  # does not tell how large they are
+    assert flops_of(tmp_path, {"max_epochs": 1}, batches=batches) is None
+    tuned = FineTuneModule(num_classes=3, network=TINY, palette="gray:8")
+    assert flops_of(tmp_path, {"max_epochs": -1}, tuned) is None
+
+
+@pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_steps": 30}], ids=["epochs", "steps"])
+def test_a_resumed_run_decides_as_its_first_part_did(tmp_path, length):
+    """The second part is reckoned as the whole run, wherever the first was cut."""
+
+    class Stop(lightning.pytorch.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 10:
+                trainer.save_checkpoint(tmp_path / "part.ckpt")
+                trainer.should_stop = True
+
+    network = {**TINY.to_dict(), "image_size": 8}
+    reasons = []
+    for more in ([Stop()], []):
+        callback = CompileBlocks()
+        trainer = quiet_trainer(tmp_path, callbacks=[callback, *more], limit_val_batches=0, **length)
+        path = None if more else tmp_path / "part.ckpt"
+        trainer.fit(PretrainModule(network, "gray:8"), PretrainDataModule("digits", batch_size=64), ckpt_path=path)
+        reasons.append(callback.decision)
+    assert reasons[0] == reasons[1] and "of work" in reasons[0].reason
+
+
+def test_a_missing_compiler_is_told(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    assert missing_compiler(torch.device("cpu")) == "there is no C++ compiler"
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
+    assert missing_compiler(torch.device("cpu")) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_trains_the_same(tmp_path):
+    _, want = pretrain(tmp_path)
+    callback = CompileBlocks(True)
+    module, found = pretrain(tmp_path, callback)
+    assert callback.decision.compile and found == pytest.approx(want, rel=1e-4)
+    assert torch.isfinite(complete(module.network, torch.zeros(1, 8, dtype=torch.int64)).float()).all()
