@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_igpt.callbacks import ClassificationReport, CompileBlocks, LayerCurve, Throughput
 from lightning_igpt.callbacks.throughput import is_frozen
 from lightning_igpt.checkpointing import AtomicCheckpointIO
+from lightning_igpt.decoding import multiplies_bfloat16
 
 PRODUCTS = {
     "highest": "in full",
@@ -58,7 +59,8 @@ def make_trainer(
         monitor: Keep the checkpoint that is best in this metric, such as val/accuracy (higher is better) or
             val/nats_per_pixel (lower is better), instead of the newest.
         callbacks: Added to the ones chosen here, which are ModelCheckpoint, LearningRateMonitor, LayerCurve,
-            ClassificationReport, Throughput and CompileBlocks; one of such a class among them replaces ours.
+            ClassificationReport, Throughput, CompileBlocks and, on CUDA, a progress bar that asks the GPU for the loss
+            at every 20th step only; one of such a class among them replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         **kwargs: Anything else that Trainer takes.
 
@@ -80,6 +82,8 @@ def make_trainer(
     chosen = _callbacks(callbacks, max_steps if by_steps else None, checkpoint_every, monitor, kwargs)
     if not any(isinstance(one, CompileBlocks) for one in chosen):
         chosen.append(CompileBlocks(compile))
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        chosen += _patient_bar(chosen, kwargs.get("enable_progress_bar"))
     return Trainer(
         max_steps=max_steps,
         max_epochs=-1 if by_steps else max_epochs,
@@ -104,11 +108,11 @@ def best_precision(accelerator: str = "auto") -> str:
 def _precision(accelerator: str) -> tuple[str, str]:
     """The precision that suits, and why."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if multiplies_bfloat16("cuda"):
             return "bf16-mixed", "this GPU has bfloat16"
         return "32-true", "this GPU has no bfloat16"
     if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
-        if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+        if multiplies_bfloat16("cpu"):
             return "bf16-mixed", "this CPU has AMX or AVX512-BF16"
         return "32-true", "this CPU has no AMX or AVX512-BF16"
     return "32-true", "on this device nothing faster was tried"
@@ -164,6 +168,12 @@ def _callbacks(
         chosen.append(LearningRateMonitor(logging_interval="step"))
     idle: tuple[type[Callback], ...] = (LayerCurve, ClassificationReport, Throughput)  # beside modules not for them
     return chosen + [kind() for kind in idle if not any(isinstance(one, kind) for one in chosen)]
+
+
+def _patient_bar(chosen: list[Callback], enabled: bool | None) -> list[Callback]:
+    """Lightning's own bar asks the GPU for the loss after every step, and waits until it has it."""
+    wanted = enabled is not False and not any(isinstance(one, ProgressBar) for one in chosen)
+    return [TQDMProgressBar(refresh_rate=20)] if wanted else []
 
 
 def _checkpoints(max_steps: int | None, every: int | None, monitor: str | None) -> list[Callback]:

@@ -31,7 +31,7 @@ PAGES = {
     for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
     if "_build" not in path.parts
 }
-DEMO, TEST = "pip install . && lightning-igpt quickstart", 'pip install -e ".[test]" && pytest'
+DEMO, TEST = "pip install . && lightning-igpt quickstart", 'pip install -e ".[test]" && pytest -n auto'
 
 
 def blocks(page, language):

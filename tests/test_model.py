@@ -11,8 +11,9 @@ from transformers import ImageGPTConfig as TheirConfig
 from transformers import ImageGPTForCausalImageModeling
 
 from lightning_igpt.config import PRESETS, ImageGPTConfig
-from lightning_igpt.model import ImageGPT, KVCache, RMSNorm
+from lightning_igpt.model import ImageGPT, KVCache, QuickGELU, RMSNorm
 from lightning_igpt.objectives import masked_pixel_loss, next_pixel_loss
+from lightning_igpt.planning import ACTIVATION_BYTES
 from lightning_igpt.weights import huggingface, openai
 from tests.networks import SMALL, SMALL_BERT, InMemory, random_network, random_tokens
 
@@ -276,6 +277,40 @@ def test_dropout_acts_in_training_only():
     torch.testing.assert_close(network(tokens), random_network()(tokens), rtol=0, atol=0)
     network.train()
     assert (network(tokens) - network(tokens)).abs().max() > 0
+
+
+def test_quick_gelu_and_its_gradient():
+    x = torch.linspace(-6, 6, 50, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(QuickGELU.apply(x), x * torch.sigmoid(1.702 * x), rtol=0, atol=1e-14)
+    assert torch.autograd.gradcheck(QuickGELU.apply, x)
+    assert torch.autograd.gradgradcheck(QuickGELU.apply, x)
+    before = x.detach().clone()
+    QuickGELU.apply(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_block_keeps_no_more_bytes_for_backward_than_planning_says(precision, bias):
+    width, length = 64, 256
+    config = ImageGPTConfig(n_layer=1, n_head=4, n_embd=width, vocab_size=8, image_size=16, bias=bias)
+    block, kept = random_network(config).h[0], {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if tensor.numel() >= length:  # neither weights nor their copies in bfloat16, which the batch does not multiply
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    weights = {parameter.numel() for parameter in block.parameters()}
+    x = torch.randn(3, length, width, requires_grad=True)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t if t.numel() in weights else keep(t), lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"),
+    ):
+        block(x, True)
+    per_token = sum(kept.values()) / (3 * length)
+    assert 20 * width < per_token <= ACTIVATION_BYTES[precision] * width
 
 
 def test_no_attention_matrix_is_kept_for_backward():

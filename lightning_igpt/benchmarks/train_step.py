@@ -54,7 +54,7 @@ from lightning_igpt.trainer import best_precision, make_trainer
 
 OURS, COMPILED, PEER = "ours", "ours, compiled", "transformers"
 LR = 1e-4
-CLOSE = 1e-4  # of the loss
+CLOSE = (1e-5, 1e-3)  # of the loss before and after a step; Adam's first one goes by the sign of the smallest gradients
 WARM_UP = 2
 
 
@@ -116,14 +116,14 @@ def _cast(network: nn.Module, precision: str, device: torch.device) -> Callable[
 
 
 def check_agreement(config: ImageGPTConfig, tokens: Tensor) -> float:
-    """Insist on equal losses in float32, before and after a step; the largest difference."""
+    """Insist on equal losses in float32, before and after a step; the difference before."""
     tokens = tokens[:1]
     steps = make_steps(config, tokens, "32-true", compiled=False)
     losses = {name: [float(step()), float(step())] for name, step in steps.items()}
-    off = max(abs(a - b) / b for a, b in zip(losses[OURS], losses[PEER], strict=True))
-    require(off < CLOSE, f"losses {losses[OURS]} and {losses[PEER]}")
+    off = [abs(a - b) / b for a, b in zip(losses[OURS], losses[PEER], strict=True)]
+    require(off[0] < CLOSE[0] and off[1] < CLOSE[1], f"losses {losses[OURS]} and {losses[PEER]}")
     require(losses[OURS][1] != losses[OURS][0], "the first step changed nothing")
-    return off
+    return off[0]
 
 
 class _Ready(torch.utils.data.IterableDataset[dict[str, Tensor]]):
@@ -176,7 +176,7 @@ def measure(options: Namespace) -> dict[str, Any]:
     config = dataclasses.replace(preset, n_layer=options.layers or preset.n_layer)
     tokens = random_tokens(config, options.batch_size, options.device)
     off = check_agreement(config, tokens)
-    print(f"losses of two steps in float32 agree within {off:.1e}", flush=True)
+    print(f"losses in float32 agree within {off:.1e}", flush=True)
     steps = make_steps(config, tokens, options.precision, compiled=options.compile)
     turns = in_turns(steps, repeats=options.repeats, device=options.device, warm_up=WARM_UP)
     limits = machine_limits(options.device, PRECISIONS[options.precision])
