@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightning_igpt.config import ImageGPTConfig
 
@@ -67,6 +68,7 @@ class QuickGELU(torch.autograd.Function):
         return F.silu(scaled).mul_(1 / GELU_SLOPE)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         # The slope cancels: d/dx silu(a x) / a = silu'(a x). Autograd alone would pass over the tensor twice more.
         return torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]

@@ -29,7 +29,14 @@ def test_the_last_line_is_json_with_every_side(capsys):
 
 def test_other_logits_are_refused(monkeypatch):
     right = sample.Theirs.logits
-    monkeypatch.setattr(sample.Theirs, "logits", lambda self, pixel: 1.001 * right(self, pixel))
+    monkeypatch.setattr(sample.Theirs, "logits", lambda self, pixel: 1.01 * right(self, pixel))
+    with pytest.raises(RuntimeError, match=r"disagree.*logits of transformers, cached differ"):
+        sample.main(WORDS)
+
+
+def test_wrong_steps_of_ours_are_refused(monkeypatch):
+    right = sample.Ours.logits
+    monkeypatch.setattr(sample.Ours, "logits", lambda self, pixel: 1.0001 * right(self, pixel))
     with pytest.raises(RuntimeError, match=r"disagree.*logits of full differ"):
         sample.main(WORDS)
 
