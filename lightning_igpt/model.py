@@ -70,7 +70,7 @@ class QuickGELU(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted, which the fused kernel has not
             share = torch.sigmoid(x * GELU_SLOPE)
-            return grad * share * (1 + x * GELU_SLOPE * (1 - share))
+            return grad * share * (1 + x * GELU_SLOPE * (1 - share))  # type: ignore[no-any-return]
         # The slope cancels: d/dx silu(a x) / a = silu'(a x). Autograd by itself would pass over the tensor once more.
         return torch.ops.aten.silu_backward(grad, x * GELU_SLOPE)  # type: ignore[no-any-return]
 

@@ -70,10 +70,12 @@ def complete(
     hole = None if mask is None else read_mask(mask, size)
     pixels, names = read_images(images, size, split=split, limit=n_images)
     place = pick_device(device)
-    print(f"{loaded.origin}: {len(pixels)} images at {size} x {size}, {n_samples} samples each, on {place}")
+    precision = precision or ("half" if place.type == "cuda" else "full")
+    what = f"{len(pixels)} images at {size} x {size}, {n_samples} samples each"
+    print(f"{loaded.origin}: {what}, on {place} in {precision} precision")
     network, tokens = loaded.network.to(place), loaded.palette.quantize(pixels).to(place)
     options: dict[str, Any] = {"n_samples": n_samples, "temperature": temperature, "seed": seed}
-    options["precision"] = precision or ("half" if place.type == "cuda" else "full")
+    options["precision"] = precision
     if hole is not None:
         rows = inpainted_rows(network, loaded.palette, tokens, hole.to(place), **options).cpu()
     else:
