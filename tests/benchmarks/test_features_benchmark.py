@@ -2,17 +2,11 @@ import json
 
 import pytest
 
-from lightning_igpt.benchmarks import features, harness
+from lightning_igpt.benchmarks import features
 from lightning_igpt.config import ImageGPTConfig
 
 WORDS = ["--preset", "igpt_tiny", "--batch-size", "2", "--repeats", "2"]
 KEYS = {"benchmark", "ratio_vs_peer", "fraction_of_limit", "device", "threads", "cores", "versions", "sides"}
-
-
-@pytest.fixture(autouse=True)
-def small_limits(monkeypatch):
-    monkeypatch.setitem(harness.MATRIX, "cpu", 64)
-    monkeypatch.setitem(harness.COPIED_BYTES, "cpu", 2**16)
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,6 @@ from lightning_igpt.benchmarks import harness
 from lightning_igpt.benchmarks.harness import Turns
 
 
-@pytest.fixture(autouse=True)
-def small_limits(monkeypatch):
-    monkeypatch.setitem(harness.MATRIX, "cpu", 64)
-    monkeypatch.setitem(harness.COPIED_BYTES, "cpu", 2**16)
-
-
 def test_a_ratio_is_the_median_over_the_turns():
     ours, theirs = Turns((1.0, 4.0, 2.0)), Turns((2.0, 4.0, 10.0))
     assert ours.median == 2.0

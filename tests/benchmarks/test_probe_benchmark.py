@@ -10,12 +10,6 @@ WORDS = ["--rows", "500", "--width", "8", "--layers", "2", "--classes", "3"]
 KEYS = {"benchmark", "ratio_vs_peer", "fraction_of_limit", "device", "threads", "cores", "versions", "sides"}
 
 
-@pytest.fixture(autouse=True)
-def small_limits(monkeypatch):
-    monkeypatch.setitem(harness.MATRIX, "cpu", 64)
-    monkeypatch.setitem(harness.COPIED_BYTES, "cpu", 2**16)
-
-
 def test_the_last_line_is_json_with_every_side(capsys):
     probe.main([*WORDS, "--repeats", "2", "--preset", "igpt_m"])
     printed = capsys.readouterr().out

@@ -4,17 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_igpt.benchmarks import harness, quantize
+from lightning_igpt.benchmarks import quantize
 from lightning_igpt.palette import Palette
 
 WORDS = ["--batch-size", "3", "--size", "8", "--peer-images", "2", "--repeats", "2", "--table-repeats", "1"]
 KEYS = {"benchmark", "ratio_vs_peer", "fraction_of_limit", "device", "threads", "cores", "versions", "sides"}
-
-
-@pytest.fixture(autouse=True)
-def small_limits(monkeypatch):
-    monkeypatch.setitem(harness.MATRIX, "cpu", 64)
-    monkeypatch.setitem(harness.COPIED_BYTES, "cpu", 2**16)
 
 
 def test_the_last_line_is_json_with_every_side(capsys):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lightning_igpt.benchmarks import harness, sample
+from lightning_igpt.benchmarks import sample
 from lightning_igpt.config import ImageGPTConfig
 
 WORDS = ["--preset", "igpt_tiny", "--batch-size", "2", "--repeats", "2", "--steps", "3", "--device", "cpu"]
@@ -11,8 +11,6 @@ KEYS = {"benchmark", "ratio_vs_peer", "fraction_of_limit", "device", "threads", 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setitem(harness.MATRIX, "cpu", 64)
-    monkeypatch.setitem(harness.COPIED_BYTES, "cpu", 2**16)
     config = ImageGPTConfig(n_layer=2, n_head=2, n_embd=16, image_size=4)
     monkeypatch.setattr(sample, "PRESETS", {"igpt_tiny": config})
 

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from lightning_igpt.benchmarks import harness, train_step
+from lightning_igpt.benchmarks import train_step
 from lightning_igpt.config import ImageGPTConfig
 
 WORDS = ["--preset", "igpt_tiny", "--batch-size", "2", "--repeats", "2", "--device", "cpu"]
@@ -12,8 +12,6 @@ KEYS = {"benchmark", "ratio_vs_peer", "fraction_of_limit", "device", "threads", 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setitem(harness.MATRIX, "cpu", 64)
-    monkeypatch.setitem(harness.COPIED_BYTES, "cpu", 2**16)
     config = ImageGPTConfig(n_layer=3, n_head=2, n_embd=16, image_size=4)
     monkeypatch.setattr(train_step, "PRESETS", {"igpt_tiny": config})
 
