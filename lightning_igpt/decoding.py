@@ -22,6 +22,7 @@ Precision: TypeAlias = Literal["full", "half", "int8"]
 Product: TypeAlias = Callable[[Tensor], Tensor]  # (B, in) to (B, out)
 
 FEW_ROWS = 4  # up to here x W^T is the faster way to write the product on a CPU, beyond it (W x^T)^T is
+INT8_WIDTH = 16  # torch's kernel reads past the end of rows whose length is no multiple of it
 WINDOWS = 8  # captured steps of one network; each reads a part of the cache, an eighth longer than the one before
 
 
@@ -33,6 +34,16 @@ def multiplies_bfloat16(device: torch.device | str) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return False
+
+
+def check_precision(precision: str | None) -> None:
+    """Raise where there is no such precision.
+
+    Raises:
+        ValueError: It is none of the three, nor None.
+    """
+    if precision not in (None, "full", "half", "int8"):
+        raise ValueError(f"precision is {precision!r}; it must be 'full', 'half' or 'int8'")
 
 
 class Decoder:
@@ -53,13 +64,12 @@ class Decoder:
         weight = network.wte.weight
         if precision is None:
             precision = "half" if torch.is_autocast_enabled(weight.device.type) else "full"
-        if precision not in ("full", "half", "int8"):
-            raise ValueError(f"precision is {precision!r}; it must be 'full', 'half' or 'int8'")
+        check_precision(precision)
         if precision == "int8" and weight.device.type != "cpu":
             raise ValueError(f"precision 'int8' is for CPUs, this network is on {weight.device}: take 'half'")
         own_is_narrow = weight.dtype in (torch.bfloat16, torch.float16)
         dtype = weight.dtype if precision == "full" or own_is_narrow else _half_type(weight.device)
-        self.network = network
+        self.network, self.precision = network, precision
         self.cache = KVCache(network.config, batch_size, device=weight.device, dtype=dtype)
         self._step: Product
         if weight.device.type == "cpu":
@@ -96,8 +106,13 @@ def _in_type(network: ImageGPT, dtype: torch.dtype) -> ImageGPT:
     return copy.requires_grad_(False).eval()
 
 
-def make_product(linear: nn.Linear, rows: int, precision: Precision) -> Product:
-    """A linear layer for few rows, on a CPU: (rows, in) to (rows, out) in the type of the input."""
+def make_product(linear: nn.Module, rows: int, precision: Precision) -> Product:
+    """A linear layer for few rows, on a CPU: (rows, in) to (rows, out) in the type of the input.
+
+    A layer that is more than an nn.Linear, such as one with an adapter, is called as it is.
+    """
+    if type(linear) is not nn.Linear:
+        return linear
     weight, bias = linear.weight.detach(), linear.bias
     if precision == "int8":
         return _with_bias(_int8_product(weight.float()), bias)
@@ -105,8 +120,9 @@ def make_product(linear: nn.Linear, rows: int, precision: Precision) -> Product:
         if _half_type(weight.device) == torch.bfloat16:
             narrow = weight.bfloat16()
             return _with_bias(lambda x: F.linear(x.bfloat16(), narrow).to(x.dtype), bias)
-        packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+        if weight.abs().max() <= torch.finfo(torch.float16).max:  # what float16 cannot hold stays as it is
+            packed = torch.ops.quantized.linear_prepack_fp16(weight.clone(), bias)  # it may clamp what it is given
+            return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
     if rows > FEW_ROWS and weight.dtype == torch.float32:
         return _with_bias(lambda x: torch.mm(weight, x.t()).t().contiguous(), bias)
     transposed = weight.t()
@@ -115,8 +131,15 @@ def make_product(linear: nn.Linear, rows: int, precision: Precision) -> Product:
 
 def _int8_product(weight: Tensor) -> Product:
     scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # (out,)
-    rounded, scale = (weight / scale[:, None]).round().to(torch.int8), scale.bfloat16()
-    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), rounded, scale).to(x.dtype)
+    missing = -weight.shape[1] % INT8_WIDTH
+    rounded = F.pad((weight / scale[:, None]).round().to(torch.int8), (0, missing))
+    scale = scale.bfloat16()
+
+    def product(x: Tensor) -> Tensor:
+        rows = x.bfloat16() if not missing else F.pad(x.bfloat16(), (0, missing))
+        return torch._weight_int8pack_mm(rows, rounded, scale).to(x.dtype)
+
+    return product
 
 
 def _with_bias(product: Product, bias: Tensor | None) -> Product:
@@ -135,7 +158,9 @@ class FlatBlock:
     def __call__(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
         """(B, D) to (B, D); the position's own keys and values are written into those of the cache, (B, H, T, d)."""
         B, D = x.shape
-        q, k, v = self.c_attn(_norm(x, self.gain_1)).view(B, 3, self.n_head, 1, -1).unbind(1)  # (B, H, 1, d)
+        q, k, v = (
+            self.c_attn(_norm(x, self.gain_1)).view(B, 3, self.n_head, 1, D // self.n_head).unbind(1)
+        )  # (B, H, 1, d)
         if keys.dtype == torch.float16:  # which is narrow: what it cannot hold saturates
             most = torch.finfo(torch.float16).max
             k, v = k.clamp(-most, most), v.clamp(-most, most)

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 HISTORY = 10  # pairs that L-BFGS remembers, as in scikit-learn
 TRIES = 20  # lengths of one step
+FAR = 10  # times the tolerance; a gradient so far above it is told
 ROUNDING = 1e-6  # of the loss
 CACHED = 2**18  # numbers that a core's cache holds beside all else, 1 MiB
 WIDEST = 4096  # features; for more, a guess of the curvature would cost more than it saves
@@ -27,6 +28,7 @@ SELECT_PART = 10  # one row in so many is held out to choose c on
 SELECT_LEAST = 20  # rows; on fewer, one image would decide
 
 
+@torch.no_grad()
 def fit_logistic(
     features: Tensor,
     labels: Tensor,
@@ -54,13 +56,15 @@ def fit_logistic(
         Weight (C, D) and bias (C,), so that ``features @ weight.T + bias`` are the logits of raw features.
 
     Raises:
-        ValueError: There are more or fewer labels than features, or features are not finite.
+        ValueError: c is not above 0, features are not (N, D) or not finite, or labels are not N integers from 0 to
+            num_classes - 1.
     """
+    _check(features, labels, num_classes, [c])
     features, mean, scale = _scaled(features, standardize)
     start = _zeros(features, num_classes)
     weight, bias = _minimize(features, labels, start, c=c, max_iter=max_iter, tolerance=tolerance)
     weight = weight / scale
-    return weight, bias - weight @ mean
+    return weight, bias - (weight * mean).sum(1)  # no product, which autocast would round
 
 
 def choose_c(
@@ -92,6 +96,7 @@ def choose_c(
     Raises:
         ValueError: As fit_logistic.
     """
+    _check(features, labels, num_classes, grid)
     grid = usable_grid(grid, len(features))
     if len(grid) == 1:
         return grid[0]
@@ -107,6 +112,22 @@ def choose_c(
         if right > most:
             best, most = c, right
     return best
+
+
+def _check(features: Tensor, labels: Tensor, num_classes: int, grid: Sequence[float]) -> None:
+    if not grid or not all(0 < c < math.inf for c in grid):
+        raise ValueError(f"c is {list(grid)}; it must be one or more numbers above 0")
+    if features.ndim != 2 or not features.numel():
+        raise ValueError(f"features must be (N, D) with rows and columns; got {tuple(features.shape)}")
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"labels {tuple(labels.shape)} for features {tuple(features.shape)}; each row needs one")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64; got {labels.dtype}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels run from {low} to {high}, but there are {num_classes} classes, 0 to {num_classes - 1}"
+        )
 
 
 def usable_grid(grid: Sequence[float], n_rows: int) -> Sequence[float]:
@@ -149,17 +170,26 @@ def _minimize(
     features: Tensor, labels: Tensor, start: tuple[Tensor, Tensor], *, c: float, max_iter: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias for features as they are, from a starting point that stays as it is."""
-    objective = LogisticLoss(features, labels, c=c)
+    with torch.autocast(features.device.type, enabled=False):
+        return _descend(LogisticLoss(features, labels, c=c), start, max_iter=max_iter, tolerance=tolerance)
+
+
+def _descend(
+    objective: LogisticLoss, start: tuple[Tensor, Tensor], *, max_iter: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
     point = torch.cat([start[0], start[1][:, None]], 1)
     loss, gradient = objective(point)
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss} before the first step; features must be finite numbers")
-    memory = _Memory(_inverse_hessian(features, len(point), penalty=objective.penalty))
+    memory = _Memory(_inverse_hessian(objective.features, len(point), penalty=objective.penalty), gradient)
     for _ in range(max_iter):
         if float(gradient.abs().max()) <= tolerance:
             break
         found = _search(objective, point, loss, gradient, memory.direction(gradient))
         if found is None:  # what is left is rounding
+            left = float(gradient.abs().max())
+            if left > FAR * tolerance:
+                log.warning("the fit ends at a gradient of %.1e, not %.1e: no step lowers the loss", left, tolerance)
             break
         memory.add(found[0] - point, found[2] - gradient)
         point, loss, gradient = found
@@ -173,15 +203,10 @@ class LogisticLoss:
         features: Float32 (N, D).
         labels: int64 (N,), 0 to C - 1.
         c: Inverse strength of the penalty.
-
-    Raises:
-        ValueError: There are more or fewer labels than features.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, *, c: float) -> None:
-        if len(labels) != len(features):
-            raise ValueError(f"{len(labels)} labels for {len(features)} rows of features; each row needs one")
-        self.penalty = 1 / (c * len(features))
+        self.features, self.penalty = features, 1 / (c * len(features))
         labels = labels.to(features.device)
         # On a CPU, as many rows at a time as its cores' caches hold from the first product to the second.
         cached = CACHED * torch.get_num_threads() // features.shape[1]
@@ -211,8 +236,10 @@ class LogisticLoss:
 class _Memory:
     """What L-BFGS knows of the curvature: a first guess, and the last HISTORY steps."""
 
-    def __init__(self, factor: Tensor | None) -> None:
-        self._factor, self._scale = factor, 1.0
+    def __init__(self, factor: Tensor | None, gradient: Tensor) -> None:
+        # Without a guess, a first step of length 1 at most: the gradient's own length has the wrong unit.
+        length = float(gradient.norm()) if factor is None else 1.0
+        self._factor, self._scale = factor, 1 / max(length, 1.0)
         self._pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=HISTORY)
 
     def add(self, step: Tensor, change: Tensor) -> None:

@@ -6,12 +6,14 @@ Everything here speaks of tokens; colours are the palette's business.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_igpt.decoding import Decoder, Precision
+from lightning_igpt.decoding import Decoder, Precision, check_precision
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.objectives import pixel_nats
 
@@ -47,17 +49,27 @@ def complete(
         int64 (B, n_samples, T); the first P tokens are the prompt.
 
     Raises:
-        ValueError: The prompt is as long as the image, holds an unknown colour, or an option is out of range.
+        ValueError: The prompt is as long as the image, holds an unknown colour, an option is out of range, or logits
+            are not finite.
     """
     _check_prompt(network, prompt)
     _check_options(temperature, top_k, top_p, n_samples)
-    training = network.training
+    check_precision(precision)
+    with _evaluating(network):
+        tokens = _decode(network, *_padded(network, prompt, n_samples), temperature, top_k, top_p, precision, generator)
+    return tokens.view(prompt.shape[0], n_samples, network.config.n_positions)
+
+
+@contextmanager
+def _evaluating(network: ImageGPT) -> Iterator[None]:
+    """Evaluation mode; afterwards every part is in the mode it was in."""
+    modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        tokens = _decode(network, *_padded(network, prompt, n_samples), temperature, top_k, top_p, precision, generator)
+        yield
     finally:
-        network.train(training)
-    return tokens.view(prompt.shape[0], n_samples, network.config.n_positions)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _padded(network: ImageGPT, prompt: Tensor, n_samples: int) -> tuple[Tensor, Tensor]:
@@ -83,11 +95,14 @@ def _decode(
         return tokens
     decoder, tokens = Decoder(network, len(tokens), precision), tokens.clone()
     logits = decoder.start(tokens[:, : holes[0]])  # (B, K)
+    finite = torch.ones((), dtype=torch.bool, device=tokens.device)
     for position in range(holes[0], holes[-1] + 1):
+        finite &= logits.isfinite().all()  # looked at in the end, not to wait for the device now
         drawn = draw(logits, temperature, top_k, top_p, generator)
         tokens[:, position] = torch.where(known[:, position], tokens[:, position], drawn)
         if position < holes[-1]:
             logits = decoder.step(tokens[:, position : position + 1])
+    _refuse_noise(finite, decoder.precision)
     return tokens
 
 
@@ -160,28 +175,26 @@ def inpaint(
             of range.
     """
     _check_mask(network, tokens, known)
+    check_precision(precision)
     if steps < 1 or not temperature >= 0:
         raise ValueError(f"steps {steps} must be at least 1 and temperature {temperature} at least 0")
     device = network.wte.weight.device
     known = known.to(device=device, dtype=torch.bool)
     tokens = tokens.to(device).masked_fill(~known, 0)
     check_tokens(tokens, network.config.vocab_size)
-    training = network.training
-    network.eval()
-    try:
+    with _evaluating(network):
         if network.config.objective == "bert":
             return _fill(network, tokens, known, steps, temperature, generator)
         return _decode(network, tokens, known, temperature, precision=precision, generator=generator)
-    finally:
-        network.train(training)
 
 
 def _fill(
     network: ImageGPT, tokens: Tensor, known: Tensor, steps: int, temperature: float, generator: torch.Generator | None
 ) -> Tensor:
-    holes = (~known).sum(1)  # (B,)
+    holes, finite = (~known).sum(1), torch.ones((), dtype=torch.bool, device=tokens.device)
     for step in range(1, steps + 1):
         logits = network(tokens, masked=~known)  # (B, T, K)
+        finite &= logits.isfinite().all()
         drawn = draw(logits.flatten(0, 1), temperature, generator=generator).view_as(tokens)
         sure = F.log_softmax(logits.float(), -1).gather(-1, drawn[..., None])[..., 0]  # (B, T)
         left = (holes * math.cos(math.pi / 2 * step / steps)).floor().long() if step < steps else holes * 0
@@ -189,7 +202,16 @@ def _fill(
         keep = order < (tokens.shape[1] - left)[:, None]
         tokens = torch.where(keep & ~known, drawn, tokens)
         known = known | keep
+    _refuse_noise(finite, "full")
     return tokens
+
+
+def _refuse_noise(finite: Tensor, precision: str) -> None:
+    if not finite:
+        raise ValueError(
+            f"the network's logits are not all finite numbers (precision {precision!r}), so what was drawn means "
+            "nothing: see whether its weights are finite, and take precision='full'"
+        )
 
 
 @torch.no_grad()
@@ -210,12 +232,8 @@ def score(network: ImageGPT, tokens: Tensor, *, batch_size: int = 64) -> Tensor:
     check_has_likelihood(network)
     check_tokens(tokens, network.config.vocab_size)
     device = network.wte.weight.device
-    training = network.training
-    network.eval()
-    try:
+    with _evaluating(network):
         parts = [pixel_nats(network(part), part) for part in torch.split(tokens.to(device), batch_size)]
-    finally:
-        network.train(training)
     return torch.cat(parts).float()
 
 

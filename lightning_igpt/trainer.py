@@ -68,8 +68,12 @@ def make_trainer(
         The trainer.
 
     Raises:
-        ValueError: Neither max_steps nor max_epochs is given.
+        ValueError: Neither max_steps nor max_epochs is given, or compile or matmul_precision is none of its words.
     """
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile is {compile!r}; it must be true, false or auto")
+    if matmul_precision not in (None, *PRODUCTS):
+        raise ValueError(f"matmul_precision is {matmul_precision!r}; it must be one of {', '.join(PRODUCTS)}")
     # The command line passes every option of Trainer, those not given as None or Trainer's own default.
     if max_steps < 1 and max_epochs is None and not kwargs.get("fast_dev_run") and not kwargs.get("max_time"):
         raise ValueError("how long to train? Give max_steps (pretraining) or max_epochs (probing, fine-tuning)")
@@ -83,7 +87,7 @@ def make_trainer(
     if not any(isinstance(one, CompileBlocks) for one in chosen):
         chosen.append(CompileBlocks(compile))
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        chosen += _patient_bar(chosen, kwargs.get("enable_progress_bar"))
+        chosen += _patient_bar(chosen, kwargs.get("enable_progress_bar", not kwargs.get("barebones")))
     return Trainer(
         max_steps=max_steps,
         max_epochs=-1 if by_steps else max_epochs,
@@ -162,6 +166,8 @@ def _callbacks(
     kwargs: dict[str, Any],
 ) -> list[Callback]:
     chosen = [given] if isinstance(given, Callback) else list(given or [])
+    if kwargs.get("barebones"):  # which allows neither checkpoints nor logs
+        return chosen
     if kwargs.get("enable_checkpointing") is not False and not any(isinstance(one, ModelCheckpoint) for one in chosen):
         chosen += _checkpoints(max_steps, checkpoint_every, monitor)
     if kwargs.get("logger") is not False and not any(isinstance(one, LearningRateMonitor) for one in chosen):

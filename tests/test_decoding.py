@@ -10,7 +10,7 @@ from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.decoding import CapturedSteps, Decoder
 from lightning_igpt.model import KVCache
 from lightning_igpt.sampling import complete, inpaint, score
-from tests.networks import SMALL, random_network, random_tokens
+from tests.networks import SMALL, SMALL_BERT, random_network, random_tokens
 
 WIDE = ImageGPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=32, image_size=8)
 BIASED = dataclasses.replace(SMALL, bias=True)
@@ -80,6 +80,70 @@ def test_keys_and_values_that_float16_cannot_hold_saturate(monkeypatch):
         assert stepped(network, tokens, 5, precision).isfinite().all()
 
 
+@pytest.mark.parametrize("width", [3, 33, 48, 100])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_int8_products_of_any_width(width, rows):
+    """torch's kernel reads past the end of rows that are no multiple of 16 wide."""
+    linear, x = torch.nn.Linear(width, 32), torch.randn(rows, width)
+    expected = linear(x).detach()
+    for _ in range(5):
+        found = decoding.make_product(linear, rows, "int8")(x).detach()
+        assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("precision", ["full", "half", "int8"])
+@pytest.mark.parametrize("batch", [1, 6])
+def test_layers_that_are_more_than_linear_are_called(precision, batch):
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    network, tokens = random_network(), random_tokens(batch=batch)
+    for block in network.blocks():
+        block.mlp.c_fc.__class__ = Doubled
+    expected = network(tokens)[:, 5:].detach()
+    found = stepped(network, tokens, 5, precision)
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_weights_that_float16_cannot_hold_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(decoding, "multiplies_bfloat16", lambda device: False)
+    network, tokens = random_network(), random_tokens()
+    with torch.no_grad():
+        network.h[0].mlp.c_fc.weight[0, 0] = 1e6
+        network.h[0].mlp.c_proj.weight[:, 0] *= 1e-6
+    before = network.h[0].mlp.c_fc.weight.clone()
+    expected = network(tokens)[:, 5:].detach()
+    found = stepped(network, tokens, 5, "half")
+    assert (found - expected).abs().max() < 0.01 * expected.abs().max()
+    assert torch.equal(network.h[0].mlp.c_fc.weight, before)
+
+
+@pytest.mark.parametrize("precision", [None, "half", "int8"])
+def test_noise_is_not_passed_off_as_a_picture(precision):
+    network, tokens = random_network(), random_tokens()
+    with torch.no_grad():
+        network.h[1].mlp.c_fc.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not all finite"):
+        complete(network, tokens[:, :8], precision=precision)
+    bert = random_network(SMALL_BERT)
+    with torch.no_grad():
+        bert.ln_f.weight[0] = float("inf")
+    with pytest.raises(ValueError, match="not all finite"):
+        inpaint(bert, tokens, torch.arange(16).expand(2, 16) < 8, precision=precision)
+
+
+def test_no_pictures_at_all():
+    assert complete(random_network(), random_tokens(batch=0)[:, :3]).shape == (0, 1, 16)
+
+
+def test_every_part_is_given_back_in_its_own_mode():
+    network = random_network().train()
+    network.h[0].eval()
+    complete(network, random_tokens()[:, :8])
+    assert network.training and network.h[1].training and not network.h[0].training
+
+
 @pytest.mark.parametrize("precision", ["full", "half", "int8"])
 def test_complete_and_inpaint_take_a_precision(precision):
     network, tokens = random_network(WIDE), random_tokens(WIDE)
@@ -102,6 +166,8 @@ def test_the_network_stays_as_it_is():
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match=r"'bf16'.*'full', 'half' or 'int8'"):
         complete(random_network(), random_tokens()[:, :8], precision="bf16")
+    with pytest.raises(ValueError, match=r"'bf16'"):
+        inpaint(random_network(SMALL_BERT), random_tokens(), torch.ones(2, 16, dtype=torch.bool), precision="bf16")
 
 
 @pytest.mark.parametrize("precision", ["half", "int8"])

@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from lightning_igpt import features
+from lightning_igpt import features as module
 from lightning_igpt.features import LogisticLoss, choose_c, fit_logistic, split_rows, usable_grid
 
 
@@ -111,8 +112,49 @@ def test_correlated_features_of_any_scale_reach_the_minimum(monkeypatch, widest)
     assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 1.1e-4
 
 
+@pytest.mark.parametrize(
+    ("features", "labels", "c", "message"),
+    [
+        (torch.randn(4, 2), torch.tensor([0, 1, 0]), 1.0, r"labels \(3,\) for features \(4, 2\)"),
+        (torch.randn(4, 2), torch.tensor([[0], [1], [0], [1]]), 1.0, r"labels \(4, 1\)"),
+        (torch.randn(4, 2), torch.tensor([0, 1, 2, 1]), 1.0, "from 0 to 2, but there are 2 classes"),
+        (torch.randn(4, 2), torch.tensor([0, 1, -1, 1]), 1.0, "from -1 to 1"),
+        (torch.randn(4, 2), torch.tensor([0.0, 1, 0, 1]), 1.0, "int64; got torch.float32"),
+        (torch.randn(4), torch.tensor([0, 1, 0, 1]), 1.0, r"\(N, D\).*got \(4,\)"),
+        (torch.randn(0, 2), torch.tensor([], dtype=torch.long), 1.0, r"got \(0, 2\)"),
+        (torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), 0.0, r"c is \[0.0\].*above 0"),
+        (torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), -1.0, r"c is \[-1.0\]"),
+        (torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), float("nan"), r"c is \[nan\]"),
+    ],
+)
+def test_wrong_arguments_are_named(features, labels, c, message):
+    with pytest.raises(ValueError, match=message):
+        fit_logistic(features, labels, 2, c=c)
+    with pytest.raises(ValueError, match=message.replace(r"\]", r", 1.0\]")):
+        choose_c(features, labels, 2, grid=[c, 1.0])
+
+
+def test_fewer_rows_than_features_of_a_large_scale():
+    """Where the first step is the gradient, its length has the wrong unit; scikit-learn separates these."""
+    x, y = torch.randn(400, 500, generator=torch.manual_seed(0)) * 1e4, torch.arange(400) % 3
+    weight, bias = fit_logistic(x, y, 3, standardize=False)
+    assert ((x @ weight.T + bias).argmax(1) == y).all()
+
+
+def test_the_context_of_the_call_changes_nothing():
+    x, y = torch.randn(60, 5, generator=torch.manual_seed(0)), torch.arange(60) % 2
+    expected = fit_logistic(x, y, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fit_logistic(x.clone().requires_grad_(), y, 2)
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(found, expected, strict=True))
+
+
+def test_a_fit_that_ends_far_from_its_tolerance_says_so(caplog, monkeypatch):
+    monkeypatch.setattr(module, "_search", lambda *_: None)
+    fit_logistic(torch.randn(60, 5), torch.arange(60) % 2, 2)
+    assert "no step lowers the loss" in caplog.text
+
+
 def test_what_cannot_be_fitted_is_refused():
-    with pytest.raises(ValueError, match="3 labels for 4 rows"):
-        fit_logistic(torch.randn(4, 2), torch.tensor([0, 1, 0]), 2)
     with pytest.raises(ValueError, match="finite"):
         fit_logistic(torch.tensor([[0.0], [torch.inf]]), torch.tensor([0, 1]), 2)

@@ -221,3 +221,16 @@ def test_on_cuda_the_progress_bar_does_not_wait_at_every_step():
     (bar,) = making._patient_bar([], None)
     assert isinstance(bar, ProgressBar) and bar.refresh_rate == 20
     assert making._patient_bar([TQDMProgressBar()], None) == making._patient_bar([], False) == []
+
+
+@pytest.mark.parametrize("options", [{"compile": "yes"}, {"compile": None}, {"matmul_precision": "low"}])
+def test_wrong_words_for_speed_are_refused(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"^{name} is {options[name]!r}"):
+        make_trainer(max_steps=1, **options)
+
+
+def test_barebones(tmp_path):
+    trainer = make_trainer(max_steps=2, barebones=True, accelerator="cpu", default_root_dir=tmp_path)
+    trainer.fit(PretrainModule(TINY, "gray:8"), loader(64))
+    assert trainer.global_step == 2 and not checkpoints(trainer)

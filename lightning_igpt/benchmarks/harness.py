@@ -75,7 +75,9 @@ def options_parser(
     parser.add_argument("--batch-size", type=positive, default=batch_size, help=f"images (default {batch_size})")
     parser.add_argument("--precision", choices=precisions, help="default: see above")
     parser.add_argument("--compile", action="store_true", help="measure ours compiled, too")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
     parser.add_argument("--repeats", type=positive, default=repeats, help=f"turns of each side (default {repeats})")
     return parser
 
@@ -95,10 +97,20 @@ def say_unused(words: Sequence[str] | None, *names: str) -> None:
 
 def positive(text: str) -> int:
     """An option's number, 1 or more."""
-    value = int(text)
+    value = int(text) if text.lstrip("-").isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
     return value
+
+
+def usable_device(text: str) -> str:
+    """An option's device: cpu, or cuda (also cuda:1) where there is one."""
+    kind, _, number = text.partition(":")
+    if kind not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text} must be cpu or cuda")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text} is not to be had: {torch.cuda.device_count()} CUDA devices are here")
+    return text
 
 
 def wait_for(device: str) -> None:

@@ -120,6 +120,8 @@ def main(words: Sequence[str] | None = None) -> None:
     """Read the options, compare, print."""
     parser = with_sizes(options_parser("probe", __doc__, preset="igpt_s", batch_size=1, repeats=1))
     options = parser.parse_args(words)
+    if options.classes < 2 or options.rows < 10 * options.classes:
+        parser.error(f"--rows {options.rows} and --classes {options.classes}: take 2 classes or more, 10 rows for each")
     say_unused(words, "preset", "batch-size", "precision", "compile")
     measured = [measure_layer(layer, options) for layer in range(options.layers)]
     layers, reached = [turns for turns, _ in measured], [values for _, values in measured]

@@ -162,6 +162,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=positive, default=24, help="pixels of one turn (default 24)")
     options = parser.parse_args(words)
     options.precision = options.precision or "half"
+    total = PRESETS[options.preset].n_positions
+    if options.steps > total - 2:
+        parser.error(f"--steps {options.steps} is too many; a picture has {total} pixels, so at most {total - 2}")
     if options.compile:
         print("--compile: sampling runs no compiled code, so there is nothing to compare")
     result = measure(options)

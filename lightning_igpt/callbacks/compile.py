@@ -86,7 +86,7 @@ class CompileBlocks(Callback):
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> Decision:
         if all(is_frozen(block) for block in _blocks(pl_module)):
-            return Decision(False, "no block is trained")
+            return Decision(False, "no block of an ImageGPT is trained")
         if self.when != "auto":
             return Decision(self.when, "as told")
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import image_grid, save_png
 from lightning_igpt.sampling import complete, inpaint
+
+log = logging.getLogger(__name__)
 
 HIDDEN = (88, 118, 166)  # what the network did not see: a blue, as grey could be part of the picture
 
@@ -134,7 +137,11 @@ class CompletionGrid(Callback):
             return
         network, palette = pl_module.network, pl_module.palette
         options: dict[str, Any] = {"n_samples": self.n_samples, "temperature": self.temperature, "seed": self.seed}
-        rows = completion_rows(network, palette, tokens, **options)  # type: ignore[arg-type]
+        try:
+            rows = completion_rows(network, palette, tokens, **options)  # type: ignore[arg-type]
+        except ValueError as error:  # one process raising would leave the others waiting for it
+            log.warning("no completions are drawn: %s", error)
+            return
         grid = image_grid(rows.cpu(), captions=captions(self.n_samples))  # (3, h, w)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -159,7 +159,7 @@ def test_it_rests_where_no_block_is_trained(tmp_path):
     ):
         callback = CompileBlocks(True)
         quiet_trainer(tmp_path, max_epochs=1, callbacks=[callback]).fit(module, batches)
-        assert callback.decision == Decision(False, "no block is trained")
+        assert callback.decision == Decision(False, "no block of an ImageGPT is trained")
 
 
 def test_compiling_pays_in_long_runs():
