@@ -53,7 +53,7 @@ class Attention(nn.Module):
             if T == 1:  # later queries see what the cache holds, in its type; the first ones see themselves alone
                 (k, v, seen), q, causal = held, q.to(held[0].dtype), False  # k, v (B, H, seen + 1, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=p, is_causal=causal)
-        y = y.transpose(1, 2).reshape(B, T, D).to(x.dtype)
+        y = y.transpose(1, 2).reshape(B, T, D).to(qkv.dtype)
         return F.dropout(self.c_proj(y), p, self.training)
 
 
