@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_igpt.model import GELU_SLOPE, NORM_EPS, Block, ImageGPT, KVCache, RMSNorm
+from lightning_igpt.model import GELU_SLOPE, NORM_EPS, Block, ImageGPT, KVCache, RMSNorm, saturated
 
 log = logging.getLogger(__name__)
 
@@ -161,11 +161,8 @@ class FlatBlock:
         q, k, v = (
             self.c_attn(_norm(x, self.gain_1)).view(B, 3, self.n_head, 1, D // self.n_head).unbind(1)
         )  # (B, H, 1, d)
-        if keys.dtype == torch.float16:  # which is narrow: what it cannot hold saturates
-            most = torch.finfo(torch.float16).max
-            k, v = k.clamp(-most, most), v.clamp(-most, most)
-        keys.narrow(2, length, 1).copy_(k)
-        values.narrow(2, length, 1).copy_(v)
+        keys.narrow(2, length, 1).copy_(saturated(k, keys.dtype))
+        values.narrow(2, length, 1).copy_(saturated(v, values.dtype))
         keys, values = keys.narrow(2, 0, length + 1), values.narrow(2, 0, length + 1)
         y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values).to(x.dtype)
         x = x + self.attn_proj(y.view(B, D))
@@ -199,7 +196,7 @@ def _doubled_gain(norm: RMSNorm) -> Tensor:
 
 
 def _norm(x: Tensor, doubled_gain: Tensor) -> Tensor:
-    """RMSNorm as the LayerNorm of (x, -x), whose mean is 0: a third of the operations on a CPU."""
+    """RMSNorm as the LayerNorm of (x, -x), whose mean is 0: on a CPU four kernels instead of nine."""
     return F.layer_norm(torch.cat([x, -x], -1), doubled_gain.shape, doubled_gain, None, NORM_EPS)[:, : x.shape[1]]
 
 

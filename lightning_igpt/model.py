@@ -105,6 +105,12 @@ class Block(nn.Module):
         return x
 
 
+def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` within what ``dtype`` can hold; of the types that a cache may have, only float16 holds less than others."""
+    most = torch.finfo(dtype).max
+    return x.clamp(-most, most) if dtype == torch.float16 else x
+
+
 class KVCache:
     """Keys and values of the positions already seen, preallocated for a whole image.
 
@@ -141,9 +147,7 @@ class KVCache:
             Keys and values of the positions seen, these included, (B, H, seen + T, d); with a window (B, H, window, d)
             and, third, which of them count, bool (1, window).
         """
-        if self.k.dtype == torch.float16:
-            most = torch.finfo(torch.float16).max
-            k, v = k.clamp(-most, most), v.clamp(-most, most)
+        k, v = saturated(k, self.k.dtype), saturated(v, self.v.dtype)
         if self.window is not None:
             index = self.position[None]
             self.k[layer].index_copy_(2, index, k.to(self.k.dtype))

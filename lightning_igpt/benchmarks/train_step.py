@@ -205,8 +205,6 @@ def measure(options: Namespace) -> dict[str, Any]:
     if options.trainer:
         found = overhead(config, tokens, options.precision, steps[OURS], options.repeats)
     best = turns[COMPILED if options.compile else OURS]
-    if tokens.is_cuda:
-        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     return {
         "ratio_vs_peer": best.ratio_to(turns[PEER]),
         "fraction_of_limit": work / best.median / limits.flops_per_second,

@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 # Operations per second that a run is assumed to reach uncompiled. Assumed, not measured: a resumed run must decide as
 # its first part did. Two cores reach 1e11 in float32, one data-centre GPU about 1e14 in bfloat16.
 SPEED = {"cpu": 1e11, "cuda": 1e14}
-# Seconds of work from which compiling pays. On a GPU it takes about a minute, saves a third of the time and half of the
-# activations' memory. On a CPU it takes 15 seconds and saves 4 %: products and attention are nine tenths of a step, and
-# are what they were.
+# Seconds of work from which compiling pays. On a GPU others report up to half of the time saved (nanoGPT: 250 to
+# 135 ms per step), for a minute or so of compiling; not measured here. On two cores in float32 it saves 4 to 6 %
+# (docs/experiments.md): products and attention are nine tenths of a step, and are what they were.
 PAYS_FROM = {"cpu": 3600.0, "cuda": 600.0}
 
 
