@@ -36,16 +36,15 @@ class Loader(DataLoader[dict[str, Tensor]]):
     _watched: Any = None  # the iterator whose workers will be stopped
     _stopper: weakref.finalize[[Any, int], Loader] | None = None
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        # Asked for its first batch only, the order is asked where the run stands: Lightning may make an iterator before
+        # it has restored that (for trainer.estimated_stepping_batches, which schedules ask for).
         iterator: Any = super().__iter__()
         if self.num_workers > 0 and iterator is not self._watched:
             # Told to stop before anything else of the loader goes, and before Python ends: workers that ignore SIGTERM
             # are waited for otherwise. When a cycle is collected, their queues are closed first, and they never hear.
             self._stopper = weakref.finalize(self, _stop, iterator, os.getpid())
             self._watched = iterator
-        return self._stripped(iterator)
-
-    def _stripped(self, iterator: Iterator[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:
         while True:
             try:
                 batch = next(iterator, None)
@@ -103,6 +102,7 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         worker_init_fn=_leave_signals_to_the_main_process,
+        generator=torch.Generator(),  # else each new iterator would take a number of those that dropout draws
     )
     loader.bad_images, loader.progress = bad_images, progress
     return loader
@@ -114,13 +114,16 @@ def rank_and_world(trainer: Trainer | None) -> tuple[int, int]:
 
 
 def batches_done(trainer: Trainer | None) -> int:
-    """Batches per device whose work is done since the run began, resumed parts included."""
+    """Batches per device whose gradients are in the weights since the run began, resumed parts included."""
     if trainer is None:
         return 0
     # The loop counts after the optimiser's work, so batches that workers have prefetched do not move it; and it counts
     # over all epochs and resumptions, however the epochs were cut.
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
-    return int(progress.processed)
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    epoch_ended = progress.is_last_batch and progress.current.processed == progress.current.ready
+    # No checkpoint holds the gradients of a window of accumulation that is not complete.
+    waiting = 0 if epoch_ended else progress.current.processed % trainer.accumulate_grad_batches
+    return int(progress.total.processed) - waiting
 
 
 def epoch_length(trainer: Trainer | None, batches_per_epoch: int) -> int:

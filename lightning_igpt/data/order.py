@@ -219,23 +219,33 @@ class EvalOrder(DistributedSampler[list[Draw]]):
         batch_size: Largest number of rows per batch and rank.
         rank: This process.
         world_size: Number of processes.
+        batches_done: Asked whenever an iteration begins; where a training pass was interrupted, it goes on there.
 
     Raises:
         ValueError: There are fewer rows than processes.
     """
 
-    def __init__(self, n_images: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        n_images: int,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        batches_done: Callable[[], int] = lambda: 0,
+    ) -> None:
         if n_images < world_size:
             raise ValueError(f"{n_images} images cannot be shared by {world_size} devices; use fewer devices")
         super().__init__(range(n_images), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
         self.start, self.stop = rank * n_images // world_size, (rank + 1) * n_images // world_size
         smallest, largest = n_images // world_size, -(-n_images // world_size)
         self.n_batches = min(-(-largest // batch_size), smallest)
+        self.batches_done = batches_done
 
     def __iter__(self) -> Iterator[list[Draw]]:
         rows = self.stop - self.start
         edges = [self.start + i * rows // self.n_batches for i in range(self.n_batches + 1)]
-        for first, last in pairwise(edges):
+        for first, last in pairwise(edges[self.batches_done() % self.n_batches :]):
             yield [(row, row) for row in range(first, last)]
 
     def __len__(self) -> int:

@@ -97,8 +97,10 @@ class StoredImages:
     ) -> Loader:
         """Every image of a part once, in order."""
         rank, world_size = rank_and_world(trainer)
-        batch_size = self.settings.batch_size
-        order = EvalOrder(len(self.parts[role]), batch_size=batch_size, rank=rank, world_size=world_size)
+        options: dict[str, Any] = {"batch_size": self.settings.batch_size, "rank": rank, "world_size": world_size}
+        if role == "train":
+            options["batches_done"] = lambda: batches_done(trainer)
+        order = EvalOrder(len(self.parts[role]), **options)
         return self._loader(role, order, CenterCrop(size), need_labels, palette)
 
     def state(self, trainer: Trainer | None) -> dict[str, Any]:

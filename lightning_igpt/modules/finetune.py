@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -16,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.modules.batches import Batch, need_labels, read_batch
+from lightning_igpt.modules.resumable import ResumableModule
 from lightning_igpt.modules.shared import (
     NetworkLike,
     PaletteLike,
@@ -42,7 +42,7 @@ from lightning_igpt.optim import make_adam, warmup_constant, warmup_cosine
 log = logging.getLogger(__name__)
 
 
-class FineTuneModule(LightningModule):
+class FineTuneModule(ResumableModule):
     """Turn a pretrained network into a classifier.
 
     The head reads the mean over positions of the final norm's output and starts at zero. Logs ``train/cross_entropy``,
@@ -155,6 +155,7 @@ class FineTuneModule(LightningModule):
         return _mean_over_masks(self._per_mask(read_batch(batch, self.palette, self.config), 0))
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         follow_schedule(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -178,6 +179,7 @@ class FineTuneModule(LightningModule):
         return self._evaluate(batch, batch_idx, "val")
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         note_validation(self)
 
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -199,9 +201,11 @@ class FineTuneModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         stamp(self, self.config, self.palette, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         check_stamp(self, self.config, self.palette, checkpoint)
         saved = checkpoint.get("hyper_parameters", {})
         self._keep_class_names(saved.get("class_names"))

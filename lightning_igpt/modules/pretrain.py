@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_igpt.config import ImageGPTConfig, Objective
 from lightning_igpt.modules.batches import read_batch
+from lightning_igpt.modules.resumable import ResumableModule
 from lightning_igpt.modules.shared import (
     NetworkLike,
     PaletteLike,
@@ -37,7 +37,7 @@ from lightning_igpt.optim import default_warmup, make_adam, warmup_cosine
 from lightning_igpt.sampling import complete, inpaint
 
 
-class PretrainModule(LightningModule):
+class PretrainModule(ResumableModule):
     """Train an Image GPT on images without labels.
 
     A batch is ``{"image": uint8 (B, 3, S, S)}``, an ``(image, label)`` pair, or images alone; it is quantised on the
@@ -118,6 +118,7 @@ class PretrainModule(LightningModule):
         return self.network(tokens)  # type: ignore[no-any-return]
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         follow_schedule(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -134,6 +135,7 @@ class PretrainModule(LightningModule):
         self._evaluate(batch, batch_idx, "test")
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         self._log_metric("val")
         note_validation(self)
 
@@ -158,9 +160,11 @@ class PretrainModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         stamp(self, self.config, self.palette, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         check_stamp(self, self.config, self.palette, checkpoint)
         keep_rates(self, checkpoint)
 

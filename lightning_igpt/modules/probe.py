@@ -9,7 +9,6 @@ import logging
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_igpt.config import ImageGPTConfig
@@ -27,6 +26,7 @@ from lightning_igpt.modules.probing.settings import (
     choose_layers,
 )
 from lightning_igpt.modules.probing.sgd import RunningScale, Sgd
+from lightning_igpt.modules.resumable import ResumableModule
 from lightning_igpt.modules.shared import (
     NetworkLike,
     PaletteLike,
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 RESULTS = "probe_results"  # key in a checkpoint
 
 
-class ProbeModule(LightningModule):
+class ProbeModule(ResumableModule):
     """Measure how linearly separable the classes are at each layer of a frozen network.
 
     With solver=lbfgs, one pass over the training images collects the features of all layers, one classifier per layer
@@ -213,6 +213,7 @@ class ProbeModule(LightningModule):
     def on_train_start(self) -> None:
         self.scores.clear()
         self._solver.start(self)
+        super().on_train_start()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         read = read_batch(batch, self.palette, self.config)
@@ -228,6 +229,7 @@ class ProbeModule(LightningModule):
             self._evaluate(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         if self.trainer.sanity_checking or not self.weight.any():
             return
         accuracy = self._finish("val", "probe")
@@ -270,10 +272,12 @@ class ProbeModule(LightningModule):
         return self._solver.configure(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         stamp(self, self.config, self.palette, checkpoint)
         checkpoint[RESULTS] = [dict(row) for row in self.results]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         check_stamp(self, self.config, self.palette, checkpoint)
         check_same_probe(self.hparams, checkpoint["hyper_parameters"], self.config.n_layer)
         self._set_classes(checkpoint["state_dict"]["bias"].shape[1])
@@ -281,6 +285,9 @@ class ProbeModule(LightningModule):
         keep_rates(self, checkpoint)
         for state in checkpoint.get("optimizer_states", []):
             state["param_groups"][0]["weight_decay"] = self.weight_decay
+
+    def _moving(self) -> dict[str, Tensor]:
+        return {} if self.scale is None else {f"scale.{name}": value for name, value in self.scale.named_buffers()}
 
     def _picked(self) -> int:
         if len(self.layers) > 1 and self.best < 0:

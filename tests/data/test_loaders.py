@@ -1,4 +1,5 @@
 import contextlib
+import contextlib
 import gc
 import os
 import signal
@@ -75,7 +76,9 @@ class Raises(ImageBatches):
 def test_workers_stop_when_their_loader_goes_in_a_cycle(images):
     loader = make_loader(images, EvalOrder(4, batch_size=2), num_workers=1, bad_images=BadImages(0))
     batches = iter(loader)
-    (worker,) = loader._iterator._workers
+    with contextlib.suppress(ValueError):
+        next(batches)
+    (worker,) = loader._watched._workers
     with contextlib.suppress(ValueError):
         list(batches)
     loader.itself = loader

@@ -1,0 +1,171 @@
+"""Checkpoints that describe the last optimiser step, wherever in a run they are saved, and resume from it exactly.
+
+Lightning 2.6 saves no random numbers; leaves out the validation that was due or under way when a checkpoint was saved;
+and after a save within an accumulation window it goes on in the middle of the window, without its gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lightning_igpt.model import ImageGPT
+
+log = logging.getLogger(__name__)
+
+RANDOM = "random_states"  # key in a checkpoint: of each process, the states of its generators
+
+
+class ResumableModule(LightningModule):
+    """What the three modules do so that a resumed run equals an uninterrupted one.
+
+    The order of the images is the data module's business, and where it continues is counted in whole optimiser steps.
+    """
+
+    network: ImageGPT
+    _in_validation = False
+    _steps = 0  # optimiser steps at the last boundary between steps
+    _random: dict[str, Tensor] | None = None  # the generators' states there; None where nothing is drawn
+    _moved: Mapping[str, Tensor] = MappingProxyType({})
+    _loaded: list[dict[str, Tensor]] | None = None
+
+    def on_train_start(self) -> None:
+        validate_if_due(self.trainer)
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            self._set_random(loaded)
+        self._note_boundary()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self.trainer.fit_loop.epoch_loop._should_accumulate():
+            self._note_boundary()
+
+    def on_validation_epoch_start(self) -> None:
+        self._in_validation = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+
+    def on_validation_epoch_end(self) -> None:
+        self._in_validation = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is None:
+            return
+        random = _random_states(self.device)
+        if self._in_validation:
+            before_validation(checkpoint["loops"]["fit_loop"])
+        elif self.automatic_optimization and after_last_step(self.trainer, checkpoint["loops"]["fit_loop"]):
+            random = self._random or random
+            checkpoint["state_dict"].update(self._moved)
+            if self._steps != self.trainer.global_step:
+                log.warning(
+                    "this checkpoint is saved within optimiser step %d, after the weights moved and before the batch "
+                    "was counted: a run that resumes from it repeats that step",
+                    self.trainer.global_step,
+                )
+        if self._draws:
+            checkpoint[RANDOM] = _of_all_processes(random)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._loaded = checkpoint.get(RANDOM)
+
+    @property
+    def _draws(self) -> bool:
+        """Whether training uses up random numbers: only dropout does."""
+        trained = any(parameter.requires_grad for parameter in self.network.parameters())
+        return trained and self.network.config.dropout > 0
+
+    def _note_boundary(self) -> None:
+        self._steps = self.trainer.global_step
+        self._random = _random_states(self.device) if self._draws else None
+        self._moved = {name: value.clone() for name, value in self._moving().items()}
+
+    def _moving(self) -> dict[str, Tensor]:
+        """What else than the optimiser's step moves in training, by its name in the state dict."""
+        return {}
+
+    def _set_random(self, states: list[dict[str, Tensor]]) -> None:
+        if len(states) != self.trainer.world_size:
+            log.warning(
+                "the checkpoint was saved by %d processes, this run has %d: dropout draws other numbers than it would "
+                "have done",
+                len(states),
+                self.trainer.world_size,
+            )
+            return
+        mine = states[self.trainer.global_rank]
+        torch.set_rng_state(mine["cpu"].cpu())
+        if "cuda" in mine and self.device.type == "cuda":
+            torch.cuda.set_rng_state(mine["cuda"].cpu(), self.device)
+
+
+def validate_if_due(trainer: Trainer) -> None:
+    """Run the validation that was due when the checkpoint was saved that this run resumes from.
+
+    Lightning takes it for done. Where it was done, after the save and before the run ended, it is done again, with the
+    same result.
+    """
+    loop, epochs = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current
+    if not loop.restarted_on_train_batch_end:
+        return
+    at_epoch_end = loop.batch_progress.is_last_batch  # Lightning has counted that epoch by now
+    epochs.completed -= at_epoch_end
+    if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
+        first = trainer._logger_connector._first_loop_iter
+        trainer.validating = True
+        loop.val_loop.restarting = False
+        loop.val_loop.run()
+        trainer.training = True
+        trainer._logger_connector._first_loop_iter = first
+    epochs.completed += at_epoch_end
+
+
+def before_validation(loops: dict[str, Any]) -> None:
+    """Let the state of the loops, saved in the middle of a validation, say that it has not begun.
+
+    What the metrics have gathered so far is in no checkpoint.
+    """
+    for part in ("total", "current"):
+        loops["epoch_loop.batch_progress"][part]["completed"] -= 1  # as Lightning leaves it before a validation
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    before = validation["total"]["completed"] - validation["current"]["completed"]
+    validation["total"] = dict.fromkeys(validation["total"], before)
+    validation["current"] = dict.fromkeys(validation["current"], 0)
+    validation["is_last_batch"] = False
+
+
+def after_last_step(trainer: Trainer, loops: dict[str, Any]) -> bool:
+    """Let the state of the loops, saved within a batch or an accumulation window, say where that began.
+
+    Returns:
+        Whether anything had to be changed.
+    """
+    progress = loops["epoch_loop.batch_progress"]
+    current = progress["current"]
+    within = trainer.fit_loop.epoch_loop._should_accumulate() or current["ready"] > current["processed"]
+    if not within:
+        return False
+    rest = current["processed"] % trainer.accumulate_grad_batches
+    for part in ("total", "current"):
+        progress[part] = dict.fromkeys(progress[part], progress[part]["processed"] - rest)
+    progress["is_last_batch"] = False
+    return True
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _of_all_processes(states: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Those of every process, in order; all must call it together: the checkpoint is one file."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [states]
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, states)
+    return everyone
