@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jsonargparse import set_parsing_settings
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_igpt import callbacks, data, modules
+from lightning_igpt.checkpointing.resume import check_resumable, find_checkpoint
 from lightning_igpt.commands import recipes
 from lightning_igpt.commands.arguments import one_line_errors
 from lightning_igpt.pictures import save_png
@@ -23,7 +25,29 @@ from lightning_igpt.trainer import make_trainer
 
 __all__ = ["IGPTCLI", "callbacks", "data", "modules", "run"]  # importing the classes makes their short names known
 
+# What a recipe may name as a class. Any other name is refused before its module is imported, which would run its code.
+TRUSTED = ("lightning", "lightning_igpt", "torch.optim", "torchmetrics")
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # what Lightning takes for ckpt_path beside a path
+
+
+RESUME = (
+    "Go on with an interrupted run: auto takes the newest usable checkpoint below trainer.default_root_dir, and starts "
+    "anew where there is none; a run folder or a checkpoint must be there."
+)
+
+
+class _Parser(LightningArgumentParser):
+    """Tells what to do about a class that a recipe may not name; jsonargparse's advice is for programmers."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        refused = re.search(r"Importing '([\w.]+)' is not allowed", message)
+        if refused is not None:
+            program, taken = self.prog.replace("[options] ", ""), ", ".join(TRUSTED)
+            raise SystemExit(
+                f"{program}: {refused[1]} is named, and naming a class runs its module; only classes of {taken} are "
+                f"taken unasked. If you trust it: --trust {refused[1].split('.')[0]}"
+            )
+        super().error(message, ex)
 
 
 class IGPTCLI(LightningCLI):
@@ -53,11 +77,42 @@ class IGPTCLI(LightningCLI):
 
     before_test = before_predict = before_validate
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument("--resume", type=str | None, default=None, help=RESUME)
+        return parser
+
     def before_fit(self) -> None:
-        """Tell a checkpoint that is not there before anything is set up."""
-        path = self.config[self.subcommand].get("ckpt_path")
-        if path and path not in CHECKPOINT_WORDS and "://" not in path and not Path(path).is_file():
+        """Find the checkpoint to go on from, or tell that it is not there, before anything is set up."""
+        options = self.config_init["fit"]
+        path, resume = options.get("ckpt_path"), options.get("resume")
+        if resume and path:
+            raise ValueError(
+                f"--resume {resume} and --ckpt_path {path} both name the checkpoint to go on from; drop one"
+            )
+        if resume:
+            options["ckpt_path"] = self._found(resume)
+        elif path and path not in CHECKPOINT_WORDS and "://" not in path and not Path(path).exists():
             raise FileNotFoundError(f"ckpt_path {path} is no file; it names the checkpoint of a run to continue")
+
+    def _found(self, resume: str) -> str | None:
+        """The checkpoint that ``--resume`` means; None for a run that has none yet."""
+        automatic = resume.lower() == "auto"
+        place = Path(self.trainer.default_root_dir if automatic else resume).expanduser()
+        if not automatic and not place.exists():
+            raise FileNotFoundError(f"--resume {resume}: there is no such file or folder; say auto, or name one")
+        if place.is_file() or (place / ".metadata").exists():
+            check_resumable(place, self.model)
+            return str(place)
+        found = find_checkpoint(place, self.model)
+        if found is None and not automatic:
+            raise FileNotFoundError(
+                f"--resume {resume}: the folder holds no checkpoint; --resume auto would start anew"
+            )
+        if found is None:
+            rank_zero_info(f"--resume auto: {place} holds no checkpoint, so the run starts anew")
+        return None if found is None else str(found)
 
     def predict(self, **options: Any) -> None:
         """Run ``predict`` and keep what it gives: completed images as PNG files, class probabilities as CSV."""
@@ -116,8 +171,14 @@ def run(words: Sequence[str]) -> IGPTCLI:
     Raises:
         SystemExit: Wrong usage (2), or a mistake in what the user gave (1), told in one line.
     """
-    # Interpolations like ${trainer.max_steps} are written from the recipe's root, below which the verb lies.
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    words, trusted = without_trust(words)
+    set_parsing_settings(
+        # Interpolations like ${trainer.max_steps} are written from the recipe's root, below which the verb lies.
+        omegaconf_absolute_to_relative_paths=True,
+        instantiate_subclass_spec_in_any=False,
+        import_path_denylist=["*"],
+        import_path_allowlist=[*TRUSTED, *trusted],
+    )
     with one_line_errors(f"lightning-igpt {words[0]}"):
         return IGPTCLI(
             LightningModule,
@@ -125,6 +186,7 @@ def run(words: Sequence[str]) -> IGPTCLI:
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_class=make_trainer,
+            parser_class=_Parser,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # the modules keep their own plain hyperparameters
             seed_everything_default=0,
@@ -132,6 +194,29 @@ def run(words: Sequence[str]) -> IGPTCLI:
             parser_kwargs={"parser_mode": "omegaconf+", "prog": "lightning-igpt"},
             args=with_shipped_recipes(words),
         )
+
+
+def without_trust(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without ``--trust NAME``, and the names: packages, modules or classes that a recipe may name too.
+
+    Only the command line is asked, never a recipe: it could not be stopped from trusting itself.
+
+    Raises:
+        SystemExit: A name is missing or is none.
+    """
+    rest: list[str] = []
+    trusted: list[str] = []
+    remaining = iter(words)
+    for word in remaining:
+        flag, equals, value = word.partition("=")
+        if flag != "--trust":
+            rest.append(word)
+            continue
+        name = value if equals else next(remaining, "")
+        if not name or not all(part.isidentifier() for part in name.split(".")) or name.split(".")[0] == "jsonargparse":
+            raise SystemExit(f"lightning-igpt: --trust {name}: name a package, module or class, such as my_package")
+        trusted.append(name)
+    return rest, trusted
 
 
 def with_shipped_recipes(words: Sequence[str]) -> list[str]:

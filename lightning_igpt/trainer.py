@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.layer_sync import LayerSync
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_igpt.callbacks import ClassificationReport, CompileBlocks, LayerCurve, Throughput
+from lightning_igpt.callbacks import ClassificationReport, CompileBlocks, DiskCheck, LayerCurve, Preempt, Throughput
 from lightning_igpt.callbacks.throughput import is_frozen
 from lightning_igpt.checkpointing import AtomicCheckpointIO
 from lightning_igpt.decoding import multiplies_bfloat16
 
+Plugin: TypeAlias = CheckpointIO | Precision | ClusterEnvironment | LayerSync
 PRODUCTS = {
     "highest": "in full",
     "high": "as TF32 where the device has it",
@@ -34,7 +39,7 @@ def make_trainer(
     checkpoint_every: int | None = None,
     monitor: str | None = None,
     callbacks: list[Callback] | Callback | None = None,
-    plugins: Any = None,
+    plugins: Plugin | str | list[Plugin | str] | None = None,
     **kwargs: Any,
 ) -> Trainer:
     """A plain Trainer: speed by what the device does well, checkpoints that survive a crash, useful intervals.
@@ -56,11 +61,11 @@ def make_trainer(
         val_check_interval: Batches between validations (int), or a fraction of an epoch (float). Default: 10
             validations in a run counted in steps, one per epoch otherwise.
         checkpoint_every: Optimiser steps between checkpoints. Default: as often as validation, at most 1000 steps.
-        monitor: Keep the checkpoint that is best in this metric, such as val/accuracy (higher is better) or
-            val/nats_per_pixel (lower is better), instead of the newest.
+        monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy (higher is better) or
+            val/nats_per_pixel (lower is better), beside the newest.
         callbacks: Added to the ones chosen here, which are ModelCheckpoint, LearningRateMonitor, LayerCurve,
-            ClassificationReport, Throughput, CompileBlocks and, on CUDA, a progress bar that asks the GPU for the loss
-            at every 20th step only; one of such a class among them replaces ours.
+            ClassificationReport, Throughput, CompileBlocks, DiskCheck, Preempt and, on CUDA, a progress bar that asks
+            the GPU for the loss at every 20th step only; one of such a class among them replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         **kwargs: Anything else that Trainer takes.
 
@@ -172,8 +177,8 @@ def _callbacks(
         chosen += _checkpoints(max_steps, checkpoint_every, monitor)
     if kwargs.get("logger") is not False and not any(isinstance(one, LearningRateMonitor) for one in chosen):
         chosen.append(LearningRateMonitor(logging_interval="step"))
-    idle: tuple[type[Callback], ...] = (LayerCurve, ClassificationReport, Throughput)  # beside modules not for them
-    return chosen + [kind() for kind in idle if not any(isinstance(one, kind) for one in chosen)]
+    ours: tuple[type[Callback], ...] = (LayerCurve, ClassificationReport, Throughput, DiskCheck, Preempt)
+    return chosen + [kind() for kind in ours if not any(isinstance(one, kind) for one in chosen)]
 
 
 def _patient_bar(chosen: list[Callback], enabled: bool | None) -> list[Callback]:
@@ -183,14 +188,15 @@ def _patient_bar(chosen: list[Callback], enabled: bool | None) -> list[Callback]
 
 
 def _checkpoints(max_steps: int | None, every: int | None, monitor: str | None) -> list[Callback]:
+    chosen: list[Callback] = []
     if monitor is not None:
-        return [ModelCheckpoint(monitor=monitor, mode="max" if "accuracy" in monitor else "min")]
-    last = ModelCheckpoint(filename="final", save_on_train_epoch_end=True, enable_version_counter=False)
+        chosen.append(ModelCheckpoint(monitor=monitor, mode="max" if "accuracy" in monitor else "min"))
+    # The best may be long ago, and saving by steps alone would lose what comes after the last multiple.
+    chosen.append(ModelCheckpoint(filename="final", save_on_train_epoch_end=True, enable_version_counter=False))
     if max_steps is None and every is None:
-        return [last]
-    # Saving by steps alone would lose what comes after the last multiple, hence the second.
+        return chosen
     every = every or min(1000, max(1, (max_steps or 10_000) // 10))
-    return [last, ModelCheckpoint(filename="{step}", every_n_train_steps=every)]
+    return [*chosen, ModelCheckpoint(filename="{step}", every_n_train_steps=every)]
 
 
 def _plugins(given: Any) -> list[Any]:

@@ -4,16 +4,18 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import lightning_igpt
-from lightning_igpt import cli
+from lightning_igpt import cli, load_pretrained
 from lightning_igpt.__main__ import LIGHTNING_VERBS, OWN_VERBS, main
 from lightning_igpt.commands import recipes
 from lightning_igpt.commands.arguments import one_line_errors
@@ -299,3 +301,106 @@ class TestRecipes:
         assert mine.read_text() == "# my changes\n"
         assert main(["recipes", "copy", "digits_tiny_probe", "--overwrite", "true"]) == 0
         assert mine.read_text() == recipes.find("digits_tiny_probe").read_text()
+
+
+TRAP = """
+open("executed", "w").close()
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+class Trap(Callback):
+    pass
+
+class IO(TorchCheckpointIO):
+    pass
+
+def function(*args):
+    pass
+"""
+LAMBDA = {"class_path": "lightning.pytorch.callbacks.LambdaCallback"}
+REEXPORTED = "lightning.pytorch.trainer.connectors.signal_connector.os.system"
+
+
+@pytest.mark.parametrize(
+    "section, value",
+    [
+        ("trainer", {"callbacks": [{"class_path": "trap.Trap"}]}),
+        ("trainer", {"callbacks": {"class_path": "trap.Trap"}}),
+        ("trainer", {"callbacks": ["trap.Trap"]}),
+        ("trainer", {"plugins": [{"class_path": "trap.IO"}]}),
+        ("trainer", {"logger": {"class_path": "trap.Trap"}}),
+        ("trainer", {"strategy": {"class_path": "trap.Trap"}}),
+        ("trainer", {"profiler": {"class_path": "trap.Trap"}}),
+        ("trainer", {"callbacks": [LAMBDA | {"init_args": {"on_fit_start": "trap.function"}}]}),
+        ("trainer", {"callbacks": [LAMBDA | {"init_args": {"on_fit_start": "os.system"}}]}),
+        ("trainer", {"callbacks": [{"class_path": REEXPORTED}]}),
+        ("model", {"class_path": "trap.Trap"}),
+        ("data", {"class_path": "trap.Trap"}),
+        ("data", {"init_args": {"source": {"class_path": "trap.Trap"}}}),
+        ("model", {"init_args": {"network": {"class_path": "trap.Trap"}}}),
+        ("trainer", {"callbacks": [{"class_path": "trap.Trap"}], "trust": ["trap"]}),
+    ],
+)
+def test_a_recipe_cannot_have_a_module_imported(section, value, tmp_path, monkeypatch, capsys):
+    (tmp_path / "trap.py").write_text(TRAP)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", write(tmp_path / "recipe.yaml", **{section: value})])
+    assert stop.value.code not in (0, None)
+    assert not (tmp_path / "executed").exists() and "trap" not in sys.modules
+    if section == "trainer" and len(value) == 1:
+        assert ("system" if "system" in str(value) else "trap.") in str(stop.value.code) + capsys.readouterr().err
+
+
+def test_a_refused_class_and_how_to_trust_it(tmp_path, monkeypatch):
+    (tmp_path / "trap.py").write_text(TRAP)
+    monkeypatch.syspath_prepend(tmp_path)
+    named = {"callbacks": ["trap.Trap"], "plugins": [{"class_path": "trap.IO"}]}
+    recipe = write(tmp_path / "recipe.yaml", trainer=named)
+    assert refusal(["fit", "--config", recipe]).endswith("If you trust it: --trust trap")
+    assert not Path("executed").exists()
+    assert refusal(["fit", "--config", recipe, "--trust", "trap.Trap"]).endswith("--trust trap")  # IO is another class
+    assert main(["fit", "--config", recipe, "--trust", "trap"]) == 0
+    assert Path("executed").exists()
+
+
+@pytest.mark.parametrize("words", [["--trust"], ["--trust=no-name"], ["--trust", "jsonargparse"], ["--trust="]])
+def test_trust_wants_a_name(words):
+    with pytest.raises(SystemExit, match=r"--trust.*name a package"):
+        main(["fit", "--config", "digits_tiny_pretrain", *words])
+
+
+def test_resume_auto(tmp_path):
+    recipe = write(tmp_path / "recipe.yaml", trainer={"max_steps": 4, "checkpoint_every": 3})
+    assert main(["fit", "--config", recipe, "--resume", "auto"]) == 0  # nothing there yet
+    whole = load_pretrained("runs/pretrain").network.state_dict()
+    (final,) = Path("runs/pretrain").rglob("final.ckpt")
+    final.write_bytes(final.read_bytes()[:5000])  # as a kill in another program's save might leave it
+    assert main(["fit", "--config", recipe, "--resume", "auto"]) == 0
+    (again,) = [path for path in Path("runs/pretrain").rglob("final.ckpt") if path != final]
+    state = load_pretrained(again).network.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in whole.items())
+    assert torch.load(again, weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--resume", "nowhere"], "no such file or folder"),
+        (["--resume", "."], "holds no checkpoint"),
+        (["--resume", "auto", "--ckpt_path", "x.ckpt"], "drop one"),
+        (["--resume", "recipe.yaml"], "weights_only=True|damaged"),
+    ],
+)
+def test_resume_refuses(words, message, tmp_path):
+    assert re.search(message, refusal(["fit", "--config", write(tmp_path / "recipe.yaml"), *words]))
+
+
+def test_resume_auto_passes_over_what_does_not_fit(tmp_path):
+    """Another network in the same folder, and weights without optimiser: nothing is started anew in silence."""
+    recipe = write(tmp_path / "recipe.yaml")
+    assert main(["fit", "--config", recipe]) == 0
+    init_args = {"network": NETWORK | {"n_embd": 16}, "palette": "gray:4"}
+    other = write(tmp_path / "other.yaml", model={"init_args": init_args})
+    message = refusal(["fit", "--config", other, "--resume", "auto"])
+    assert "none of the" in message and "n_embd" in message and "default_root_dir" in message

@@ -60,10 +60,10 @@ class Recorder(Callback):
         self.save("exception", trainer)
 
 
-def pretraining(workers=0, objective="autoregressive", dropout=0.0):
+def pretraining(workers=0, objective="autoregressive", dropout=0.0, batch_size=4):
     network = NETWORK | {"dropout": dropout}
     module = igpt.PretrainModule(network, "gray:4", objective=objective, seed=3, warmup_steps=2)
-    return module, igpt.PretrainDataModule(SOURCE, batch_size=4, num_workers=workers, seed=5)
+    return module, igpt.PretrainDataModule(SOURCE, batch_size=batch_size, num_workers=workers, seed=5)
 
 
 def finetuning(workers=0, dropout=0.0, **options):
@@ -77,13 +77,13 @@ def probing(workers=0, shuffle=True):
     return module, igpt.ProbeDataModule(SOURCE, shuffle=shuffle, batch_size=4, num_workers=workers, seed=5)
 
 
-def fit(make, options, *, ckpt=None, save_to=None, fail_at=None):
+def fit(make, options, *, ckpt=None, save_to=None, fail_at=None, callbacks=()):
     torch.manual_seed(0 if ckpt is None else 99)  # a resumed process does not start with the same random numbers
     module, data = make()
     recorder = Recorder(save_to, fail_at)
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[recorder], **options,
+        enable_model_summary=False, callbacks=[recorder, *callbacks], **options,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*not resumable")

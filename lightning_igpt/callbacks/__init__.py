@@ -3,16 +3,20 @@
 from lightning_igpt.callbacks.classification import ClassificationReport
 from lightning_igpt.callbacks.compile import CompileBlocks
 from lightning_igpt.callbacks.completions import CompletionGrid, captions, completion_rows
+from lightning_igpt.callbacks.disk_check import DiskCheck
 from lightning_igpt.callbacks.layer_curve import LayerCurve
 from lightning_igpt.callbacks.online_probe import OnlineProbe
+from lightning_igpt.callbacks.preempt import Preempt
 from lightning_igpt.callbacks.throughput import Throughput
 
 __all__ = [
     "ClassificationReport",
     "CompileBlocks",
     "CompletionGrid",
+    "DiskCheck",
     "LayerCurve",
     "OnlineProbe",
+    "Preempt",
     "Throughput",
     "captions",
     "completion_rows",

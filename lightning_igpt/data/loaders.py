@@ -36,7 +36,7 @@ class Loader(DataLoader[dict[str, Tensor]]):
     _watched: Any = None  # the iterator whose workers will be stopped
     _stopper: weakref.finalize[[Any, int], Loader] | None = None
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
         # Asked for its first batch only, the order is asked where the run stands: Lightning may make an iterator before
         # it has restored that (for trainer.estimated_stepping_batches, which schedules ask for).
         iterator: Any = super().__iter__()

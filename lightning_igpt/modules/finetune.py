@@ -25,7 +25,6 @@ from lightning_igpt.modules.shared import (
     check_mask_ratio,
     check_optimizer,
     check_settings,
-    check_stamp,
     evaluation_masks,
     follow_schedule,
     keep_rates,
@@ -33,7 +32,6 @@ from lightning_igpt.modules.shared import (
     note_validation,
     register,
     sample_numbers,
-    stamp,
     total_steps,
 )
 from lightning_igpt.objectives import MASK_RATIO, majority_vote, masked_pixel_loss, next_pixel_loss
@@ -200,13 +198,8 @@ class FineTuneModule(ResumableModule):
             scheduler = warmup_constant(optimizer, warmup_steps=self.warmup_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        stamp(self, self.config, self.palette, checkpoint)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        check_stamp(self, self.config, self.palette, checkpoint)
         saved = checkpoint.get("hyper_parameters", {})
         self._keep_class_names(saved.get("class_names"))
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

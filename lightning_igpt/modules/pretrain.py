@@ -17,13 +17,11 @@ from lightning_igpt.modules.shared import (
     build_network,
     check_mask_ratio,
     check_optimizer,
-    check_stamp,
     follow_schedule,
     keep_rates,
     mask_for,
     note_validation,
     register,
-    stamp,
     total_steps,
 )
 from lightning_igpt.objectives import (
@@ -159,13 +157,8 @@ class PretrainModule(ResumableModule):
         scheduler = warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        stamp(self, self.config, self.palette, checkpoint)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        check_stamp(self, self.config, self.palette, checkpoint)
         keep_rates(self, checkpoint)
 
     def _inputs(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:

@@ -6,6 +6,7 @@ How the classifiers come about stands in ``lbfgs`` and ``sgd``.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -34,12 +35,10 @@ from lightning_igpt.modules.shared import (
     build_network,
     check_class_names,
     check_mask_ratio,
-    check_stamp,
     evaluation_masks,
     keep_rates,
     register,
     sample_numbers,
-    stamp,
 )
 from lightning_igpt.objectives import MASK_RATIO
 
@@ -271,15 +270,16 @@ class ProbeModule(ResumableModule):
     def configure_optimizers(self) -> Any:
         return self._solver.configure(self)
 
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        super().check_checkpoint(checkpoint)
+        check_same_probe(self.hparams, checkpoint["hyper_parameters"], self.config.n_layer)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        stamp(self, self.config, self.palette, checkpoint)
         checkpoint[RESULTS] = [dict(row) for row in self.results]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        check_stamp(self, self.config, self.palette, checkpoint)
-        check_same_probe(self.hparams, checkpoint["hyper_parameters"], self.config.n_layer)
         self._set_classes(checkpoint["state_dict"]["bias"].shape[1])
         self.scores.rows = [dict(row) for row in checkpoint.get(RESULTS, self.results)]
         keep_rates(self, checkpoint)

@@ -17,6 +17,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_igpt.model import ImageGPT
+from lightning_igpt.modules.shared import check_stamp, stamp
+from lightning_igpt.palette import Palette
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class ResumableModule(LightningModule):
     """
 
     network: ImageGPT
+    palette: Palette
     _in_validation = False
     _steps = 0  # optimiser steps at the last boundary between steps
     _random: dict[str, Tensor] | None = None  # the generators' states there; None where nothing is drawn
@@ -53,7 +56,16 @@ class ResumableModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._in_validation = False
 
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise where a run of this module cannot go on from a checkpoint.
+
+        Raises:
+            ValueError: It was written by another class, network or palette; the message names both and the cure.
+        """
+        check_stamp(self, self.network.config, self.palette, checkpoint)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        stamp(self, self.network.config, self.palette, checkpoint)
         if self._trainer is None:
             return
         random = _random_states(self.device)
@@ -72,6 +84,7 @@ class ResumableModule(LightningModule):
             checkpoint[RANDOM] = _of_all_processes(random)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_checkpoint(checkpoint)
         self._loaded = checkpoint.get(RANDOM)
 
     @property

@@ -1,5 +1,4 @@
 import contextlib
-import contextlib
 import gc
 import os
 import signal
