@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jsonargparse import set_parsing_settings
@@ -39,7 +39,7 @@ RESUME = (
 class _Parser(LightningArgumentParser):
     """Tells what to do about a class that a recipe may not name; jsonargparse's advice is for programmers."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+    def error(self, message: str, ex: Exception | None = None) -> None:
         refused = re.search(r"Importing '([\w.]+)' is not allowed", message)
         if refused is not None:
             program, taken = self.prog.replace("[options] ", ""), ", ".join(TRUSTED)

@@ -1,0 +1,94 @@
+"""Which checkpoint a run goes on from."""
+
+import os
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lightning_igpt as igpt
+from lightning_igpt.checkpointing import find_checkpoint
+from tests.image_files import tiny
+
+NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size": 4}
+
+
+def module(**changes):
+    return igpt.PretrainModule(NETWORK | changes, "gray:4")
+
+
+def train(folder, *callbacks, steps=4, of=None):
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    Trainer(max_steps=steps, default_root_dir=folder, callbacks=list(callbacks), **options).fit(
+        of or module(), igpt.PretrainDataModule(tiny(26), batch_size=4)
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder with step=1 ... step=4, one second apart."""
+    train(tmp_path, ModelCheckpoint(dirpath=tmp_path / "a", filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    for step in range(1, 5):
+        os.utime(tmp_path / "a" / f"step={step}.ckpt", (step, step))
+    return tmp_path
+
+
+def name_of(found):
+    return None if found is None else found.name
+
+
+def test_the_newest_is_taken(run):
+    assert name_of(find_checkpoint(run)) == name_of(find_checkpoint(str(run), module())) == "step=4.ckpt"
+    os.utime(run / "a" / "step=2.ckpt", (9, 9))
+    assert name_of(find_checkpoint(run)) == "step=2.ckpt"
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    for place in range(len(content) // 2, len(content) // 2 + 400):  # more than the padding between two entries
+        content[place] ^= 4
+    path.write_bytes(content)
+
+
+def weights_only(path):
+    torch.save({"state_dict": {}, "loops": {}}, path)
+
+
+def no_mapping(path):
+    torch.save([1], path)
+
+
+@pytest.mark.parametrize("damage", [truncated, empty, flipped, weights_only, no_mapping, os.unlink])
+def test_what_cannot_be_continued_is_passed_over(damage, run, caplog):
+    damage(run / "a" / "step=4.ckpt")
+    if (run / "a" / "step=4.ckpt").exists():
+        os.utime(run / "a" / "step=4.ckpt", (9, 9))
+    assert name_of(find_checkpoint(run, module())) == "step=3.ckpt"
+    assert ("step=4.ckpt is passed over" in caplog.text) == (damage is not os.unlink)
+
+
+def test_another_network_or_class_does_not_fit(run):
+    with pytest.raises(ValueError, match=r"none of the 4 checkpoints .* n_embd 8 \(asked for: 16\).*default_root_dir"):
+        find_checkpoint(run, module(n_embd=16))
+    with pytest.raises(ValueError, match="this checkpoint is a PretrainModule's and the model is a FineTuneModule"):
+        find_checkpoint(run, igpt.FineTuneModule(network=NETWORK, palette="gray:4", num_classes=2))
+    with pytest.raises(ValueError, match="uses the palette"):
+        find_checkpoint(run, igpt.PretrainModule(NETWORK, [[0.1, 0.2, 0.3], [0, 0, 0], [1, 1, 1], [-1, 0, 1]]))
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert find_checkpoint(tmp_path) is None
+    assert find_checkpoint(tmp_path / "not there") is None
+    (tmp_path / ".step=1.ckpt.tmp.host.1").write_bytes(b"half")
+    (tmp_path / ".step=1.ckpt").write_bytes(b"half")
+    (tmp_path / "gone.ckpt").symlink_to(tmp_path / "nothing.ckpt")
+    assert find_checkpoint(tmp_path) is None
