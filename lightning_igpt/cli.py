@@ -36,6 +36,9 @@ RESUME = (
 )
 
 
+RANDOM = "Run although no weights are given: what a network that was never trained does, as a baseline."
+
+
 class _Parser(LightningArgumentParser):
     """Tells what to do about a class that a recipe may not name; jsonargparse's advice is for programmers."""
 
@@ -81,6 +84,8 @@ class IGPTCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             parser.add_argument("--resume", type=str | None, default=None, help=RESUME)
+        else:
+            parser.add_argument("--random_weights", type=bool, default=False, help=RANDOM)
         return parser
 
     def before_fit(self) -> None:
@@ -134,8 +139,10 @@ class IGPTCLI(LightningCLI):
         if options["model"]["class_path"].endswith("PretrainModule"):  # classifiers are in checkpoints alone
             given = given or options["model"].get("init_args", {}).get("pretrained")
             cure += " (or model.init_args.pretrained)"
-        if not given:
-            raise ValueError(f"{self.subcommand} would run on random weights: {cure}")
+        if not given and not options["random_weights"]:
+            raise ValueError(
+                f"{self.subcommand} would run on random weights: {cure}; --random_weights true if that is what you want"
+            )
 
 
 def write_predictions(

@@ -175,3 +175,14 @@ def test_every_public_name_and_verb_has_its_place():
         assert re.search(rf"\b{name}\b", PAGES["docs/reference/api.md"]), name
     verbs = " ".join(row[0] for row in table("docs/reference/cli.md", "`.*"))
     assert set(re.findall(r"`(\w+)", verbs)) >= {*LIGHTNING_VERBS, *OWN_VERBS}
+
+
+def test_what_survives_what_names_tests_that_exist():
+    rows = [row for row in table("docs/what-survives-what.md", r"(?!fault$|-+$).*")]
+    assert len(rows) > 30
+    for fault, lost, tests in rows:
+        assert lost, fault
+        names = re.findall(r"`([^`]+)::(\w+)`", tests)
+        assert names, f"no test holds: {fault}"
+        for path, name in names:
+            assert re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), (path, name)

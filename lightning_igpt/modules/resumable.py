@@ -33,13 +33,22 @@ class ResumableModule(LightningModule):
 
     network: ImageGPT
     palette: Palette
+    _has_weights = False  # others than random ones
     _in_validation = False
     _steps = 0  # optimiser steps at the last boundary between steps
     _random: dict[str, Tensor] | None = None  # the generators' states there; None where nothing is drawn
     _moved: Mapping[str, Tensor] = MappingProxyType({})
     _loaded: list[dict[str, Tensor]] | None = None
 
+    def on_evaluation_start(self) -> None:
+        """Say so where random weights are evaluated."""
+        if self.trainer.state.fn != TrainerFn.FITTING and not self._has_weights:
+            log.warning("these are random weights: no pretrained=, no ckpt_path, and no training before this")
+
+    on_validation_start = on_test_start = on_predict_start = on_evaluation_start
+
     def on_train_start(self) -> None:
+        self._has_weights = True
         validate_if_due(self.trainer)
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
@@ -55,6 +64,10 @@ class ResumableModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._in_validation = False
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        self._has_weights = True
+        return super().load_state_dict(*args, **options)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Raise where a run of this module cannot go on from a checkpoint.
