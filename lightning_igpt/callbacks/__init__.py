@@ -5,6 +5,7 @@ from lightning_igpt.callbacks.compile import CompileBlocks
 from lightning_igpt.callbacks.completions import CompletionGrid, captions, completion_rows
 from lightning_igpt.callbacks.layer_curve import LayerCurve
 from lightning_igpt.callbacks.online_probe import OnlineProbe
+from lightning_igpt.callbacks.run_record import RunRecord
 from lightning_igpt.callbacks.throughput import Throughput
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "CompletionGrid",
     "LayerCurve",
     "OnlineProbe",
+    "RunRecord",
     "Throughput",
     "captions",
     "completion_rows",

@@ -118,7 +118,8 @@ class FineTuneModule(LightningModule):
         check_optimizer(lr, betas, weight_decay, warmup_steps)
         check_settings(above_zero={"n_masks": n_masks}, not_below_zero={"generative_weight": generative_weight})
         check_mask_ratio(mask_ratio)
-        self.network, self.palette = build_network(network, palette, pretrained, image_size=image_size)
+        built = build_network(network, palette, pretrained, image_size=image_size)
+        self.network, self.palette, self.origin, self.origin_path = built
         if self.config.objective == "bert" and not mask_inputs:
             _check_unmasked(generative_weight, n_masks)
         self.head = nn.Linear(self.config.n_embd, num_classes, bias=False)

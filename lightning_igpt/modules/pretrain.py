@@ -85,7 +85,8 @@ class PretrainModule(LightningModule):
         super().__init__()
         check_optimizer(lr, betas, weight_decay, warmup_steps)
         check_mask_ratio(mask_ratio)
-        self.network, self.palette = build_network(network, palette, pretrained, objective, image_size)
+        built = build_network(network, palette, pretrained, objective, image_size)
+        self.network, self.palette, self.origin, self.origin_path = built
         self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.mask_ratio, self.seed = warmup_steps, mask_ratio, seed
         register(

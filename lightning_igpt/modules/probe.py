@@ -130,7 +130,8 @@ class ProbeModule(LightningModule):
         check_fit(solver, grid, **numbers)
         check_class_names(class_names, num_classes)
         check_mask_ratio(mask_ratio)
-        self.network, self.palette = build_network(network, palette, pretrained, image_size=image_size)
+        built = build_network(network, palette, pretrained, image_size=image_size)
+        self.network, self.palette, self.origin, self.origin_path = built
         self.network.requires_grad_(False).eval()
         check_votes(self.config.objective, mask_inputs, n_masks)
         self.layers = choose_layers(layers, self.config.n_layer)
