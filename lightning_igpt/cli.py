@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_igpt import callbacks, data, modules
+from lightning_igpt.callbacks.disk_check import check_folder
 from lightning_igpt.checkpointing.resume import check_resumable, find_checkpoint
 from lightning_igpt.commands import recipes
 from lightning_igpt.commands.arguments import one_line_errors
@@ -90,7 +91,9 @@ class IGPTCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find the checkpoint to go on from, or tell that it is not there, before anything is set up."""
-        options = self.config_init["fit"]
+        options, root = self.config_init["fit"], str(self.trainer.default_root_dir)
+        if "://" not in root and not self.trainer.fast_dev_run:
+            check_folder(Path(root), 0)
         path, resume = options.get("ckpt_path"), options.get("resume")
         if resume and path:
             raise ValueError(

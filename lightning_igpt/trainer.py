@@ -13,7 +13,15 @@ from lightning.pytorch.plugins.layer_sync import LayerSync
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_igpt.callbacks import ClassificationReport, CompileBlocks, DiskCheck, LayerCurve, Preempt, Throughput
+from lightning_igpt.callbacks import (
+    ClassificationReport,
+    CompileBlocks,
+    DiskCheck,
+    LayerCurve,
+    Preempt,
+    RunRecord,
+    Throughput,
+)
 from lightning_igpt.callbacks.throughput import is_frozen
 from lightning_igpt.checkpointing import AtomicCheckpointIO
 from lightning_igpt.decoding import multiplies_bfloat16
@@ -64,8 +72,8 @@ def make_trainer(
         monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy (higher is better) or
             val/nats_per_pixel (lower is better), beside the newest.
         callbacks: Added to the ones chosen here, which are ModelCheckpoint, LearningRateMonitor, LayerCurve,
-            ClassificationReport, Throughput, CompileBlocks, DiskCheck, Preempt and, on CUDA, a progress bar that asks
-            the GPU for the loss at every 20th step only; one of such a class among them replaces ours.
+            ClassificationReport, RunRecord, Throughput, CompileBlocks, DiskCheck, Preempt and, on CUDA, a progress bar
+            that asks the GPU for the loss at every 20th step only; one of such a class among them replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         **kwargs: Anything else that Trainer takes.
 
@@ -177,7 +185,7 @@ def _callbacks(
         chosen += _checkpoints(max_steps, checkpoint_every, monitor)
     if kwargs.get("logger") is not False and not any(isinstance(one, LearningRateMonitor) for one in chosen):
         chosen.append(LearningRateMonitor(logging_interval="step"))
-    ours: tuple[type[Callback], ...] = (LayerCurve, ClassificationReport, Throughput, DiskCheck, Preempt)
+    ours: tuple[type[Callback], ...] = (LayerCurve, ClassificationReport, RunRecord, Throughput, DiskCheck, Preempt)
     return chosen + [kind() for kind in ours if not any(isinstance(one, kind) for one in chosen)]
 
 

@@ -147,7 +147,8 @@ def test_monitor_keeps_the_best(tmp_path):
     seen = []
     module.on_validation_end = lambda: seen.append(trainer.callback_metrics["val/accuracy"].item())
     trainer.fit(module, loader(), loader())
-    (callback,) = checkpoints(trainer)
+    callback, newest = checkpoints(trainer)
+    assert torch.load(newest.best_model_path, weights_only=True)["epoch"] == 3  # a run goes on from there
     assert callback.best_model_score.item() == max(seen[1:])  # the first is the sanity check's
 
 

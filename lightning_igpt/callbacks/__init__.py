@@ -7,6 +7,7 @@ from lightning_igpt.callbacks.disk_check import DiskCheck
 from lightning_igpt.callbacks.layer_curve import LayerCurve
 from lightning_igpt.callbacks.online_probe import OnlineProbe
 from lightning_igpt.callbacks.preempt import Preempt
+from lightning_igpt.callbacks.run_record import RunRecord
 from lightning_igpt.callbacks.throughput import Throughput
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LayerCurve",
     "OnlineProbe",
     "Preempt",
+    "RunRecord",
     "Throughput",
     "captions",
     "completion_rows",

@@ -53,7 +53,7 @@ def check_folder(folder: Path, size: int) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"checkpoints cannot be saved in {folder}: {error.strerror}. Make it writable, or choose another "
+            f"nothing can be saved in {folder}: {error.strerror}. Make it writable, or choose another "
             "default_root_dir (or dirpath of ModelCheckpoint)",
         ) from error
     finally:

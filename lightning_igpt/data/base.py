@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -10,10 +11,11 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_igpt.data.bad_images import OnBadImage, write_list
+from lightning_igpt.data.fingerprint import fingerprint
 from lightning_igpt.data.loaders import Loader, network_image_size, network_palette, rank_and_world
 from lightning_igpt.data.mixing import check_weights, mix, mix_streams
 from lightning_igpt.data.settings import Settings
-from lightning_igpt.data.sources import ImageSource, Source, open_source
+from lightning_igpt.data.sources import ImageSource, Source, as_list, name_of, open_source
 from lightning_igpt.data.splits import Division, divide, make_parts
 from lightning_igpt.data.stored import StoredImages
 from lightning_igpt.data.stream_parts import HoldOut, Kept
@@ -100,7 +102,7 @@ class ImageDataModule(LightningDataModule):
         # Not logged: Lightning stops where module and data module have different values of one name, such as seed.
         self.save_hyperparameters(ignore=["source", "palette"], logger=False)
         # A data set itself would make checkpoints large, and unreadable with weights_only=True.
-        self.hparams["source"] = _name_of(source)
+        self.hparams["source"] = name_of(source)
         self.source, self.image_size, self.batch_size, self.seed = source, image_size, batch_size, seed
         self.palette, self.source_weights = palette, source_weights
         self.settings = Settings(
@@ -117,7 +119,7 @@ class ImageDataModule(LightningDataModule):
         )
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size is {image_size}; it must be at least 1")
-        check_weights(len(_as_list(source)), source_weights)
+        check_weights(len(as_list(source)), source_weights)
         self._split_names = {"train_split": train_split, "val_split": val_split, "test_split": test_split}
         self._open_options: dict[str, Any] = {
             "name": config_name,
@@ -135,6 +137,11 @@ class ImageDataModule(LightningDataModule):
     def sources(self) -> list[Source]:
         """What ``source`` names, opened: one, or those of a mix."""
         return self._open()
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Digest of the images and labels of ``source``, by counts, names, sizes and a sample; no stream is read."""
+        return fingerprint(as_list(self.source), self._open())
 
     @property
     def global_batch(self) -> int:
@@ -280,7 +287,7 @@ class ImageDataModule(LightningDataModule):
 
     def _open(self) -> list[Source]:
         if not self._opened:
-            self._opened = [open_source(one, **self._open_options) for one in _as_list(self.source)]
+            self._opened = [open_source(one, **self._open_options) for one in as_list(self.source)]
             if len(self._opened) == 1:
                 self.class_names = self._opened[0].class_names
                 self.num_classes = None if self.class_names is None else len(self.class_names)
@@ -339,12 +346,3 @@ class ImageDataModule(LightningDataModule):
         needed = self.needs_labels if need_labels is None else need_labels
         part = self._part(role)
         return part.evaluate(role, self.trainer, self._size(), need_labels=needed, palette=self._colors())
-
-
-def _as_list(source: ImageSource) -> list[Any]:
-    return list(source) if isinstance(source, (list, tuple)) else [source]
-
-
-def _name_of(source: ImageSource) -> str:
-    names = [str(one) if isinstance(one, str | Path) else type(one).__name__ for one in _as_list(source)]
-    return " + ".join(names)

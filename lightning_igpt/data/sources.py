@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import datasets
 from torch import Tensor
@@ -117,6 +117,16 @@ def open_source(
         splits = {split: _undecoded(rows, image_column, where) for split, rows in splits.items()}
     is_stream = isinstance(train, datasets.IterableDataset)
     return Source(where, splits, image_column, column, classes, mark, is_stream)
+
+
+def as_list(source: ImageSource) -> list[Any]:
+    """The sources that a user names by one or by a list of several."""
+    return list(source) if isinstance(source, (list, tuple)) else [source]
+
+
+def name_of(source: ImageSource) -> str:
+    """A source in words: names of places, and the types of what lies in memory."""
+    return " + ".join(str(one) if isinstance(one, str | Path) else type(one).__name__ for one in as_list(source))
 
 
 def _open(source: OneSource, name: str | None, revision: str | None, streaming: bool) -> tuple[dict[str, Rows], str]:

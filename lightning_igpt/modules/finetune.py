@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.modules.batches import Batch, need_labels, read_batch
 from lightning_igpt.modules.resumable import ResumableModule
 from lightning_igpt.modules.shared import (
@@ -116,7 +115,8 @@ class FineTuneModule(ResumableModule):
         check_optimizer(lr, betas, weight_decay, warmup_steps)
         check_settings(above_zero={"n_masks": n_masks}, not_below_zero={"generative_weight": generative_weight})
         check_mask_ratio(mask_ratio)
-        self.network, self.palette = build_network(network, palette, pretrained, image_size=image_size)
+        built = build_network(network, palette, pretrained, image_size=image_size)
+        self.network, self.palette, self.origin, self.origin_path = built
         if self.config.objective == "bert" and not mask_inputs:
             _check_unmasked(generative_weight, n_masks)
         self.head = nn.Linear(self.config.n_embd, num_classes, bias=False)
@@ -135,15 +135,6 @@ class FineTuneModule(ResumableModule):
         stages = ("val", "test")
         self.accuracy = nn.ModuleDict({stage: MulticlassAccuracy(num_classes, average="micro") for stage in stages})
         self.cross_entropy = nn.ModuleDict({stage: MeanMetric() for stage in stages})
-
-    @property
-    def config(self) -> ImageGPTConfig:
-        """The network's shape; data modules read ``image_size`` here."""
-        return self.network.config
-
-    def tokens_of(self, batch: Any) -> Tensor:
-        """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
-        return read_batch(batch, self.palette, self.config).tokens
 
     def setup(self, stage: str) -> None:
         adopt_class_names(self, self.num_classes)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lightning_igpt.config import ImageGPTConfig, Objective
+from lightning_igpt.config import Objective
 from lightning_igpt.modules.batches import read_batch
 from lightning_igpt.modules.resumable import ResumableModule
 from lightning_igpt.modules.shared import (
@@ -83,7 +83,8 @@ class PretrainModule(ResumableModule):
         super().__init__()
         check_optimizer(lr, betas, weight_decay, warmup_steps)
         check_mask_ratio(mask_ratio)
-        self.network, self.palette = build_network(network, palette, pretrained, objective, image_size)
+        built = build_network(network, palette, pretrained, objective, image_size)
+        self.network, self.palette, self.origin, self.origin_path = built
         self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.mask_ratio, self.seed = warmup_steps, mask_ratio, seed
         register(
@@ -98,15 +99,6 @@ class PretrainModule(ResumableModule):
             seed=seed,
         )
         self.metrics = torch.nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
-
-    @property
-    def config(self) -> ImageGPTConfig:
-        """The network's shape; data modules read ``image_size`` here."""
-        return self.network.config
-
-    def tokens_of(self, batch: Any) -> Tensor:
-        """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
-        return read_batch(batch, self.palette, self.config).tokens
 
     def forward(self, batch: Any) -> Tensor:
         """Logits (B, T, K) of a batch; a BERT network sees all pixels."""

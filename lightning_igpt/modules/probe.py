@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.features import C_GRID
 from lightning_igpt.modules.batches import Batch, need_labels, read_batch
 from lightning_igpt.modules.probing.fitting import Logistic
@@ -129,7 +128,8 @@ class ProbeModule(ResumableModule):
         check_fit(solver, grid, **numbers)
         check_class_names(class_names, num_classes)
         check_mask_ratio(mask_ratio)
-        self.network, self.palette = build_network(network, palette, pretrained, image_size=image_size)
+        built = build_network(network, palette, pretrained, image_size=image_size)
+        self.network, self.palette, self.origin, self.origin_path = built
         self.network.requires_grad_(False).eval()
         check_votes(self.config.objective, mask_inputs, n_masks)
         self.layers = choose_layers(layers, self.config.n_layer)
@@ -137,22 +137,13 @@ class ProbeModule(ResumableModule):
         self.pretrained, self.class_names, self.lr, self.weight_decay = pretrained, class_names, lr, weight_decay
         self.solver, self.c, self.standardize, self.concat = solver, c, standardize, concat
         self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
-        how = Logistic(grid, standardize=standardize, max_iter=max_iter, seed=seed)
-        self._solver = Sgd(lr, weight_decay) if solver == "sgd" else Lbfgs(how, max_feature_bytes)
+        logistic = Logistic(grid, standardize=standardize, max_iter=max_iter, seed=seed)
+        self._solver = Sgd(lr, weight_decay) if solver == "sgd" else Lbfgs(logistic, max_feature_bytes)
         probed = {"layers": layers, "solver": solver, "concat": concat, "c": c, "standardize": standardize}
         masks = {"mask_ratio": mask_ratio, "mask_inputs": mask_inputs, "n_masks": n_masks, "seed": seed}
         classes = {"num_classes": num_classes, "class_names": class_names}
         register(self, self.network, self.palette, **probed, **numbers, **masks, **classes)
         self._set_classes(num_classes or 0)
-
-    @property
-    def config(self) -> ImageGPTConfig:
-        """The network's shape; data modules read ``image_size`` here."""
-        return self.network.config
-
-    def tokens_of(self, batch: Any) -> Tensor:
-        """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
-        return read_batch(batch, self.palette, self.config).tokens
 
     @property
     def best_layer(self) -> int:

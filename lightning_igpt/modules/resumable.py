@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -16,9 +17,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
+from lightning_igpt.modules.batches import read_batch
 from lightning_igpt.modules.shared import check_stamp, stamp
 from lightning_igpt.palette import Palette
+from lightning_igpt.weights.checkpoint import STAMP
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +37,8 @@ class ResumableModule(LightningModule):
 
     network: ImageGPT
     palette: Palette
+    origin: str | None = None  # where the weights came from, in words; None where they were random
+    origin_path: Path | None = None
     _has_weights = False  # others than random ones
     _in_validation = False
     _steps = 0  # optimiser steps at the last boundary between steps
@@ -40,9 +46,18 @@ class ResumableModule(LightningModule):
     _moved: Mapping[str, Tensor] = MappingProxyType({})
     _loaded: list[dict[str, Tensor]] | None = None
 
+    @property
+    def config(self) -> ImageGPTConfig:
+        """The network's shape; data modules read ``image_size`` here."""
+        return self.network.config
+
+    def tokens_of(self, batch: Any) -> Tensor:
+        """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
+        return read_batch(batch, self.palette, self.config).tokens
+
     def on_evaluation_start(self) -> None:
         """Say so where random weights are evaluated."""
-        if self.trainer.state.fn != TrainerFn.FITTING and not self._has_weights:
+        if self.trainer.state.fn != TrainerFn.FITTING and not self._has_weights and self.origin is None:
             log.warning("these are random weights: no pretrained=, no ckpt_path, and no training before this")
 
     on_validation_start = on_test_start = on_predict_start = on_evaluation_start
@@ -75,10 +90,10 @@ class ResumableModule(LightningModule):
         Raises:
             ValueError: It was written by another class, network or palette; the message names both and the cure.
         """
-        check_stamp(self, self.network.config, self.palette, checkpoint)
+        check_stamp(self, self.config, self.palette, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        stamp(self, self.network.config, self.palette, checkpoint)
+        stamp(self, self.config, self.palette, checkpoint)
         if self._trainer is None:
             return
         random = _random_states(self.device)
@@ -98,13 +113,15 @@ class ResumableModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)
+        if "origin" in checkpoint[STAMP]:  # older ones do not tell
+            self.origin, self.origin_path = checkpoint[STAMP]["origin"], None
         self._loaded = checkpoint.get(RANDOM)
 
     @property
     def _draws(self) -> bool:
         """Whether training uses up random numbers: only dropout does."""
         trained = any(parameter.requires_grad for parameter in self.network.parameters())
-        return trained and self.network.config.dropout > 0
+        return trained and self.config.dropout > 0
 
     def _note_boundary(self) -> None:
         self._steps = self.trainer.global_step

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -30,13 +30,22 @@ NetworkLike = ImageGPTConfig | str | dict[str, Any] | None
 PaletteLike = str | Palette | list[list[float]] | None
 
 
+class Built(NamedTuple):
+    """A network with its palette, and where its weights came from: both None where they are random."""
+
+    network: ImageGPT
+    palette: Palette
+    origin: str | None = None  # in words that may be published
+    origin_path: Path | None = None  # the file or folder; None for the hub, too
+
+
 def build_network(
     network: NetworkLike,
     palette: PaletteLike,
     pretrained: str | None,
     objective: Objective | None = None,
     image_size: int | None = None,
-) -> tuple[ImageGPT, Palette]:
+) -> Built:
     """Make or load the network and its palette from a module's arguments.
 
     Loaded weights keep their shape; only ``image_size`` (positions are interpolated) and ``dropout`` may differ.
@@ -49,7 +58,7 @@ def build_network(
         config = _changed(config, objective=objective, image_size=image_size)
         colors = Palette.load("openai" if palette is None else palette)
         check_colors(colors, config)
-        return ImageGPT(config), colors
+        return Built(ImageGPT(config), colors)
     loaded = load_pretrained(pretrained)
     wanted = _changed(_wanted(network, loaded.config), objective=objective, image_size=image_size)
     fixed = replace(wanted, dropout=loaded.config.dropout)
@@ -64,7 +73,7 @@ def build_network(
     log.info("weights and palette from %s", loaded.origin)
     colors = loaded.palette if palette is None else Palette.load(palette)
     check_palette(colors, loaded.palette.sha256, f"pretrained={pretrained!r}")
-    return loaded.network, colors
+    return Built(loaded.network, colors, loaded.lineage, loaded.path)
 
 
 def check_colors(palette: Palette, config: ImageGPTConfig) -> None:
@@ -105,6 +114,7 @@ def stamp(module: LightningModule, config: ImageGPTConfig, palette: Palette, che
         "palette_sha256": palette.sha256,
         "steps": int(checkpoint.get("global_step", 0)),
         "data": _data_name(module),
+        "origin": getattr(module, "origin", None),
         "validation": _validation(module),
     }
 

@@ -40,6 +40,7 @@ class Pretrained:
             ``network.hidden``; None where there is none.
         class_names: Names of its classes, where they are known.
         card: What is known of the training.
+        path: The file or folder that was read; None for what came from the hub.
     """
 
     network: ImageGPT
@@ -48,11 +49,21 @@ class Pretrained:
     head: Tensor | None = None
     class_names: list[str] | None = None
     card: ModelCard = field(default_factory=ModelCard)
+    path: Path | None = None
 
     @property
     def config(self) -> ImageGPTConfig:
         """The network's shape."""
         return self.network.config
+
+    @property
+    def lineage(self) -> str:
+        """Where the weights came from and what those were trained from, without the folders that files lie in."""
+        words, card = self.origin if self.path is None else self.path.absolute().name, self.card
+        facts = [] if card.steps is None else [f"{card.steps:,} step{'' if card.steps == 1 else 's'}"]
+        facts += [] if card.data is None else [f"on {card.data}"]
+        words += f" ({' '.join(facts)})" if facts else ""
+        return words + (f", trained from {card.origin}" if card.origin else "")
 
     def adapted(self, config: ImageGPTConfig) -> Pretrained:
         """The same weights for another ``image_size`` or ``dropout``, and ``origin`` saying so."""
@@ -195,7 +206,8 @@ def _load(source: str | Path) -> Pretrained:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         raise ValueError(f"{text}: weights are not fetched from addresses; download the file and name its path")
     if openai.is_checkpoint(str(path)):
-        return Pretrained(openai.load_checkpoint(str(path)), Palette.load("openai"), f"OpenAI checkpoint {text}")
+        network = openai.load_checkpoint(str(path))
+        return Pretrained(network, Palette.load("openai"), f"OpenAI checkpoint {text}", path=path)
     if path.is_file():
         return _load_file(path)
     if path.is_dir():
@@ -210,18 +222,18 @@ def _load(source: str | Path) -> Pretrained:
 
 def _load_file(path: Path) -> Pretrained:
     if path.suffix == ".npz":
-        return Pretrained(*openai.load_archive(path), f"archive {path}")
+        return Pretrained(*openai.load_archive(path), f"archive {path}", path=path)
     if path.suffix == ".safetensors":
         network, palette, head, header = native.load_file(path)
         card, names = ModelCard.read(header.get("card")), header.get("class_names")
         names = huggingface.labels(head, names) if head is not None and names is not None else None
-        return Pretrained(network, palette, f"file {path}", head, names, card)
+        return Pretrained(network, palette, f"file {path}", head, names, card, path)
     return _from_checkpoint(path, "")
 
 
 def _load_folder(folder: Path) -> Pretrained:
     if (folder / huggingface.CONFIG).exists():
-        return _from_folder(folder, f"Hugging Face folder {folder}")
+        return replace(_from_folder(folder, f"Hugging Face folder {folder}"), path=folder)
     if (folder / ".metadata").exists():
         checkpoint.read_checkpoint(folder)  # a sharded checkpoint, which it refuses
     return _from_checkpoint(*checkpoint.best_checkpoint(folder))
@@ -231,7 +243,7 @@ def _from_checkpoint(path: Path, why: str) -> Pretrained:
     content = checkpoint.load_checkpoint(path)
     origin = f"checkpoint {path}" + (f", {why}" if why else "")
     origin += " (averaged weights)" if content.averaged else ""
-    return Pretrained(content.network, content.palette, origin, content.head, content.class_names, content.card)
+    return Pretrained(content.network, content.palette, origin, content.head, content.class_names, content.card, path)
 
 
 def _from_folder(folder: Path, origin: str) -> Pretrained:

@@ -27,6 +27,7 @@ class ModelCard:
         measured_at: Optimiser step at which both were measured.
         license: SPDX identifier, such as mit.
         notes: Anything else, in Markdown.
+        origin: The weights that training started from; None also where it started from random ones.
     """
 
     title: str | None = None
@@ -37,6 +38,7 @@ class ModelCard:
     measured_at: int | None = None
     license: str | None = None
     notes: str | None = None
+    origin: str | None = None
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
@@ -84,7 +86,7 @@ class ModelCard:
 
 
 _KINDS: dict[str, Any] = {"steps": int, "nats_per_pixel": float, "accuracy": float, "measured_at": int}
-_KINDS |= dict.fromkeys(("title", "data", "license", "notes"), str)
+_KINDS |= dict.fromkeys(("title", "data", "license", "notes", "origin"), str)
 
 
 def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_names: Sequence[str] | None = None) -> str:
@@ -126,6 +128,8 @@ def _facts(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_name
         "validation, nats per pixel": nats,
         "licence": card.license or "not stated",
     }
+    if card.origin is not None:
+        rows["trained from"] = card.origin
     if class_names is not None:
         rows["classes"] = f"{len(class_names)}: {', '.join(class_names)}"
         rows["validation accuracy"] = unknown if card.accuracy is None else f"{card.accuracy:.4f}{at}"

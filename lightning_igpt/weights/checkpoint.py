@@ -159,4 +159,5 @@ def _card(checkpoint: Mapping[str, Any]) -> ModelCard:
     stamp = _mapping(checkpoint[STAMP])
     validation = _mapping(stamp.get("validation"))
     values = {"data": stamp.get("data"), "steps": stamp.get("steps"), "measured_at": validation.get("step")}
+    values["origin"] = stamp.get("origin")
     return ModelCard.read(values | {"nats_per_pixel": validation.get(NATS), "accuracy": validation.get(ACCURACY)})

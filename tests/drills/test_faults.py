@@ -42,12 +42,11 @@ def test_killed_twice(tmp_path, twin):
     assert_same_end(run, twin)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_told_to_stop(name, tmp_path, twin):
+def test_told_to_stop(tmp_path, twin):
     run = Run(tmp_path)
     process = run.start("--resume", "auto", "--data.init_args.num_workers", "2", pace=0.05)
     run.wait_for("step=5.ckpt", process)
-    process.send_signal(getattr(signal, name))
+    process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 143, out[-3000:]
     (path,) = (path for path in run.checkpoints() if path.name == "preempted.ckpt")
@@ -108,7 +107,7 @@ def test_no_folder_to_write_to(tmp_path):
     run = Run(tmp_path)
     (tmp_path / "file").touch()
     out = run.finish("--trainer.default_root_dir", "file/run", "--trainer.logger", "false", status=1)
-    assert re.search(r"lightning-igpt fit: .*checkpoints cannot be saved in .*file/run", out)
+    assert re.search(r"lightning-igpt fit: .*nothing can be saved in .*file/run", out)
 
 
 def test_killed_at_twenty_moments_of_a_save(tmp_path, monkeypatch):

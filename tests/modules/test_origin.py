@@ -1,0 +1,73 @@
+"""Where a module's weights came from: kept in its checkpoints and in what is made of them."""
+
+import pytest
+import torch
+
+from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
+from lightning_igpt.weights import load_pretrained, save_pretrained
+from lightning_igpt.weights.checkpoint import STAMP
+from tests.modules.helpers import TINY, loader, quiet_trainer
+
+
+def trained(folder, module, **options):
+    """The checkpoint that a step more leaves."""
+    trainer = quiet_trainer(folder, max_steps=options.pop("max_steps", 1), limit_val_batches=0)
+    trainer.fit(module, loader(), **options)
+    path = folder / "x.ckpt"
+    trainer.save_checkpoint(path)
+    return path
+
+
+def stamped(path):
+    return torch.load(path, weights_only=True)[STAMP]["origin"]
+
+
+def test_the_chain_is_kept_without_folders(tmp_path):
+    module = PretrainModule(TINY, "gray:8")
+    assert module.origin is module.origin_path is None
+    first = trained(tmp_path / "first", module)
+    assert stamped(first) is None and load_pretrained(first).card.origin is None
+    second = trained(tmp_path / "second", PretrainModule(pretrained=str(first)))
+    assert stamped(second) == "x.ckpt (1 step)"
+    tuned = FineTuneModule(str(tmp_path / "second"), 3)
+    assert tuned.origin == "x.ckpt (1 step), trained from x.ckpt (1 step)" and tuned.origin_path == second
+    third = trained(tmp_path / "third", tuned)
+    assert stamped(third) == tuned.origin and str(tmp_path) not in repr(torch.load(third, weights_only=True)[STAMP])
+
+
+@pytest.mark.parametrize("cls", [ProbeModule, FineTuneModule, PretrainModule])
+def test_every_module_tells(tmp_path, cls):
+    first = trained(tmp_path, PretrainModule(TINY, "gray:8"))
+    module = cls(pretrained=str(first))
+    assert (module.origin, module.origin_path) == ("x.ckpt (1 step)", first)
+
+
+def test_a_resumed_run_keeps_the_origin_that_it_is_not_told(tmp_path):
+    first = trained(tmp_path / "first", PretrainModule(TINY, "gray:8"))
+    second = trained(tmp_path / "second", PretrainModule(pretrained=str(first)))
+    again = trained(tmp_path / "third", PretrainModule(TINY, "gray:8"), max_steps=2, ckpt_path=second)
+    assert stamped(again) == "x.ckpt (1 step)"
+    assert PretrainModule.load_from_checkpoint(again).origin == "x.ckpt (1 step)"
+
+
+def test_older_checkpoints_do_not_tell(tmp_path):
+    first = trained(tmp_path / "first", PretrainModule(TINY, "gray:8"))
+    path = trained(tmp_path / "second", PretrainModule(pretrained=str(first)))
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint[STAMP]["origin"]
+    torch.save(checkpoint, path)
+    assert load_pretrained(path).card.origin is None
+    module = PretrainModule(pretrained=str(first))
+    quiet_trainer(tmp_path).validate(module, loader(), ckpt_path=path, verbose=False)
+    assert module.origin_path == first
+
+
+def test_exported_weights_carry_it_and_their_card_shows_it(tmp_path):
+    first = trained(tmp_path / "first", PretrainModule(TINY, "gray:8"))
+    loaded = load_pretrained(trained(tmp_path / "second", PretrainModule(pretrained=str(first))))
+    save_pretrained(tmp_path / "cats", loaded.network, loaded.palette, card=loaded.card)
+    assert "| trained from | x.ckpt (1 step) |" in (tmp_path / "cats" / "README.md").read_text()
+    module = PretrainModule(pretrained=str(tmp_path / "cats"))
+    assert module.origin == "cats (1 step), trained from x.ckpt (1 step)" and module.origin_path == tmp_path / "cats"
+    save_pretrained(tmp_path / "dogs", loaded.network, loaded.palette)
+    assert "trained from" not in (tmp_path / "dogs" / "README.md").read_text()
