@@ -92,7 +92,7 @@ class IGPTCLI(LightningCLI):
     def before_fit(self) -> None:
         """Find the checkpoint to go on from, or tell that it is not there, before anything is set up."""
         options, root = self.config_init["fit"], str(self.trainer.default_root_dir)
-        if "://" not in root and not self.trainer.fast_dev_run:
+        if "://" not in root and not getattr(self.trainer, "fast_dev_run", False):
             check_folder(Path(root), 0)
         path, resume = options.get("ckpt_path"), options.get("resume")
         if resume and path:

@@ -404,3 +404,10 @@ def test_resume_auto_passes_over_what_does_not_fit(tmp_path):
     other = write(tmp_path / "other.yaml", model={"init_args": init_args})
     message = refusal(["fit", "--config", other, "--resume", "auto"])
     assert "none of the" in message and "n_embd" in message and "default_root_dir" in message
+
+
+def test_random_weights_on_demand(tmp_path, caplog):
+    recipe = write(tmp_path / "recipe.yaml")
+    assert "--random_weights true" in refusal(["validate", "--config", recipe])
+    assert main(["validate", "--config", recipe, "--random_weights", "true"]) == 0
+    assert "these are random weights" in caplog.text

@@ -63,7 +63,7 @@ class ResumableModule(LightningModule):
     on_validation_start = on_test_start = on_predict_start = on_evaluation_start
 
     def on_train_start(self) -> None:
-        self._has_weights = True
+        self._has_weights, self._in_validation = True, False  # an earlier fit may have ended in the middle of one
         validate_if_due(self.trainer)
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
@@ -115,7 +115,8 @@ class ResumableModule(LightningModule):
         self.check_checkpoint(checkpoint)
         if "origin" in checkpoint[STAMP]:  # older ones do not tell
             self.origin, self.origin_path = checkpoint[STAMP]["origin"], None
-        self._loaded = checkpoint.get(RANDOM)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._loaded = checkpoint.get(RANDOM)
 
     @property
     def _draws(self) -> bool:

@@ -204,3 +204,17 @@ def test_the_cosine_ends_with_the_run(tmp_path, options, end):
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         module(BERT, **options)
+
+
+def test_random_weights_are_told_of_and_others_are_not(tmp_path, caplog):
+    trainer, trained, data = quiet_trainer(tmp_path, max_steps=1), module(), loader()
+    trainer.validate(trained, data, verbose=False)
+    assert caplog.text.count("random weights") == 1
+    trainer.fit(trained, data)
+    trainer.test(trained, data, verbose=False)
+    path = tmp_path / "a.ckpt"
+    trainer.save_checkpoint(path)
+    for other in (PretrainModule.load_from_checkpoint(path), PretrainModule(pretrained=str(path))):
+        quiet_trainer(tmp_path).validate(other, data, verbose=False)
+    quiet_trainer(tmp_path).validate(module(), data, ckpt_path=path, verbose=False)
+    assert caplog.text.count("random weights") == 1
