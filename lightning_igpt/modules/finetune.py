@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -16,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.modules.batches import Batch, need_labels, read_batch
+from lightning_igpt.modules.guarded import GuardedModule
 from lightning_igpt.modules.shared import (
     NetworkLike,
     PaletteLike,
@@ -42,7 +42,7 @@ from lightning_igpt.optim import make_adam, warmup_constant, warmup_cosine
 log = logging.getLogger(__name__)
 
 
-class FineTuneModule(LightningModule):
+class FineTuneModule(GuardedModule):
     """Turn a pretrained network into a classifier.
 
     The head reads the mean over positions of the final norm's output and starts at zero. Logs ``train/cross_entropy``,
@@ -148,6 +148,7 @@ class FineTuneModule(LightningModule):
         return read_batch(batch, self.palette, self.config).tokens
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         adopt_class_names(self, self.num_classes)
 
     def forward(self, batch: Any) -> Tensor:

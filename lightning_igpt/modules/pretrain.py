@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_igpt.config import ImageGPTConfig, Objective
 from lightning_igpt.modules.batches import read_batch
+from lightning_igpt.modules.guarded import GuardedModule
 from lightning_igpt.modules.shared import (
     NetworkLike,
     PaletteLike,
@@ -37,7 +37,7 @@ from lightning_igpt.optim import default_warmup, make_adam, warmup_cosine
 from lightning_igpt.sampling import complete, inpaint
 
 
-class PretrainModule(LightningModule):
+class PretrainModule(GuardedModule):
     """Train an Image GPT on images without labels.
 
     A batch is ``{"image": uint8 (B, 3, S, S)}``, an ``(image, label)`` pair, or images alone; it is quantised on the

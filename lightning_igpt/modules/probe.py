@@ -9,12 +9,12 @@ import logging
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.features import C_GRID
 from lightning_igpt.modules.batches import Batch, need_labels, read_batch
+from lightning_igpt.modules.guarded import GuardedModule
 from lightning_igpt.modules.probing.fitting import Logistic
 from lightning_igpt.modules.probing.heads import ConcatHead, vote
 from lightning_igpt.modules.probing.lbfgs import Lbfgs
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 RESULTS = "probe_results"  # key in a checkpoint
 
 
-class ProbeModule(LightningModule):
+class ProbeModule(GuardedModule):
     """Measure how linearly separable the classes are at each layer of a frozen network.
 
     With solver=lbfgs, one pass over the training images collects the features of all layers, one classifier per layer
@@ -180,6 +180,7 @@ class ProbeModule(LightningModule):
         return self.scores.by_layer("c")
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if not self.num_classes:
             found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
             if found is None:
