@@ -18,11 +18,12 @@ from torch import Tensor
 
 from lightning_igpt import callbacks, data, modules
 from lightning_igpt.callbacks.disk_check import check_folder
-from lightning_igpt.checkpointing.resume import check_resumable, find_checkpoint
+from lightning_igpt.checkpointing import check_resumable, find_checkpoint, standing
 from lightning_igpt.commands import recipes
 from lightning_igpt.commands.arguments import one_line_errors
 from lightning_igpt.pictures import save_png
 from lightning_igpt.trainer import make_trainer
+from lightning_igpt.weights.safety import INDEX
 
 __all__ = ["IGPTCLI", "callbacks", "data", "modules", "run"]  # importing the classes makes their short names known
 
@@ -101,7 +102,7 @@ class IGPTCLI(LightningCLI):
             )
         if resume:
             options["ckpt_path"] = self._found(resume)
-        elif path and path not in CHECKPOINT_WORDS and "://" not in path and not Path(path).exists():
+        elif path and path not in CHECKPOINT_WORDS and "://" not in path and not Path(standing(path)).exists():
             raise FileNotFoundError(f"ckpt_path {path} is no file; it names the checkpoint of a run to continue")
 
     def _found(self, resume: str) -> str | None:
@@ -110,7 +111,7 @@ class IGPTCLI(LightningCLI):
         place = Path(self.trainer.default_root_dir if automatic else resume).expanduser()
         if not automatic and not place.exists():
             raise FileNotFoundError(f"--resume {resume}: there is no such file or folder; say auto, or name one")
-        if place.is_file() or (place / ".metadata").exists():
+        if place.is_file() or (place / INDEX).exists():
             check_resumable(place, self.model)
             return str(place)
         found = find_checkpoint(place, self.model)

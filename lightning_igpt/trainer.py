@@ -23,7 +23,7 @@ from lightning_igpt.callbacks import (
     Throughput,
 )
 from lightning_igpt.callbacks.throughput import is_frozen
-from lightning_igpt.checkpointing import AtomicCheckpointIO
+from lightning_igpt.checkpointing import AtomicCheckpointIO, with_whole_shards
 from lightning_igpt.decoding import multiplies_bfloat16
 
 Plugin: TypeAlias = CheckpointIO | Precision | ClusterEnvironment | LayerSync
@@ -101,6 +101,7 @@ def make_trainer(
         chosen.append(CompileBlocks(compile))
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         chosen += _patient_bar(chosen, kwargs.get("enable_progress_bar", not kwargs.get("barebones")))
+    kwargs["strategy"] = with_whole_shards(kwargs.get("strategy") or "auto", accelerator)
     return Trainer(
         max_steps=max_steps,
         max_epochs=-1 if by_steps else max_epochs,

@@ -344,14 +344,3 @@ def test_damaged_files_are_explained(tmp_path, name, content, error, message):
 def test_a_folder_without_a_palette_is_explained(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):
         Palette.load(tmp_path)
-
-
-class Trap:
-    def __reduce__(self):
-        return pytest.fail, ("a pickle was run",)
-
-
-def test_pickles_are_never_opened(tmp_path):
-    np.save(tmp_path / "p.npy", np.array([[Trap(), 1, 2]] * 2, dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="cannot be read as plain numbers"):
-        Palette.load(tmp_path / "p.npy")

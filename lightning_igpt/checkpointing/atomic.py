@@ -62,7 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             check_intact(temporary)
             temporary.replace(target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         except (OSError, RuntimeError, ValueError) as error:  # torch makes a RuntimeError of a write that failed
             raise _explained(error, target, temporary) from error
         finally:
@@ -130,7 +130,7 @@ def _explained(error: Exception, target: Path, temporary: Path) -> OSError:
     return OSError(number or errno.EIO, f"{target} could not be saved{kept}. {reason}")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut. Windows cannot open a folder and needs no such thing."""
     if os.name == "nt":
         return

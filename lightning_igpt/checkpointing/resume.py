@@ -8,8 +8,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
+from lightning_igpt.checkpointing.sharded import check_complete, standing
 from lightning_igpt.weights.files import read_torch
 from lightning_igpt.weights.intact import check_intact
+from lightning_igpt.weights.safety import EXTRA
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ def find_checkpoint(folder: str | Path, module: LightningModule | None = None) -
     Raises:
         ValueError: There are checkpoints, and none of them will do; the message says why.
     """
-    found = [(path, path.stat().st_mtime) for path in Path(folder).expanduser().rglob("*.ckpt") if _counts(path)]
+    found = [(path, Path(standing(path)).stat().st_mtime) for path in _candidates(Path(folder).expanduser())]
     errors: list[str] = []
     for path, _ in sorted(found, key=lambda pair: -pair[1]):
         try:
@@ -54,14 +56,24 @@ def check_resumable(path: Path, module: LightningModule | None = None) -> None:
     Raises:
         ValueError: It is damaged, was saved without the optimiser, or by another class, network or palette.
     """
-    check_intact(path)
-    checkpoint = read_torch(path)
-    if not isinstance(checkpoint, dict) or not {"loops", "state_dict", "optimizer_states"} <= checkpoint.keys():
+    needed = {"loops", "state_dict", "optimizer_states"}
+    place = Path(standing(path))
+    if place.is_dir():
+        check_complete(place)
+        checkpoint, needed = read_torch(place / EXTRA), {"loops"}  # the rest lies in the shards
+    else:
+        check_intact(path)
+        checkpoint = read_torch(path)
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise ValueError(f"{path} holds weights, but not the optimiser; start a new run from it with pretrained=")
     check: Any = getattr(module, "check_checkpoint", None)
     if check is not None:
         check(checkpoint)
 
 
-def _counts(path: Path) -> bool:
-    return path.exists() and not path.name.startswith(".")  # links may lead nowhere, dots are unfinished
+def _candidates(folder: Path) -> list[Path]:
+    """Files and folders of shards. Names with a dot are unfinished saves, and links may lead nowhere."""
+    named = [path for path in folder.rglob("*.ckpt") if not path.name.startswith(".")]
+    # Where a kill came between two renames, the folder of shards has another name for the moment.
+    named += [path.with_name(path.name[1:].split(".shards.")[0]) for path in folder.rglob(".*.ckpt.shards.*")]
+    return [path for path in dict.fromkeys(named) if Path(standing(path)).exists()]

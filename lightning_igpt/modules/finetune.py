@@ -137,6 +137,7 @@ class FineTuneModule(ResumableModule):
         self.cross_entropy = nn.ModuleDict({stage: MeanMetric() for stage in stages})
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         adopt_class_names(self, self.num_classes)
 
     def forward(self, batch: Any) -> Tensor:

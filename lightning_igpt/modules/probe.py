@@ -170,6 +170,7 @@ class ProbeModule(ResumableModule):
         return self.scores.by_layer("c")
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if not self.num_classes:
             found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
             if found is None:

@@ -13,13 +13,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules.batches import read_batch
+from lightning_igpt.modules.guarded import GuardedModule
 from lightning_igpt.modules.shared import check_stamp, stamp
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights.checkpoint import STAMP
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 RANDOM = "random_states"  # key in a checkpoint: of each process, the states of its generators
 
 
-class ResumableModule(LightningModule):
+class ResumableModule(GuardedModule):
     """What the three modules do so that a resumed run equals an uninterrupted one.
 
     The order of the images is the data module's business, and where it continues is counted in whole optimiser steps.
