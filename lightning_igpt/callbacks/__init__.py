@@ -3,6 +3,7 @@
 from lightning_igpt.callbacks.classification import ClassificationReport
 from lightning_igpt.callbacks.compile import CompileBlocks
 from lightning_igpt.callbacks.completions import CompletionGrid, captions, completion_rows
+from lightning_igpt.callbacks.finite_guard import FiniteGuard
 from lightning_igpt.callbacks.layer_curve import LayerCurve
 from lightning_igpt.callbacks.online_probe import OnlineProbe
 from lightning_igpt.callbacks.throughput import Throughput
@@ -11,6 +12,7 @@ __all__ = [
     "ClassificationReport",
     "CompileBlocks",
     "CompletionGrid",
+    "FiniteGuard",
     "LayerCurve",
     "OnlineProbe",
     "Throughput",
