@@ -27,6 +27,15 @@ from lightning_igpt.checkpointing import AtomicCheckpointIO, with_whole_shards
 from lightning_igpt.decoding import multiplies_bfloat16
 
 Plugin: TypeAlias = CheckpointIO | Precision | ClusterEnvironment | LayerSync
+ALWAYS: tuple[type[Callback], ...] = (
+    LayerCurve,
+    ClassificationReport,
+    RunRecord,
+    Throughput,
+    DiskCheck,
+    FiniteGuard,
+    Preempt,
+)  # each idle where it has nothing to do
 PRODUCTS = {
     "highest": "in full",
     "high": "as TF32 where the device has it",
@@ -72,8 +81,9 @@ def make_trainer(
         monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy (higher is better) or
             val/nats_per_pixel (lower is better), beside the newest.
         callbacks: Added to the ones chosen here, which are ModelCheckpoint, LearningRateMonitor, LayerCurve,
-            ClassificationReport, RunRecord, Throughput, CompileBlocks, DiskCheck, Preempt and, on CUDA, a progress bar
-            that asks the GPU for the loss at every 20th step only; one of such a class among them replaces ours.
+            ClassificationReport, RunRecord, Throughput, CompileBlocks, DiskCheck, FiniteGuard, Preempt and, on CUDA, a
+            progress bar that asks the GPU for the loss at every 20th step only; one of such a class among them
+            replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         **kwargs: Anything else that Trainer takes.
 
@@ -186,8 +196,7 @@ def _callbacks(
         chosen += _checkpoints(max_steps, checkpoint_every, monitor)
     if kwargs.get("logger") is not False and not any(isinstance(one, LearningRateMonitor) for one in chosen):
         chosen.append(LearningRateMonitor(logging_interval="step"))
-    ours: tuple[type[Callback], ...] = (LayerCurve, ClassificationReport, RunRecord, Throughput, DiskCheck, Preempt)
-    return chosen + [kind() for kind in ours if not any(isinstance(one, kind) for one in chosen)]
+    return chosen + [kind() for kind in ALWAYS if not any(isinstance(one, kind) for one in chosen)]
 
 
 def _patient_bar(chosen: list[Callback], enabled: bool | None) -> list[Callback]:

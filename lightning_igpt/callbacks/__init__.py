@@ -4,6 +4,7 @@ from lightning_igpt.callbacks.classification import ClassificationReport
 from lightning_igpt.callbacks.compile import CompileBlocks
 from lightning_igpt.callbacks.completions import CompletionGrid, captions, completion_rows
 from lightning_igpt.callbacks.disk_check import DiskCheck
+from lightning_igpt.callbacks.finite_guard import FiniteGuard
 from lightning_igpt.callbacks.layer_curve import LayerCurve
 from lightning_igpt.callbacks.online_probe import OnlineProbe
 from lightning_igpt.callbacks.preempt import Preempt
@@ -15,6 +16,7 @@ __all__ = [
     "CompileBlocks",
     "CompletionGrid",
     "DiskCheck",
+    "FiniteGuard",
     "LayerCurve",
     "OnlineProbe",
     "Preempt",

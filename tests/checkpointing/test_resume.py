@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_igpt as igpt
 from lightning_igpt.checkpointing import find_checkpoint
+from lightning_igpt.checkpointing.sharded import _mark
 from tests.image_files import tiny
 
 NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size": 4}
@@ -92,3 +93,26 @@ def test_no_checkpoint_is_no_error(tmp_path):
     (tmp_path / ".step=1.ckpt").write_bytes(b"half")
     (tmp_path / "gone.ckpt").symlink_to(tmp_path / "nothing.ckpt")
     assert find_checkpoint(tmp_path) is None
+
+
+def sharded(folder, step):
+    """A folder as a sharded strategy writes it, with the mark of a whole one."""
+    import torch.distributed.checkpoint as dcp
+
+    folder.mkdir(parents=True)
+    dcp.save({"state_dict": {"weight": torch.full((2,), float(step))}}, checkpoint_id=folder, no_dist=True)
+    torch.save({"loops": {}, "global_step": step}, folder / "meta.pt")
+    _mark(folder)
+    os.utime(folder, (step, step))
+    return folder
+
+
+def test_folders_of_shards_count_and_unfinished_ones_do_not(tmp_path):
+    older, newer = sharded(tmp_path / "step=1.ckpt", 1), sharded(tmp_path / "step=2.ckpt", 2)
+    assert find_checkpoint(tmp_path) == newer
+    (newer / "__0_0.distcp").write_bytes(b"half")
+    assert find_checkpoint(tmp_path) == older
+    newer.rename(tmp_path / ".step=2.ckpt.shards.tmp")
+    assert find_checkpoint(tmp_path) == older
+    older.rename(tmp_path / ".step=1.ckpt.shards.old")  # a kill between two renames
+    assert find_checkpoint(tmp_path) == older and not older.exists()
