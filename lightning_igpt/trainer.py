@@ -17,6 +17,7 @@ from lightning_igpt.callbacks import (
     ClassificationReport,
     CompileBlocks,
     DiskCheck,
+    FiniteGuard,
     LayerCurve,
     Preempt,
     RunRecord,
