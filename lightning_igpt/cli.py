@@ -23,7 +23,7 @@ from lightning_igpt.commands import recipes
 from lightning_igpt.commands.arguments import one_line_errors
 from lightning_igpt.pictures import save_png
 from lightning_igpt.trainer import make_trainer
-from lightning_igpt.weights.safety import INDEX
+from lightning_igpt.weights.safety import INDEX, check_opens_safely
 
 __all__ = ["IGPTCLI", "callbacks", "data", "modules", "run"]  # importing the classes makes their short names known
 
@@ -33,11 +33,9 @@ CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # what Lightning takes f
 
 
 RESUME = (
-    "Go on with an interrupted run: auto takes the newest usable checkpoint below trainer.default_root_dir, and starts "
-    "anew where there is none; a run folder or a checkpoint must be there."
+    "Go on with an interrupted run: auto takes the newest whole checkpoint of this model where the trainer saves, and "
+    "starts anew where there is none; a run folder or a checkpoint must be there."
 )
-
-
 RANDOM = "Run although no weights are given: what a network that was never trained does, as a baseline."
 
 
@@ -76,6 +74,18 @@ class IGPTCLI(LightningCLI):
             kwargs["max_epochs"] = 1
         return super().instantiate_trainer(**kwargs)
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without ``weights_only``: a recipe could set it to false, and checkpoints then run code."""
+        return {verb: {*skipped, "weights_only"} for verb, skipped in LightningCLI.subcommands().items()}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        options = super()._prepare_subcommand_kwargs(subcommand)
+        path = options.get("ckpt_path")
+        if path and str(path).split(":")[0] not in CHECKPOINT_WORDS:
+            check_opens_safely(standing(path))  # our modules do it themselves; a recipe may name others
+        return options | {"weights_only": True}
+
     def before_validate(self) -> None:
         """Refuse to evaluate random weights."""
         self._need_weights()
@@ -107,21 +117,23 @@ class IGPTCLI(LightningCLI):
 
     def _found(self, resume: str) -> str | None:
         """The checkpoint that ``--resume`` means; None for a run that has none yet."""
-        automatic = resume.lower() == "auto"
-        place = Path(self.trainer.default_root_dir if automatic else resume).expanduser()
-        if not automatic and not place.exists():
+        if resume.lower() == "auto":
+            found = find_checkpoint(self.trainer, self.model)
+            if found is None:
+                rank_zero_info(f"--resume auto: {self.trainer.default_root_dir} has no run yet, so one starts")
+            return None if found is None else str(found)
+        place = Path(resume).expanduser()
+        if not place.exists():
             raise FileNotFoundError(f"--resume {resume}: there is no such file or folder; say auto, or name one")
         if place.is_file() or (place / INDEX).exists():
             check_resumable(place, self.model)
             return str(place)
         found = find_checkpoint(place, self.model)
-        if found is None and not automatic:
+        if found is None:
             raise FileNotFoundError(
                 f"--resume {resume}: the folder holds no checkpoint; --resume auto would start anew"
             )
-        if found is None:
-            rank_zero_info(f"--resume auto: {place} holds no checkpoint, so the run starts anew")
-        return None if found is None else str(found)
+        return str(found)
 
     def predict(self, **options: Any) -> None:
         """Run ``predict`` and keep what it gives: completed images as PNG files, class probabilities as CSV."""

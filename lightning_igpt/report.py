@@ -78,10 +78,14 @@ def plot_layers(
     _finish(axes, figure, path)
 
 
-def picture(path: Path, alt: str, caption: str) -> str:
+class Markup(str):
+    """Text that is HTML already; any other text is escaped."""
+
+
+def picture(path: Path, alt: str, caption: str) -> Markup:
     """A figure whose PNG travels inside the page."""
     data = base64.b64encode(path.read_bytes()).decode()
-    return (
+    return Markup(
         f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
@@ -95,7 +99,7 @@ def table(
     notes: Sequence[int] = (2,),
     above: Mapping[int, str] | None = None,
     below: Mapping[int, str] | None = None,
-) -> str:
+) -> Markup:
     """A table, by default of (what, number, note).
 
     Args:
@@ -116,23 +120,23 @@ def table(
         if below and number in below:
             lines.append(f'<td class="note" colspan="{len(head)}">{html.escape(below[number])}</td>')
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="table"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+    return Markup(f'<div class="table"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
-def bullets(lines: Sequence[str]) -> str:
+def bullets(lines: Sequence[str]) -> Markup:
     """A list of remarks."""
-    return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
+    return Markup(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>")
 
 
 def section(title: str, *parts: str) -> str:
     """A heading and what stands below it; a part without markup becomes a paragraph."""
-    body = "\n".join(part if part.startswith("<") else f"<p>{html.escape(part)}</p>" for part in parts)
+    body = "\n".join(part if isinstance(part, Markup) else f"<p>{html.escape(part)}</p>" for part in parts)
     return f"<h2>{html.escape(title)}</h2>\n{body}"
 
 
-def commands(lines: Sequence[str]) -> str:
+def commands(lines: Sequence[str]) -> Markup:
     """Commands to copy."""
-    return f"<pre><code>{html.escape(chr(10).join(lines))}</code></pre>"
+    return Markup(f"<pre><code>{html.escape(chr(10).join(lines))}</code></pre>")
 
 
 def write_page(path: Path, title: str, subtitle: str, sections: Sequence[str]) -> None:

@@ -15,9 +15,12 @@ import lightning
 import numpy as np
 import pytest
 import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_igpt import cli
+from lightning_igpt.__main__ import main
 from lightning_igpt.checkpointing import AtomicCheckpointIO
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.palette import Palette
@@ -310,3 +313,53 @@ def test_palettes_of_objects(tmp_path):
     np.save(tmp_path / "p.npy", np.array([[Payload(), 1, 2]] * 2, dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="cannot be read as plain numbers"):
         Palette.load(tmp_path / "p.npy")
+
+
+DEMOS = "lightning.pytorch.demos.boring_classes.Boring"
+RECIPE = {
+    "model": {"class_path": f"{DEMOS}Model"},
+    "data": {"class_path": f"{DEMOS}DataModule"},
+    "trainer": {
+        "max_steps": 1,
+        "accelerator": "cpu",
+        "logger": False,
+        "plugins": [{"class_path": "lightning.pytorch.plugins.io.TorchCheckpointIO"}],
+    },
+}
+
+
+class TestRecipes:
+    """With classes of Lightning alone, which guard nothing, a recipe has no checkpoint run code or be fetched."""
+
+    @pytest.mark.parametrize("extra", [{}, {"weights_only": False}])
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_a_checkpoint_with_code(self, run, tmp_path, verb, extra):
+        poisoned(run, "extra", tmp_path / "bad.ckpt")
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"ckpt_path": "bad.ckpt"} | extra))
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--config", "recipe.yaml"])
+        assert stop.value.code not in (0, None)
+
+    def test_an_address(self, server, tmp_path):
+        address, asked = server
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"ckpt_path": address}))
+        with pytest.raises(SystemExit, match=r"x\.ckpt"):
+            main(["fit", "--config", "recipe.yaml"])
+        assert asked == []
+
+
+@pytest.mark.parametrize("place", ["local://{}", "{}", "{}/../run/checkpoints/../../victim"])
+def test_no_file_is_removed_at_the_word_of_a_checkpoint(run, tmp_path, place):
+    """ModelCheckpoint removes the best file before the last, whose name it reads in the checkpoint."""
+    victim, own = tmp_path / "victim", tmp_path / "run" / "checkpoints"
+    victim.mkdir()
+    own.mkdir(parents=True)
+    (victim / "thesis.tex").write_text("years of work")
+    checkpoint, callback = torch.load(run, weights_only=True), ModelCheckpoint(dirpath=own, every_n_train_steps=1)
+    named = dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), place.format(victim))
+    state = callback.state_dict() | named | {"best_model_score": None, "kth_value": 0.0}
+    checkpoint["callbacks"] = {callback.state_key: state}
+    torch.save(checkpoint, tmp_path / "hostile.ckpt")
+    runner = quiet_trainer(tmp_path, max_steps=checkpoint["global_step"] + 3, callbacks=[callback])
+    runner.fit(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=tmp_path / "hostile.ckpt")
+    assert (victim / "thesis.tex").exists() and list(own.glob("*.ckpt"))

@@ -161,3 +161,16 @@ def test_workers_change_nothing(make, tmp_path):
     assert whole[0].losses == fit(make, options)[0].losses
     assert_resumes(lambda: make(workers=2), options, whole, tmp_path / "step-4.ckpt")
     assert_resumes(make, options, whole, tmp_path / "step-4.ckpt")
+
+
+@pytest.mark.parametrize("name, first", [("ar", "within-3"), ("ar", "step-3"), ("fine-tuning, dropout", "within-5")])
+def test_resumed_runs_can_be_resumed(name, first, tmp_path):
+    make, options = CASES[name]
+    whole = fit(make, options, save_to=tmp_path)
+    (tmp_path / "again").mkdir()
+    fit(make, options, ckpt=tmp_path / f"{first}.ckpt", save_to=tmp_path / "again")
+    for path in sorted((tmp_path / "again").iterdir()):
+        try:
+            assert_resumes(make, options, whole, path)
+        except AssertionError as error:
+            raise AssertionError(f"from {path.stem}: {error}") from error

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -30,8 +30,9 @@ class Preempt(Callback):
     """On SIGTERM or SIGUSR1, finish the optimiser step, save ``preempted.ckpt`` and leave with an exit status.
 
     A signal to one process of several stops all of them, at the same step. They ask each other after every optimiser
-    step, beside the training and without waiting for the device. A signal within a validation stops that; the resumed
-    run does it from the beginning. In the last step of a run it is too late to save time: the run ends as planned.
+    step, beside the training and without waiting for the device. A signal within a validation stops that, and the
+    resumed run does it from the beginning; with Lightning's WeightAveraging it is finished first. In the last step of a
+    run it is too late to save time: the run ends as planned.
 
     Under SLURM with Lightning's automatic requeueing, the requeue signal saves Lightning's ``hpc_ckpt_<n>.ckpt`` and
     has the job requeued, as Lightning does, but between steps.
@@ -106,7 +107,7 @@ class Preempt(Callback):
         elif trainer.sanity_checking:
             if self._asked and trainer.world_size == 1:
                 raise SystemExit(self.exit_status)
-        elif (self._group is None or self._validation_agrees) and not _ends_anyway(trainer):
+        elif (self._group is None or self._validation_agrees) and not (_ends_anyway(trainer) or _averages(trainer)):
             asked = self._agreed()
             if asked:
                 self._leave(trainer, asked)
@@ -161,7 +162,7 @@ class Preempt(Callback):
             told = f"{why}: nothing was trained yet, so nothing is saved"
         else:
             path = _folder(trainer) / FILE
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             told = f"{why}: saved {path}; go on with --resume auto or ckpt_path"
         if trainer.is_global_zero:
             log.warning(told)
@@ -184,6 +185,11 @@ def _ends_anyway(trainer: Trainer) -> bool:
         return True
     last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
     return last_epoch and loop.epoch_loop._num_ready_batches_reached()
+
+
+def _averages(trainer: Trainer) -> bool:
+    """Whether a validation sees other weights than training, which Lightning would save in each other's place."""
+    return any(isinstance(one, WeightAveraging) for one in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _folder(trainer: Trainer) -> Path:

@@ -44,11 +44,11 @@ Values = dict[str, Any]
 class RunRecord(Callback):
     """Write down what made a run, and tell where a resumed run differs.
 
-    When training starts, ``run.json`` in the run's folder gets an entry: the time, the words of the command line with
-    secrets masked, versions, machine and devices, the commits of the code and whether files differ from them, settings
-    and callbacks, the palette's hash, the data's fingerprint, the seeds, and where pretrained weights came from.
-    Entries of earlier runs in the same folder stay. A run that keeps neither logs nor checkpoints has no folder, so
-    nothing is written.
+    When training starts, ``run.json`` in the run's folder gets an entry: the time, the words of the command line (the
+    values of options that are named like secrets are masked), versions, machine and devices, the commits of the code
+    and whether files differ from them, settings and callbacks, the palette's hash, the data's fingerprint, the seeds,
+    and where pretrained weights came from. Entries of earlier runs in the same folder stay. A run that keeps neither
+    logs nor checkpoints has no folder, so nothing is written.
 
     Checkpoints hold what of it may change results, without paths. A run that continues one compares, and warns once
     with all that differs, also where it may differ, such as ``lr``.

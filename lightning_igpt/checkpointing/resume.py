@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_igpt.checkpointing.sharded import check_complete, standing
 from lightning_igpt.weights.files import read_torch
@@ -16,14 +16,15 @@ from lightning_igpt.weights.safety import EXTRA
 log = logging.getLogger(__name__)
 
 
-def find_checkpoint(folder: str | Path, module: LightningModule | None = None) -> Path | None:
-    """The newest checkpoint below a folder that a run can go on from, for ``trainer.fit(ckpt_path=...)``.
+def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None = None) -> Path | None:
+    """The newest checkpoint that a run can go on from, for ``trainer.fit(ckpt_path=...)``.
 
     Those that are damaged, that hold no optimiser, or that are another network's or palette's are passed over with a
     warning.
 
     Args:
-        folder: The run's ``default_root_dir``, or any folder of it.
+        where: The run's trainer, which tells where its loggers and its ModelCheckpoints save; or a folder, which is
+            searched with all below it.
         module: The module that shall go on. None leaves it to the trainer to find out whether it fits.
 
     Returns:
@@ -32,20 +33,21 @@ def find_checkpoint(folder: str | Path, module: LightningModule | None = None) -
     Raises:
         ValueError: There are checkpoints, and none of them will do; the message says why.
     """
-    found = [(path, Path(standing(path)).stat().st_mtime) for path in _candidates(Path(folder).expanduser())]
+    found = [(path, Path(standing(path)).stat().st_mtime) for path in _candidates(where)]
     errors: list[str] = []
     for path, _ in sorted(found, key=lambda pair: -pair[1]):
         try:
             check_resumable(path, module)
-        except (ValueError, OSError) as error:
-            log.warning("%s is passed over: %s", path, error)
-            errors.append(str(error))
+        except Exception as error:  # what is in there may be anything, and fail anywhere
+            reason = str(error) if isinstance(error, (ValueError, OSError)) else f"it is damaged ({error!r})"
+            log.warning("%s is passed over: %s", path, reason)
+            errors.append(f"{path}: {reason}")
         else:
             return path
     if errors:
         raise ValueError(
-            f"none of the {len(errors)} checkpoints in {folder} can be continued: {errors[0]}. To start anew, use "
-            "another folder (default_root_dir) or remove them"
+            f"none of the {len(errors)} checkpoints there can be continued; the newest is {errors[0]}. To start anew, "
+            "use another folder (default_root_dir) or remove them"
         )
     return None
 
@@ -56,7 +58,7 @@ def check_resumable(path: Path, module: LightningModule | None = None) -> None:
     Raises:
         ValueError: It is damaged, was saved without the optimiser, or by another class, network or palette.
     """
-    needed = {"loops", "state_dict", "optimizer_states"}
+    needed = {"loops", "state_dict", "optimizer_states", "lr_schedulers"}
     place = Path(standing(path))
     if place.is_dir():
         check_complete(place)
@@ -66,14 +68,33 @@ def check_resumable(path: Path, module: LightningModule | None = None) -> None:
         checkpoint = read_torch(path)
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise ValueError(f"{path} holds weights, but not the optimiser; start a new run from it with pretrained=")
+    kinds = {"loops": dict, "state_dict": dict, "optimizer_states": list, "lr_schedulers": list, "callbacks": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name, kind()), kind)]
+    if wrong or not isinstance(checkpoint["loops"], dict):
+        raise ValueError(f"{path} is damaged: what it says of {', '.join(wrong)} makes no sense")
     check: Any = getattr(module, "check_checkpoint", None)
     if check is not None:
         check(checkpoint)
 
 
-def _candidates(folder: Path) -> list[Path]:
+def _candidates(where: str | Path | Trainer) -> list[Path]:
     """Files and folders of shards. Names with a dot are unfinished saves, and links may lead nowhere."""
-    named = [path for path in folder.rglob("*.ckpt") if not path.name.startswith(".")]
+    if isinstance(where, Trainer):
+        # Not all below the root, which may be a folder of many runs.
+        places = [place for folder in _folders(where) for place in folder.rglob("*.ckpt*")]
+        places += Path(where.default_root_dir).glob("*.ckpt*")
+    else:
+        places = list(Path(where).expanduser().rglob("*.ckpt*"))
+    named = [path for path in places if path.suffix == ".ckpt" and not path.name.startswith(".")]
     # Where a kill came between two renames, the folder of shards has another name for the moment.
-    named += [path.with_name(path.name[1:].split(".shards.")[0]) for path in folder.rglob(".*.ckpt.shards.*")]
+    hidden = [path for path in places if path.name.startswith(".") and ".ckpt.shards." in path.name]
+    named += [path.with_name(path.name[1:].split(".shards.")[0]) for path in hidden]
     return [path for path in dict.fromkeys(named) if Path(standing(path)).exists()]
+
+
+def _folders(trainer: Trainer) -> list[Path]:
+    """Where ModelCheckpoint saves: where it was told to, or in the logger's folder, whatever its version."""
+    told = [getattr(one, "dirpath", None) for one in trainer.checkpoint_callbacks]
+    roots = [(one.save_dir or trainer.default_root_dir, one.name or "") for one in trainer.loggers]
+    folders = [Path(trainer.default_root_dir) / "checkpoints", *(Path(root) / str(name) for root, name in roots)]
+    return folders + [Path(folder) for folder in told if folder and "://" not in str(folder)]

@@ -69,7 +69,7 @@ def summary(runs: Sequence[Run]) -> str:
             above[len(rows)] = run.name
             rows += found
     if not rows:
-        return "<p>There are pictures and curves, but no validation and no test.</p>"
+        return "There are pictures and curves, but no validation and no test."
     head = ("metric", "test", "validation, last", "validation, best")
     return page.table(rows, head, numbers=(1, 2), notes=(3,), above=above)
 

@@ -62,7 +62,7 @@ def guard_loading(strategy: Any) -> None:
 
 def _load_checked(strategy: Any, load: Any, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
     """A moment lies between check and loading: check_opens_safely says whom it keeps out, and whom not."""
-    if weights_only is None:
+    if weights_only is not False:
         weights_only = True
         if _needs_check(strategy):
             check_opens_safely(checkpoint_path)

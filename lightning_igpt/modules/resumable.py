@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -65,11 +66,11 @@ class ResumableModule(GuardedModule):
 
     def on_train_start(self) -> None:
         self._has_weights, self._in_validation = True, False  # an earlier fit may have ended in the middle of one
-        validate_if_due(self.trainer)
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._set_random(loaded)
         self._note_boundary()
+        validate_if_due(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self.trainer.fit_loop.epoch_loop._should_accumulate():
@@ -118,6 +119,7 @@ class ResumableModule(GuardedModule):
             self.origin, self.origin_path = checkpoint[STAMP]["origin"], None
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._loaded = checkpoint.get(RANDOM)
+            forget_foreign_files(self.trainer, checkpoint)
 
     @property
     def _draws(self) -> bool:
@@ -155,11 +157,13 @@ def validate_if_due(trainer: Trainer) -> None:
     Lightning takes it for done. Where it was done, after the save and before the run ended, it is done again, with the
     same result.
     """
-    loop, epochs = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current
+    loop = trainer.fit_loop.epoch_loop
     if not loop.restarted_on_train_batch_end:
         return
-    at_epoch_end = loop.batch_progress.is_last_batch  # Lightning has counted that epoch by now
-    epochs.completed -= at_epoch_end
+    # Checkpoints that are saved meanwhile shall say what they would have said: the batch is counted, and an epoch that
+    # ends with it, which Lightning has counted by now, is not.
+    at_epoch_end = loop.batch_progress.is_last_batch
+    _count(trainer, batches=1, epochs=-at_epoch_end)
     if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
         first = trainer._logger_connector._first_loop_iter
         trainer.validating = True
@@ -167,7 +171,41 @@ def validate_if_due(trainer: Trainer) -> None:
         loop.val_loop.run()
         trainer.training = True
         trainer._logger_connector._first_loop_iter = first
-    epochs.completed += at_epoch_end
+    _count(trainer, batches=-1, epochs=at_epoch_end)
+    if at_epoch_end:  # Lightning would not count the epoch that begins now, and a run resumed from it had one too many
+        trainer.fit_loop.reset_restart_stage()
+
+
+def _count(trainer: Trainer, *, batches: int, epochs: int) -> None:
+    for part in (trainer.fit_loop.epoch_loop.batch_progress.total, trainer.fit_loop.epoch_loop.batch_progress.current):
+        part.completed += batches
+    progress: Any = trainer.fit_loop.epoch_progress
+    for whole in (progress.total, progress.current):
+        whole.processed += epochs
+        whole.completed += epochs
+
+
+def forget_foreign_files(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Take out of a checkpoint the state of a ModelCheckpoint that names files outside of its folder.
+
+    ModelCheckpoint removes what it takes for its older files, and with an address like ``local://`` Lightning 2.6 lets
+    a checkpoint have any file or folder removed. A run that resumes in a folder of its own keeps none of it anyway.
+    """
+    states = checkpoint.get("callbacks") or {}
+    for callback in trainer.checkpoint_callbacks:
+        state = states.get(callback.state_key)
+        if isinstance(callback, ModelCheckpoint) and state is not None:
+            named = [state.get(name) for name in ("best_model_path", "kth_best_model_path", "last_model_path")]
+            named += list(state.get("best_k_models") or {})
+            if not all(_is_inside(str(path), str(callback.dirpath)) for path in named if path):
+                del states[callback.state_key]
+                log.info("%s begins anew: it kept files elsewhere than in %s", callback.state_key, callback.dirpath)
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    if "://" in folder:
+        return path.startswith(folder) and ".." not in path
+    return "://" not in path and Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def before_validation(loops: dict[str, Any]) -> None:
@@ -176,7 +214,8 @@ def before_validation(loops: dict[str, Any]) -> None:
     What the metrics have gathered so far is in no checkpoint.
     """
     for part in ("total", "current"):
-        loops["epoch_loop.batch_progress"][part]["completed"] -= 1  # as Lightning leaves it before a validation
+        counts = loops["epoch_loop.batch_progress"][part]
+        counts["completed"] = counts["processed"] - 1  # as Lightning leaves it before a validation
     validation = loops["epoch_loop.val_loop.batch_progress"]
     before = validation["total"]["completed"] - validation["current"]["completed"]
     validation["total"] = dict.fromkeys(validation["total"], before)

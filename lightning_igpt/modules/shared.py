@@ -156,6 +156,8 @@ def check_stamp(
     mine, found = type(module).__name__, checkpoint.get(STAMP)
     if found is None:
         raise ValueError(f"this checkpoint was not written by {mine}; to start from its weights, use pretrained=")
+    if not isinstance(found, Mapping) or not {"class", "network", "palette_sha256"} <= found.keys():
+        raise ValueError("this checkpoint is damaged: its own description is no longer there")
     if found["class"] != mine:
         raise ValueError(
             f"ckpt_path continues the same run, but this checkpoint is a {found['class']}'s and the model is a {mine}; "

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 import lightning_igpt as igpt
 from lightning_igpt.callbacks import OnlineProbe, Preempt
@@ -65,6 +65,24 @@ def test_a_validation_is_broken_off_and_done_again(make, options, tmp_path):
     path = stopped(make, options, tmp_path, *where)
     done = 3 if options is ENDLESS else 5
     assert_resumes(make, options, fit(make, options), path.rename(tmp_path / f"within-{done}.ckpt"))
+
+
+def test_averaged_weights_are_not_saved_in_the_place_of_others(tmp_path):
+    """WeightAveraging exchanges the weights for the time of a validation."""
+
+    def run(*callbacks, **more):
+        options = ENDLESS | {"default_root_dir": tmp_path}
+        return fit(pretraining, options, callbacks=[EMAWeightAveraging(decay=0.5), *callbacks], **more)
+
+    twin, state, _ = run()
+    with pytest.raises(SystemExit):
+        run(Scheduler("on_validation_batch_start", 1), Preempt())
+    path = tmp_path / "preempted.ckpt"
+    assert torch.load(path, weights_only=True)["global_step"] == 4  # after the validation of step 3
+    again, state_again, _ = run(ckpt=path)
+    assert again.losses == {batch: loss for batch, loss in twin.losses.items() if batch >= 4}
+    assert again.validations == {6: twin.validations[6]}
+    assert all(torch.equal(value, state_again[name]) for name, value in state.items())
 
 
 def test_before_the_first_step_nothing_is_saved(tmp_path):

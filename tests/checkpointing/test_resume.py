@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 import lightning_igpt as igpt
 from lightning_igpt.checkpointing import find_checkpoint
@@ -78,7 +79,9 @@ def test_what_cannot_be_continued_is_passed_over(damage, run, caplog):
 
 
 def test_another_network_or_class_does_not_fit(run):
-    with pytest.raises(ValueError, match=r"none of the 4 checkpoints .* n_embd 8 \(asked for: 16\).*default_root_dir"):
+    with pytest.raises(
+        ValueError, match=r"none of the 4 checkpoints there .* n_embd 8 \(asked for: 16\).*default_root_dir"
+    ):
         find_checkpoint(run, module(n_embd=16))
     with pytest.raises(ValueError, match="this checkpoint is a PretrainModule's and the model is a FineTuneModule"):
         find_checkpoint(run, igpt.FineTuneModule(network=NETWORK, palette="gray:4", num_classes=2))
@@ -116,3 +119,61 @@ def test_folders_of_shards_count_and_unfinished_ones_do_not(tmp_path):
     assert find_checkpoint(tmp_path) == older
     older.rename(tmp_path / ".step=1.ckpt.shards.old")  # a kill between two renames
     assert find_checkpoint(tmp_path) == older and not older.exists()
+
+
+def stamp_of(value):
+    def change(checkpoint):
+        checkpoint["lightning_igpt"] = value
+
+    return change
+
+
+def without(name):
+    return lambda checkpoint: checkpoint.pop(name)
+
+
+def with_value(name, value):
+    return lambda checkpoint: checkpoint.update({name: value})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        stamp_of(3),
+        stamp_of({}),
+        stamp_of({"class": "PretrainModule", "network": 3, "palette_sha256": 1}),
+        without("lightning_igpt"),
+        without("lr_schedulers"),
+        with_value("state_dict", None),
+        with_value("optimizer_states", "x"),
+        with_value("loops", None),
+        with_value("callbacks", []),
+    ],
+)
+def test_what_makes_no_sense_is_passed_over(change, run):
+    path = run / "a" / "step=4.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+    assert name_of(find_checkpoint(run, module())) == "step=3.ckpt"
+
+
+def test_a_trainer_tells_where_it_saves(tmp_path):
+    """Not everything below its root: that may hold other runs."""
+    options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+
+    def trainer(**more):
+        return igpt.make_trainer(max_steps=2, default_root_dir=tmp_path / "root", **options, **more)
+
+    train(tmp_path / "root" / "other" / "run")
+    assert find_checkpoint(trainer()) is None and find_checkpoint(trainer(logger=False)) is None
+    told = ModelCheckpoint(dirpath=tmp_path / "elsewhere")
+    logger = CSVLogger(tmp_path / "logs", name="mine")
+    for number, more in enumerate([{}, {"logger": False}, {"callbacks": told}, {"logger": logger}]):
+        trainer(**more).fit(module(), igpt.PretrainDataModule(tiny(26), batch_size=4))
+        found = find_checkpoint(trainer(**more), module())
+        assert found is not None and found.stat().st_mtime >= max(
+            path.stat().st_mtime for path in tmp_path.rglob("*.ckpt")
+        ), number
+    trainer().fit(module(), igpt.PretrainDataModule(tiny(26), batch_size=4))
+    assert find_checkpoint(trainer(logger=logger)) == found  # not the newer one of another logger

@@ -296,3 +296,15 @@ def test_runs_keep_their_order_and_come_once(tmp_path, monkeypatch):
 def test_folders_on_the_command_line():
     assert gather_runs(["a b", "ü", "--out", "c", "d"]) == ['["a b", "ü", "d"]', "--out", "c"]
     assert gather_runs(["--help"]) == ["--help"]
+
+
+def test_words_of_a_checkpoint_are_no_markup(fitted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(fitted, folder)
+    for path in folder.rglob("*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["lightning_igpt"] |= {"class": "<script>alert(1)</script>", "version": "<img src=x>"}
+        torch.save(checkpoint, path)
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "&lt;script&gt;alert(1)" in page and "<script" not in page and "<img src=x>" not in page
