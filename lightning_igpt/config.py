@@ -7,6 +7,7 @@ the README of github.com/openai/image-gpt (heads).
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
@@ -16,7 +17,14 @@ Objective = Literal["autoregressive", "bert"]
 
 
 # Far beyond any network of today: a damaged or hostile file must not make a process build forever.
-_MOST = {"n_layer": 1000, "n_head": 1000, "n_embd": 65_536, "vocab_size": 32_768, "image_size": 1024}
+_MOST = {
+    "n_layer": 1000,
+    "n_head": 1000,
+    "n_embd": 65_536,
+    "vocab_size": 32_768,
+    "image_size": 1024,
+    "n_inner": 1_048_576,
+}
 
 
 @dataclass(frozen=True)
@@ -50,18 +58,21 @@ class ImageGPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "image_size"):
-            value, most = getattr(self, name), _MOST[name]
+        for name, most in _MOST.items():
+            value, unset = getattr(self, name), ", or None for 4 * n_embd" if name == "n_inner" else ""
+            if unset and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 to {most:,}")
-        if self.n_inner is not None and self.n_inner < 1:
-            raise ValueError(f"n_inner is {self.n_inner}; it must be at least 1, or None for 4 * n_embd")
+                raise ValueError(f"{name} is {_shown(value)}; it must be a whole number from 1 to {most:,}{unset}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if self.objective not in ("autoregressive", "bert"):
-            raise ValueError(f"objective is {self.objective!r}; it must be 'autoregressive' or 'bert'")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if not isinstance(self.objective, str) or self.objective not in ("autoregressive", "bert"):
+            raise ValueError(f"objective is {_shown(self.objective)}; it must be 'autoregressive' or 'bert'")
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"bias is {_shown(self.bias)}; it must be true or false")
+        number = isinstance(self.dropout, int | float) and not isinstance(self.dropout, bool)
+        if not number or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {_shown(self.dropout)}; it must be a number from 0 on and below 1")
 
     @property
     def n_positions(self) -> int:
@@ -90,18 +101,26 @@ class ImageGPTConfig:
         if isinstance(network, ImageGPTConfig):
             return network
         if not isinstance(network, (str, Mapping)):
-            raise ValueError(f"network is {network!r}; name a preset or give the fields of an ImageGPTConfig")
+            raise ValueError(f"network is {_shown(network)}; name a preset or give the fields of an ImageGPTConfig")
         if isinstance(network, str):
             if network not in PRESETS:
                 close = difflib.get_close_matches(network, PRESETS, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"there is no preset {network!r}{hint} Presets: {', '.join(PRESETS)}")
+                raise ValueError(f"there is no preset {_shown(network)}{hint} Presets: {', '.join(PRESETS)}")
             return PRESETS[network]
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(network) - set(known))
+        unknown = sorted(_shown(name) for name in set(network) - set(known))
         if unknown:
-            raise ValueError(f"unknown network fields {unknown}; an ImageGPTConfig has {known}")
+            raise ValueError(f"unknown network fields [{', '.join(unknown)}]; an ImageGPTConfig has {known}")
         return cls(**network)
+
+
+def _shown(value: Any) -> str:
+    """For messages: a damaged file may hold a number of a million digits, which Python refuses to write."""
+    try:
+        return reprlib.repr(value)[:200]
+    except ValueError:
+        return f"a {type(value).__name__} too long to show"
 
 
 PRESETS: Mapping[str, ImageGPTConfig] = MappingProxyType(

@@ -6,9 +6,10 @@ Not here: the rule for modes and transparency (``rgb.py``), random crops (``data
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -17,6 +18,11 @@ from lightning_igpt.rgb import to_rgb
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # raster only: EPS and PDF would start other programs
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 64_000_000
+MAX_SCANNED = 2_000_000_000  # pixels times scans of a progressive JPEG; ten scans are usual
+MAX_EXIF_PARTS = 1000  # one is usual
+_LARGE = 1_000_000  # bytes; in a smaller file the parts are too few to matter
+_JPEG = b"\xff\xd8"
+_SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")  # marker, length and components of a scan
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,6 +60,7 @@ def decode(
     try:
         image = value if isinstance(value, Image.Image) else _open(value)
         _check_size(image, max_pixels)
+        _check_scans(image)
         image.load()
         # Pillow puts all metadata of a PNG into info. Looking for a tag where there are none takes a tenth of the time
         # of a small image. The tag of a PIL image may have been set by hand.
@@ -88,10 +95,34 @@ def cut(image: Image.Image, corner: tuple[float, float], *, side: float, size: i
 def _open(value: Mapping[str, Any] | None) -> Image.Image:
     content, path = (value.get("bytes"), value.get("path")) if value else (None, None)
     if content:
+        if len(content) > _LARGE:
+            _check_exif(io.BytesIO(content))
         return Image.open(io.BytesIO(content), formats=FORMATS)
     if content is None and path:
+        if Path(path).stat().st_size > _LARGE:
+            with Path(path).open("rb") as file:
+                _check_exif(file)
         return Image.open(path, formats=FORMATS)
     raise BadImageError("the image is missing" if content is None else "the image file is empty (0 bytes)")
+
+
+def _check_exif(file: IO[bytes]) -> None:
+    """Pillow joins the parts of a JPEG's EXIF data one by one; a million of them would take it hours."""
+    if file.read(2) == _JPEG and file.read().count(b"Exif\0\0") > MAX_EXIF_PARTS:
+        raise BadImageError(f"the image has more than {MAX_EXIF_PARTS:,} parts of EXIF data; save it anew or remove it")
+
+
+def _check_scans(image: Image.Image) -> None:
+    """Each scan of a progressive JPEG walks over the whole picture, and a hundred bytes are enough for one."""
+    file = getattr(image, "fp", None)
+    if file is None or not image.info.get("progressive"):
+        return
+    file.seek(0)
+    scans = len(_SCAN.findall(file.read()))
+    if scans * image.width * image.height > MAX_SCANNED:
+        raise BadImageError(
+            f"the image has {scans:,} scans of {image.width} x {image.height} pixels each; save it anew or remove it"
+        )
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:

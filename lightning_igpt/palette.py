@@ -9,9 +9,7 @@ order); ``src/utils.py`` and ``src/run.py`` of github.com/openai/image-gpt (near
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -25,13 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_igpt.lookup import cached_table
+from lightning_igpt.palette_files import read_colors, write_colors
 from lightning_igpt.pictures import to_pil
 from lightning_igpt.tokenizing import PaletteTransform, TokenRows, kind_of, side_of, token_rows
 
 MAX_COLORS = 32768  # ids fit into int16
 _OPENAI = Path(__file__).parent / "assets" / "openai_512.npy"
-_HF_FILE = "preprocessor_config.json"
-_FORMS = "A palette is 'openai', 'gray:K', a .npy file, a Hugging Face folder, a hub id 'owner/name' or colours"
 
 Colors: TypeAlias = Sequence[Sequence[float]] | NDArray[Any] | Tensor
 
@@ -71,7 +68,7 @@ class Palette:
         if isinstance(spec, Palette):
             return spec
         if isinstance(spec, Path) or (isinstance(spec, str) and spec != "openai" and not _is_gray(spec)):
-            return cls(_read(str(spec)))
+            return _from_file(str(spec))
         if not isinstance(spec, str):
             return cls(spec)
         return _openai() if spec == "openai" else cls(_gray(int(spec.removeprefix("gray:"))))
@@ -107,6 +104,8 @@ class Palette:
     def save(self, path: str | Path) -> None:
         """Write the (K,3) float32 colours to a ``.npy`` file, creating its folder.
 
+        A checksum follows them in the file, where :meth:`load` looks and NumPy does not.
+
         Raises:
             ValueError: The name does not end in ``.npy``.
         """
@@ -114,7 +113,7 @@ class Palette:
         if path.suffix != ".npy":
             raise ValueError(f"a palette is saved as a .npy file, not as {path.name!r}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, self._array, allow_pickle=False)
+        write_colors(path, self._array)
 
     def quantize(self, images: Tensor) -> Tensor:
         """The id of the nearest colour of every pixel.
@@ -240,6 +239,20 @@ def _openai() -> Palette:
     return Palette(np.load(_OPENAI, allow_pickle=False))
 
 
+def _from_file(spec: str) -> Palette:
+    stored = read_colors(spec)
+    try:
+        palette = Palette(stored.colors)
+    except ValueError as error:
+        raise ValueError(f"{stored.where} holds no palette: {error}") from error
+    if stored.sha256 not in (None, palette.sha256):
+        raise ValueError(
+            f"{stored.where} is damaged: its colours have the hash {palette.sha256[:12]}, but it was written with "
+            f"{str(stored.sha256)[:12]}; copy or download it again"
+        )
+    return palette
+
+
 def _is_gray(spec: str) -> bool:
     return re.fullmatch(r"gray:\d{1,5}", spec) is not None
 
@@ -252,16 +265,18 @@ def _checked(colors: Colors) -> NDArray[np.float32]:
     """The colours as a read-only (K,3) float32 copy."""
     if isinstance(colors, str):
         raise ValueError(f"Palette takes colours; write Palette.load({colors!r}) for a name or a path")
+    if isinstance(colors, Tensor | np.ndarray):
+        _check_shape(tuple(colors.shape))  # before anything is copied: the tensors of a file may claim any size
+        if colors.is_complex() if isinstance(colors, Tensor) else np.iscomplexobj(colors):
+            raise ValueError("colours are real numbers, but these are complex")
     try:
         values = colors.detach().cpu().double().numpy() if isinstance(colors, Tensor) else colors
-        array: NDArray[np.float32] = np.array(values, dtype=np.float32, order="C")
-    except (TypeError, ValueError) as error:
+        with np.errstate(over="ignore"):  # infinite then, and refused
+            array: NDArray[np.float32] = np.array(values, dtype=np.float32, order="C")
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"colours must be K rows of three numbers: {error}") from error
     array = array + np.float32(0)  # makes one zero of -0 and 0
-    if array.ndim != 2 or array.shape[1] != 3:
-        raise ValueError(f"colours must have shape (K, 3), not {array.shape}")
-    if not 2 <= len(array) <= MAX_COLORS:
-        raise ValueError(f"a palette has 2 to {MAX_COLORS} colours, not {len(array)}")
+    _check_shape(array.shape)
     if not np.isfinite(array).all():
         raise ValueError(f"colour {int(np.argmin(np.isfinite(array).all(axis=1)))} is not finite")
     if array.min() < -1 or array.max() > 1:
@@ -275,6 +290,13 @@ def _checked(colors: Colors) -> NDArray[np.float32]:
         raise ValueError(f"colours {again[0]} and {again[1]} are the same, so id {again[1]} could never be used")
     array.flags.writeable = False
     return array
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    if len(shape) != 2 or shape[1] != 3:
+        raise ValueError(f"colours must have shape (K, 3), not {shape}")
+    if not 2 <= shape[0] <= MAX_COLORS:
+        raise ValueError(f"a palette has 2 to {MAX_COLORS} colours, not {shape[0]}")
 
 
 def check_images(images: object) -> None:
@@ -300,49 +322,3 @@ def check_images(images: object) -> None:
     elif len(shape) == 4 and shape[1] == 1:
         cure = "; grey becomes RGB by images.expand(-1, 3, -1, -1)"
     raise ValueError(f"images must have shape (B, 3, H, W), not {shape}{cure}")
-
-
-def _read(spec: str) -> Any:
-    """The colours in a file, a folder or a repository of the hub."""
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        path = path / _HF_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"the folder {spec} has no {_HF_FILE}, where Hugging Face keeps the palette")
-    if path.is_file():
-        return _read_file(path)
-    if "://" in spec:
-        raise ValueError(f"{spec} is not downloaded; give a hub id 'owner/name' or a file that you have")
-    if spec.startswith((".", "/", "~")) or path.suffix in (".npy", ".json") or spec.count("/") > 1 or "\\" in spec:
-        raise FileNotFoundError(f"there is no palette file or folder {spec}")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
-        return _read_file(_download(spec))
-    close = difflib.get_close_matches(spec, ["openai", "gray:16"], n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    raise ValueError(f"there is no palette {spec!r}{hint} {_FORMS}")
-
-
-def _read_file(path: Path) -> Any:
-    if path.suffix not in (".npy", ".json"):
-        raise ValueError(f"{path} is no palette; a palette file ends in .npy or is Hugging Face's {_HF_FILE}")
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
-        return json.loads(path.read_text(encoding="utf-8"))["clusters"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} has no 'clusters', so it describes no ImageGPT palette") from error
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as plain numbers: {error}") from error
-
-
-def _download(repository: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, _HF_FILE))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"there is no file or folder {repository!r} here, and {_HF_FILE} of the hub repository of that "
-            f"name could not be fetched; if it exists, download it and give the folder "
-            f"({type(error).__name__}: {error})"
-        ) from error

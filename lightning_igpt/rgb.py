@@ -5,9 +5,12 @@ Not here: EXIF orientation, resizing and cropping (``images.py``), colours of a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from PIL import Image
 
+_STRIP = 1 << 20  # pixels that are converted at a time
 _UNPREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 
@@ -51,17 +54,35 @@ def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = (255, 255, 
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _from_16_bits(image)
     if image.has_transparency_data:
-        rgba = image.convert(_UNPREMULTIPLIED.get(image.mode, "RGBA")).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), rgba).convert("RGB")
+        return _composited(image, background)
     return image.convert("RGB")
 
 
+def _composited(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    result = Image.new("RGB", image.size)
+    for top, bottom in _strips(image):
+        rgba = image.crop((0, top, image.width, bottom)).convert(_UNPREMULTIPLIED.get(image.mode, "RGBA"))
+        under = Image.new("RGBA", rgba.size, (*background, 255))
+        result.paste(Image.alpha_composite(under, rgba.convert("RGBA")).convert("RGB"), (0, top))
+    return result
+
+
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)  # (H, W)
+    values = np.asarray(image)  # (H, W)
     low, high = int(values.min(initial=0)), int(values.max(initial=0))
     if low < 0 or high > 65535:
         raise ValueError(
             f"an image of mode {image.mode} holds values {low}..{high}, but 16 bits end at 65535; "
             "scale yours to 0..255 and convert it to mode L"
         )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    grey = np.empty(values.shape, dtype=np.uint8)
+    for top, bottom in _strips(image):
+        grey[top:bottom] = (values[top:bottom].astype(np.uint32) + 128) // 257
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int]]:
+    """First and last row of parts that are small beside a large image, so that copies of it take little memory."""
+    rows = max(1, _STRIP // max(1, image.width))
+    for top in range(0, image.height, rows):
+        yield top, min(top + rows, image.height)

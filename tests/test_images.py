@@ -1,7 +1,11 @@
 import io
 import pickle
 import struct
+import subprocess
+import sys
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,10 +72,11 @@ def test_broken_exif_is_not_fatal():
         assert same(decode(row(content)), noise())
 
 
-def png_header(width, height):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
+
+def png_header(width, height):
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
 
@@ -94,6 +99,157 @@ BAD = {
 def test_bad_images(content, message):
     with pytest.raises(BadImageError, match=message):
         decode(row(content))
+
+
+def png(*extra):
+    """4 x 4 pixels, with chunks before them."""
+    header = struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(bytes(4 * 13)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(extra) + pixels + chunk(b"IEND", b"")
+
+
+def gif(width, height, frame=(4, 4)):
+    screen = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6)
+    return screen + b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + bytes([2, 2, 0x4C, 1, 0, 0]) + b";"
+
+
+def tiff(width, height, samples=3, next_directory=0, extra=()):
+    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1 if samples == 1 else 2), (273, 8), (277, samples)]
+    tags += [(278, height), (279, 1)]
+    entries = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in tags)
+    entries += b"".join(struct.pack("<HHLL", *entry) for entry in extra)
+    count = struct.pack("<H", len(tags) + len(extra))
+    return b"II*\0" + struct.pack("<L", 8) + count + entries + struct.pack("<L", next_directory) + bytes(2000)
+
+
+def bmp(width, height, colors=0):
+    header = struct.pack("<LllHHLLllLL", 40, width, height, 1, 8 if colors else 24, 0, 0, 0, 0, colors, 0)
+    return b"BM" + struct.pack("<LHHL", 100, 0, 0, 54) + header + bytes(500)
+
+
+def webp(side):
+    content = bytearray(encoded(Image.new("RGBA", (8, 8)), "WEBP", lossless=True, exif=b"Exif\0\0II*\0"))
+    at = content.index(b"VP8X") + 12
+    content[at : at + 6] = 2 * (side - 1).to_bytes(3, "little")
+    return bytes(content)
+
+
+def repeated_scans(size, times):
+    """A progressive JPEG whose last scan comes again and again; each makes the decoder walk over the whole picture."""
+    content = encoded(Image.new("RGB", size), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * times + b"\xff\xd9"
+
+
+def repeated_exif(times):
+    content, part = encoded(noise(), "JPEG"), b"Exif\0\0ab"
+    return content[:2] + (b"\xff\xe1" + struct.pack(">H", 2 + len(part)) + part) * times + content[2:]
+
+
+INFLATED = zlib.compress(bytes(30_000_000))  # 30 MB in 30 kB
+TEXTS = [chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(900_000)))] * 99
+BOMBS = {
+    "GIF screen": (gif(60_000, 60_000), "too large"),
+    "GIF frame": (gif(4, 4, (60_000, 60_000)), "too large"),
+    "GIF above the limit": (gif(4, 4, (9_000, 9_000)), "9000 x 9000 = 81,000,000 pixels, more than the limit"),
+    "WebP": (webp(16_384), "too large"),
+    "TIFF": (tiff(60_000, 60_000), "too large"),
+    "TIFF samples": (tiff(4, 4, samples=65_535), "known format"),
+    "BMP": (bmp(60_000, 60_000), "too large"),
+    "BMP upside down": (bmp(8, -(2**31)), "too large"),
+    "BMP colours": (bmp(8, 8, colors=2**32 - 1), "Unsupported BMP Palette size"),
+    "PNG iCCP": (png(chunk(b"iCCP", b"x\0\0" + INFLATED)), "Decompressed data too large"),
+    "PNG zTXt": (png(chunk(b"zTXt", b"x\0\0" + INFLATED)), "Decompressed data too large"),
+    "PNG iTXt": (png(chunk(b"iTXt", b"x\0\1\0\0\0" + INFLATED)), "Decompressed data too large"),
+    "PNG texts": (png(*TEXTS), "Too much memory used in text"),
+    "JPEG scans": (repeated_scans((2000, 2000), 1000), "1,009 scans of 2000 x 2000 pixels"),
+    "JPEG small scans": (repeated_scans((200, 200), 60_000), "60,009 scans of 200 x 200 pixels"),
+    "JPEG EXIF": (repeated_exif(100_000), "more than 1,000 parts of EXIF data"),
+}
+
+
+@pytest.mark.parametrize("content, message", BOMBS.values(), ids=BOMBS)
+@pytest.mark.parametrize("from_path", [False, True])
+def test_bombs_are_refused_at_once(tmp_path, content, message, from_path):
+    (tmp_path / "a.png").write_bytes(content)
+    start = time.process_time()
+    with pytest.raises(BadImageError, match=message):
+        decode(row(None, str(tmp_path / "a.png")) if from_path else row(content))
+    assert time.process_time() - start < 1
+
+
+HARMLESS = {
+    "TIFF whose directories go round": tiff(1, 1, samples=1, next_directory=8),
+    "TIFF tags of any size": tiff(1, 1, samples=1, extra=[(60_000 + i, 1, 2**31, 8) for i in range(5000)]),
+    "PNG of endless frames": png(chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0))),
+    "PNG with more pixels than it says": png().replace(
+        chunk(b"IDAT", zlib.compress(bytes(4 * 13))), chunk(b"IDAT", INFLATED)
+    ),
+    "GIF of many comments": encoded(noise(), "GIF", comment=b"a" * 400_000),
+    "JPEG and ZIP": encoded(noise(), "JPEG") + b"PK\x03\x04" + bytes(1000) + b"PK\x05\x06" + bytes(18),
+    "JPEG scans within the limit": repeated_scans((64, 64), 100),
+}
+
+
+@pytest.mark.parametrize("content", HARMLESS.values(), ids=HARMLESS)
+@pytest.mark.filterwarnings("ignore")
+def test_odd_files_cost_nothing(content):
+    start = time.process_time()
+    assert decode(row(content)).mode == "RGB"
+    assert time.process_time() - start < 1
+
+
+OTHERS = ["ICO", "ICNS", "PCX", "PPM", "TGA", "JPEG2000", "DDS", "SGI", "PDF", "EPS"]
+POLYGLOTS = {
+    **{name: encoded(noise((64, 64)), name) for name in OTHERS},
+    "EPS by another name": b"\xc5\xd0\xd3\xc6" + bytes(100),
+    "PDF": b"%PDF-1.4\n1 0 obj\n",
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "HTML": b"<!DOCTYPE html><script>alert(1)</script>",
+    "ZIP": b"PK\x03\x04" + bytes(100),
+    "PSD": b"8BPS\0\1" + bytes(100),
+    "WMF": b"\xd7\xcd\xc6\x9a" + bytes(100),
+    "EMF": b"\x01\0\0\0" + bytes(36) + b" EMF" + bytes(100),
+    "script": b"#!/bin/sh\ntouch executed\n",
+    "program": b"\x7fELF" + bytes(60),
+    "pickle": b"\x80\x04\x95",
+    "JavaScript that begins like a GIF": b"GIF89a=1;/*" + bytes(3000) + b"*/alert(1)",
+}
+
+
+@pytest.mark.parametrize("content", POLYGLOTS.values(), ids=POLYGLOTS)
+def test_other_formats_are_refused_whatever_their_name(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("subprocess.Popen", None)
+    (tmp_path / "a.png").write_bytes(content)
+    for value in (row(content, "a.png"), row(None, str(tmp_path / "a.png"))):
+        with pytest.raises(BadImageError, match="not an image of a known format"):
+            decode(value)
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from lightning_igpt.images import decode
+def status(key): return 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+for path in sys.argv[1:]:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, image = status("VmRSS"), decode({"path": path})
+    print((status("VmHWM") - before) / (image.width * image.height))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured through Linux's /proc")
+def test_memory_of_large_images(tmp_path):
+    """Bytes a pixel at the peak, of which RGB itself takes 4: what conversions add must be small beside the image."""
+    kinds = {"RGB": 4, "L": 5, "RGBA": 8, "LA": 8, "P": 5, "I;16": 9}
+    for mode in kinds:
+        image = Image.new(mode, (4000, 4000))
+        image.save(tmp_path / f"{mode.replace(';', '')}.png", **({"transparency": 0} if mode == "P" else {}))
+    paths = [str(tmp_path / f"{mode.replace(';', '')}.png") for mode in kinds]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *paths], capture_output=True, text=True, check=True)
+    for (mode, ideal), found in zip(kinds.items(), done.stdout.split(), strict=True):
+        assert float(found) < ideal + 2, (mode, found)
 
 
 def test_missing_images(tmp_path):

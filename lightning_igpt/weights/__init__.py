@@ -79,6 +79,8 @@ class Pretrained:
 def load_pretrained(source: str | Path, *, image_size: int | None = None) -> Pretrained:
     """Load a network and its palette, in little more memory than the network takes. No file can make code run.
 
+    What is loaded is compared with the checksums of its file, which all have that this package writes.
+
     Args:
         source: A ``.ckpt`` file of this package's modules (where Lightning's WeightAveraging wrote it, the averaged
             weights are taken); a run folder that holds such files (the best is taken); a folder in the layout of
@@ -97,13 +99,13 @@ def load_pretrained(source: str | Path, *, image_size: int | None = None) -> Pre
         raise ValueError(f"the source of weights is {source!r}; name a file, a folder or a hub id")
     try:
         loaded = _load(source)
-    except (FileNotFoundError, PermissionError, ModuleNotFoundError):
+    except (FileNotFoundError, PermissionError, ModuleNotFoundError, MemoryError):
         raise
     except ValueError as error:
         if Path(source).name in str(error):
             raise
         raise ValueError(f"{source}: {error}") from error
-    except (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, OSError) as error:
+    except Exception as error:  # what reads a damaged file may raise nearly anything
         raise ValueError(f"{source} is damaged or no Image GPT: {type(error).__name__}: {error}") from error
     if image_size is None:
         return loaded

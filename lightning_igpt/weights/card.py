@@ -53,7 +53,7 @@ class ModelCard:
         """The card in a file, whatever else a newer or a damaged one may hold."""
         card = cls()
         for name, value in values.items() if isinstance(values, Mapping) else ():
-            with contextlib.suppress(TypeError, ValueError):
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
                 card = card.filled(**{name: value})
         return card
 

@@ -14,6 +14,7 @@ from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights.card import ModelCard
 from lightning_igpt.weights.files import TorchFile, check_head, read_torch
+from lightning_igpt.weights.intact import tensor_sums
 from lightning_igpt.weights.native import COLORS, HEAD, check_palette, read_network
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is a sharded checkpoint; join its parts first: "
             f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
         )
+    tensor_sums(path)  # what tells one checkpoint from another is compared with its checksum, tensors are not yet
     checkpoint = read_torch(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(STAMP), dict):
         raise ValueError(f"{path} was not written by a lightning_igpt module (its state holds no {STAMP!r} entry)")
@@ -65,8 +67,9 @@ def load_checkpoint(path: Path) -> Content:
         raise ValueError(f"{where} is damaged: it lacks or garbles {error}") from error
     palette = check_palette(colors, config, sha256, where)
     # Lightning's WeightAveraging puts the average into state_dict and the raw weights elsewhere.
-    network = read_network(config, TorchFile(path, lambda content: content["state_dict"]), where, prefix=PREFIX)
-    head = check_head(state[HEAD], config.n_embd, where) if HEAD in state else None
+    file = TorchFile(path, lambda content: content["state_dict"])
+    network = read_network(config, file, where, prefix=PREFIX)
+    head = check_head(file.read([HEAD])[HEAD], config.n_embd, where) if HEAD in file.names else None
     names = None if head is None else _class_names(checkpoint, len(head))
     return Content(network, palette, head, names, _card(checkpoint), "averaging_state" in checkpoint)
 

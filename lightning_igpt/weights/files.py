@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +22,10 @@ from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
+from lightning_igpt.palette_files import MAX_BYTES, npy_layout
+from lightning_igpt.weights.intact import check_storages, check_stored, tensor_sums
 
+TELLING = ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight")  # their shapes tell those of all others
 PIECES = 16  # a network is put together in about as many steps; one step's tensors are in memory twice
 
 
@@ -51,12 +55,14 @@ class TorchFile:
         pick: What of its content is the mapping of names to tensors.
 
     Raises:
-        ValueError: The file is damaged or holds Python objects.
+        ValueError: The file is damaged, or holds Python objects or tensors larger than itself.
     """
 
     def __init__(self, path: Path, pick: Callable[[Any], Any] = lambda content: content) -> None:
         self.where, self._path, self._pick = str(path), path, pick
-        self._identity = _identity(path)
+        self._identity = file_identity(path)
+        self._sums = tensor_sums(path)
+        self._compared: set[str] = set()
         state = pick(read_torch(path))
         if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError(f"{path} holds no mapping of names to tensors")
@@ -65,53 +71,33 @@ class TorchFile:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """As TensorFile.read."""
         state = self._pick(read_torch(self._path))
-        if _identity(self._path) != self._identity:
+        if file_identity(self._path) != self._identity:
             raise ValueError(f"{self._path} was replaced while it was being read; try again")
-        return {name: state[name] for name in names}
-
-
-class SafetensorsFile:
-    """A file in the safetensors format.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.where, self._path = str(path), path
-        self._identity = _identity(path)
-        with self._opened() as file:
-            self.names = set(file.keys())
-            self.metadata: dict[str, str] = file.metadata() or {}
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """As TensorFile.read."""
-        if _identity(self._path) != self._identity:
-            raise ValueError(f"{self._path} was replaced while it was being read; try again")
-        with self._opened() as file:
-            return {name: file.get_tensor(name) for name in names}
-
-    def _opened(self) -> Any:
-        try:
-            return safetensors.safe_open(self._path, framework="pt")
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{self._path} cannot be opened as a safetensors file: {error}") from error
+        found = {name: state[name] for name in names}
+        check_storages([found[name] for name in found.keys() - self._compared], self._sums, self._path)
+        self._compared |= found.keys()
+        return found
 
 
 class NumpyFile:
-    """An .npz file of plain arrays.
+    """An .npz file of plain arrays, not compressed.
+
+    NumPy compares an array with its checksum once it has read all of its bytes, so none may have more than it reads.
 
     Raises:
-        ValueError: The file is damaged or holds Python objects.
+        ValueError: The file is damaged, compressed, or holds Python objects.
     """
 
     def __init__(self, path: Path) -> None:
         self.where, self._path = str(path), path
         try:
-            with np.load(path, allow_pickle=False) as file:
-                self.names = set(file.files)
+            with zipfile.ZipFile(path) as file:
+                entries = file.infolist()
+                check_stored(entries, path)
+                self.shapes = {entry.filename.removesuffix(".npy"): _npy_shape(file, entry) for entry in entries}
         except Exception as error:  # zipfile and NumPy each have their own errors for damage
-            raise ValueError(f"{path} cannot be opened as an .npz file: {error}") from error
+            raise ValueError(f"{path} cannot be opened as an .npz file: {_brief(error)}") from error
+        self.names = set(self.shapes)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """As TensorFile.read."""
@@ -119,7 +105,7 @@ class NumpyFile:
             with np.load(self._path, allow_pickle=False) as file:
                 return {name: torch.from_numpy(np.asarray(file[name])) for name in names}
         except Exception as error:
-            raise ValueError(f"{self._path} cannot be read as plain arrays: {error}") from error
+            raise ValueError(f"{self._path} cannot be read as plain arrays: {_brief(error)}") from error
 
 
 class ShardedFile:
@@ -175,14 +161,17 @@ def assemble(config: ImageGPTConfig, ingredients: Mapping[str, Ingredient], file
     with torch.device("meta"):
         network = ImageGPT(config)
     shapes = {name: value.shape for name, value in network.state_dict().items()}
+    raw = file.read({name for ours in TELLING for name in ingredients[ours].theirs})
+    for ours in TELLING:  # before memory is reserved for a network that the file does not hold
+        _converted(raw, ingredients[ours], shapes[ours], file.where)
     # All reserved before anything is read: between temporary tensors they would leave holes that stay with the process.
     state = {name: torch.empty(shape) for name, shape in shapes.items()}
     for piece in _pieces(shapes):
+        del raw
         raw = file.read({name for ours in piece for name in ingredients[ours].theirs})
         for ours in piece:
-            theirs = ingredients[ours].theirs
-            _copy([raw[name] for name in theirs], ingredients[ours], state[ours], file.where)
-        del raw
+            state[ours].copy_(_converted(raw, ingredients[ours], shapes[ours], file.where))
+            _check_finite(state[ours], " + ".join(ingredients[ours].theirs), file.where)
     network.load_state_dict(state, assign=True)
     return network.requires_grad_(True)
 
@@ -207,7 +196,7 @@ def read_torch(path: Path) -> Any:
         raise ValueError(f"{path} cannot be opened with weights_only=True: {reason}") from error
     except Exception as error:  # damage anywhere in the file ends in any kind of error
         reason = "it is damaged or incomplete"
-        raise ValueError(f"{path} cannot be opened with weights_only=True: {reason} ({error})") from error
+        raise ValueError(f"{path} cannot be opened with weights_only=True: {reason} ({_brief(error)})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -217,6 +206,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: It is damaged, or no object.
     """
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, more than any that is read here")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no valid JSON: {error}") from error
@@ -248,6 +239,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def file_identity(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def check_head(head: Any, n_embd: int, where: str) -> Tensor:
     """A class head as float32 (C, D), copied.
 
@@ -265,6 +262,17 @@ def check_head(head: Any, n_embd: int, where: str) -> Tensor:
     return copy
 
 
+def _npy_shape(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[int, ...]:
+    """The shape of an array whose header promises what its entry holds."""
+    if not entry.filename.endswith(".npy"):
+        raise ValueError(f"{entry.filename} in it is no array as numpy.savez writes it")
+    with archive.open(entry) as file:
+        shape, size = npy_layout(file)  # type: ignore[arg-type]
+    if size != entry.file_size:
+        raise ValueError(f"{entry.filename} in it has {entry.file_size:,} bytes, but its header promises {size:,}")
+    return shape
+
+
 def _pieces(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
     """The names in groups of about a PIECES-th of all values."""
     limit = sum(shape.numel() for shape in shapes.values()) / PIECES
@@ -279,34 +287,37 @@ def _pieces(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
     yield piece
 
 
-def _copy(values: list[Tensor], ingredient: Ingredient, target: Tensor, where: str) -> None:
-    """Fill one parameter: copied, because a mapped file may be replaced while the network is in use."""
-    names = " + ".join(ingredient.theirs)
+def _converted(raw: Mapping[str, Tensor], ingredient: Ingredient, shape: torch.Size, where: str) -> Tensor:
+    names, values = " + ".join(ingredient.theirs), [raw[name] for name in ingredient.theirs]
     for value in values:
         if not value.is_floating_point():
             raise ValueError(f"{where}: {names} is of type {value.dtype}; weights must be floating-point numbers")
     try:
-        converted = ingredient.convert(*values)
+        converted: Tensor = ingredient.convert(*values)
     except (RuntimeError, IndexError) as error:
         raise ValueError(f"{where}: {names} has the shape {_shapes(values)}, which does not fit: {error}") from error
-    if converted.shape != target.shape:
+    if converted.shape != shape:
         raise ValueError(
             f"{where}: {names} has the shape {_shapes(values)}; the network described there needs "
-            f"{tuple(target.shape)} after conversion, not {tuple(converted.shape)}"
+            f"{tuple(shape)} after conversion, not {tuple(converted.shape)}"
         )
-    target.copy_(converted)
-    if not torch.linalg.vector_norm(target, ord=torch.inf).isfinite():  # one pass, no copy
-        count = int((~target.isfinite()).sum())
+    return converted
+
+
+def _check_finite(values: Tensor, names: str, where: str) -> None:
+    if not torch.linalg.vector_norm(values, ord=torch.inf).isfinite():  # one pass, no copy
+        count = int((~values.isfinite()).sum())
         raise ValueError(
-            f"{where}: {count} of {target.numel()} values of {names} are not finite; the training diverged, "
+            f"{where}: {count} of {values.numel()} values of {names} are not finite; the training diverged, "
             "or the file is damaged"
         )
 
 
+def _brief(error: Exception) -> str:
+    """For messages: some errors repeat what a damaged file holds, all of it."""
+    text = str(error) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
 def _shapes(values: list[Tensor]) -> str:
     return " + ".join(str(tuple(value.shape)) for value in values)
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -7,29 +7,29 @@ the colour head; the colour head then lies beside it in a file of its own, which
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import NORM_EPS, ImageGPT
 from lightning_igpt.palette import Palette
+from lightning_igpt.palette_files import SHA256
 from lightning_igpt.weights.files import (
     Ingredient,
-    SafetensorsFile,
     ShardedFile,
     TensorFile,
     TorchFile,
     assemble,
     check_head,
     read_json,
-    replacing,
 )
 from lightning_igpt.weights.names import Name, check_keys, rows
+from lightning_igpt.weights.sealed import SafetensorsFile, save_sealed
 
 MARKER = "lightning_igpt"  # the key of config.json that holds what transformers has no word for
 SWITCHES = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention")
@@ -38,6 +38,10 @@ SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DOWNLOADS = (CONFIG, PROCESSOR, COLOR_HEAD, SAFE, SAFE_INDEX, "model-*.safetensors", PICKLED, "pytorch_model*.bin*")
 HEAD, LM_HEAD = "score.weight", "lm_head.weight"
+# The key of the weights' metadata that repeats what the JSON files say of the network and its palette. The weights were
+# trained with both, so a file that says another thing is damaged or belongs to other weights. All else in those files
+# is the user's to edit: the names of classes, the card, what transformers alone reads.
+WRITTEN = "lightning_igpt_network"
 
 
 class Folder(NamedTuple):
@@ -50,7 +54,7 @@ class Folder(NamedTuple):
     card: Any
 
 
-def read_config(config: Mapping[str, Any], *, bias: bool) -> ImageGPTConfig:
+def read_config(config: Mapping[str, Any], *, bias: bool = False) -> ImageGPTConfig:
     """Our config from the values of transformers' config.json.
 
     Raises:
@@ -71,19 +75,22 @@ def read_config(config: Mapping[str, Any], *, bias: bool) -> ImageGPTConfig:
     for name, value in [*sizes.items(), ("n_inner", config.get("n_inner") or 1)]:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"config.json has {name} {value!r}; it must be a whole number from 1 on")
-    image_size = round(sizes.pop("n_positions") ** 0.5)
-    if image_size**2 != config.get("n_positions", 1024):
-        raise ValueError(f"config.json has n_positions {config['n_positions']}, which is no square image")
+    n_positions = sizes.pop("n_positions")
+    image_size = math.isqrt(n_positions)
+    if image_size**2 != n_positions:
+        raise ValueError(f"config.json has n_positions {n_positions}, which is no square image")
     sizes["vocab_size"] -= 1  # sos is no colour
-    objective = _marker(config).get("objective", "autoregressive")
-    return ImageGPTConfig(
-        **sizes,
-        image_size=image_size,
-        n_inner=config.get("n_inner"),
-        objective=objective,
-        bias=bias,
-        dropout=_marker(config).get("dropout", 0.0),  # transformers' own default of 0.1 is not the paper's
-    )
+    try:
+        return ImageGPTConfig(
+            **sizes,
+            image_size=image_size,
+            n_inner=config.get("n_inner"),
+            objective=_marker(config).get("objective", "autoregressive"),
+            bias=bias,
+            dropout=_marker(config).get("dropout", 0.0),  # transformers' own default of 0.1 is not the paper's
+        )
+    except ValueError as error:
+        raise ValueError(f"config.json describes no network: {error}") from error
 
 
 def from_file(file: TensorFile, config: Mapping[str, Any]) -> ImageGPT:
@@ -156,6 +163,7 @@ def to_processor(palette: Palette, image_size: int) -> dict[str, Any]:
     return {
         "image_processor_type": "ImageGPTImageProcessor",
         "clusters": palette.to_list(),
+        SHA256: palette.sha256,
         "do_color_quantize": True,
         "do_normalize": True,
         "do_resize": True,
@@ -174,10 +182,14 @@ def load_folder(folder: Path) -> Folder:
     config = read_json(_need(folder, CONFIG))
     palette = Palette.load(str(_need(folder, PROCESSOR)))
     file = _open_weights(folder)
+    _check_palette(folder, config, palette)
+    beside = folder / COLOR_HEAD
+    color_head = SafetensorsFile(beside) if HEAD in file.names and beside.exists() else None
+    for one in (file, color_head):
+        _check_written(folder, config, palette, one)
     head = file.read([HEAD])[HEAD] if HEAD in file.names else None
-    network = from_file(file if head is None else _WithColorHead(file, folder), config)
+    network = from_file(file if head is None else _WithColorHead(file, color_head), config)
     head = None if head is None else check_head(head, network.config.n_embd, file.where)
-    _check_palette(folder, config, palette, network.config)
     return Folder(network, palette, head, _labels_of(config, head), _marker(config).get("card"))
 
 
@@ -200,15 +212,15 @@ def save_folder(
         CONFIG: json.dumps(to_config(network.config, palette, names, card), indent=2),
         PROCESSOR: json.dumps(to_processor(palette, network.config.image_size), indent=2),
     }
-    state = to_state_dict(network)
+    state, written = to_state_dict(network), {WRITTEN: json.dumps(_facts(network.config, palette))}
     _check_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (COLOR_HEAD, SAFE_INDEX, PICKLED, PICKLED_INDEX):  # of another network that was saved here before
         (folder / stale).unlink(missing_ok=True)
     if head is not None:
-        _save({LM_HEAD: state.pop(LM_HEAD)}, folder / COLOR_HEAD)
+        save_sealed(folder / COLOR_HEAD, {LM_HEAD: state.pop(LM_HEAD)}, written)
         state[HEAD] = head
-    _save(state, folder / SAFE)
+    save_sealed(folder / SAFE, state, written)
     for name, text in texts.items():
         (folder / name).write_text(text + "\n", encoding="utf-8")
 
@@ -230,11 +242,9 @@ def labels(head: Tensor, names: Sequence[str] | None) -> list[str]:
 class _WithColorHead:
     """A classifier's weights, with the colour head from the file beside them and without the class head."""
 
-    def __init__(self, file: TensorFile, folder: Path) -> None:
-        self.where, self._file = file.where, file
-        path = folder / COLOR_HEAD
-        self._color_head = SafetensorsFile(path) if path.exists() else None
-        self.names = file.names - {HEAD} | (self._color_head.names if self._color_head else set())
+    def __init__(self, file: TensorFile, color_head: SafetensorsFile | None) -> None:
+        self.where, self._file, self._color_head = file.where, file, color_head
+        self.names = file.names - {HEAD} | (color_head.names if color_head else set())
 
     def read(self, names: Any) -> dict[str, Tensor]:
         wanted = set(names)
@@ -277,14 +287,34 @@ def _hint(found: set[str]) -> str:
     return ""
 
 
-def _check_palette(folder: Path, config: Mapping[str, Any], palette: Palette, ours: ImageGPTConfig) -> None:
-    expected = _marker(config).get("palette_sha256", palette.sha256)
-    if len(palette) != ours.vocab_size or palette.sha256 != expected:
+def _check_palette(folder: Path, config: Mapping[str, Any], palette: Palette) -> None:
+    expected, size = str(_marker(config).get("palette_sha256", palette.sha256)), read_config(config).vocab_size
+    if len(palette) != size or palette.sha256 != expected:
         raise ValueError(
             f"{folder}: {PROCESSOR} has {len(palette)} colours with the hash {palette.sha256[:12]}, but {CONFIG} "
-            f"describes a network of {ours.vocab_size} colours"
+            f"describes a network of {size} colours"
             + (f" with the hash {expected[:12]}" if expected != palette.sha256 else "")
         )
+
+
+def _facts(config: ImageGPTConfig, palette: Palette) -> dict[str, Any]:
+    """What WRITTEN says; of biases the weights themselves tell."""
+    facts = {name: value for name, value in config.to_dict().items() if name != "bias"}
+    return facts | {"palette_sha256": palette.sha256}
+
+
+def _check_written(folder: Path, config: Mapping[str, Any], palette: Palette, file: TensorFile | None) -> None:
+    if not isinstance(file, SafetensorsFile) or WRITTEN not in file.metadata:
+        return
+    written = json.loads(file.metadata[WRITTEN])
+    for name, value in _facts(read_config(config), palette).items():
+        if written.get(name, value) != value:
+            place = PROCESSOR if name == "palette_sha256" else CONFIG
+            raise ValueError(
+                f"{folder / place} has {name} {value!r}, but {Path(file.where).name} was written with "
+                f"{written[name]!r}; the former is damaged or belongs to other weights: restore it, or save the "
+                "network anew"
+            )
 
 
 def _labels_of(config: Mapping[str, Any], head: Tensor | None) -> list[str] | None:
@@ -310,8 +340,3 @@ def _need(folder: Path, name: str, wording: str = "") -> Path:
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder} holds no {wording or name}")
     return folder / name
-
-
-def _save(state: Mapping[str, Tensor], path: Path) -> None:
-    with replacing(path) as temporary:
-        safetensors.torch.save_file(dict(state), temporary, metadata={"format": "pt"})

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from lightning_igpt.config import ImageGPTConfig
 
+MAX_LINES = 30  # of a message; a file may hold any number of names
+
 
 class Name(NamedTuple):
     """One parameter in each format; ``{}`` stands for the block's number."""
@@ -68,10 +70,12 @@ def check_keys(expected: Iterable[str], found: Iterable[str], where: str, hint: 
     expected, found = set(expected), set(found)
     if expected == found:
         return
-    natural = lambda key: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]  # noqa: E731
+    natural = lambda key: [part.zfill(9) if part.isdecimal() else part for part in re.split(r"(\d+)", key)]  # noqa: E731
     lines = [f"- {key}" for key in sorted(expected - found, key=natural)]
     lines += [f"+ {key}" for key in sorted(found - expected, key=natural)]
-    raise ValueError(f"{where}: parameters missing (-) or unexpected (+):\n" + "\n".join(lines) + hint)
+    more = [f"... and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
+    listed = "\n".join([*(line[:200] for line in lines[:MAX_LINES]), *more])
+    raise ValueError(f"{where}: parameters missing (-) or unexpected (+):\n{listed}{hint}")
 
 
 def _numbered(name: Name, layer: int) -> Name:

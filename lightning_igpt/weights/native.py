@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
-from lightning_igpt.weights.files import Ingredient, SafetensorsFile, TensorFile, assemble, check_head, replacing
+from lightning_igpt.weights.files import Ingredient, TensorFile, assemble, check_head
 from lightning_igpt.weights.names import check_keys, rows
+from lightning_igpt.weights.sealed import SafetensorsFile, save_sealed
 
 HEADER = "lightning_igpt"  # the key of the file's metadata
 COLORS = "palette_colors"
@@ -59,8 +59,7 @@ def save_file(
     if head is not None:
         tensors[HEAD] = head.detach().cpu().float().contiguous()
         header["class_names"] = None if class_names is None else list(class_names)
-    with replacing(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt", HEADER: json.dumps(header)})
+    save_sealed(path, tensors, {HEADER: json.dumps(header)})
 
 
 def read_network(config: ImageGPTConfig, file: TensorFile, where: str, *, prefix: str) -> ImageGPT:

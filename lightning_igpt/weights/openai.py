@@ -64,19 +64,14 @@ class ArchiveFile(NumpyFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.names = {name.removeprefix(PREFIX) for name in self.names if name.startswith(PREFIX)}
+        self.shapes = {name.removeprefix(PREFIX): of for name, of in self.shapes.items() if name.startswith(PREFIX)}
+        self.names = set(self.shapes)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """As TensorFile.read."""
         return {
             name.removeprefix(PREFIX): value for name, value in super().read(PREFIX + name for name in names).items()
         }
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of those variables that tell the network's."""
-        wanted = [name for name in ("wtet", "wpe", "h0/attn/q_proj", "h0/mlp/c_fc/w") if name in self.names]
-        return {name: tuple(value.shape) for name, value in self.read(wanted).items()}
 
 
 def is_checkpoint(prefix: str) -> bool:

@@ -226,7 +226,7 @@ def test_wrong_folders_say_so(tmp_path, palette):
         load_pretrained(with_config(layer_norm_epsilon=0.1))
     with pytest.raises(ValueError, match="activation_function"):
         load_pretrained(with_config(activation_function="gelu"))
-    with pytest.raises(ValueError, match=r"(?s)missing \(-\) or unexpected \(\+\).*- transformer.h.3.*"):
+    with pytest.raises(ValueError, match=r"config\.json has n_layer 4, but model\.safetensors was written with 3"):
         load_pretrained(with_config(n_layer=4))
     with pytest.raises(ValueError, match=r"palette has 16 colours \(sha256 \w+\), the network 20"):
         save_pretrained(tmp_path / "b", random_network(), Palette.load("gray:16"))

@@ -1,0 +1,102 @@
+"""Calls that could run what a file holds. The package has none of them, read off its syntax rather than its text."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lightning_igpt"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# (end of the name, argument, the value that it must have); None: the call is forbidden altogether
+RULES = {
+    "torch.load": ("weights_only", True),
+    "np.load": ("allow_pickle", False),
+    "numpy.load": ("allow_pickle", False),
+    "np.lib.format.read_array": ("allow_pickle", False),
+    **dict.fromkeys(("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load", "dill.load", "dill.loads")),
+    **dict.fromkeys(("marshal.load", "marshal.loads", "shelve.open", "runpy.run_path", "torch.hub.load")),
+    **dict.fromkeys(("eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load")),
+    **dict.fromkeys(("yaml.load", "yaml.full_load", "yaml.load_all", "torch.jit.load", "pandas.read_pickle")),
+}
+SHELLS = ("subprocess.run", "subprocess.call", "subprocess.check_call", "subprocess.check_output", "subprocess.Popen")
+
+
+def name_of(node):
+    if isinstance(node, ast.Attribute):
+        return f"{name_of(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def found_in(source):
+    """(line, what is wrong) of every forbidden call."""
+    tree = ast.parse(source)
+    imported = {}  # so that ``from pickle import loads as read`` does not hide
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            imported |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            imported |= {alias.asname: alias.name for alias in node.names if alias.asname}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        first, *rest = name_of(node.func).split(".")
+        name = ".".join([imported.get(first, first), *rest])
+        options = {keyword.arg: keyword.value for keyword in node.keywords}
+        if "trust_remote_code" in options:
+            yield node.lineno, "trust_remote_code"
+        if name in SHELLS and not (isinstance(value := options.get("shell"), type(None)) or is_constant(value, False)):
+            yield node.lineno, f"{name} through a shell"
+        for end, rule in RULES.items():
+            whole = name == end or (("." in end or rule is not None) and name.endswith(f".{end}"))
+            if whole and (rule is None or not is_constant(options.get(rule[0]), rule[1])):
+                yield node.lineno, name if rule is None else f"{name} without {rule[0]}={rule[1]}"
+
+
+def is_constant(node, value):
+    return isinstance(node, ast.Constant) and node.value is value
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_call_can_run_what_a_file_holds(path):
+    assert list(found_in(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=wanted)",
+        "import torch as t; t.load(path)",
+        "from torch import load; load(path)",
+        "np.load(path)",
+        "import numpy; numpy.load(path, allow_pickle=True)",
+        "import pickle as p; p.loads(b'')",
+        "from pickle import loads as read; read(b'')",
+        "eval('1')",
+        "import yaml; yaml.load(text, Loader=yaml.FullLoader)",
+        "import os; os.system('ls')",
+        "import subprocess; subprocess.run('ls', shell=True)",
+        "from subprocess import run; run('ls', shell=wanted)",
+        "datasets.load_dataset('a', trust_remote_code=False)",
+    ],
+)
+def test_the_search_finds(source):
+    assert list(found_in(source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(path, map_location='cpu', weights_only=True)",
+        "np.load(path, allow_pickle=False)",
+        "network.eval()",
+        "torch.compile(network)",
+        "re.compile('a')",
+        "import yaml; yaml.safe_load(text)",
+        "import subprocess; subprocess.run(['ls'])",
+        "json.load(file)",
+    ],
+)
+def test_the_search_lets_pass(source):
+    assert list(found_in(source)) == []
