@@ -17,7 +17,7 @@ from tests.networks import random_network
 
 SMALLEST = ImageGPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=8, image_size=4)
 PALETTE = Palette(torch.rand(8, 3, generator=torch.manual_seed(3)) * 2 - 1)
-EXAMPLES = 40
+EXAMPLES = 25
 # (what load_pretrained or Palette.load takes, the file that is damaged)
 CASES = [
     ("pretrain.ckpt", "pretrain.ckpt"),
