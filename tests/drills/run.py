@@ -61,7 +61,7 @@ class Run:
         command = [sys.executable, "-m", "lightning_igpt", "fit", "--config", "recipe.yaml", "--trust", "drill", *words]
         paths = os.pathsep.join([str(ROOT), str(self.folder)])
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "SECONDS_PER_STEP": str(pace)}
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
         return subprocess.Popen(command, cwd=self.folder, env=environment, preexec_fn=before, **options)
 
     def finish(self, *words, status=0, **options):

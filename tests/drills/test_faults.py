@@ -46,7 +46,7 @@ def test_told_to_stop(tmp_path, twin):
     run = Run(tmp_path)
     process = run.start("--resume", "auto", "--data.init_args.num_workers", "2", pace=0.05)
     run.wait_for("step=5.ckpt", process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # the loader's workers too, as schedulers do
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 143, out[-3000:]
     (path,) = (path for path in run.checkpoints() if path.name == "preempted.ckpt")
@@ -99,15 +99,8 @@ def test_the_newest_checkpoint_is_damaged(tmp_path, twin):
     newest.write_bytes(content)
     os.utime(newest)
     out = run.finish("--resume", "auto")
-    assert "differs from its checksum" in out and f"checkpoint path at {older.relative_to(tmp_path)}" in out
+    assert "is damaged" in out and f"checkpoint path at {older.relative_to(tmp_path)}" in out
     assert_same_end(run, twin)
-
-
-def test_no_folder_to_write_to(tmp_path):
-    run = Run(tmp_path)
-    (tmp_path / "file").touch()
-    out = run.finish("--trainer.default_root_dir", "file/run", "--trainer.logger", "false", status=1)
-    assert re.search(r"lightning-igpt fit: .*nothing can be saved in .*file/run", out)
 
 
 def test_killed_at_twenty_moments_of_a_save(tmp_path, monkeypatch):
