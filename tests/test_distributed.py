@@ -45,7 +45,7 @@ def run(tmp_path, devices, objective):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["autoregressive", "bert"])
+@pytest.mark.parametrize("objective", ["autoregressive", pytest.param("bert", marks=pytest.mark.marathon)])
 def test_two_processes_equal_one(tmp_path, objective):
     one, two = run(tmp_path, 1, objective), run(tmp_path, 2, objective)
     assert two["nats"] == pytest.approx(one["nats"], rel=1e-5)

@@ -201,6 +201,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.marathon
 @pytest.mark.slow
 def test_two_processes_are_told_and_compiled_as_one(tmp_path):
     script = tmp_path / "script.py"

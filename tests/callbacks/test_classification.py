@@ -151,6 +151,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.marathon
 @pytest.mark.slow
 def test_two_processes_report_what_one_does_and_train_without_the_colour_head(tmp_path):
     script = tmp_path / "script.py"

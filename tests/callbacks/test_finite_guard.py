@@ -594,6 +594,7 @@ def test_all_processes_stop_together(tmp_path):
     assert said["sharded"] == said["ddp"]  # of sharded gradients, too, the norm is that of the whole
 
 
+@pytest.mark.marathon
 @pytest.mark.slow
 def test_all_processes_go_back_together(tmp_path):
     done = two_processes(tmp_path, "rewind", "ddp")

@@ -234,6 +234,7 @@ def test_checkpoints_load_with_and_without_the_callback(tmp_path):
         fit(5, [OnlineProbe(num_classes=4)], with_probe)
 
 
+@pytest.mark.marathon
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Where the global batches are the same; and the processes agree whatever their loaders hold."""

@@ -88,7 +88,7 @@ def test_workers_stop_when_their_loader_goes_in_a_cycle(images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.marathon)])
 def test_a_program_ends_while_loaders_are_alive(start_method):
     program = f"""
 import multiprocessing

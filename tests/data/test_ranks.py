@@ -96,6 +96,7 @@ def test_the_order_survives_a_change_of_the_number_of_devices(tmp_path):
     assert together(fit(tmp_path, "map", 1, "back", ckpt="two/7.ckpt")[0]) == whole[7:]
 
 
+@pytest.mark.marathon
 @pytest.mark.slow
 def test_devices_share_a_token_cache_that_one_of_them_makes(tmp_path):
     one = together(fit(tmp_path, "disk", 1, "one", steps=4)[0])

@@ -68,7 +68,7 @@ def test_the_disk_is_full(tmp_path, twin):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     out = run.finish("--resume", "auto", "--trainer.logger", "false", status=1, before=fill)
-    assert re.search(r"step=10.ckpt could not be saved.*: [\d,]+ bytes of it were written, [\d,]+ are free", out)
+    assert re.search(r"step=\d+.ckpt could not be saved.*: [\d,]+ bytes of it were written, [\d,]+ are free", out)
     assert find_checkpoint(tmp_path / "run") == saved
     assert not list((tmp_path / "run").rglob(".*.tmp.*"))
     run.finish("--resume", "auto")
@@ -139,4 +139,4 @@ def test_killed_at_twenty_moments_of_a_save(tmp_path, monkeypatch):
 
 def resumable(state):
     """What find_checkpoint takes for a checkpoint."""
-    return {"state_dict": state, "loops": {}, "optimizer_states": []}
+    return {"state_dict": state, "loops": {}, "optimizer_states": [], "lr_schedulers": []}

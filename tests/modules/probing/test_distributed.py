@@ -44,7 +44,7 @@ def run(tmp_path, devices, solver):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", ["lbfgs", "sgd"])
+@pytest.mark.parametrize("solver", ["lbfgs", pytest.param("sgd", marks=pytest.mark.marathon)])
 def test_two_processes_equal_one(tmp_path, solver):
     one, two = run(tmp_path, 1, solver), run(tmp_path, 2, solver)
     assert two["weight"] == pytest.approx(one["weight"], rel=1e-3, abs=1e-4)
