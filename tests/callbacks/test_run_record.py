@@ -356,6 +356,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.marathon
 @pytest.mark.slow
 def test_two_processes_write_once_and_tell_once_that_it_was_one_before(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)

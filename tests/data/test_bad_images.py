@@ -260,6 +260,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.marathon
 @pytest.mark.slow
 def test_a_device_that_left_nothing_out_does_not_keep_the_others_waiting(tmp_path):
     (tmp_path / "script.py").write_text(TWO_DEVICES)

@@ -106,6 +106,7 @@ def test_devices_share_a_token_cache_that_one_of_them_makes(tmp_path):
     assert together(seen) == one and said.count("making the token cache") == 1
 
 
+@pytest.mark.marathon
 @pytest.mark.slow
 def test_a_stream_of_unequal_shards_under_two_devices(tmp_path):
     """16 steps of 8 images are about five passes over the 25 that train."""

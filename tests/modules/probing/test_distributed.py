@@ -43,8 +43,9 @@ def run(tmp_path, devices, solver):
     return json.loads(lines[0].removeprefix("FOUND "))
 
 
+@pytest.mark.marathon
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", ["lbfgs", pytest.param("sgd", marks=pytest.mark.marathon)])
+@pytest.mark.parametrize("solver", ["lbfgs", "sgd"])
 def test_two_processes_equal_one(tmp_path, solver):
     one, two = run(tmp_path, 1, solver), run(tmp_path, 2, solver)
     assert two["weight"] == pytest.approx(one["weight"], rel=1e-3, abs=1e-4)
