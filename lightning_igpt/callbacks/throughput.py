@@ -6,7 +6,6 @@ of a window of many steps as at its start.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
@@ -17,22 +16,7 @@ from torch import Tensor, nn
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.planning import forward_flops_per_token
-
-# Peaks in TFLOP/s from NVIDIA's data sheets, for dense matrices, by the name that torch gives the device; of several
-# that fit, the first counts. Not Lightning's table: for H200, H100 NVL and A40 it holds figures for sparse matrices,
-# twice as high, and it takes an L40S for an L4.
-PEAKS: dict[str, dict[str, float]] = {
-    "H200|GH200": {"16": 989.4, "tf32": 494.7, "32": 66.9},
-    "H100 NVL": {"16": 835.0, "tf32": 417.0, "32": 60.0},
-    "H100 PCIe": {"16": 756.0, "tf32": 378.0, "32": 51.2},
-    "H100": {"16": 989.4, "tf32": 494.7, "32": 66.9},
-    "A100": {"16": 312.0, "tf32": 156.0, "32": 19.5},
-    "L40S": {"16": 362.0, "tf32": 183.0, "32": 91.6},
-    "L4": {"16": 121.0, "tf32": 60.0, "32": 30.3},
-    "A10": {"16": 125.0, "tf32": 62.5, "32": 31.2},
-    "V100": {"16": 125.0, "32": 15.7},
-    "T4": {"16": 65.0, "32": 8.1},
-}
+from lightning_igpt.planning.devices import device_called
 
 
 class Throughput(Callback):
@@ -50,8 +34,8 @@ class Throughput(Callback):
 
     Args:
         peak_tflops: Peak of one device in 10^12 operations per second, at the precision of the run and for dense
-            matrices. Default: known for NVIDIA's A10, A100, H100, H200, L4, L40S, T4 and V100 at 16 and 32 bits; where
-            it is not known, ``throughput/mfu`` is left out.
+            matrices. Default: known at 16 and 32 bits for the devices of ``lightning-igpt plan``; where it is
+            not known, ``throughput/mfu`` is left out.
 
     Raises:
         ValueError: ``peak_tflops`` is not above 0.
@@ -187,15 +171,15 @@ def peak_tflops(name: str, precision: str) -> float | None:
     Returns:
         None where it is not known, as for a part of a device (MIG).
     """
-    fits = [peak for part, peak in PEAKS.items() if re.search(rf"\b({part})\b", name)] if "MIG" not in name else []
-    if not fits:
+    device = device_called(name)
+    if device is None:
         return None
     if "16" in precision:
-        return fits[0]["16"]
+        return device.tflops_16
     if not precision.startswith("32"):
         return None
     allowed = torch.get_float32_matmul_precision() != "highest"
-    return fits[0].get("tf32", fits[0]["32"]) if allowed else fits[0]["32"]
+    return (device.tflops_tf32 if allowed else None) or device.tflops_32
 
 
 def _is_logged(trainer: Trainer) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,8 @@ def run_function(
 ) -> int:
     """Parse ``words`` for ``function`` (or one of several, by name) with jsonargparse, and call it.
 
+    Options may be written with dashes for underscores, as ``--batch-size``.
+
     Args:
         function: What to run, or a mapping from sub-verbs to what to run.
         words: The words after the verb.
@@ -27,10 +31,39 @@ def run_function(
         positional: Take required arguments without their names.
     """
     prog = f"lightning-igpt {verb}"
-    words = words if isinstance(function, dict) else _spelled_out(function, words)
+    words = _underscored(function, words)
+    if not isinstance(function, dict):
+        words = _spelled_out(function, words)
+        function = _with_config(function, words)
     with one_line_errors(prog):
         jsonargparse.auto_cli(function, args=list(words), prog=prog, as_positional=positional)
     return 0
+
+
+def _underscored(function: Callable[..., Any] | dict[str, Any], words: Sequence[str]) -> list[str]:
+    """``--batch-size`` as ``--batch_size``, where some function has such a parameter; values stay as they are."""
+    several = function.values() if isinstance(function, dict) else [function]
+    known = {f"--{name}" for one in several for name in inspect.signature(one).parameters}
+    spelled = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        option = f"--{name.removeprefix('--').replace('-', '_')}"
+        spelled.append(f"{option}{equals}{value}" if word.startswith("--") and option in known else word)
+    return spelled
+
+
+def _with_config(function: Callable[..., Any], words: Sequence[str]) -> Callable[..., Any]:
+    """The function with its argument ``config``, which jsonargparse takes for a file of its own and does not pass."""
+    if "config" not in inspect.signature(function).parameters:
+        return function
+    pairs = [(*word.partition("="), after) for word, after in zip_longest(words, words[1:])]
+    given = [value if equals else after for name, equals, value, after in pairs if name == "--config"]
+
+    @functools.wraps(function)
+    def call(**options: Any) -> Any:
+        return function(**options | {"config": given[-1] if given else None})
+
+    return call
 
 
 def _spelled_out(function: Callable[..., Any], words: Sequence[str]) -> list[str]:

@@ -1,51 +1,136 @@
-"""``lightning-igpt plan``: what a network costs before it is trained."""
+"""``lightning-igpt plan``: what a network costs before it is trained.
+
+Not here: what a recipe says (``plan_recipe.py``), the figures (``plan_facts.py``), the table that people read
+(``plan_text.py``), the plot (``plan_sweep.py``), measuring this CPU (``plan_cpu.py``); the formulas (``planning``).
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from lightning_igpt.commands.arguments import run_function
-from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.planning import loading_bytes, parameter_count, train_flops_per_token, training_bytes
+from lightning_igpt.commands.plan_cpu import measured_cpu
+from lightning_igpt.commands.plan_facts import Plan, facts
+from lightning_igpt.commands.plan_recipe import Recipe, read_recipe
+from lightning_igpt.commands.plan_sweep import draw_sweep
+from lightning_igpt.commands.plan_text import lines
+from lightning_igpt.planning import Run, Schedule, find_device, usual_mfu
+from lightning_igpt.planning.runs import CPU_MFU
+
+BATCH_SIZE, STEPS = 128, 1_000_000  # the paper's
 
 
 def plan(
-    network: str = "igpt_s",
-    batch_size: int = 128,
-    steps: int = 1_000_000,
+    config: str | None = None,
+    network: str | None = None,
     image_size: int | None = None,
-    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
+    objective: Literal["autoregressive", "bert"] | None = None,
+    batch_size: int | None = None,
+    accumulate_grad_batches: int | None = None,
+    steps: int | None = None,
+    devices: int | None = None,
+    device_kind: str = "h100",
+    precision: str | None = None,
+    recompute: Literal["none", "selective", "full"] | None = None,
+    compile: bool | None = None,
+    mfu: float | None = None,
+    format: Literal["text", "json"] = "text",
+    sweep: str | None = None,
 ) -> None:
-    """Print parameters, operations and memory of a training run on one device.
+    """Print what a training run costs: parameters, operations, memory, time, data, files.
 
     Args:
-        network: Name of a preset.
-        batch_size: Images per step.
-        steps: Optimiser steps.
-        image_size: Side of the images in pixels; default the preset's.
-        precision: bf16-mixed or 32-true.
+        config: A recipe for pretraining or fine-tuning, or the name of a shipped one. Options given beside it win.
+        network: Name of a preset; default igpt_s.
+        image_size: Side of the images in pixels; default the network's.
+        objective: Default the network's, which is autoregressive for presets.
+        batch_size: Images per optimiser step, all devices together. Default 128; with a recipe its images per device,
+            times devices and accumulate_grad_batches.
+        accumulate_grad_batches: Parts in which each device computes its share of a step; default 1.
+        steps: Optimiser steps; default a million.
+        devices: Number of devices; default 1.
+        device_kind: What they are, such as a100-40, h100 or rtx4090; cpu measures this one.
+        precision: bf16-mixed, 16-mixed, 32-true or bf16-true. Default: as fit chooses on the device.
+        recompute: Activation checkpointing that memory is shown for; default none.
+        compile: Show memory for compiled blocks.
+        mfu: Share of the device's peak that training reaches, such as 0.45; default by the network's size.
+        format: text, or json: one object.
+        sweep: A PNG file to write: cost against size and resolution.
     """
-    if batch_size < 1 or steps < 1:
-        raise ValueError(f"batch_size {batch_size} and steps {steps} must be at least 1")
-    config = ImageGPTConfig.resolve(network)
-    config = config if image_size is None else replace(config, image_size=image_size)
-    per_step = train_flops_per_token(config) * config.n_positions * batch_size
-    memory = training_bytes(config, batch_size, precision)
-    rows = {
-        "network": f"{network}: {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads",
-        "image": f"{config.image_size} x {config.image_size} = {config.n_positions} tokens",
-        "parameters": f"{parameter_count(config):,}",
-        "train FLOPs per token": f"{train_flops_per_token(config):.3e}",
-        "train FLOPs per step": f"{per_step:.3e}",
-        "train FLOPs of the run": f"{per_step * steps:.3e} ({batch_size * steps:,} images)",
-        "memory to load weights": f"{loading_bytes(config) / 2**30:.2f} GiB",
-        **{f"memory, {part}": f"{size / 2**30:.2f} GiB" for part, size in memory.items()},
-        "memory, together": f"{sum(memory.values()) / 2**30:.2f} GiB",
+    told: dict[str, Any] = {
+        "network": network,
+        "objective": objective,
+        "image_size": image_size,
+        "devices": devices,
+        "accumulate": accumulate_grad_batches,
+        "precision": precision,
+        "recompute": recompute,
+        "compiled": compile,
     }
-    for name, value in rows.items():
-        print(f"{name:<24}{value}")
+    recipe = Recipe(max_steps=STEPS) if config is None else read_recipe(config, known_network=network is not None)
+    wanted = recipe._replace(**{name: value for name, value in told.items() if value is not None})
+    planned = decide(wanted, device_kind=device_kind, batch_size=batch_size, steps=steps, mfu=mfu)
+    if sweep is not None:
+        draw_sweep(planned, Path(sweep), mfu=mfu)
+    found = facts(planned)
+    print(json.dumps(found) if format == "json" else "\n".join(lines(found)))
+
+
+def decide(wanted: Recipe, *, device_kind: str, batch_size: int | None, steps: int | None, mfu: float | None) -> Plan:
+    """Fill in what was left open.
+
+    Args:
+        wanted: What recipe and options say.
+        device_kind: A key of the device table, or cpu.
+        batch_size: Images per optimiser step, all devices together.
+        steps: Optimiser steps.
+        mfu: Share of the device's peak.
+
+    Raises:
+        ValueError: A number is out of range, the batch does not divide, or device or precision are not known.
+    """
+    cpu = device_kind.lower() == "cpu"
+    device = measured_cpu() if cpu else find_device(device_kind)
+    config = wanted.config()
+    devices = 1 if wanted.devices is None else wanted.devices
+    accumulate = 1 if wanted.accumulate is None else wanted.accumulate
+    if batch_size is None:
+        batch_size = BATCH_SIZE if wanted.batch_size is None else wanted.batch_size * devices * accumulate
+    check_divides(batch_size, devices, accumulate)
+    run = Run(
+        config,
+        Schedule(batch_size, wanted.steps(batch_size, accumulate) if steps is None else steps),
+        device,
+        devices,
+        wanted.precision or ("bf16-mixed" if device.bfloat16 else "32-true"),
+        CPU_MFU if cpu else usual_mfu(config),
+    )
+    # A network too small for its device does not come near the usual.
+    run = replace(run, mfu=min(run.mfu, run.ceiling_mfu) if mfu is None else mfu)
+    return Plan(wanted.name(), run, accumulate, wanted.recompute or "none", bool(wanted.compiled))
+
+
+def check_divides(batch_size: int, devices: int, accumulate: int) -> None:
+    """Insist that every device computes as many images at once as every other.
+
+    Raises:
+        ValueError: They do not, or a number is below 1; the message says what to take.
+    """
+    for name, value in (("batch_size", batch_size), ("devices", devices), ("accumulate_grad_batches", accumulate)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    parts = devices * accumulate
+    if batch_size % parts:
+        less, more = batch_size // parts * parts, -(-batch_size // parts) * parts
+        among = f"{devices} devices" + (f" x {accumulate} batches each" if accumulate > 1 else "")
+        raise ValueError(
+            f"batch_size {batch_size} counts the images of all devices in a step, and {among} cannot share them "
+            f"evenly; take {f'{less} or {more}' if less else more}"
+        )
 
 
 def run(words: Sequence[str]) -> int:

@@ -8,9 +8,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
 from lightning_igpt.callbacks import Throughput, throughput
-from lightning_igpt.callbacks.throughput import PEAKS, batch_size_of, flops_per_image, peak_tflops
+from lightning_igpt.callbacks.throughput import batch_size_of, flops_per_image, peak_tflops
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.planning import forward_flops_per_token, train_flops_per_token
+from lightning_igpt.planning.devices import DEVICES
 from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
 
 
@@ -211,7 +212,7 @@ def test_peaks_of_devices(monkeypatch):
     for setting, peak in {"highest": 19.5, "high": 156, "medium": 156}.items():
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda setting=setting: setting)
         assert peak_tflops("NVIDIA A100-SXM4-40GB", "32-true") == peak
-        assert peak_tflops("Tesla T4", "32-true") == PEAKS["T4"]["32"]
+        assert peak_tflops("Tesla T4", "32-true") == DEVICES["t4"].tflops_32
 
 
 def test_a_peak_must_be_above_zero():
