@@ -28,6 +28,7 @@ OWN_VERBS = {
     "palette": "fit a palette to images, or look at one",
     "convert": "write weights for transformers, NumPy or safetensors, and check them",
     "plan": "parameters, FLOPs and memory of a network",
+    "microbatch": "the largest batch that fits into memory, tried in training steps, as options for fit",
     "recipes": "list, show or copy the shipped YAML recipes",
 }
 

@@ -10,16 +10,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lightning_igpt.config import ImageGPTConfig
 
 NORM_EPS = 1e-5  # inside the root, as published
 GELU_SLOPE = 1.702
+
+Recomputing = Literal["none", "selective", "full"]
+# What scaled_dot_product_attention runs where it is one kernel, on whatever device.
+ATTENTION_KERNELS = [
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
 class RMSNorm(nn.Module):
@@ -89,8 +101,21 @@ class MLP(nn.Module):
         return F.dropout(self.c_proj(hidden), self.dropout, self.training)
 
 
+def _uncached_autocast(device_type: str) -> Any:
+    """Autocast as it is, without its cache of cast weights.
+
+    The cache would hold those of all blocks until the forward pass is over, and where one is hit the operations in the
+    forward pass are not those in the backward pass, which torch takes for a mistake.
+    """
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return nullcontext()
+    return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)
+
+
 class Block(nn.Module):
     """Pre-norm residual block: attention, then MLP."""
+
+    recompute: Recomputing = "none"  # how a run trains it, no part of the network: in no config and no checkpoint
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()
@@ -100,6 +125,16 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, causal: bool, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        if self.recompute == "none" or cache is not None or not (self.training and torch.is_grad_enabled()):
+            return self._computed(x, causal, cache, layer)
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self.attn.dropout > 0}
+        # A kernel that is not run again draws none of its random numbers, and the dropout after it would draw others.
+        if self.recompute == "selective" and not self.attn.dropout:
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)
+        with _uncached_autocast(x.device.type):
+            return checkpoint(self._computed, x, causal, **options)  # type: ignore[no-any-return]
+
+    def _computed(self, x: Tensor, causal: bool, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         x = x + self.attn(self.ln_1(x), causal, cache, layer)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -206,6 +241,23 @@ class ImageGPT(nn.Module):
     def blocks(self) -> list[Block]:
         """The blocks in order, typed."""
         return [block for block in self.h if isinstance(block, Block)]
+
+    def set_recompute(self, how: Recomputing) -> None:
+        """What the blocks keep of a training step for its backward pass; the rest they compute once more there.
+
+        Loss and gradients stay the same, bit for bit. Neither config nor checkpoints hold anything of it.
+
+        Args:
+            how: ``none``: all is kept. ``selective``: a block's input and the output of attention's kernel. With
+                dropout, or where attention is no single kernel, it is ``full``. ``full``: a block's input alone.
+
+        Raises:
+            ValueError: It is none of these.
+        """
+        if how not in get_args(Recomputing):
+            raise ValueError(f"recompute is {how!r}; it must be one of {', '.join(get_args(Recomputing))}")
+        for block in self.blocks():
+            block.recompute = how
 
     def forward(self, tokens: Tensor, *, masked: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits for every pixel.

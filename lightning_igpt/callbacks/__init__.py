@@ -8,6 +8,7 @@ from lightning_igpt.callbacks.finite_guard import FiniteGuard
 from lightning_igpt.callbacks.layer_curve import LayerCurve
 from lightning_igpt.callbacks.online_probe import OnlineProbe
 from lightning_igpt.callbacks.preempt import Preempt
+from lightning_igpt.callbacks.recompute import Recompute
 from lightning_igpt.callbacks.run_record import RunRecord
 from lightning_igpt.callbacks.throughput import Throughput
 
@@ -20,6 +21,7 @@ __all__ = [
     "LayerCurve",
     "OnlineProbe",
     "Preempt",
+    "Recompute",
     "RunRecord",
     "Throughput",
     "captions",

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_igpt.callbacks.throughput import flops_per_image, is_frozen
 from lightning_igpt.model import Block
@@ -70,9 +70,7 @@ class CompileBlocks(Callback):
         self.decision = self._decide(trainer, pl_module)
         log.info("%s", self.decision)
         if self.decision.compile:
-            compiler = _Compiler(self.backend)
-            for block in _blocks(pl_module):
-                block._compiled_call_impl = compiler.wrapped(block)
+            compile_blocks(pl_module, self.backend)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._take_off(pl_module)
@@ -81,11 +79,11 @@ class CompileBlocks(Callback):
         self._take_off(pl_module)
 
     def _take_off(self, pl_module: LightningModule) -> None:
-        for block in _blocks(pl_module):
+        for block in blocks_of(pl_module):
             block._compiled_call_impl = None
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> Decision:
-        if all(is_frozen(block) for block in _blocks(pl_module)):
+        if all(is_frozen(block) for block in blocks_of(pl_module)):
             return Decision(False, "no block of an ImageGPT is trained")
         if self.when != "auto":
             return Decision(self.when, "as told")
@@ -118,12 +116,17 @@ def run_flops(trainer: Trainer, module: Any) -> float | None:
 
     None where the number of steps or of images per step is not known.
     """
-    sizes = (getattr(place, "batch_size", None) for place in (_datamodule(trainer), trainer.train_dataloader))
-    size = next((size for size in sizes if isinstance(size, int)), None)
+    size = images_at_once(trainer)
     steps, flops = trainer.estimated_stepping_batches, flops_per_image(module)
     if size is None or flops is None or not 0 < steps < math.inf:
         return None
     return float(steps) * trainer.accumulate_grad_batches * size * flops
+
+
+def images_at_once(trainer: Trainer) -> int | None:
+    """The batch size of one device, where data module or loader tell it."""
+    sizes = (getattr(place, "batch_size", None) for place in (_datamodule(trainer), trainer.train_dataloader))
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -197,7 +200,15 @@ def _as_it_is(saved: Tensor) -> Tensor:
     return saved
 
 
-def _blocks(module: LightningModule) -> list[Block]:
+def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
+    """Let the blocks of a module run compiled where training calls them; no other call changes."""
+    compiler = _Compiler(backend)
+    for block in blocks_of(module):
+        block._compiled_call_impl = compiler.wrapped(block)
+
+
+def blocks_of(module: nn.Module) -> list[Block]:
+    """The blocks of all networks in a module."""
     return [part for part in module.modules() if isinstance(part, Block)]
 
 

@@ -1,0 +1,148 @@
+"""Keep less of a training step for its backward pass, where the device's memory asks for it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from lightning_igpt.callbacks.compile import CompileBlocks, blocks_of, images_at_once
+from lightning_igpt.callbacks.throughput import is_frozen
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.model import Block, Recomputing
+from lightning_igpt.planning import ACTIVATION_BYTES, largest_batch, training_bytes
+from lightning_igpt.planning.devices import usable_bytes
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+
+
+class RecomputeDecision(NamedTuple):
+    """What is computed again, and why."""
+
+    how: Recomputing
+    reason: str
+
+    def __str__(self) -> str:
+        return f"recompute {self.how} ({self.reason})"
+
+
+class Recompute(Callback):
+    """Activation checkpointing: compute a part of each block once more in the backward pass instead of keeping it.
+
+    Loss and gradients stay the same, bit for bit. It holds for training; checkpoints hold nothing of it, and after the
+    fit the network is as it was. With ``full`` a step computes the forward pass of the blocks twice, a third more in
+    all; ``selective`` keeps what attention's kernel gave, and leaves that out. With dropout it is ``full``.
+
+    Args:
+        when: ``none``, ``selective``, ``full``; or ``auto``: on a CUDA device the first of them whose step fits into
+            its memory, reckoned from network, batch size, precision and strategy, not measured; elsewhere none. What
+            was set on the network by hand stays.
+
+    Raises:
+        ValueError: ``when`` is something else.
+    """
+
+    decision: RecomputeDecision | None = None  # of the last fit
+
+    def __init__(self, when: Literal["auto", "none", "selective", "full"] = "auto") -> None:
+        self._told: RecomputeDecision | None = None
+        self._before: list[tuple[Block, Recomputing]] = []
+        if when != "auto":
+            self.tell(when)
+
+    def tell(self, how: Recomputing, reason: str = "as told") -> None:
+        """Decide for it, from the next fit on.
+
+        Args:
+            how: ``none``, ``selective`` or ``full``.
+            reason: For the log.
+
+        Raises:
+            ValueError: It is none of these.
+        """
+        if how not in get_args(Recomputing):
+            raise ValueError(f"recompute is {how!r}; it must be auto, {', '.join(get_args(Recomputing))}")
+        self._told = RecomputeDecision(how, reason)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_off()
+        self.decision = self._decide(trainer, pl_module)
+        log.info("%s", self.decision)
+        for block in blocks_of(pl_module):
+            self._before.append((block, block.recompute))
+            block.recompute = self.decision.how
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._take_off()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._take_off()
+
+    def _take_off(self) -> None:
+        for block, before in self._before:
+            block.recompute = before
+        self._before = []
+
+    def _decide(self, trainer: Trainer, pl_module: LightningModule) -> RecomputeDecision:
+        blocks = blocks_of(pl_module)
+        config = getattr(pl_module, "config", None)
+        if not isinstance(config, ImageGPTConfig) or all(is_frozen(block) for block in blocks):
+            return RecomputeDecision("none", "no block of an ImageGPT is trained")
+        if self._told is not None:
+            return self._told
+        by_hand = next((block.recompute for block in blocks if block.recompute != "none"), None)
+        if by_hand is not None:
+            return RecomputeDecision(by_hand, "as the network is set")
+        device, batch_size = trainer.strategy.root_device, images_at_once(trainer)
+        if device.type != "cuda":
+            return RecomputeDecision("none", f"memory is not reckoned on {device.type}")
+        if batch_size is None:
+            return RecomputeDecision("none", "how large a batch is, nobody says")
+        precision = str(trainer.precision)
+        return decide(
+            config,
+            batch_size,
+            usable_bytes(torch.cuda.get_device_properties(device).total_memory),
+            precision=precision if precision in ACTIVATION_BYTES else "32-true",  # which takes most
+            devices=trainer.world_size,
+            sharded=not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)),
+            compiled=_is_compiled(trainer),
+        )
+
+
+def decide(config: ImageGPTConfig, batch_size: int, usable: int, **options: Any) -> RecomputeDecision:
+    """The least recomputation that fits; ``full`` where none does.
+
+    Args:
+        config: The network.
+        batch_size: Images that a device computes at once.
+        usable: Bytes of the device's memory that training may take.
+        **options: As ``planning.training_bytes`` takes them.
+    """
+    needed: dict[Recomputing, int] = {}
+    for how in get_args(Recomputing):
+        if how == "selective" and config.dropout:  # which is full then
+            continue
+        needed[how] = sum(training_bytes(config, batch_size, recompute=how, **options).values())
+        if needed[how] <= usable:
+            return RecomputeDecision(how, _reason(needed, usable))
+    most = largest_batch(config, usable, recompute="full", **options)
+    cure = f"a batch_size of {most} would" if most else "not even one image does: spread the state over devices (FSDP)"
+    return RecomputeDecision("full", f"{_reason(needed, usable)}, which does not fit; {cure}")
+
+
+def _reason(needed: dict[Recomputing, int], usable: int) -> str:
+    *others, last = needed
+    text = f"about {needed[last] / GIB:.1f} of {usable / GIB:.1f} GiB"
+    return "; ".join([text, *(f"{how} would take {needed[how] / GIB:.1f}" for how in others)])
+
+
+def _is_compiled(trainer: Trainer) -> bool:
+    """Whether this fit runs compiled, as far as CompileBlocks has decided before this callback."""
+    decisions = [one.decision for one in trainer.callbacks if isinstance(one, CompileBlocks)]  # type: ignore[attr-defined]
+    return any(decision is not None and decision.compile for decision in decisions)

@@ -1,0 +1,242 @@
+"""Activation checkpointing inside the blocks changes what is kept, and nothing else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.microbatch import MemoryMeter
+from lightning_igpt.model import ATTENTION_KERNELS, ImageGPT, KVCache
+from lightning_igpt.objectives import masked_pixel_loss, next_pixel_loss
+from lightning_igpt.planning import ACTIVATION_BYTES
+from tests.networks import SMALL, SMALL_BERT, random_network, random_tokens
+
+HOW = ["selective", "full"]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+class Kernels(TorchDispatchMode):
+    """Counts attention's kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.runs = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.runs += func in ATTENTION_KERNELS
+        return func(*args, **(kwargs or {}))
+
+
+def network(how="none", config=SMALL, frozen=0):
+    made = random_network(config).train()
+    for part in [made.wte, made.wpe, *made.h][: 2 + frozen if frozen else 0]:
+        part.requires_grad_(False)
+    made.set_recompute(how)
+    return made
+
+
+def loss_of(made, dtype=torch.float32, device="cpu", seed=7):
+    tokens = random_tokens(made.config).to(device)
+    torch.manual_seed(seed)
+    masked = tokens % 3 == 0 if made.config.objective == "bert" else None
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = made(tokens, masked=masked)
+    return next_pixel_loss(logits, tokens) if masked is None else masked_pixel_loss(logits, tokens, masked)
+
+
+def step(made, dtype=torch.float32, seed=7):
+    """Loss, gradients, and the random numbers' state after the step."""
+    loss = loss_of(made, dtype, seed=seed)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in made.parameters() if p.grad is not None), torch.get_rng_state()]
+
+
+def same(one, other):
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+CASES = {
+    "autoregressive": (SMALL, 0),
+    "bert": (SMALL_BERT, 0),
+    "dropout": (replace(SMALL, dropout=0.3), 0),
+    "bias": (replace(SMALL, bias=True), 0),
+    "frozen": (SMALL, 1),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_loss_gradients_and_random_numbers_are_the_same_bits(case, dtype, how):
+    config, frozen = CASES[case]
+    want = step(network(config=config, frozen=frozen), dtype)
+    assert same(step(network(how, config, frozen), dtype), want)
+    if case == "dropout":
+        assert not same(step(network(how, config), dtype, seed=8), want)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_two_passes_under_one_autocast(how):
+    """Its cache would serve the second pass, whose operations were then other ones than those in backward."""
+
+    def twice(made, **options):
+        tokens = random_tokens(made.config)
+        with torch.autocast("cpu", torch.bfloat16, **options):
+            loss = made(tokens).float().square().mean() + made(tokens.flip(1)).float().square().mean()
+        loss.backward()
+        step(made, torch.bfloat16)  # adds its gradients
+        return [p.grad for p in made.h.parameters()]
+
+    assert same(twice(network(how)), twice(network(), cache_enabled=False))
+
+
+def bytes_of_blocks(how, dtype, config, batch):
+    """What the blocks alone keep for backward, their output aside, and the most that is alive in both passes."""
+    made = network(how, config)
+    x = torch.randn(batch, config.n_positions, config.n_embd, generator=torch.manual_seed(0)).requires_grad_()
+    with MemoryMeter(held=[x], ignored=made.parameters()) as meter:
+        y = x
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            for block in made.blocks():
+                y = block(y, True)
+        kept = meter.live - y.untyped_storage().nbytes()
+        y.backward(torch.ones_like(y))
+    return kept, meter.peak
+
+
+WIDE = ImageGPTConfig(n_layer=5, n_head=4, n_embd=64, vocab_size=8, image_size=16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_kept_are_the_formulas(dtype):
+    """Alive after forward, and not what saved_tensors_hooks sees: attention's kept output never comes by there."""
+    batch, narrow = 3, 2 if dtype == torch.bfloat16 else 4
+    tokens = batch * WIDE.n_positions
+    block = ACTIVATION_BYTES["bf16-mixed" if narrow == 2 else "32-true"] * WIDE.n_embd * tokens
+    inputs, attention, sums = 4 * WIDE.n_embd, narrow * WIDE.n_embd, 4 * WIDE.n_head
+    kept, peak = {}, {}
+    for how in ("none", *HOW):
+        kept[how], peak[how] = bytes_of_blocks(how, dtype, WIDE, batch)
+    assert kept["full"] == WIDE.n_layer * tokens * inputs
+    assert kept["selective"] == WIDE.n_layer * tokens * (inputs + attention + sums)
+    assert kept["none"] > WIDE.n_layer * block // 2
+    gradients = 4 * (sum(p.numel() for p in network(config=WIDE).h.parameters())) + 3 * 4 * WIDE.n_embd * tokens
+    for how in HOW:  # beside what is kept: one block, all gradients of weights, and of values output, gradient, and sum
+        assert peak[how] <= kept[how] + block + gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_autograd_itself_keeps_are_the_blocks_inputs(dtype):
+    for how in HOW:
+        made, saved = network(how), {}
+
+        def keep(tensor, saved=saved):
+            saved[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        x = torch.randn(2, 16, 32, requires_grad=True)
+        weights = {parameter.untyped_storage()._cdata for parameter in made.parameters()}
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            for block in made.blocks():
+                x = block(x, True)
+        assert [tensor.shape for key, tensor in saved.items() if key not in weights] == 3 * [(2, 16, 32)]
+
+
+@pytest.mark.parametrize(("how", "again"), {"none": 0, "selective": 0, "full": 3}.items())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_how_often_the_kernel_of_attention_runs(how, again, dtype):
+    loss = None
+    with Kernels() as forward:
+        loss = loss_of(network(how), dtype)
+    assert forward.runs == 3
+    with Kernels() as backward:
+        loss.backward()
+    assert backward.runs == again
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_only_training_computes_again(how):
+    made, plain = network(how), network()
+    tokens = random_tokens()
+    with torch.no_grad(), MemoryMeter(ignored=[tokens, *made.parameters()]) as meter:
+        logits = made(tokens)
+    assert meter.live == logits.untyped_storage().nbytes()
+    caches = [KVCache(SMALL, 2) for _ in range(2)]
+    results = [each(tokens[:, :5], cache=cache) for each, cache in zip((made, plain), caches, strict=True)]
+    assert torch.equal(*results) and torch.equal(caches[0].k, caches[1].k)
+    results[0].sum().backward()  # appends nothing a second time
+    assert torch.equal(caches[0].k, caches[1].k)
+    with Kernels() as kernels:
+        loss_of(made.eval()).backward()
+    assert kernels.runs == 3
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_second_derivatives_where_attention_has_them(how):
+    def twice(made):
+        parameters = list(made.parameters())
+        with sdpa_kernel(SDPBackend.MATH):
+            first = torch.autograd.grad(loss_of(made), parameters, create_graph=True)
+            return torch.autograd.grad(sum(part.square().sum() for part in first), parameters)
+
+    want = twice(network().double())
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(twice(network(how).double()), want, strict=True))
+
+
+def test_it_belongs_to_the_run_and_not_to_the_network():
+    made, plain = network("full"), network()
+    assert list(made.state_dict()) == list(plain.state_dict()) and made.config == plain.config
+    other = ImageGPT(made.config)
+    other.load_state_dict(made.state_dict())
+    assert {block.recompute for block in other.h} == {"none"}
+    with pytest.raises(ValueError, match="recompute is 'some'; it must be one of none, selective, full"):
+        made.set_recompute("some")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_under_ddp_and_fully_shard(how, group_of_one):
+    want = step(network(), torch.float32)[:-1]
+    ddp = DistributedDataParallel(network(how), static_graph=True, gradient_as_bucket_view=True)
+    ddp.config = SMALL
+    for _ in range(2):  # a static graph is learnt in the first
+        ddp.zero_grad()
+        assert same(step(ddp)[:-1], want)
+    made = network(how)
+    for part in (*made.h, made):
+        fully_shard(part, mesh=group_of_one)
+    loss, *gradients = step(made)[:-1]
+    assert same([loss, *(gradient.full_tensor() for gradient in gradients)], want)
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+)
+def test_on_a_gpu(backend, how, dropout):
+    """With dropout attention runs again under selective too, so that what is dropped after it stays the same."""
+    config = ImageGPTConfig(n_layer=3, n_head=4, n_embd=256, vocab_size=20, image_size=4, dropout=dropout)
+    found, runs = {}, {}
+    for each in ("none", how):
+        made = network(each, config).cuda()
+        with sdpa_kernel(backend), Kernels() as kernels:
+            loss = loss_of(made, torch.bfloat16, "cuda")
+            before = kernels.runs
+            loss.backward()
+        found[each], runs[each] = [loss.detach(), *(p.grad for p in made.parameters())], kernels.runs - before
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(found["none"], found[how], strict=True))
+    assert runs[how] == (0 if how == "selective" and not dropout else 3)
