@@ -6,11 +6,13 @@ import csv
 import itertools
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import class_from_function, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,8 +23,10 @@ from lightning_igpt.callbacks.disk_check import check_folder
 from lightning_igpt.checkpointing import check_resumable, find_checkpoint, standing
 from lightning_igpt.commands import recipes
 from lightning_igpt.commands.arguments import one_line_errors
+from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.pictures import save_png
-from lightning_igpt.trainer import make_trainer
+from lightning_igpt.strategies import choose_strategy
+from lightning_igpt.trainer import best_precision, make_trainer
 from lightning_igpt.weights.safety import INDEX, check_opens_safely
 
 __all__ = ["IGPTCLI", "callbacks", "data", "modules", "run"]  # importing the classes makes their short names known
@@ -52,6 +56,14 @@ class _Parser(LightningArgumentParser):
             )
         super().error(message, ex)
 
+    def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **options: Any) -> list[str]:
+        """Leave out what make_trainer is told of model and data: on the command line both are known."""
+        if lightning_class is not make_trainer:
+            return super().add_lightning_class_args(lightning_class, nested_key, *args, **options)
+        made, skip = class_from_function(make_trainer), {"module", "data"}
+        options = {"fail_untyped": False, "instantiate": False, "sub_configs": True, "skip": skip}
+        return list(self.add_class_arguments(made, nested_key, **options))
+
 
 class IGPTCLI(LightningCLI):
     """LightningCLI whose recipes may refer to each other's values and whose flags a checkpoint never changes."""
@@ -67,12 +79,24 @@ class IGPTCLI(LightningCLI):
         Here the modules compare themselves with the checkpoint when it is loaded, and say what differs.
         """
 
+    def before_instantiate_classes(self) -> None:
+        """Let a network be made without weights where no process will hold all of them."""
+        options = self.config[self.subcommand]
+        init_args = options["model"].get("init_args", {})
+        if "defer_init" in init_args and not init_args.get("pretrained") and will_shard(options):
+            init_args["defer_init"] = True
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer; only ``fit`` has to be told how long to train."""
+        """The trainer, planned for model and data; only ``fit`` has to be told how long to train."""
         options = self._get(self.config_init, "trainer", default={})
-        if self.subcommand != "fit" and options.get("max_steps", -1) < 1 and options.get("max_epochs") is None:
+        if self.subcommand == "fit":
+            kwargs |= {"module": self.model, "data": self.datamodule}
+        elif options.get("max_steps", -1) < 1 and options.get("max_epochs") is None:
             kwargs["max_epochs"] = 1
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+            raise ValueError(f"trainer: {error}") from error  # what Lightning refuses is the user's business, too
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -159,6 +183,28 @@ class IGPTCLI(LightningCLI):
             raise ValueError(
                 f"{self.subcommand} would run on random weights: {cure}; --random_weights true if that is what you want"
             )
+
+
+def will_shard(options: Any) -> bool:
+    """Whether the strategy of a parsed recipe will spread the network over processes."""
+    trainer, init_args = options["trainer"], options["model"]["init_args"]
+    strategy = trainer.get("strategy") or "auto"
+    if not isinstance(strategy, str):
+        return str(strategy.get("class_path")).endswith(("FullyShardedStrategy", "ModelParallelStrategy"))
+    network = init_args.get("network") or "igpt_s"
+    config = ImageGPTConfig.resolve(network if isinstance(network, str | ImageGPTConfig) else dict(network))
+    if init_args.get("image_size"):
+        config = replace(config, image_size=init_args["image_size"])
+    accelerator, data = trainer.get("accelerator") or "auto", options.get("data") or {}
+    return choose_strategy(
+        strategy,
+        accelerator=accelerator,
+        devices=trainer.get("devices"),
+        num_nodes=trainer.get("num_nodes") or 1,
+        precision=str(trainer.get("precision") or best_precision(accelerator)),
+        config=config,
+        batch_size=data.get("init_args", {}).get("batch_size"),
+    ).sharded
 
 
 def write_predictions(

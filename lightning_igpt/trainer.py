@@ -6,11 +6,12 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_igpt.callbacks import (
@@ -20,12 +21,15 @@ from lightning_igpt.callbacks import (
     FiniteGuard,
     LayerCurve,
     Preempt,
+    Recompute,
     RunRecord,
     Throughput,
 )
 from lightning_igpt.callbacks.throughput import is_frozen
-from lightning_igpt.checkpointing import AtomicCheckpointIO, with_whole_shards
+from lightning_igpt.checkpointing import AtomicCheckpointIO
+from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.decoding import multiplies_bfloat16
+from lightning_igpt.strategies import Chosen, choose_strategy
 
 Plugin: TypeAlias = CheckpointIO | Precision | ClusterEnvironment | LayerSync
 ALWAYS: tuple[type[Callback], ...] = (
@@ -51,6 +55,7 @@ def make_trainer(
     precision: str | int | None = None,
     compile: bool | Literal["auto"] = "auto",
     matmul_precision: Literal["highest", "high", "medium"] | None = None,
+    recompute: Literal["auto", "none", "selective", "full"] = "auto",
     accelerator: str = "auto",
     devices: list[int] | str | int = "auto",
     val_check_interval: int | float | None = None,
@@ -58,11 +63,14 @@ def make_trainer(
     monitor: str | None = None,
     callbacks: list[Callback] | Callback | None = None,
     plugins: Plugin | str | list[Plugin | str] | None = None,
+    strategy: str | Strategy = "auto",
+    module: LightningModule | None = None,
+    data: LightningDataModule | None = None,
     **kwargs: Any,
 ) -> Trainer:
     """A plain Trainer: speed by what the device does well, checkpoints that survive a crash, useful intervals.
 
-    When training starts, one line tells what was chosen for speed.
+    When training starts, it is told which strategy was chosen and why, and what was chosen for speed.
 
     Args:
         max_steps: Optimiser steps of the run. Pretraining counts in steps, as the paper does.
@@ -74,6 +82,9 @@ def make_trainer(
             high for TF32 on GPUs that have it, which is several times faster and keeps 10 bits of 23; medium may use
             bfloat16. Default: high where fit trains a network in float32 on such a GPU, else as torch is set. The
             paper trained in float32.
+        recompute: Activation checkpointing, which saves memory for time: keep no activations of a block but its input
+            (full), or that and the output of attention (selective), and compute the others again in the backward pass.
+            auto does so only where a plan of module and data says that they would not fit otherwise.
         accelerator: ``cpu``, ``gpu``, ... or ``auto``.
         devices: Number or list of devices, or ``auto``.
         val_check_interval: Batches between validations (int), or a fraction of an epoch (float). Default: 10
@@ -86,18 +97,23 @@ def make_trainer(
             progress bar that asks the GPU for the loss at every 20th step only; one of such a class among them
             replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
+        strategy: Default: nothing special on one device, DDP on several, and FSDP2 where the network with its optimiser
+            does not fit on each. ``fsdp2`` asks for the last; ``ddp``, ``fsdp``, ``deepspeed_stage_2`` and so on are
+            Lightning's, with Lightning's settings.
+        module: What will be trained. With it and data, strategy and recompute follow from how much memory the network
+            takes; without, the network is taken to fit on one device. Command line: known already.
+        data: What it will be trained on.
         **kwargs: Anything else that Trainer takes.
 
     Returns:
         The trainer.
 
     Raises:
-        ValueError: Neither max_steps nor max_epochs is given, or compile or matmul_precision is none of its words.
+        ValueError: Neither max_steps nor max_epochs is given, or one of the others is none of its words.
     """
-    if compile not in (True, False, "auto"):
-        raise ValueError(f"compile is {compile!r}; it must be true, false or auto")
-    if matmul_precision not in (None, *PRODUCTS):
-        raise ValueError(f"matmul_precision is {matmul_precision!r}; it must be one of {', '.join(PRODUCTS)}")
+    _check_word("compile", compile, (True, False, "auto"))
+    _check_word("matmul_precision", matmul_precision, (None, *PRODUCTS))
+    _check_word("recompute", recompute, ("auto", "none", "selective", "full"))
     # The command line passes every option of Trainer, those not given as None or Trainer's own default.
     if max_steps < 1 and max_epochs is None and not kwargs.get("fast_dev_run") and not kwargs.get("max_time"):
         raise ValueError("how long to train? Give max_steps (pretraining) or max_epochs (probing, fine-tuning)")
@@ -107,23 +123,43 @@ def make_trainer(
     if by_steps and kwargs.get("check_val_every_n_epoch", 1) == 1:
         kwargs["check_val_every_n_epoch"] = None  # steps, not passes over the data, are the clock
     precision, why = (precision, "as told") if precision else _precision(accelerator)
+    parallel = choose_strategy(
+        strategy or "auto",
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=int(kwargs.get("num_nodes") or 1),
+        precision=str(precision),
+        config=_trained(module),
+        batch_size=getattr(data, "batch_size", None),
+    )
     chosen = _callbacks(callbacks, max_steps if by_steps else None, checkpoint_every, monitor, kwargs)
-    if not any(isinstance(one, CompileBlocks) for one in chosen):
-        chosen.append(CompileBlocks(compile))
+    for wanted in (CompileBlocks(compile), Recompute(recompute)):  # in this order: compiled, blocks keep less
+        chosen += [] if any(isinstance(one, type(wanted)) for one in chosen) else [wanted]
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         chosen += _patient_bar(chosen, kwargs.get("enable_progress_bar", not kwargs.get("barebones")))
-    kwargs["strategy"] = with_whole_shards(kwargs.get("strategy") or "auto", accelerator)
     return Trainer(
         max_steps=max_steps,
         max_epochs=-1 if by_steps else max_epochs,
         precision=precision,  # type: ignore[arg-type]
         accelerator=accelerator,
         devices=devices,
+        strategy=parallel.strategy,
         val_check_interval=val_check_interval,
-        callbacks=[*chosen, _Speed(f"precision {precision} ({why})", matmul_precision)],
+        callbacks=[*chosen, _Speed(parallel, f"precision {precision} ({why})", matmul_precision)],
         plugins=_plugins(plugins),
         **kwargs,
     )
+
+
+def _check_word(name: str, value: Any, words: tuple[Any, ...]) -> None:
+    if value not in words:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, words))}")
+
+
+def _trained(module: Any) -> ImageGPTConfig | None:
+    """The network that takes memory for training; that of a probe takes none."""
+    config = getattr(module, "config", None)
+    return config if isinstance(config, ImageGPTConfig) and not is_frozen(module.network) else None
 
 
 def best_precision(accelerator: str = "auto") -> str:
@@ -153,8 +189,8 @@ class _Speed(Callback):
     TF32 is chosen for networks in training only: a probe's classifiers are fitted to a tolerance below its rounding.
     """
 
-    def __init__(self, precision: str, matmul: str | None) -> None:
-        self.precision, self.matmul = precision, matmul
+    def __init__(self, parallel: Chosen, precision: str, matmul: str | None) -> None:
+        self.parallel, self.precision, self.matmul = parallel.reason, precision, matmul
         self._earlier: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -166,7 +202,9 @@ class _Speed(Callback):
         torch.set_float32_matmul_precision(wanted or self._earlier)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        compiles = [str(one.decision) for one in trainer.callbacks if isinstance(one, CompileBlocks)]  # type: ignore[attr-defined]
+        compiles = [str(one.decision) for one in _of(CompileBlocks, trainer)]
+        again = [str(one.decision) for one in _of(Recompute, trainer)]
+        rank_zero_info(", ".join([f"strategy {type(trainer.strategy).__name__} ({self.parallel})", *again]))
         products = f"float32 products {PRODUCTS[torch.get_float32_matmul_precision()]}"
         rank_zero_info(", ".join([self.precision, *compiles, products]))
 
@@ -177,6 +215,10 @@ class _Speed(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "")
+
+
+def _of(kind: type[Callback], trainer: Trainer) -> list[Any]:
+    return [one for one in trainer.callbacks if isinstance(one, kind)]  # type: ignore[attr-defined]
 
 
 def _has_tf32(device: torch.device) -> bool:

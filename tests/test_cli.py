@@ -248,6 +248,8 @@ class TestErrors:
             ("model.init_args.network", "igpt_z", "there is no preset 'igpt_z'; did you mean"),
             ("data.init_args.batch_size", "0", "batch_size is 0; it must be at least 1"),
             ("data.init_args.source", "nowhere", "no file or folder of that name is here"),
+            ("trainer.precision", "int8", "trainer: Precision 'int8' is invalid"),
+            ("trainer.strategy", "quick", "trainer: You selected an invalid strategy name"),
         ],
     )
     def test_a_users_mistake_is_told_in_one_line(self, flag, value, told, tmp_path):

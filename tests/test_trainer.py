@@ -225,7 +225,9 @@ def test_on_cuda_the_progress_bar_does_not_wait_at_every_step():
     assert making._patient_bar([TQDMProgressBar()], None) == making._patient_bar([], False) == []
 
 
-@pytest.mark.parametrize("options", [{"compile": "yes"}, {"compile": None}, {"matmul_precision": "low"}])
+@pytest.mark.parametrize(
+    "options", [{"compile": "yes"}, {"compile": None}, {"matmul_precision": "low"}, {"recompute": 1}]
+)
 def test_wrong_words_for_speed_are_refused(options):
     (name,) = options
     with pytest.raises(ValueError, match=f"^{name} is {options[name]!r}"):
