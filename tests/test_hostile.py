@@ -18,10 +18,11 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_igpt import cli
 from lightning_igpt.__main__ import main
-from lightning_igpt.checkpointing import AtomicCheckpointIO
+from lightning_igpt.checkpointing import AtomicCheckpointIO, check_resumable, consolidate_checkpoint, find_checkpoint
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import load_pretrained
@@ -176,6 +177,14 @@ class TestShards:
             (bad / ".metadata").write_bytes(pickle.dumps(metadata))
         with pytest.raises(ValueError, match=r"bad\.ckpt/(\.metadata|meta\.pt|__9_0\.distcp) .*could run code"):
             trainer(tmp_path, kind, atomic=atomic).fit(module(kind), loader(), ckpt_path=bad)
+        for opener in (load_pretrained, check_resumable, lambda path: consolidate_checkpoint(path, "one.ckpt")):
+            with pytest.raises(ValueError, match=r"could run code"):
+                opener(bad)
+        with pytest.raises(ValueError, match=r"could run code"):
+            runner = quiet_trainer(tmp_path, plugins=[AtomicCheckpointIO()])
+            runner.fit(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=bad)
+        with pytest.raises(ValueError, match=r"could run code"):
+            AtomicCheckpointIO().load_checkpoint(bad, weights_only=False)
         assert not was_run()
         if not atomic:
             unguarded()
@@ -201,6 +210,34 @@ class TestShards:
         bad = poisoned(run, "extra", tmp_path / "bad.ckpt")
         with pytest.raises(ValueError, match=rf"bad\.ckpt {REFUSED}"):
             trainer(tmp_path, "model", atomic=False).fit(module("model"), loader(), ckpt_path=bad)
+
+    def test_folders_of_deepspeed(self, tmp_path):
+        """Stands in for DeepSpeed's own strategy, which needs a GPU: it opens the folder by plain pickle too."""
+
+        class Engine(SingleDeviceStrategy):
+            restore_checkpoint_after_setup = True
+
+            def load_checkpoint(self, checkpoint_path, weights_only=None):
+                torch.load(checkpoint_path / "checkpoint" / "mp_rank_00_model_states.pt", weights_only=False)
+                raise RuntimeError("opened")
+
+        folder = tmp_path / "x.ckpt"
+        (folder / "checkpoint").mkdir(parents=True)
+        torch.save(Payload(), folder / "checkpoint" / "mp_rank_00_model_states.pt")
+
+        def fit_it(strategy=None):
+            runner = quiet_trainer(tmp_path, strategy=strategy or Engine())
+            runner.fit(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=folder)
+
+        for opener in (fit_it, lambda: check_resumable(folder), lambda: find_checkpoint(tmp_path)):
+            with pytest.raises(ValueError, match=r"x\.ckpt is a checkpoint of DeepSpeed's.*weights_only = False"):
+                opener()
+        assert not was_run()
+        trusted = Engine()
+        trusted.weights_only = False
+        with pytest.raises(RuntimeError, match="opened"):
+            fit_it(trusted)
+        assert was_run()
 
     def test_the_guard_is_put_on_once(self, sharded_runs, tmp_path):
         runner = trainer(tmp_path, "model", atomic=False)

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from lightning_igpt.weights.complete import ASIDE, beside, standing
 from lightning_igpt.weights.intact import check_intact
+from lightning_igpt.weights.shards import is_shards, join_shards
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +31,16 @@ FORGOTTEN = 3600.0  # seconds after which a temporary file of another machine is
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write beside the target, flush to the disk, read back against checksums, then rename; read with the safe loader.
 
-    Temporary files that killed processes left in the folder are removed before the first save there. Addresses with a
-    protocol, such as ``s3://``, are written by Lightning's own means.
+    Folders of shards, which sharded runs save, are loaded too. Temporary files that killed processes left in the folder
+    are removed before the first save there. Addresses with a protocol, such as ``s3://``, are written by Lightning's
+    own means.
 
     Attributes:
         last: The file that was last saved or loaded whole by this process.
     """
 
     last: Path | None = None
+    joins_shards = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +65,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             check_intact(temporary)
-            temporary.replace(target)
+            _replace(temporary, target)
             sync_folder(target.parent)
         except (OSError, RuntimeError, ValueError) as error:  # torch makes a RuntimeError of a write that failed
             raise _explained(error, target, temporary) from error
@@ -74,12 +78,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Load tensors and plain values; a file that holds anything else is refused, wherever it lies.
 
+        Args:
+            path: A file; or a folder of shards, which are joined.
+            map_location: Where to put the tensors of a file; those of a folder come on the CPU.
+            weights_only: False lets a file run code, but never a folder.
+
         Raises:
-            ValueError: The file is damaged.
+            ValueError: It is damaged, or a folder that is not whole.
         """
-        if "://" not in str(path) and Path(path).is_file():
-            check_intact(Path(path))
-            self.last = Path(path)
+        if "://" not in str(path):
+            found = Path(standing(path))
+            if found.is_dir():
+                checkpoint = join_shards(found)
+                self.last = Path(path)
+                return checkpoint
+            if found.is_file():
+                check_intact(found)
+                self.last = Path(path)
         return super().load_checkpoint(path, map_location, weights_only is None or weights_only)
 
     def _prepare(self, folder: Path) -> None:
@@ -87,6 +102,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if folder not in self._cleaned:
             self._cleaned.add(folder)
             remove_stale(folder)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Let a file take its place, be it that of a folder of shards, which no rename can do at one stroke."""
+    if target.is_symlink() or not is_shards(target):
+        temporary.replace(target)
+        return
+    aside = beside(target, ASIDE)
+    if aside.exists():
+        shutil.rmtree(aside)
+    target.rename(aside)
+    temporary.replace(target)
+    shutil.rmtree(aside)
 
 
 def remove_stale(folder: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_igpt.checkpointing.sharded import check_complete, standing
+from lightning_igpt.weights.complete import checkpoints_among, standing
 from lightning_igpt.weights.files import read_torch
 from lightning_igpt.weights.intact import check_intact
 from lightning_igpt.weights.safety import EXTRA
+from lightning_igpt.weights.shards import ShardsFile
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,11 @@ def check_resumable(path: Path, module: LightningModule | None = None) -> None:
     needed = {"loops", "state_dict", "optimizer_states", "lr_schedulers"}
     place = Path(standing(path))
     if place.is_dir():
-        check_complete(place)
-        checkpoint, needed = read_torch(place / EXTRA), {"loops"}  # the rest lies in the shards
+        shards = ShardsFile(place)
+        shards.check_intact()
+        checkpoint = read_torch(place / EXTRA)
+        needed -= {"state_dict"} if shards.names else set()
+        needed -= {"optimizer_states"} if shards.n_optimizers else set()
     else:
         check_intact(path)
         checkpoint = read_torch(path)
@@ -78,18 +82,14 @@ def check_resumable(path: Path, module: LightningModule | None = None) -> None:
 
 
 def _candidates(where: str | Path | Trainer) -> list[Path]:
-    """Files and folders of shards. Names with a dot are unfinished saves, and links may lead nowhere."""
+    """Files and folders of shards."""
     if isinstance(where, Trainer):
         # Not all below the root, which may be a folder of many runs.
         places = [place for folder in _folders(where) for place in folder.rglob("*.ckpt*")]
         places += Path(where.default_root_dir).glob("*.ckpt*")
     else:
         places = list(Path(where).expanduser().rglob("*.ckpt*"))
-    named = [path for path in places if path.suffix == ".ckpt" and not path.name.startswith(".")]
-    # Where a kill came between two renames, the folder of shards has another name for the moment.
-    hidden = [path for path in places if path.name.startswith(".") and ".ckpt.shards." in path.name]
-    named += [path.with_name(path.name[1:].split(".shards.")[0]) for path in hidden]
-    return [path for path in dict.fromkeys(named) if Path(standing(path)).exists()]
+    return checkpoints_among(places)
 
 
 def _folders(trainer: Trainer) -> list[Path]:

@@ -9,28 +9,28 @@ is removed. At every moment one of the three is whole, and loading finds it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.strategies.model_parallel import _load_checkpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_igpt.checkpointing.atomic import sync_folder
-from lightning_igpt.weights.files import read_json
+from lightning_igpt.checkpointing.atomic import AtomicCheckpointIO, sync_folder
+from lightning_igpt.checkpointing.spread import read_whole, spread_flat, spread_fully_sharded
+from lightning_igpt.weights.complete import ASIDE, MARK, TEMPORARY, beside, sha256_of, standing
 from lightning_igpt.weights.safety import EXTRA, INDEX, check_opens_safely, check_shards
+from lightning_igpt.weights.shards import ShardsFile, is_shards
 
 log = logging.getLogger(__name__)
-
-MARK = "COMPLETE.json"
-TEMPORARY, ASIDE = ".shards.tmp", ".shards.old"
 
 
 class WholeShards(ParallelStrategy):
@@ -50,12 +50,16 @@ class WholeShards(ParallelStrategy):
             ValueError: What was written cannot be read again, for instance because a callback's state is an object.
         """
         if not saves_folders(self):
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            place = Path(self.broadcast(filepath))
+            if is_shards(place) and isinstance(self.checkpoint_io, AtomicCheckpointIO):
+                Strategy.save_checkpoint(self, checkpoint, place, storage_options)  # FSDP's removes the folder first
+            else:
+                super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         from torch.distributed.checkpoint.api import CheckpointException  # some builds of torch have none
 
         target = Path(self.broadcast(filepath))
-        temporary = _beside(target, TEMPORARY)
+        temporary = beside(target, TEMPORARY)
         self._on_first_process(partial(_make_room, target))
         problem: BaseException | None = None
         try:
@@ -77,13 +81,71 @@ class WholeShards(ParallelStrategy):
         Raises:
             ValueError: It is not whole, is damaged, or could run code.
         """
-        path = standing(self.broadcast(checkpoint_path))
-        if weights_only is not False:
-            check_opens_safely(path)
-            weights_only = True
-            if Path(path).is_dir():
-                check_complete(path)
-        return super().load_checkpoint(path, weights_only=weights_only)
+        path = Path(standing(self.broadcast(checkpoint_path)))
+        trusted = weights_only is False
+        if path.is_dir() and trusted:
+            checkpoint = super().load_checkpoint(path, weights_only=False)
+        elif path.is_dir():
+            checkpoint = self._load_shards(path, self._checked(path).key)
+        else:
+            if not trusted:
+                check_opens_safely(path)
+            checkpoint = read_whole(path, len(self._trained), trusted)
+            self._spread(checkpoint)
+        if self._trained:
+            # Lightning would not show the module's hooks what shards say of learning rates and the like.
+            checkpoint["optimizer_states"] = [
+                {"state": {}, "param_groups": [_settings(group) for group in optimizer.param_groups]}
+                for optimizer in self._trained
+            ]
+        return checkpoint
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """True: load_optimizer_state_dict takes the settings, which the module may have changed."""
+        return True
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take the settings of the optimisers; load_checkpoint has loaded their moments already."""
+        for optimizer, state in zip(self._trained, checkpoint["optimizer_states"], strict=True):
+            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                group.update(_settings(saved))
+
+    @property
+    def _trained(self) -> list[torch.optim.Optimizer]:
+        module = self.lightning_module
+        fitting = module is not None and module.trainer.state.fn == TrainerFn.FITTING
+        return list(self.optimizers) if fitting else []
+
+    def _target(self) -> tuple[Any, list[torch.optim.Optimizer], bool]:
+        """What a checkpoint is loaded into: module and optimisers; and whether its names must be the module's."""
+        module: Any = self.lightning_module
+        return self.model, self._trained, module.strict_loading
+
+    def _checked(self, folder: Path) -> ShardsFile:
+        """The shards, once each process has compared its share of them with its checksums."""
+        problem: Exception | None = None
+        try:
+            shards, wanted = ShardsFile(folder), len(self._trained)
+            if wanted not in (0, shards.n_optimizers):
+                raise ValueError(
+                    f"{folder} holds the states of {shards.n_optimizers} optimisers, but the run has {wanted}; start a "
+                    "new run from its weights with pretrained="
+                )
+            shards.check_intact(self.global_rank, self.world_size)
+        except Exception as error:  # whatever it is, the other processes must hear of it
+            problem = error
+        if not self.reduce_boolean_decision(problem is None):
+            raise problem or ValueError(f"{folder} cannot be loaded, as another process found")
+        return shards
+
+    def _load_shards(self, folder: Path, key: str) -> dict[str, Any]:
+        """Load weights and optimisers from a folder that calls the module's part ``key``; return what else it holds."""
+        return super().load_checkpoint(folder, weights_only=True)
+
+    def _spread(self, checkpoint: dict[str, Any]) -> None:
+        """Load weights and optimisers from the checkpoint of a file."""
+        raise NotImplementedError
 
     def _on_first_process(self, work: Callable[[], None]) -> None:
         """Let the first process work while the others wait; an error there is an error everywhere."""
@@ -99,11 +161,36 @@ class WholeShards(ParallelStrategy):
 
 
 class AtomicFSDPStrategy(WholeShards, FSDPStrategy):
-    """Lightning's FSDPStrategy, whose checkpoints with ``state_dict_type="sharded"`` are whole or absent."""
+    """Lightning's FSDPStrategy, whose checkpoints with ``state_dict_type="sharded"`` are whole or absent.
+
+    It loads files of every strategy of Lightning's but DeepSpeed's, and folders of its own kind.
+    """
+
+    def _load_shards(self, folder: Path, key: str) -> dict[str, Any]:
+        if key != "model":
+            raise ValueError(
+                f"{folder} was not saved by FSDPStrategy, which cannot load it; make one file of it first: "
+                f"lightning-igpt convert {folder} FILE.ckpt --to lightning"
+            )
+        return super()._load_shards(folder, key)
+
+    def _spread(self, checkpoint: dict[str, Any]) -> None:
+        spread_flat(*self._target(), checkpoint, self.world_size)
 
 
 class AtomicModelParallelStrategy(WholeShards, ModelParallelStrategy):
-    """Lightning's ModelParallelStrategy, whose checkpoints are whole or absent."""
+    """Lightning's ModelParallelStrategy, whose checkpoints are whole or absent.
+
+    It loads the folders and files of every strategy of Lightning's but DeepSpeed's, whatever the number of processes.
+    """
+
+    def _load_shards(self, folder: Path, key: str) -> dict[str, Any]:
+        optimizers = {f"optimizer_{number}": optimizer for number, optimizer in enumerate(self._trained)}
+        module, _, strict = self._target()
+        return _load_checkpoint(folder, {key: module, **optimizers}, strict=strict, weights_only=True)
+
+    def _spread(self, checkpoint: dict[str, Any]) -> None:
+        spread_fully_sharded(*self._target(), checkpoint)
 
 
 OURS: dict[type[Strategy], type[WholeShards]] = {
@@ -136,48 +223,14 @@ def with_whole_shards(strategy: str | Strategy, accelerator: Any = "auto") -> st
     return strategy
 
 
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
 def saves_folders(strategy: Strategy) -> bool:
     """Whether a strategy was told to save sharded checkpoints."""
     asked = getattr(strategy, "_state_dict_type", None), getattr(strategy, "_save_distributed_checkpoint", None)
     return asked[0] == "sharded" or asked[1] is True
-
-
-def is_complete(folder: str | Path) -> bool:
-    """Whether a folder is a whole sharded checkpoint; see check_complete."""
-    try:
-        check_complete(folder)
-    except (ValueError, OSError):
-        return False
-    return True
-
-
-def check_complete(folder: str | Path) -> None:
-    """Raise unless a folder is a whole sharded checkpoint.
-
-    Every file that its mark names must be there with its size, and the small ones with their hash. A folder without
-    a mark was written by Lightning's own strategy: it is accepted, with a warning, where its list of tensors and its
-    other state open and no shard is missing or short. That cannot tell a whole one from one in which a kill mixed two
-    steps.
-
-    Raises:
-        ValueError: Something is missing or differs; the message names it.
-        OSError: Something cannot be read.
-    """
-    folder = Path(folder)
-    if (folder / MARK).is_file():
-        _check_mark(folder)
-        return
-    check_opens_safely(folder)
-    log.warning("%s has no %s: nothing tells whether a save over an older checkpoint came to its end", folder, MARK)
-
-
-def standing(path: str | Path) -> str | Path:
-    """Where the checkpoint ``path`` lies: there, or beside it where a kill came between two renames."""
-    target = Path(path)
-    temporary, aside = _beside(target, TEMPORARY), _beside(target, ASIDE)
-    if os.path.lexists(target):
-        return path
-    return temporary if _is_marked(temporary) else aside if aside.exists() else path
 
 
 def finish_swaps(folder: str | Path) -> None:
@@ -193,17 +246,13 @@ def finish_swaps(folder: str | Path) -> None:
             _finish_swap(path.with_name(path.name[1 : -len(suffix)]))
 
 
-def _beside(target: Path, suffix: str) -> Path:
-    return target.with_name(f".{target.name}{suffix}")
-
-
 def _make_room(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     _finish_swap(target)
 
 
 def _finish_swap(target: Path) -> None:
-    temporary, aside = _beside(target, TEMPORARY), _beside(target, ASIDE)
+    temporary, aside = beside(target, TEMPORARY), beside(target, ASIDE)
     found = standing(target)
     if found != target:
         Path(found).rename(target)
@@ -221,7 +270,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     except OSError:
         _remove(temporary)
         raise
-    aside = _beside(target, ASIDE)
+    aside = beside(target, ASIDE)
     if os.path.lexists(target):
         target.rename(aside)
     temporary.rename(target)
@@ -234,39 +283,13 @@ def _mark(folder: Path) -> None:
     names = sorted({INDEX, EXTRA} | {entry.file for entry in check_shards(folder)})
     content = {
         "files": {name: (folder / name).stat().st_size for name in names},
-        "sha256": {name: _sha256(folder / name) for name in (INDEX, EXTRA)},
+        "sha256": {name: sha256_of(folder / name) for name in (INDEX, EXTRA)},
     }
     (folder / MARK).write_text(json.dumps(content, indent=1), encoding="utf-8")
     for name in (*names, MARK):
         with (folder / name).open("rb+") as file:
             os.fsync(file.fileno())
     sync_folder(folder)
-
-
-def _check_mark(folder: Path) -> None:
-    mark = read_json(folder / MARK)
-    files, sums = mark.get("files"), mark.get("sha256")
-    if not isinstance(files, dict) or not isinstance(sums, dict) or not {INDEX, EXTRA} <= files.keys() & sums.keys():
-        raise ValueError(f"{folder / MARK} does not say which files belong to the checkpoint")
-    for name, size in files.items():
-        if Path(name).name != name:
-            raise ValueError(f"{folder / MARK} leads out of its folder: {name!r}")
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is no whole sharded checkpoint: it holds no {name}")
-        found = (folder / name).stat().st_size
-        if found != size:
-            raise ValueError(f"{folder / name} has {found} bytes, but {size} were written")
-    for name in (INDEX, EXTRA):
-        if _sha256(folder / name) != sums[name]:
-            raise ValueError(f"{folder / name} is damaged: its SHA-256 is not the one in {MARK}")
-
-
-def _is_marked(folder: Path) -> bool:
-    return (folder / MARK).is_file() and is_complete(folder)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _remove(path: Path) -> None:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from lightning_igpt.checkpointing import consolidate_checkpoint, standing
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.planning import parameter_count
 from lightning_igpt.weights import Pretrained, load_pretrained, native, openai, save_pretrained
 from lightning_igpt.weights.check import check_logits, compare_with_transformers
+from lightning_igpt.weights.shards import is_shards
 
 TOLERANCE = 1e-4  # of the largest logit; float32 in another order of operations stays far below
-SUFFIXES = {"openai-npz": ".npz", "safetensors": ".safetensors"}
+SUFFIXES = {"openai-npz": ".npz", "safetensors": ".safetensors", "lightning": ".ckpt"}
 
 
 def convert(
     source: str,
     out: str,
-    to: Literal["hf", "openai-npz", "safetensors"] = "hf",
+    to: Literal["hf", "openai-npz", "safetensors", "lightning"] = "hf",
     check: bool = False,
     image_size: int | None = None,
     title: str | None = None,
@@ -28,12 +30,14 @@ def convert(
     """Write weights in another format, read them back, and show what was read and written.
 
     Args:
-        source: A .ckpt file or run folder, a Hugging Face folder or hub id (owner/name or owner/name@revision), an
-            OpenAI checkpoint, or an .npz or .safetensors file that this command wrote.
+        source: A .ckpt file, or the folder that a sharded run saves in its place; a run folder, a Hugging Face folder
+            or hub id (owner/name or owner/name@revision), an OpenAI checkpoint, or an .npz or .safetensors file that
+            this command wrote.
         out: Where to: a folder for hf, else a file.
         to: hf is the layout of transformers' ImageGPT, with palette and model card; the classifier of a fine-tuned
             network becomes an ImageGPTForImageClassification. openai-npz is one file of OpenAI's variables for NumPy,
-            with the palette. safetensors is one file under this package's own names, config in its header.
+            with the palette. safetensors is one file under this package's own names, config in its header. lightning
+            makes one .ckpt file, from which the run can go on, of a folder that a sharded run saved.
         check: Compare with transformers on random tokens and print the largest difference.
         image_size: Side of the images of the written network; positions are interpolated where it is another.
         title: Heading of the model card (hf).
@@ -41,7 +45,10 @@ def convert(
         license: SPDX identifier of the weights' licence, for the model card.
     """
     out = str(Path(out).expanduser())
+    card = {"title": title, "data": data, "license": license}
     _check_out(out, to)
+    if to == "lightning":
+        _check_whole(source, {"image_size": image_size, **card})
     loaded = load_pretrained(source, image_size=image_size)
     logits = check_logits(loaded.network)
     _row("read", loaded.origin)
@@ -49,7 +56,11 @@ def convert(
     _row("check logits", " ".join(f"{value:.5f}" for value in logits[-1, :4].tolist()) + f" ... of pixel {len(logits)}")
     if check:
         _compare(loaded)
-    _write(loaded, Path(out), to, {"title": title, "data": data, "license": license})
+    if to == "lightning":
+        consolidate_checkpoint(source, out)
+        _row("wrote", f"{out} ({to})")
+    else:
+        _write(loaded, Path(out), to, card)
     head = loaded.head if to != "openai-npz" else None
     del loaded  # before it comes back from the disk; of large networks there is room for one
     again = load_pretrained(out)
@@ -100,6 +111,15 @@ def _compare(loaded: Pretrained) -> None:
     )
     if not found.difference <= TOLERANCE * max(1.0, found.largest):
         raise ValueError(f"transformers computes other logits: the largest difference is {found.difference:.3g}")
+
+
+def _check_whole(source: str, changes: dict[str, Any]) -> None:
+    """Raise where a checkpoint is not one to be joined, or would have to be changed."""
+    if not is_shards(standing(Path(source).expanduser())):
+        raise ValueError(f"--to lightning makes one file of a folder that a sharded run saved, but {source} is no such")
+    asked = [name for name, value in changes.items() if value is not None]
+    if asked:
+        raise ValueError(f"--to lightning changes nothing in a checkpoint; leave out --{asked[0]}")
 
 
 def _check_out(out: str, to: str) -> None:

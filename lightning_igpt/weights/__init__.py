@@ -17,8 +17,10 @@ from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import checkpoint, huggingface, native, openai
 from lightning_igpt.weights.card import ModelCard, render
+from lightning_igpt.weights.complete import standing
 from lightning_igpt.weights.files import check_head
 from lightning_igpt.weights.positions import adapt_network
+from lightning_igpt.weights.shards import is_shards
 
 __all__ = ["ModelCard", "Pretrained", "load_pretrained", "push_to_hub", "save_pretrained"]
 
@@ -82,11 +84,12 @@ def load_pretrained(source: str | Path, *, image_size: int | None = None) -> Pre
     What is loaded is compared with the checksums of its file, which all have that this package writes.
 
     Args:
-        source: A ``.ckpt`` file of this package's modules (where Lightning's WeightAveraging wrote it, the averaged
-            weights are taken); a run folder that holds such files (the best is taken); a folder in the layout of
-            transformers' ImageGPT, or a hub id of one, ``owner/name`` or ``owner/name@revision``; the prefix of an
-            OpenAI TensorFlow checkpoint (its palette is ``openai``); an ``.npz`` or ``.safetensors`` file that
-            ``lightning-igpt convert`` wrote. ``origin`` of the result says what was taken.
+        source: A ``.ckpt`` file of this package's modules, or the folder that a sharded run saves in its place (where
+            Lightning's WeightAveraging wrote it, the averaged weights are taken); a run folder that holds such (the
+            best is taken); a folder in the layout of transformers' ImageGPT, or a hub id of one, ``owner/name`` or
+            ``owner/name@revision``; the prefix of an OpenAI TensorFlow checkpoint (its palette is ``openai``); an
+            ``.npz`` or ``.safetensors`` file that ``lightning-igpt convert`` wrote. ``origin`` of the result says what
+            was taken.
         image_size: Side of the images that the network shall read. Where it is not the network's own, the table of
             positions is interpolated in two dimensions.
 
@@ -205,6 +208,7 @@ def push_to_hub(
 
 def _load(source: str | Path) -> Pretrained:
     text, path = str(source), Path(source).expanduser()
+    place = Path(standing(path))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         raise ValueError(f"{text}: weights are not fetched from addresses; download the file and name its path")
     if openai.is_checkpoint(str(path)):
@@ -212,7 +216,9 @@ def _load(source: str | Path) -> Pretrained:
         return Pretrained(network, Palette.load("openai"), f"OpenAI checkpoint {text}", path=path)
     if path.is_file():
         return _load_file(path)
-    if path.is_dir():
+    if is_shards(place):
+        return _from_checkpoint(path, "")
+    if place.is_dir():
         return _load_folder(path)
     hub = HUB_ID.fullmatch(text)
     if hub and path.suffix not in (*FILES, ".pt", ".bin"):
@@ -236,8 +242,6 @@ def _load_file(path: Path) -> Pretrained:
 def _load_folder(folder: Path) -> Pretrained:
     if (folder / huggingface.CONFIG).exists():
         return replace(_from_folder(folder, f"Hugging Face folder {folder}"), path=folder)
-    if (folder / ".metadata").exists():
-        checkpoint.read_checkpoint(folder)  # a sharded checkpoint, which it refuses
     return _from_checkpoint(*checkpoint.best_checkpoint(folder))
 
 

@@ -13,9 +13,12 @@ from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights.card import ModelCard
-from lightning_igpt.weights.files import TorchFile, check_head, read_torch
+from lightning_igpt.weights.complete import check_complete, checkpoints_among, standing
+from lightning_igpt.weights.files import TensorFile, TorchFile, check_head, read_torch
 from lightning_igpt.weights.intact import tensor_sums
 from lightning_igpt.weights.native import COLORS, HEAD, check_palette, read_network
+from lightning_igpt.weights.safety import EXTRA, check_shards
+from lightning_igpt.weights.shards import ShardsFile
 
 log = logging.getLogger(__name__)
 
@@ -38,16 +41,19 @@ class Content(NamedTuple):
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Open a checkpoint with torch's safe loader: tensors and plain values only, no code runs.
 
+    Args:
+        path: A file; or a folder of shards, of which all comes but the weights and the optimisers' states.
+
     Raises:
-        ValueError: The file is damaged, holds Python objects, or was not written by this package.
+        ValueError: It is damaged or not whole, holds Python objects, or was not written by this package.
     """
     if path.is_dir():
-        raise ValueError(
-            f"{path} is a sharded checkpoint; join its parts first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
-        )
-    tensor_sums(path)  # what tells one checkpoint from another is compared with its checksum, tensors are not yet
-    checkpoint = read_torch(path)
+        check_shards(path)
+        check_complete(path)
+        checkpoint = read_torch(path / EXTRA)
+    else:
+        tensor_sums(path)  # what tells one checkpoint from another is compared with its checksum, tensors are not yet
+        checkpoint = read_torch(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(STAMP), dict):
         raise ValueError(f"{path} was not written by a lightning_igpt module (its state holds no {STAMP!r} entry)")
     return checkpoint
@@ -56,18 +62,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def load_checkpoint(path: Path) -> Content:
     """What a PretrainModule, ProbeModule or FineTuneModule saved.
 
+    Args:
+        path: A file, or a folder of shards, of which nothing is read but these tensors.
+
     Raises:
         ValueError: As for read_checkpoint, or parameters are missing.
     """
+    path = Path(standing(path))
     checkpoint, where = read_checkpoint(path), str(path)
     try:
-        state, config = checkpoint["state_dict"], ImageGPTConfig.resolve(checkpoint[STAMP]["network"])
-        colors, sha256 = state[COLORS], checkpoint[STAMP]["palette_sha256"]
+        config, sha256 = ImageGPTConfig.resolve(checkpoint[STAMP]["network"]), checkpoint[STAMP]["palette_sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where} is damaged: it lacks or garbles {error}") from error
-    palette = check_palette(colors, config, sha256, where)
     # Lightning's WeightAveraging puts the average into state_dict and the raw weights elsewhere.
-    file = TorchFile(path, lambda content: content["state_dict"])
+    file: TensorFile = ShardsFile(path) if path.is_dir() else TorchFile(path, _state_dict)
+    if COLORS not in file.names:
+        raise ValueError(f"{where} is damaged: it lacks {COLORS}")
+    palette = check_palette(file.read([COLORS])[COLORS], config, sha256, where)
     network = read_network(config, file, where, prefix=PREFIX)
     head = check_head(file.read([HEAD])[HEAD], config.n_embd, where) if HEAD in file.names else None
     names = None if head is None else _class_names(checkpoint, len(head))
@@ -85,7 +96,7 @@ def best_checkpoint(folder: Path) -> tuple[Path, str]:
         FileNotFoundError: The folder holds no checkpoint.
         ValueError: None of them can be read.
     """
-    found = sorted((path for path in folder.rglob("*.ckpt") if path.exists()), key=lambda path: -path.stat().st_mtime)
+    found = sorted(checkpoints_among(folder.rglob("*.ckpt*")), key=lambda path: -Path(standing(path)).stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"{folder} holds neither config.json (Hugging Face layout) nor a .ckpt file (a run)")
     newest, checkpoint = _first_readable(found)
@@ -104,11 +115,15 @@ def best_checkpoint(folder: Path) -> tuple[Path, str]:
     return newest, f"the newest in {folder}"
 
 
+def _state_dict(checkpoint: Any) -> Any:
+    return _mapping(checkpoint).get("state_dict")
+
+
 def _first_readable(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
     errors = []
     for path in paths:
         try:
-            return path, read_checkpoint(path)
+            return path, read_checkpoint(Path(standing(path)))
         except (ValueError, OSError) as error:
             errors.append(error)
             log.warning("%s is passed over: %s", path, error)
@@ -134,7 +149,7 @@ def _validations(paths: list[Path], metric: str) -> dict[Path, float]:
     steps, measured = {}, {}
     for path in paths:
         try:
-            stamp = read_checkpoint(path)[STAMP]
+            stamp = read_checkpoint(Path(standing(path)))[STAMP]
         except (ValueError, OSError) as error:
             log.warning("%s is passed over: %s", path, error)
             continue

@@ -6,6 +6,7 @@ Not here: safetensors files, which hold none of their own (``sealed.py``).
 
 from __future__ import annotations
 
+import io
 import sys
 import zipfile
 import zlib
@@ -17,6 +18,7 @@ from torch import Tensor
 
 CURE = "copy or download it again"
 _CHUNK = 1 << 20
+ZIP = b"PK\x03\x04"  # how an archive begins
 
 
 def check_intact(path: Path) -> None:
@@ -30,6 +32,25 @@ def check_intact(path: Path) -> None:
     """
     if _is_zip(path):
         _compare_entries(path, lambda name: True)
+
+
+def check_archive(content: bytes, where: str) -> None:
+    """Raise where a zip archive in memory, as ``torch.save`` writes it, is not whole.
+
+    Raises:
+        ValueError: It is truncated, an entry differs from its checksum, or it could unfold into more than it has.
+    """
+    if not content.startswith(ZIP):
+        return
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.infolist()
+            _check_sizes(entries, len(content))
+            broken = archive.testzip() if _has_sums(entries) else None
+    except Exception as error:  # zipfile has many errors for damage
+        raise ValueError(f"{where} is damaged or incomplete ({error}); {CURE}") from error
+    if broken is not None:
+        raise ValueError(f"{where} is damaged: it differs from its checksum; {CURE}")
 
 
 def tensor_sums(path: Path) -> frozenset[tuple[int, int]] | None:
@@ -80,10 +101,14 @@ def check_stored(entries: Iterable[zipfile.ZipInfo], path: Path) -> None:
     Raises:
         ValueError: An entry is compressed, which torch would also map as it lies there, or entries overlap.
     """
+    _check_sizes(entries, path.stat().st_size)
+
+
+def _check_sizes(entries: Iterable[zipfile.ZipInfo], size: int) -> None:
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{entry.filename} in it is compressed; torch.save and numpy.savez compress nothing")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+    if sum(entry.file_size for entry in entries) > size:
         raise ValueError("its entries overlap")
 
 
@@ -108,7 +133,7 @@ def _compare_entries(path: Path, wanted: Callable[[str], bool]) -> tuple[list[zi
 
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+        return file.read(4) == ZIP
 
 
 def _holds_tensor(name: str) -> bool:

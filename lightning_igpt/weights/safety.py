@@ -8,28 +8,24 @@ a whole file under FSDPStrategy, and of the folders that FSDPStrategy and ModelP
 from __future__ import annotations
 
 import io
-import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
 from lightning_igpt.weights.files import read_torch
+from lightning_igpt.weights.index import INDEX as INDEX
+from lightning_igpt.weights.index import Entry, read_index
 
-INDEX, EXTRA = ".metadata", "meta.pt"  # of a sharded checkpoint: torch's list of tensors; Lightning's other state
+EXTRA = "meta.pt"  # of a sharded checkpoint: Lightning's state but for weights and optimisers
 ADDRESS = re.compile(r"(^|::)(https?|ftps?|sftp):/", re.IGNORECASE)  # fsspec chains file systems with ::
 
-
-class Entry(NamedTuple):
-    """Where a value of a sharded checkpoint lies."""
-
-    name: str
-    file: str
-    offset: int
-    length: int
-    is_tensor: bool
+DEEPSPEED = (
+    "is a checkpoint of DeepSpeed's, which opens its files by plain pickle: they could run code. If you trust who made "
+    "it: to go on with the run under DeepSpeed, say so in Python by strategy.weights_only = False, on the strategy "
+    "that the Trainer is given; for the weights alone, make one file of it by lightning.pytorch.utilities.deepspeed."
+    "convert_zero_checkpoint_to_fp32_state_dict(folder, file), and name that file in pretrained="
+)
 
 
 def check_opens_safely(path: str | Path) -> None:
@@ -66,11 +62,12 @@ def check_shards(folder: Path) -> list[Entry]:
         ValueError: As check_opens_safely.
     """
     absent = [name for name in (INDEX, EXTRA) if not (folder / name).is_file()]
+    if absent and is_deepspeed(folder):
+        raise ValueError(f"{folder} {DEEPSPEED}")
     if absent:
         raise ValueError(
             f"{folder} is no whole sharded checkpoint: it holds no {' and no '.join(absent)}. Name a checkpoint that "
-            "FSDPStrategy or ModelParallelStrategy wrote to its end; folders of other kinds, such as DeepSpeed's, are "
-            "opened by plain pickle and therefore not at all"
+            "FSDPStrategy or ModelParallelStrategy wrote to its end"
         )
     others = sorted(path.name for path in folder.glob(f"*{INDEX}") if path.name != INDEX)
     if others:  # torch's reader falls back to these
@@ -85,24 +82,10 @@ def check_shards(folder: Path) -> list[Entry]:
     return found
 
 
-def read_index(folder: Path) -> list[Entry]:
-    """The values of a sharded checkpoint, from its file ``.metadata``, read without running code.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, names what torch does not write there, or leads out of its folder.
-    """
-    path = folder / INDEX
-    with path.open("rb") as file:
-        try:
-            index = _IndexReader(file).load()
-            entries = list(_entries(index))
-        except Exception as error:  # damage ends in any kind of error
-            raise ValueError(f"{path} is damaged, or could run code: {error}") from error
-    for entry in entries:
-        if Path(entry.file).name != entry.file or "\\" in entry.file:
-            raise ValueError(f"{path} leads out of its folder: {entry.file!r}")
-    return entries
+def is_deepspeed(folder: Path) -> bool:
+    """Whether a folder looks like one that DeepSpeed's engine saved, or like the one of a step within it."""
+    marks = ("zero_to_fp32.py", "*_model_states.pt", "*_optim_states.pt", "*/*_model_states.pt", "*/*_optim_states.pt")
+    return any(next(folder.glob(mark), None) is not None for mark in marks)
 
 
 def _check_file(path: Path) -> None:
@@ -142,161 +125,3 @@ def _check_shard(path: Path, entries: list[Entry]) -> None:
                     f"{path} cannot be opened with weights_only=True: {entry.name} in it holds Python objects, which "
                     "could run code, or is damaged"
                 ) from error
-
-
-class _Closed(type):
-    """A class that pickle may call; but it may not set anything on the class itself."""
-
-    def __getattribute__(cls, name: str) -> Any:
-        if name == "__setstate__":  # asked for first where pickle is about to change something
-            raise pickle.UnpicklingError(f"it changes {cls.__name__}")
-        return super().__getattribute__(name)
-
-
-class _Record(metaclass=_Closed):
-    """In the place of a dataclass of torch's: its fields, and nothing that acts."""
-
-    __slots__ = ("fields",)
-    fields: dict[str, Any]
-
-    def __new__(cls) -> _Record:
-        record = super().__new__(cls)
-        record.fields = {}
-        return record
-
-    def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, dict) or not all(isinstance(key, str) and key[:1] != "_" for key in state):
-            raise pickle.UnpicklingError(f"the state of a {type(self).__name__} is {type(state).__name__}")
-        self.fields = self.fields | state
-
-
-class _Metadata(_Record): ...
-
-
-class _Tensor(_Record): ...
-
-
-class _Bytes(_Record): ...
-
-
-class _Chunk(_Record): ...
-
-
-class _Index(_Record): ...
-
-
-class _Place(_Record): ...
-
-
-class _Origin(_Record): ...
-
-
-class _Properties(_Record):
-    def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, tuple) or len(state) != 5:
-            raise pickle.UnpicklingError("the properties of a tensor are not five")
-
-
-class _Size(metaclass=_Closed):
-    def __new__(cls, values: Any = ()) -> Any:
-        return torch.Size([_whole(value) for value in values])
-
-
-class _Word(metaclass=_Closed):
-    """In the place of what is made of words or numbers: paths, layouts, formats of memory. Equal to nothing else."""
-
-    __slots__ = ()
-
-    def __new__(cls, *words: Any) -> Any:
-        if not all(type(word) in (str, int) for word in words):
-            raise pickle.UnpicklingError("a path, layout or memory format is made of no plain values")
-        return super().__new__(cls)
-
-
-class _Format(_Word):
-    __slots__ = ()
-
-
-class _Attribute(metaclass=_Closed):
-    """In the place of ``getattr``, by which Python 3.11.0 to 3.11.3 write a member of an Enum."""
-
-    def __new__(cls, owner: Any, name: Any) -> Any:
-        if owner is not _Format or type(name) is not str or name[:1] == "_":
-            raise pickle.UnpicklingError("it asks for an attribute of something")
-        return _Format(name)
-
-
-_TORCH = "torch.distributed.checkpoint"
-_NAMES: dict[tuple[str, str], type] = {
-    (f"{_TORCH}.metadata", "Metadata"): _Metadata,
-    (f"{_TORCH}.metadata", "TensorStorageMetadata"): _Tensor,
-    (f"{_TORCH}.metadata", "BytesStorageMetadata"): _Bytes,
-    (f"{_TORCH}.metadata", "ChunkStorageMetadata"): _Chunk,
-    (f"{_TORCH}.metadata", "TensorProperties"): _Properties,
-    (f"{_TORCH}.metadata", "MetadataIndex"): _Index,
-    (f"{_TORCH}.metadata", "StorageMeta"): _Origin,
-    (f"{_TORCH}.metadata", "_MEM_FORMAT_ENCODING"): _Format,
-    (f"{_TORCH}.filesystem", "_StorageInfo"): _Place,
-    ("torch", "Size"): _Size,
-    ("torch.serialization", "_get_layout"): _Word,
-    ("pathlib", "PosixPath"): _Word,
-    ("pathlib", "WindowsPath"): _Word,
-    ("pathlib._local", "PosixPath"): _Word,  # Python 3.13
-    ("pathlib._local", "WindowsPath"): _Word,
-    ("builtins", "getattr"): _Attribute,
-}
-
-
-class _IndexReader(pickle.Unpickler):
-    """Reads ``.metadata`` with stand-ins for all that it names, so that nothing real is called or changed.
-
-    It takes the same steps as ``pickle.load`` takes later, and is stricter at each: what it accepts can name nothing
-    there but these few classes, which keep what they are given.
-    """
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        if (module, name) in _NAMES:
-            return _NAMES[module, name]
-        if module == "torch" and isinstance(value := vars(torch).get(name), torch.dtype):
-            return value
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which torch does not write there")
-
-
-def _entries(index: Any) -> Iterator[Entry]:
-    fields = _fields(index, _Metadata)
-    if fields.get("storage_meta") is not None:  # anything else here would send torch to the file that it falls back to
-        _fields(fields["storage_meta"], _Origin)
-    kinds = _mapping(fields.get("state_dict_metadata"))
-    for key, value in _mapping(fields.get("storage_data")).items():
-        name, place = _text(_fields(key, _Index).get("fqn")), _fields(value, _Place)
-        if place.get("transform_descriptors"):
-            raise ValueError(f"{name} is compressed, which Lightning does not do")
-        if type(kinds.get(name)) not in (_Tensor, _Bytes):
-            raise ValueError(f"it does not say what {name} is")
-        offset, length = _whole(place.get("offset")), _whole(place.get("length"))
-        yield Entry(name, _text(place.get("relative_path")), offset, length, type(kinds[name]) is _Tensor)
-
-
-def _fields(value: Any, kind: type[_Record]) -> dict[str, Any]:
-    if type(value) is not kind:
-        raise ValueError(f"in the place of {kind.__name__.lstrip('_')} is a {type(value).__name__}")
-    fields: dict[str, Any] = value.fields
-    return fields
-
-
-def _mapping(value: Any) -> dict[Any, Any]:
-    if type(value) is not dict:
-        raise ValueError(f"in the place of a mapping is a {type(value).__name__}")
-    return value
-
-
-def _text(value: Any) -> str:
-    if type(value) is not str:
-        raise ValueError(f"in the place of a name is a {type(value).__name__}")
-    return value
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"a size is {value!r}")
-    return value

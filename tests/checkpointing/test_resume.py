@@ -103,8 +103,10 @@ def sharded(folder, step):
     import torch.distributed.checkpoint as dcp
 
     folder.mkdir(parents=True)
-    dcp.save({"state_dict": {"weight": torch.full((2,), float(step))}}, checkpoint_id=folder, no_dist=True)
-    torch.save({"loops": {}, "global_step": step}, folder / "meta.pt")
+    values = torch.full((2,), float(step))
+    optimizer = {"state": {"weight": {"exp_avg": values}}, "param_groups": [{"lr": 0.1, "params": ["weight"]}]}
+    dcp.save({"state_dict": {"weight": values}, "optimizer_0": optimizer}, checkpoint_id=folder, no_dist=True)
+    torch.save({"loops": {}, "lr_schedulers": [], "global_step": step}, folder / "meta.pt")
     _mark(folder)
     os.utime(folder, (step, step))
     return folder

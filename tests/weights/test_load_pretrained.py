@@ -204,14 +204,6 @@ def test_another_image_size_interpolates_positions_and_says_so(checkpoint, caplo
         PretrainModule("igpt_s", pretrained=checkpoint)
 
 
-def test_a_sharded_checkpoint_names_the_cure(tmp_path):
-    (tmp_path / "run.ckpt").mkdir()
-    (tmp_path / "run.ckpt" / ".metadata").touch()
-    for source in (tmp_path / "run.ckpt", tmp_path):
-        with pytest.raises(ValueError, match="consolidate_checkpoint"):
-            load_pretrained(source)
-
-
 def test_damaged_and_foreign_files_are_refused(tmp_path, checkpoint):
     bad = tmp_path / "bad.ckpt"
     with open(checkpoint, "rb") as file:
