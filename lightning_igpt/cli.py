@@ -27,7 +27,8 @@ from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.pictures import save_png
 from lightning_igpt.strategies import choose_strategy
 from lightning_igpt.trainer import best_precision, make_trainer
-from lightning_igpt.weights.safety import INDEX, check_opens_safely
+from lightning_igpt.weights.safety import check_opens_safely
+from lightning_igpt.weights.shards import is_shards
 
 __all__ = ["IGPTCLI", "callbacks", "data", "modules", "run"]  # importing the classes makes their short names known
 
@@ -149,7 +150,7 @@ class IGPTCLI(LightningCLI):
         place = Path(resume).expanduser()
         if not place.exists():
             raise FileNotFoundError(f"--resume {resume}: there is no such file or folder; say auto, or name one")
-        if place.is_file() or (place / INDEX).exists():
+        if place.is_file() or is_shards(place):
             check_resumable(place, self.model)
             return str(place)
         found = find_checkpoint(place, self.model)
