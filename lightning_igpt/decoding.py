@@ -36,6 +36,11 @@ def multiplies_bfloat16(device: torch.device | str) -> bool:
     return False
 
 
+def is_sharded(network: nn.Module) -> bool:
+    """Whether each process holds a part of the weights (FSDP2): then all must call the network together."""
+    return hasattr(network, "unshard")
+
+
 def check_precision(precision: str | None) -> None:
     """Raise where there is no such precision.
 
@@ -67,12 +72,16 @@ class Decoder:
         check_precision(precision)
         if precision == "int8" and weight.device.type != "cpu":
             raise ValueError(f"precision 'int8' is for CPUs, this network is on {weight.device}: take 'half'")
+        if precision == "int8" and is_sharded(network):
+            raise ValueError("precision 'int8' needs whole weights, and this network is sharded: take 'half'")
         own_is_narrow = weight.dtype in (torch.bfloat16, torch.float16)
         dtype = weight.dtype if precision == "full" or own_is_narrow else _half_type(weight.device)
         self.network, self.precision = network, precision
         self.cache = KVCache(network.config, batch_size, device=weight.device, dtype=dtype)
         self._step: Product
-        if weight.device.type == "cpu":
+        if is_sharded(network):  # the network alone gathers its weights, and is gathered anew for each step
+            self._step = lambda pixel: network(pixel, cache=self.cache)[:, -1]
+        elif weight.device.type == "cpu":
             self._step = FlatSteps(network, self.cache, precision)
         elif weight.device.type == "cuda":
             self._step = CapturedSteps(_in_type(network, dtype), self.cache)

@@ -42,7 +42,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+        # Sharded in bf16-mixed, the gain is narrower than the residual stream; the fused kernel takes one type.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), NORM_EPS)
 
 
 class Attention(nn.Module):

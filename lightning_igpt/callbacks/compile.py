@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lightning_igpt.callbacks.throughput import flops_per_image, is_frozen
+from lightning_igpt.decoding import is_sharded
 from lightning_igpt.model import Block
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class CompileBlocks(Callback):
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> Decision:
         if all(is_frozen(block) for block in blocks_of(pl_module)):
             return Decision(False, "no block of an ImageGPT is trained")
+        if any(is_sharded(block) for block in _blocks(pl_module)):
+            return Decision(False, f"{type(trainer.strategy).__name__} shards the blocks")
         if self.when != "auto":
             return Decision(self.when, "as told")
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):

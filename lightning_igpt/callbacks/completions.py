@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from lightning_igpt.decoding import Precision
+from lightning_igpt.decoding import Precision, is_sharded
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import image_grid, save_png
@@ -130,17 +130,25 @@ class CompletionGrid(Callback):
         """Draw the grid."""
         folder = trainer.log_dir  # asks every process, so before the others leave
         tokens, self._tokens = self._tokens, None
-        if trainer.sanity_checking or tokens is None or not trainer.is_global_zero:
+        network: Any = pl_module.network
+        together = is_sharded(network)  # then all processes draw the pictures, and the first one keeps them
+        if together:
+            mine = None if tokens is None else tokens.cpu()
+            shared = trainer.strategy.broadcast(mine)
+            tokens = None if shared is None else shared.to(pl_module.device)
+        if trainer.sanity_checking or tokens is None or not (trainer.is_global_zero or together):
             return
         self._validations += 1
         if (self._validations - 1) % self.every_n_validations:
             return
-        network, palette = pl_module.network, pl_module.palette
+        palette: Any = pl_module.palette
         options: dict[str, Any] = {"n_samples": self.n_samples, "temperature": self.temperature, "seed": self.seed}
         try:
-            rows = completion_rows(network, palette, tokens, **options)  # type: ignore[arg-type]
+            rows = completion_rows(network, palette, tokens, **options)
         except ValueError as error:  # one process raising would leave the others waiting for it
             log.warning("no completions are drawn: %s", error)
+            return
+        if not trainer.is_global_zero:
             return
         grid = image_grid(rows.cpu(), captions=captions(self.n_samples))  # (3, h, w)
         for logger in trainer.loggers:

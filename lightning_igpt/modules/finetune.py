@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_igpt.modules.batches import Batch, need_labels, read_batch
+from lightning_igpt.modules.deferred import check_deferred
 from lightning_igpt.modules.resumable import ResumableModule
 from lightning_igpt.modules.shared import (
     NetworkLike,
@@ -75,6 +76,9 @@ class FineTuneModule(ResumableModule):
             the probabilities.
         class_names: Names of the classes. Default: the checkpoint's, else the data's.
         seed: Seed of BERT's masks and of ties between their votes.
+        defer_init: From scratch only: make the network without weights, and draw them when a trainer sets the module
+            up, bit for bit as they would be otherwise. Sharded, no process then ever holds more than its part and one
+            whole matrix.
 
     Raises:
         ValueError: Arguments contradict each other or the loaded weights.
@@ -102,6 +106,7 @@ class FineTuneModule(ResumableModule):
         n_masks: int = 1,
         class_names: list[str] | None = None,
         seed: int = 0,
+        defer_init: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -115,7 +120,8 @@ class FineTuneModule(ResumableModule):
         check_optimizer(lr, betas, weight_decay, warmup_steps)
         check_settings(above_zero={"n_masks": n_masks}, not_below_zero={"generative_weight": generative_weight})
         check_mask_ratio(mask_ratio)
-        built = build_network(network, palette, pretrained, image_size=image_size)
+        check_deferred(defer_init, pretrained)
+        built = build_network(network, palette, pretrained, image_size=image_size, defer_init=defer_init)
         self.network, self.palette, self.origin, self.origin_path = built
         if self.config.objective == "bert" and not mask_inputs:
             _check_unmasked(generative_weight, n_masks)

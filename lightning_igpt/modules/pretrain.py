@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric
 
 from lightning_igpt.config import Objective
 from lightning_igpt.modules.batches import read_batch
+from lightning_igpt.modules.deferred import check_deferred
 from lightning_igpt.modules.resumable import ResumableModule
 from lightning_igpt.modules.shared import (
     NetworkLike,
@@ -58,6 +59,8 @@ class PretrainModule(ResumableModule):
         warmup_steps: Steps of linear warm-up. Default: one epoch, at most a tenth of the run.
         mask_ratio: BERT only: probability that a pixel is hidden.
         seed: Seed of BERT's masks and of the samples drawn by predict.
+        defer_init: Make the network without weights, and draw them when a trainer sets the module up, bit for bit as
+            they would be otherwise. Sharded, no process then ever holds more than its part and one whole matrix.
 
     Raises:
         ValueError: Arguments contradict each other, such as a palette of another size than vocab_size.
@@ -79,11 +82,13 @@ class PretrainModule(ResumableModule):
         warmup_steps: int | None = None,
         mask_ratio: float = MASK_RATIO,
         seed: int = 0,
+        defer_init: bool = False,
     ) -> None:
         super().__init__()
         check_optimizer(lr, betas, weight_decay, warmup_steps)
         check_mask_ratio(mask_ratio)
-        built = build_network(network, palette, pretrained, objective, image_size)
+        check_deferred(defer_init, pretrained)
+        built = build_network(network, palette, pretrained, objective, image_size, defer_init)
         self.network, self.palette, self.origin, self.origin_path = built
         self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.mask_ratio, self.seed = warmup_steps, mask_ratio, seed

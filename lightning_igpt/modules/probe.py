@@ -272,7 +272,8 @@ class ProbeModule(ResumableModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._set_classes(checkpoint["state_dict"]["bias"].shape[1])
+        if "state_dict" in checkpoint:  # ModelParallelStrategy has loaded and removed it
+            self._set_classes(checkpoint["state_dict"]["bias"].shape[1])
         self.scores.rows = [dict(row) for row in checkpoint.get(RESULTS, self.results)]
         keep_rates(self, checkpoint)
         for state in checkpoint.get("optimizer_states", []):

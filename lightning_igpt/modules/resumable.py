@@ -21,7 +21,9 @@ from torch import Tensor
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules.batches import read_batch
+from lightning_igpt.modules.deferred import DeferredGPT
 from lightning_igpt.modules.guarded import GuardedModule
+from lightning_igpt.modules.sharding import agree, average_gradients, let_go, set_up
 from lightning_igpt.modules.shared import check_stamp, stamp
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights.checkpoint import STAMP
@@ -57,6 +59,21 @@ class ResumableModule(GuardedModule):
         """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
         return read_batch(batch, self.palette, self.config).tokens
 
+    def configure_model(self) -> None:
+        """Draw deferred weights, and shard them under ModelParallelStrategy; again, it changes nothing."""
+        set_up(self)
+
+    def on_after_backward(self) -> None:
+        average_gradients(self)
+        agree(self, self._moving())
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            # By this mark Lightning knows a fused optimiser, which undoes a loss scale itself, and refuses to clip, in
+            # bf16-mixed too, which has no such scale.
+            optimizer._step_supports_amp_scaling = False
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)
+
     def on_evaluation_start(self) -> None:
         """Say so where random weights are evaluated."""
         if self.trainer.state.fn != TrainerFn.FITTING and not self._has_weights and self.origin is None:
@@ -82,7 +99,14 @@ class ResumableModule(GuardedModule):
     def on_validation_epoch_end(self) -> None:
         self._in_validation = False
 
+    def on_validation_end(self) -> None:
+        let_go(self)
+
+    on_test_end = on_predict_end = on_validation_end
+
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        if isinstance(self.network, DeferredGPT):
+            set_up(self)  # what is on the meta device would take nothing in, and say nothing
         self._has_weights = True
         return super().load_state_dict(*args, **options)
 
@@ -115,6 +139,7 @@ class ResumableModule(GuardedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)
+        self._has_weights = True  # ModelParallelStrategy has loaded them, without load_state_dict
         if "origin" in checkpoint[STAMP]:  # older ones do not tell
             self.origin, self.origin_path = checkpoint[STAMP]["origin"], None
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:

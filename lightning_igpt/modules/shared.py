@@ -16,6 +16,7 @@ from lightning_igpt import __version__
 from lightning_igpt.config import ImageGPTConfig, Objective
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules.batches import Batch
+from lightning_igpt.modules.deferred import DeferredGPT
 from lightning_igpt.objectives import draw_mask
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import load_pretrained
@@ -45,6 +46,7 @@ def build_network(
     pretrained: str | None,
     objective: Objective | None = None,
     image_size: int | None = None,
+    defer_init: bool = False,
 ) -> Built:
     """Make or load the network and its palette from a module's arguments.
 
@@ -58,7 +60,7 @@ def build_network(
         config = _changed(config, objective=objective, image_size=image_size)
         colors = Palette.load("openai" if palette is None else palette)
         check_colors(colors, config)
-        return Built(ImageGPT(config), colors)
+        return Built((DeferredGPT if defer_init else ImageGPT)(config), colors)
     loaded = load_pretrained(pretrained)
     wanted = _changed(_wanted(network, loaded.config), objective=objective, image_size=image_size)
     fixed = replace(wanted, dropout=loaded.config.dropout)
