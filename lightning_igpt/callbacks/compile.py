@@ -86,7 +86,7 @@ class CompileBlocks(Callback):
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> Decision:
         if all(is_frozen(block) for block in blocks_of(pl_module)):
             return Decision(False, "no block of an ImageGPT is trained")
-        if any(is_sharded(block) for block in _blocks(pl_module)):
+        if any(is_sharded(block) for block in blocks_of(pl_module)):
             return Decision(False, f"{type(trainer.strategy).__name__} shards the blocks")
         if self.when != "auto":
             return Decision(self.when, "as told")
