@@ -28,6 +28,7 @@ OWN_VERBS = {
     "palette": "fit a palette to images, or look at one",
     "convert": "write weights for transformers, NumPy or safetensors, and check them",
     "plan": "parameters, FLOPs and memory of a network",
+    "launch": "train a recipe on a cluster: a SLURM script that requeues and resumes, or torchrun",
     "recipes": "list, show or copy the shipped YAML recipes",
 }
 
