@@ -29,6 +29,7 @@ OWN_VERBS = {
     "convert": "write weights for transformers, NumPy or safetensors, and check them",
     "plan": "parameters, FLOPs and memory of a network",
     "microbatch": "the largest batch that fits into memory, tried in training steps, as options for fit",
+    "launch": "train a recipe on a cluster: a SLURM script that requeues and resumes, or torchrun",
     "recipes": "list, show or copy the shipped YAML recipes",
 }
 
