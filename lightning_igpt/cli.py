@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from jsonargparse import class_from_function, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_igpt import callbacks, data, modules
@@ -137,6 +138,7 @@ class IGPTCLI(LightningCLI):
             )
         if resume:
             options["ckpt_path"] = self._found(resume)
+            self.trainer.callbacks.append(callbacks.SameCheckpoint(options["ckpt_path"]))  # type: ignore[attr-defined]
         elif path and path not in CHECKPOINT_WORDS and "://" not in path and not Path(standing(path)).exists():
             raise FileNotFoundError(f"ckpt_path {path} is no file; it names the checkpoint of a run to continue")
 
@@ -242,6 +244,7 @@ def run(words: Sequence[str]) -> IGPTCLI:
         SystemExit: Wrong usage (2), or a mistake in what the user gave (1), told in one line.
     """
     words, trusted = without_trust(words)
+    warn_of_restarts()
     set_parsing_settings(
         # Interpolations like ${trainer.max_steps} are written from the recipe's root, below which the verb lies.
         omegaconf_absolute_to_relative_paths=True,
@@ -263,6 +266,18 @@ def run(words: Sequence[str]) -> IGPTCLI:
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"parser_mode": "omegaconf+", "prog": "lightning-igpt"},
             args=with_shipped_recipes(words),
+        )
+
+
+def warn_of_restarts() -> None:
+    """Say so where torchrun could not restart this run: its processes would meet the addresses of those that ended.
+
+    See pytorch #135712. ``lightning-igpt launch torchrun`` prints a command that sets the variable.
+    """
+    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shares and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        rank_zero_warn(
+            "if torchrun restarts this run it will hang; start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         )
 
 

@@ -10,6 +10,7 @@ from lightning_igpt.callbacks.online_probe import OnlineProbe
 from lightning_igpt.callbacks.preempt import Preempt
 from lightning_igpt.callbacks.recompute import Recompute
 from lightning_igpt.callbacks.run_record import RunRecord
+from lightning_igpt.callbacks.same_checkpoint import SameCheckpoint
 from lightning_igpt.callbacks.throughput import Throughput
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Preempt",
     "Recompute",
     "RunRecord",
+    "SameCheckpoint",
     "Throughput",
     "captions",
     "completion_rows",

@@ -34,9 +34,9 @@ def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None 
     Raises:
         ValueError: There are checkpoints, and none of them will do; the message says why.
     """
-    found = [(path, Path(standing(path)).stat().st_mtime) for path in _candidates(where)]
     errors: list[str] = []
-    for path, _ in sorted(found, key=lambda pair: -pair[1]):
+    # With equal times the name decides, not the order of the folder: processes on other machines must agree.
+    for path in sorted(_candidates(where), key=lambda path: (-_time_of(path), str(path))):
         try:
             check_resumable(path, module)
         except Exception as error:  # what is in there may be anything, and fail anywhere
@@ -79,6 +79,14 @@ def check_resumable(path: Path, module: LightningModule | None = None) -> None:
     check: Any = getattr(module, "check_checkpoint", None)
     if check is not None:
         check(checkpoint)
+
+
+def _time_of(path: Path) -> float:
+    """When it was written; 0 for what was removed meanwhile."""
+    try:
+        return Path(standing(path)).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _candidates(where: str | Path | Trainer) -> list[Path]:
