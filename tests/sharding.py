@@ -62,6 +62,7 @@ def fit(folder, kind, ckpt_path=None, **options):
 def process_group():
     """Let trainers make a group of this process alone, and take it away again."""
     before = dict(os.environ)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # to which Lightning goes back when it makes a group
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
