@@ -1,16 +1,16 @@
 """The paper's optimiser and schedule (sections 3.4 and A.1): Adam, linear warm-up, cosine to zero.
 
-Not the paper's: layer-wise decay of the learning rate, for fine-tuning.
+Not the paper's: layer-wise decay of the learning rate, for fine-tuning; Muon for the matrices.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def make_adam(
@@ -46,6 +46,108 @@ def make_adam(
             group = {"params": chosen, "lr": lr * scale, "weight_decay": decay, "lr_scale": scale, "decayed": decayed}
             groups += [group] if chosen else []
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+class MuonAdam(torch.optim.Optimizer):
+    """torch's Muon for some matrices, and for all else Adam as :func:`make_adam` has it, in one optimiser.
+
+    One, since Lightning's automatic optimisation takes no two. Muon (Jordan et al., 2024) steps along the orthogonal
+    matrix next to the running mean of a matrix's gradient. That step is scaled to the size that Adam's usually have,
+    0.2 of the learning rate per entry in root mean square (Liu et al., 2025), so that one rate is for both.
+
+    A matrix that packs several, such as those of queries, keys and values, is one for autograd and in checkpoints, but
+    its parts are made orthogonal one by one, as three layers would be, which Jordan found better: taken as a whole, the
+    part with the largest gradients would leave little of the step to the others.
+
+    Args:
+        matrices: Parameters (rows, columns) for Muon; those that need no gradient are left out.
+        parameters: All others.
+        lr: Peak learning rate.
+        betas: Adam's; Muon's momentum is torch's default, 0.95.
+        weight_decay: Decoupled, on matrices only.
+        packed: How many matrices, one below the other, are in a parameter of ``matrices``; 1 where it is not named.
+
+    Raises:
+        RuntimeError: This torch is without Muon.
+        ValueError: None of ``matrices`` is to be trained, one of them is no whole matrix, or its rows cannot be shared
+            by those packed in it.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        packed: Mapping[nn.Parameter, int] | None = None,
+    ) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise RuntimeError(f"torch {torch.__version__} is without Muon, which came with 2.9; update it or use adam")
+        by_parts: dict[int, list[nn.Parameter]] = {}
+        for matrix in matrices:
+            parts = (packed or {}).get(matrix, 1)
+            _check_matrix(matrix, parts)
+            if matrix.requires_grad:
+                by_parts.setdefault(parts, []).append(matrix)
+        if not by_parts:
+            raise ValueError("there is no matrix for Muon: all are frozen, or a strategy has wrapped them; use adam")
+        noted = {"lr_scale": 1.0, "decayed": True}
+        groups = [{"params": chosen, "parts": parts, **noted} for parts, chosen in sorted(by_parts.items())]
+        # These two hold the same groups as this one, hence every default.
+        self._muon = torch.optim.Muon(groups, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self._adam = make_adam(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+        super().__init__([*self._muon.param_groups, *self._adam.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of both.
+
+        Args:
+            closure: Computes the loss and its gradients, if given.
+
+        Returns:
+            What the closure returned.
+        """
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        # Loading a state replaced groups and state.
+        self._adam.param_groups = [group for group in self.param_groups if "parts" not in group]
+        self._adam.state = self.state
+        self._adam.step()
+        self._muon.param_groups = [self._unpacked(group) for group in self.param_groups if "parts" in group]
+        self._muon.step()  # type: ignore[no-untyped-call]
+        self._muon.param_groups.clear()  # with the state they would keep the gradients
+        self._muon.state.clear()
+        return loss
+
+    def _unpacked(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group as Muon shall see it: its parts as matrices of their own, all of them views."""
+        pieces: list[Tensor] = []
+        for matrix in group["params"]:
+            if matrix.grad is None:
+                continue
+            state = self.state[matrix]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+            views = (whole.chunk(group["parts"]) for whole in (matrix.detach(), matrix.grad, state["momentum_buffer"]))
+            for piece, gradient, momentum in zip(*views, strict=True):
+                piece.grad = gradient
+                self._muon.state[piece] = {"momentum_buffer": momentum}
+                pieces.append(piece)
+        return self._muon.defaults | group | {"params": pieces}  # a state of another torch may lack settings
+
+
+def _check_matrix(matrix: nn.Parameter, parts: int) -> None:
+    whole = isinstance(matrix, nn.Parameter) and not hasattr(matrix, "full_tensor")  # which a DTensor has
+    if matrix.ndim != 2 or not whole:
+        raise ValueError(
+            f"Muon is for whole matrices, but here is a {type(matrix).__name__} of shape {tuple(matrix.shape)}; use "
+            "adam, or a strategy that does not shard the weights, such as ddp"
+        )
+    if len(matrix) % parts:
+        raise ValueError(f"a matrix of {len(matrix)} rows cannot be {parts} matrices of the same height")
 
 
 def warmup_cosine(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_igpt.config import Objective
@@ -32,7 +34,7 @@ from lightning_igpt.objectives import (
     next_pixel_loss,
     pixel_nats,
 )
-from lightning_igpt.optim import default_warmup, make_adam, warmup_cosine
+from lightning_igpt.optim import MuonAdam, default_warmup, make_adam, warmup_cosine
 from lightning_igpt.sampling import complete, inpaint
 
 
@@ -53,8 +55,10 @@ class PretrainModule(ResumableModule):
             checkpoint. To continue an interrupted run use ckpt_path instead.
         image_size: Side of the images in pixels. Default: the network's own. With ``pretrained`` of another size its
             table of positions is interpolated.
+        optimizer: ``adam``, the paper's; or ``muon``, for the matrices in the blocks, with Adam for all else, on one
+            device or with DDP.
         lr: Peak learning rate. The paper: 0.003 for S and M, 0.001 for L, 0.0003 for XL.
-        betas: Adam's decay rates of the moments.
+        betas: Adam's decay rates of the moments; Muon's momentum is 0.95.
         weight_decay: Decoupled weight decay on matrices.
         warmup_steps: Steps of linear warm-up. Default: one epoch, at most a tenth of the run.
         mask_ratio: BERT only: probability that a pixel is hidden.
@@ -76,6 +80,7 @@ class PretrainModule(ResumableModule):
         objective: Objective | None = None,
         pretrained: str | None = None,
         image_size: int | None = None,
+        optimizer: Literal["adam", "muon"] = "adam",
         lr: float = 0.003,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
@@ -85,17 +90,20 @@ class PretrainModule(ResumableModule):
         defer_init: bool = False,
     ) -> None:
         super().__init__()
+        if optimizer not in ("adam", "muon"):
+            raise ValueError(f"optimizer is {optimizer!r}; it must be adam or muon")
         check_optimizer(lr, betas, weight_decay, warmup_steps)
         check_mask_ratio(mask_ratio)
         check_deferred(defer_init, pretrained)
         built = build_network(network, palette, pretrained, objective, image_size, defer_init)
         self.network, self.palette, self.origin, self.origin_path = built
-        self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
+        self.optimizer, self.lr, self.betas, self.weight_decay = optimizer, lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.mask_ratio, self.seed = warmup_steps, mask_ratio, seed
         register(
             self,
             self.network,
             self.palette,
+            optimizer=optimizer,
             lr=lr,
             betas=list(betas),
             weight_decay=weight_decay,
@@ -148,15 +156,38 @@ class PretrainModule(ResumableModule):
         return self.palette.dequantize(complete(self.network, tokens[:, :given], generator=generator)[:, 0])
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_adam(self.network.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        optimizer = self._optimizer()
         total, per_epoch = total_steps(self.trainer)
         warmup = default_warmup(total, per_epoch) if self.warmup_steps is None else self.warmup_steps
         scheduler = warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        super().check_checkpoint(checkpoint)
+        if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return  # weights will do
+        settings = checkpoint.get("hyper_parameters")
+        found = settings.get("optimizer", "adam") if isinstance(settings, Mapping) else "adam"  # older ones have none
+        if found != self.optimizer:
+            raise ValueError(
+                f"optimizer is {self.optimizer}, but the run to continue has {found}; keep {found}, or start a new run "
+                "from its weights with pretrained="
+            )
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         keep_rates(self, checkpoint)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        parameters, blocks = self.network.parameters(), self.network.blocks()
+        options: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
+        if self.optimizer == "adam":
+            return make_adam(parameters, **options)
+        layers: list[Any] = [part for block in blocks for part in block.modules() if isinstance(part, nn.Linear)]
+        qkv: list[Any] = [block.attn.c_attn.weight for block in blocks]
+        matrices = [layer.weight for layer in layers]
+        rest = [parameter for parameter in parameters if all(parameter is not matrix for matrix in matrices)]
+        return MuonAdam(matrices, rest, packed=dict.fromkeys(qkv, 3), **options)
 
     def _inputs(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, T), and for BERT the mask (B, T), which depends on the sample's number alone."""

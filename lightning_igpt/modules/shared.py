@@ -179,9 +179,11 @@ def keep_rates(module: Any, checkpoint: Mapping[str, Any]) -> None:
     """
     rates: list[float] = []
     for state in checkpoint.get("optimizer_states", []):
-        groups = [group for group in state["param_groups"] if {"initial_lr", "betas"} <= set(group)]
+        groups = [group for group in state["param_groups"] if "initial_lr" in group and {"betas", "parts"} & set(group)]
         for number, group in enumerate(groups):
-            group["initial_lr"], group["betas"] = module.lr * group.get("lr_scale", 1.0), module.betas
+            group["initial_lr"] = module.lr * group.get("lr_scale", 1.0)
+            if "betas" in group:  # Muon's groups, which have parts, are without
+                group["betas"] = module.betas
             if group.get("decayed", number == 0):  # without the mark it is an older checkpoint's, matrices first
                 group["weight_decay"] = module.weight_decay
         rates += [group["initial_lr"] for group in groups]

@@ -1,0 +1,203 @@
+"""Muon for the matrices in the blocks: torch's own step on each, Adam's on all else, and one optimiser to Lightning."""
+
+import copy
+import re
+import weakref
+
+import pytest
+import torch
+
+import lightning_igpt as igpt
+from lightning_igpt.checkpointing import find_checkpoint
+from lightning_igpt.optim import MuonAdam, make_adam
+from tests.modules.helpers import BERT, TINY, loader, quiet_trainer
+from tests.sharding import FullySharded, process_group, trainer
+from tests.test_resume import ENDLESS, NETWORK, SOURCE, assert_resumes, fit
+
+__all__ = ["process_group"]
+OPTIONS = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.3}
+
+
+def parameter(*shape, seed=0):
+    return torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def torchs_muon(matrices):
+    return torch.optim.Muon(matrices, lr=0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+
+
+def step(parameters, *optimizers, numbers=range(4)):
+    for number in numbers:
+        for one in parameters:
+            one.grad = torch.randn(one.shape, generator=torch.Generator().manual_seed(number))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.02 / (number + 1)
+            optimizer.step()
+
+
+def same(some, others):
+    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+def module(config=TINY, **options):
+    torch.manual_seed(0)
+    return igpt.PretrainModule(config, "gray:8", **{"optimizer": "muon"} | options)
+
+
+def test_a_step_is_that_of_torchs_muon_on_matrices_and_of_adam_on_all_else():
+    mine = [parameter(6, 4), parameter(4, 6), parameter(5, 4), parameter(4)]
+    twins = copy.deepcopy(mine)
+    step(mine, MuonAdam(mine[:2], mine[2:], **OPTIONS))
+    step(twins, torchs_muon(twins[:2]), make_adam(twins[2:], **OPTIONS))
+    assert same(mine, twins)
+
+
+def test_packed_matrices_step_as_if_they_were_apart():
+    packed = parameter(12, 4)
+    apart = [torch.nn.Parameter(part.clone()) for part in packed.detach().chunk(3)]
+    optimizer, muon = MuonAdam([packed], [parameter(2)], packed={packed: 3}, **OPTIONS), torchs_muon(apart)
+    for number in range(4):
+        step([packed], optimizer, numbers=[number])
+        for part, gradient in zip(apart, packed.grad.chunk(3), strict=True):
+            part.grad = gradient
+        muon.step()
+        muon.param_groups[0]["lr"] = 0.02 / (number + 2)
+    assert torch.equal(packed, torch.cat(apart))
+    momentum = torch.cat([muon.state[part]["momentum_buffer"] for part in apart])
+    assert torch.equal(optimizer.state[packed]["momentum_buffer"], momentum)
+
+
+def test_a_state_that_is_put_back_goes_on_bit_for_bit(tmp_path):
+    def make():
+        mine = [parameter(4, 6), parameter(9, 4), parameter(5, 4), parameter(4)]
+        return mine, MuonAdam(mine[:2], mine[2:], packed={mine[1]: 3}, **OPTIONS)
+
+    whole, twin = make()
+    step(whole, twin)
+    mine, optimizer = make()
+    step(mine, optimizer, numbers=range(2))
+    torch.save([optimizer.state_dict(), [one.detach() for one in mine]], tmp_path / "state.pt")
+    step(mine, optimizer, numbers=[7])  # to be undone, as FiniteGuard's rewind does
+    for again, target in ((mine, optimizer), make()):
+        state, values = torch.load(tmp_path / "state.pt", weights_only=True)
+        target.load_state_dict(state)
+        for one, value in zip(again, values, strict=True):
+            one.data.copy_(value)
+        step(again, target, numbers=[2, 3])
+        assert same(again, whole)
+
+
+def test_gradients_are_let_go():
+    mine = [parameter(6, 4), parameter(4)]
+    optimizer = MuonAdam(mine[:1], mine[1:], **OPTIONS)
+    step(mine, optimizer)
+    gradients = [weakref.ref(one.grad.untyped_storage()) for one in mine] + [weakref.ref(one.grad) for one in mine]
+    optimizer.zero_grad()
+    assert not any(gradient() is not None for gradient in gradients)
+
+
+def test_under_a_grad_scaler():
+    mine = [parameter(6, 4), parameter(4)]
+    twins = copy.deepcopy(mine)
+    step(twins, MuonAdam(twins[:1], twins[1:], **OPTIONS), numbers=[0])
+    optimizer, scaler = MuonAdam(mine[:1], mine[1:], **OPTIONS), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for bad in (True, False):  # a step whose gradient is not finite is skipped, and halves the scale
+        for one, twin in zip(mine, twins, strict=True):
+            one.grad = scaler.scale(twin.grad) * (torch.inf if bad else 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    assert same(mine, twins) and scaler.get_scale() == 2.0
+
+
+def test_closures_and_parameters_without_gradients():
+    matrix, gain, frozen = parameter(6, 4), parameter(4), parameter(6, 4).requires_grad_(False)
+    optimizer = MuonAdam([matrix, frozen], [gain], **OPTIONS)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = gain.square().sum()
+        loss.backward()
+        return loss
+
+    before = matrix.clone()
+    assert optimizer.step(closure) == parameter(4).square().sum()
+    assert torch.equal(matrix, before) and not torch.equal(gain, parameter(4))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("config", [TINY, BERT, {**TINY.to_dict(), "bias": True}])
+def test_every_parameter_has_one_place(config):
+    model = module(config, weight_decay=0.3)
+    model.trainer = quiet_trainer(".", max_steps=10)
+    optimizer = model.configure_optimizers()["optimizer"]
+    name_of = {one: name for name, one in model.network.named_parameters()}
+    single, packed, *adams = [[name_of[one] for one in group["params"]] for group in optimizer.param_groups]
+    assert sorted([*single, *packed, *adams[0], *adams[1]]) == sorted(name_of.values())
+    assert all(re.fullmatch(r"h\.\d\.(attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight", name) for name in single)
+    assert packed == ["h.0.attn.c_attn.weight", "h.1.attn.c_attn.weight"] and len(single) == 6
+    assert [group.get("parts") for group in optimizer.param_groups] == [1, 3, None, None]
+    assert [group["decayed"] for group in optimizer.param_groups] == [True, True, True, False]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.3, 0.0]
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {1.0}
+
+
+def pretraining():
+    options = {"optimizer": "muon", "weight_decay": 0.1, "seed": 3, "warmup_steps": 2}
+    made = igpt.PretrainModule(NETWORK | {"dropout": 0.1}, "gray:4", **options)
+    return made, igpt.PretrainDataModule(SOURCE, batch_size=4, seed=5)
+
+
+def test_a_resumed_run_equals_its_twin_bit_for_bit(tmp_path):
+    """From files that weights_only=True opens."""
+    whole = fit(pretraining, ENDLESS, save_to=tmp_path)
+    for place in ("step-1", "within-3", "step-5"):
+        assert_resumes(pretraining, ENDLESS, whole, tmp_path / f"{place}.ckpt")
+
+
+def test_a_resumed_run_follows_new_settings(tmp_path):
+    quiet_trainer(tmp_path, max_steps=2).fit(module(), loader())
+    changes = {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.2, "warmup_steps": 1}
+    resumed = module(**changes)
+    rates = []
+    resumed.on_train_batch_start = lambda *_: rates.append([g["lr"] for g in resumed.optimizers().param_groups])
+    quiet_trainer(tmp_path, max_steps=4).fit(resumed, loader(), ckpt_path=find_checkpoint(tmp_path))
+    assert rates == [pytest.approx([0.75 * 0.01] * 4), pytest.approx([0.25 * 0.01] * 4)]
+    for mine, other in zip(resumed.optimizers().param_groups, resumed._optimizer().param_groups, strict=True):
+        assert {key: mine[key] for key in other if key not in ("params", "lr")} == {
+            key: other[key] for key in other if key not in ("params", "lr")
+        }
+
+
+def test_a_run_goes_on_with_its_own_optimiser_alone(tmp_path):
+    quiet_trainer(tmp_path, max_steps=1).fit(module(optimizer="adam"), loader())
+    path = find_checkpoint(tmp_path)
+    refused = "optimizer is muon, but the run to continue has adam; keep adam"
+    with pytest.raises(ValueError, match=refused):
+        quiet_trainer(tmp_path, max_steps=2).fit(module(), loader(), ckpt_path=path)
+    with pytest.raises(ValueError, match=refused):
+        find_checkpoint(tmp_path, module())
+    quiet_trainer(tmp_path).validate(module(), loader(), ckpt_path=path, verbose=False)
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["hyper_parameters"]["optimizer"]  # as in 0.1
+    module(optimizer="adam").check_checkpoint(checkpoint)
+
+
+def test_matrices_that_are_sharded_are_refused(tmp_path, process_group):
+    with pytest.raises(ValueError, match=r"Muon is for whole matrices, but here is .*; use adam, or a strategy"):
+        trainer(tmp_path, "fsdp2").fit(FullySharded(TINY, "gray:8", optimizer="muon"), loader())
+
+
+def test_wrong_settings_are_named(monkeypatch):
+    with pytest.raises(ValueError, match="optimizer is 'sgd'; it must be adam or muon"):
+        module(optimizer="sgd")
+    with pytest.raises(ValueError, match=r"whole matrices, but here is a Parameter of shape \(4,\)"):
+        MuonAdam([parameter(4)], [], **OPTIONS)
+    with pytest.raises(ValueError, match="there is no matrix for Muon: all are frozen"):
+        MuonAdam([parameter(4, 4).requires_grad_(False)], [parameter(4)], **OPTIONS)
+    matrix = parameter(4, 4)
+    with pytest.raises(ValueError, match="a matrix of 4 rows cannot be 3 matrices"):
+        MuonAdam([matrix], [], packed={matrix: 3}, **OPTIONS)
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(RuntimeError, match=r"torch .* is without Muon, which came with 2\.9"):
+        MuonAdam([matrix], [], **OPTIONS)
