@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -17,6 +19,11 @@ from lightning_igpt.checkpointing import AtomicModelParallelStrategy, with_whole
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.planning import ACTIVATION_BYTES, Choice, choose
 from lightning_igpt.planning.devices import usable_bytes
+
+log = logging.getLogger(__name__)
+
+# One of them is set where something starts a process for each device, or a user has said which machine this is.
+LAUNCHERS = {"TORCHELASTIC_RUN_ID", "GROUP_RANK", "NODE_RANK", "SLURM_NTASKS", "LSB_JOBID", "OMPI_COMM_WORLD_RANK"}
 
 
 class Chosen(NamedTuple):
@@ -106,6 +113,13 @@ def choose_strategy(
         config: The network that is trained; None leaves the plan out.
         batch_size: Images that a device computes at once; None leaves the plan out.
     """
+    if num_nodes > 1 and not LAUNCHERS & os.environ.keys():
+        log.warning(
+            "num_nodes is %d, and nothing here says which machine this is: processes will wait for the others; start "
+            "them with torchrun or srun (lightning-igpt launch), or set NODE_RANK, MASTER_ADDR and MASTER_PORT",
+            num_nodes,
+        )
+    told = told.lower() if isinstance(told, str) and "." not in told else told  # as Lightning takes its own names
     if told == "fsdp2":
         return Chosen(FullyShardedStrategy(), "as told", True)
     if told != "auto":

@@ -10,7 +10,7 @@ from lightning_igpt.cli import will_shard
 from lightning_igpt.config import PRESETS
 from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.modules import PretrainModule
-from lightning_igpt.strategies import FullyShardedStrategy, StaticDDPStrategy, choose_strategy
+from lightning_igpt.strategies import LAUNCHERS, FullyShardedStrategy, StaticDDPStrategy, choose_strategy
 from lightning_igpt.trainer import make_trainer
 from tests.modules.helpers import TINY, loader
 
@@ -51,8 +51,9 @@ def test_what_the_user_names_is_taken(told):
     assert choose(told, accelerator="cpu", devices=2)[:2] == (told, "as told")
 
 
-def test_fsdp2_is_ours():
-    chosen = choose("fsdp2", accelerator="cpu", devices=2)
+@pytest.mark.parametrize("told", ["fsdp2", "FSDP2"])
+def test_fsdp2_is_ours(told):
+    chosen = choose(told, accelerator="cpu", devices=2)
     assert type(chosen.strategy) is FullyShardedStrategy and chosen.sharded and chosen.reason == "as told"
 
 
@@ -119,3 +120,14 @@ def test_the_choice_is_told(tmp_path, caplog):
     assert isinstance(trainer.strategy, SingleDeviceStrategy)
     told = "strategy SingleDeviceStrategy (one device), recompute none (memory is not reckoned on cpu)"
     assert caplog.messages.count(told) == 1
+
+
+def test_machines_without_a_launcher_are_told_of(caplog, monkeypatch):
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    choose(accelerator="cpu", devices=1, num_nodes=2)
+    assert "num_nodes is 2, and nothing here says which machine this is" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("NODE_RANK", "0")
+    choose(accelerator="cpu", devices=1, num_nodes=2)
+    assert not caplog.text

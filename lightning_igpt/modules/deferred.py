@@ -27,6 +27,12 @@ def check_deferred(defer_init: bool, pretrained: str | None) -> None:
         )
 
 
+NOT_DRAWN = (
+    "this network's weights are not drawn yet (defer_init=True): a trainer draws them when it sets the module up; "
+    "without one, call module.configure_model()"
+)
+
+
 class Fill(NamedTuple):
     """How a tensor gets its values; picklable, so that a module can be sent to other processes."""
 
@@ -66,10 +72,11 @@ class DeferredGPT(ImageGPT):
         return fills
 
     def _embed(self, *_: Any) -> Tensor:
-        raise RuntimeError(
-            "this network's weights are not drawn yet (defer_init=True): a trainer draws them when it sets the module "
-            "up; without one, call module.configure_model()"
-        )
+        raise RuntimeError(NOT_DRAWN)
+
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        """Refused: what is on the meta device takes nothing in, and says nothing."""
+        raise RuntimeError(NOT_DRAWN)
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_igpt.modules.batches import Batch, need_labels, read_batch
 from lightning_igpt.modules.deferred import check_deferred
+from lightning_igpt.modules.metrics import Mean
 from lightning_igpt.modules.resumable import ResumableModule
 from lightning_igpt.modules.shared import (
     NetworkLike,
@@ -140,7 +140,7 @@ class FineTuneModule(ResumableModule):
         register(self, self.network, self.palette, **classes, **adam, **training, **masks)
         stages = ("val", "test")
         self.accuracy = nn.ModuleDict({stage: MulticlassAccuracy(num_classes, average="micro") for stage in stages})
-        self.cross_entropy = nn.ModuleDict({stage: MeanMetric() for stage in stages})
+        self.cross_entropy = nn.ModuleDict({stage: Mean() for stage in stages})
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

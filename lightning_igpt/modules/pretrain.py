@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from lightning_igpt.config import Objective
 from lightning_igpt.modules.batches import read_batch
 from lightning_igpt.modules.deferred import check_deferred
+from lightning_igpt.modules.metrics import Mean
 from lightning_igpt.modules.resumable import ResumableModule
 from lightning_igpt.modules.shared import (
     NetworkLike,
@@ -111,7 +111,7 @@ class PretrainModule(ResumableModule):
             mask_ratio=mask_ratio,
             seed=seed,
         )
-        self.metrics = torch.nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
+        self.metrics = torch.nn.ModuleDict({"val": Mean(), "test": Mean()})
 
     def forward(self, batch: Any) -> Tensor:
         """Logits (B, T, K) of a batch; a BERT network sees all pixels."""

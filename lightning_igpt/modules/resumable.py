@@ -23,7 +23,7 @@ from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules.batches import read_batch
 from lightning_igpt.modules.deferred import DeferredGPT
 from lightning_igpt.modules.guarded import GuardedModule
-from lightning_igpt.modules.sharding import agree, average_gradients, let_go, set_up
+from lightning_igpt.modules.sharding import average_gradients, let_go, set_up
 from lightning_igpt.modules.shared import check_stamp, stamp
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights.checkpoint import STAMP
@@ -65,7 +65,6 @@ class ResumableModule(GuardedModule):
 
     def on_after_backward(self) -> None:
         average_gradients(self)
-        agree(self, self._moving())
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
@@ -86,6 +85,8 @@ class ResumableModule(GuardedModule):
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._set_random(loaded)
+        elif self._draws and self.trainer.global_rank > 0:  # else all processes would drop the same
+            torch.manual_seed((torch.initial_seed() + self.trainer.global_rank) % 2**63)
         self._note_boundary()
         validate_if_due(self.trainer)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
@@ -38,6 +39,11 @@ def set_up(module: Any) -> None:
     sharded = isinstance(strategy, ModelParallelStrategy)
     if sharded:
         check_mesh(module.device_mesh)
+        if any(isinstance(one, WeightAveraging) for one in trainer.callbacks):  # type: ignore[union-attr]
+            raise ValueError(
+                "weights cannot be averaged while they are sharded: torch makes no copy of such a network; leave out "
+                "WeightAveraging (EMAWeightAveraging), or train with strategy ddp"
+            )
     elif is_sharded(network) and trainer is not None and trainer.world_size > 1:
         raise ValueError(
             f"this module's network is sharded, which {type(strategy).__name__} cannot go on with: load its checkpoint "
@@ -112,13 +118,6 @@ def average_gradients(module: Any) -> None:
         if parameter.grad is not None:
             torch.distributed.all_reduce(parameter.grad)
             parameter.grad /= torch.distributed.get_world_size()
-
-
-def agree(module: Any, values: dict[str, Tensor]) -> None:
-    """Give tensors that move without gradients the first process's values, as DDP does with buffers."""
-    if is_sharded(module.network) and torch.distributed.get_world_size() > 1:
-        for value in values.values():
-            torch.distributed.broadcast(value, 0)
 
 
 def let_go(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.decoding import is_sharded
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import checkpoint, huggingface, native, openai
@@ -153,6 +154,11 @@ def save_pretrained(
         raise TypeError(f"network is a {type(network).__name__}; give the ImageGPT itself, as in module.network")
     if any(parameter.is_meta for parameter in network.parameters()):
         raise ValueError("the network is on the meta device: it has no weights to save")
+    if is_sharded(network):
+        raise ValueError(
+            "this network is sharded, so that no process holds it: save a checkpoint with the trainer, and write the "
+            "folder from that (load_pretrained, or lightning-igpt convert)"
+        )
     if class_names is not None and head is None:
         raise ValueError("class_names are given without the head that they name; give head= too")
     names = None

@@ -16,6 +16,7 @@ import torch
 from lightning_igpt.weights.files import read_torch
 from lightning_igpt.weights.index import INDEX as INDEX
 from lightning_igpt.weights.index import Entry, read_index
+from lightning_igpt.weights.intact import check_intact
 
 EXTRA = "meta.pt"  # of a sharded checkpoint: Lightning's state but for weights and optimisers
 ADDRESS = re.compile(r"(^|::)(https?|ftps?|sftp):/", re.IGNORECASE)  # fsspec chains file systems with ::
@@ -72,6 +73,7 @@ def check_shards(folder: Path) -> list[Entry]:
     others = sorted(path.name for path in folder.glob(f"*{INDEX}") if path.name != INDEX)
     if others:  # torch's reader falls back to these
         raise ValueError(f"{folder} holds {others[0]}, which Lightning does not write and pickle would open")
+    check_intact(folder / EXTRA)
     read_torch(folder / EXTRA)
     found = read_index(folder)
     files: dict[str, list[Entry]] = {}

@@ -577,6 +577,7 @@ def two_processes(folder, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=folder)
 
 
+@pytest.mark.marathon
 @pytest.mark.slow
 def test_all_processes_stop_together(tmp_path):
     said = {}

@@ -303,10 +303,11 @@ def uninterrupted(tmp_path_factory):
     return results(launch(folder), folder)
 
 
+@pytest.mark.marathon
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "to, name, when",
-    [("1", "SIGUSR1", "begun"), pytest.param("1", "SIGTERM", "validating", marks=pytest.mark.marathon)],
+    [("1", "SIGUSR1", "begun"), ("1", "SIGTERM", "validating")],
 )
 def test_two_processes(to, name, when, tmp_path, uninterrupted):
     process = launch(tmp_path / "run", SLOW_VALIDATION="1.5" if when == "validating" else "0")

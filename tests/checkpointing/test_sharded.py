@@ -340,6 +340,7 @@ def in_a_new_process(script, folder, *words, timeout=300):
     return done.stdout
 
 
+@pytest.mark.marathon
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Equal weights and moments after resuming, and a process that fails alone is waited for by none."""

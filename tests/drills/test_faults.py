@@ -81,7 +81,8 @@ def test_a_worker_is_killed(tmp_path, twin):
     run.wait_for("step=5.ckpt", process)
     os.kill(children(process)[-1], signal.SIGKILL)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode not in (0, None) and "killed by signal" in out
+    # torch tells of the signal, unless the kill comes while it waits for the worker's answer
+    assert process.returncode not in (0, None) and ("killed by signal" in out or "Connection reset by peer" in out)
     run.finish("--resume", "auto", "--data.init_args.num_workers", "1")
     assert_same_end(run, twin)
 

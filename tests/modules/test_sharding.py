@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import distributed
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +26,7 @@ from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.modules.deferred import DeferredGPT, draw
 from lightning_igpt.modules.sharding import check_mesh, shard
 from lightning_igpt.sampling import complete, inpaint
-from lightning_igpt.weights import load_pretrained
+from lightning_igpt.weights import load_pretrained, save_pretrained
 from tests.modules.helpers import BERT, TINY, quiet_trainer
 from tests.processes import Losses, Shared, batches, in_processes, whole
 from tests.sharding import process_group  # noqa: F401
@@ -491,3 +492,22 @@ def test_on_a_gpu(tmp_path, make):
     assert found[0] == pytest.approx(expected[0], rel=5e-3)
     assert {parameter.device.type for parameter in module.parameters()} == {"cuda"}
     assert len(list(tmp_path.rglob("completions/*.png"))) == 1
+
+
+def test_averaged_weights_are_refused(tmp_path, process_group):  # noqa: F811
+    runner = trainer(tmp_path, callbacks=[EMAWeightAveraging()])
+    with pytest.raises(ValueError, match="cannot be averaged while they are sharded"):
+        runner.fit(PretrainModule(TINY, "gray:8"), Shared(batches(TINY, 4)))
+
+
+def test_a_sharded_network_is_not_saved_by_one_process(tmp_path, process_group):  # noqa: F811
+    module = PretrainModule(TINY, "gray:8")
+    trainer(tmp_path).fit(module, Shared(batches(TINY, 4)))
+    with pytest.raises(ValueError, match="this network is sharded, so that no process holds it"):
+        save_pretrained(tmp_path / "saved", module.network, module.palette)
+
+
+def test_weights_are_not_loaded_into_a_network_that_waits():
+    module = PretrainModule(TINY, "gray:8", defer_init=True)
+    with pytest.raises(RuntimeError, match="weights are not drawn yet"):
+        module.network.load_state_dict(PretrainModule(TINY, "gray:8").network.state_dict())

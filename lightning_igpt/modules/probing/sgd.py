@@ -22,8 +22,8 @@ EPS = 1e-6  # beside the variance, as in the probes of MAE
 class RunningScale(nn.Module):
     """Scale each of D features of each layer to mean 0 and variance 1: batch normalisation without gain and bias.
 
-    A training batch is scaled by its own statistics. In evaluation their means over all training batches scale, since
-    frozen features do not drift.
+    A training batch, that of all processes together, is scaled by its own statistics. In evaluation their means over
+    all training batches scale, since frozen features do not drift.
 
     Args:
         n_layers: Number of layers.
@@ -42,12 +42,31 @@ class RunningScale(nn.Module):
         """Scaled features (..., layers, D); in training ``batches`` is how many there were, this one included."""
         flat = features.reshape(-1, len(self.mean))
         mean, variance = self.mean.float(), self.variance.float()
-        if batches is not None and len(flat) > 1:  # a single row has no variance
-            mean, variance = flat.mean(0), flat.var(0, correction=0)
-            unbiased = variance * len(flat) / (len(flat) - 1)
+        rows = 0 if batches is None else _rows_of_all_processes(flat)
+        if batches is not None and rows > 1:  # a single row has no variance
+            mean = _of_all_processes(flat.sum(0)) / rows
+            variance = _of_all_processes((flat - mean).square().sum(0)) / rows
+            unbiased = variance * rows / (rows - 1)
             self.mean.lerp_(mean.to(self.mean.dtype), 1 / batches)
             self.variance.lerp_(unbiased.to(self.variance.dtype), 1 / batches)
         return ((flat - mean) * (variance + EPS).rsqrt()).view_as(features)
+
+
+def _rows_of_all_processes(flat: Tensor) -> int:
+    if not _are_several():  # the device need not be asked
+        return len(flat)
+    return int(_of_all_processes(torch.tensor(len(flat), device=flat.device)))
+
+
+def _of_all_processes(value: Tensor) -> Tensor:
+    """The sum over all processes, in place; all must call it together."""
+    if _are_several():
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def _are_several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Sgd:
