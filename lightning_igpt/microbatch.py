@@ -22,6 +22,7 @@ from lightning_igpt.optim import make_adam
 from lightning_igpt.planning import largest_batch
 
 GIB = 2**30
+UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "32-true": None}
 SAFETY = 0.95  # of the memory, for the peak of what is allocated: the rest is for gaps between allocations
 
@@ -75,15 +76,18 @@ def find_micro_batch(
         The size, how many of them make a step, and what was tried.
 
     Raises:
-        ValueError: An argument is out of range, or not even one image fits.
+        ValueError: An argument is out of range, there is no such device, or not even one image fits.
     """
-    if batch_size < 1 or devices < 1 or batch_size % devices:
+    for name, value in (("batch_size", batch_size), ("devices", devices)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 on")
+    if batch_size % devices:
         raise ValueError(f"a step of {batch_size} images cannot be shared by {devices} devices")
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = place_of(device)
     precision = precision or ("bf16-mixed" if multiplies_bfloat16(place.type) else "32-true")
     if precision not in AUTOCAST:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(AUTOCAST)}")
-    usable = int(safety * _memory(place, memory_bytes))
+    usable = int(safety * memory_of(place, memory_bytes))
     sizes = divisors(batch_size // devices)
     options: dict[str, Any] = {"precision": precision, "recompute": recompute, "compiled": compiled}
     expected = largest_batch(module.config, usable, **options)
@@ -101,6 +105,59 @@ def find_micro_batch(
     taken = tried[best]
     assert taken is not None
     return MicroBatch(best, sizes[-1] // best, taken, MappingProxyType(tried))
+
+
+def place_of(device: torch.device | str) -> torch.device:
+    """The device to try on.
+
+    Args:
+        device: cpu, cuda, one of several GPUs such as cuda:1, or auto for the GPU where there is one.
+
+    Raises:
+        ValueError: It is none of these, or there is no such GPU.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {str(device)!r}; it must be cpu, cuda or auto")
+    if place.type == "cuda" and not gpus:
+        raise ValueError(f"device is {str(device)!r}, and torch finds no CUDA GPU here: take cpu")
+    if place.type == "cuda" and (place.index or 0) >= gpus:
+        raise ValueError(f"device is {str(device)!r}, and the last of {gpus} CUDA GPUs is cuda:{gpus - 1}")
+    return place
+
+
+def memory_of(device: torch.device, memory_bytes: int | None) -> int:
+    """Bytes that training may use: those of a GPU, or fewer if so told.
+
+    Args:
+        device: A CPU or a CUDA GPU.
+        memory_bytes: What the user allows; None for all of a GPU.
+
+    Raises:
+        ValueError: It is below 1, or None on a CPU.
+    """
+    if memory_bytes is not None and memory_bytes < 1:
+        raise ValueError(f"memory_bytes (--memory-gib) is {memory_bytes}; it must be at least 1")
+    if device.type == "cuda":
+        there: int = torch.cuda.get_device_properties(device).total_memory
+        return there if memory_bytes is None else min(memory_bytes, there)
+    if memory_bytes is None:
+        raise ValueError(
+            f"a {device.type} device does not say when its memory is used up: give memory_bytes (--memory-gib)"
+        )
+    return memory_bytes
+
+
+def readable(size: int) -> str:
+    """Bytes in GiB, or in a smaller unit where that would say next to nothing."""
+    unit, name = next(((unit, name) for unit, name in UNITS if size >= 0.1 * unit), UNITS[-1])
+    return f"{size / unit:.2f} {name}"
 
 
 def divisors(number: int) -> list[int]:
@@ -244,21 +301,10 @@ class _Trial:
         return loss
 
 
-def _memory(device: torch.device, memory_bytes: int | None) -> int:
-    if memory_bytes is not None and memory_bytes < 1:
-        raise ValueError(f"memory_bytes is {memory_bytes}; it must be at least 1")
-    if device.type == "cuda":
-        there: int = torch.cuda.get_device_properties(device).total_memory
-        return there if memory_bytes is None else min(memory_bytes, there)
-    if memory_bytes is None:
-        raise ValueError(f"a {device.type} device does not say when its memory is used up: give memory_bytes")
-    return memory_bytes
-
-
 def _refusal(needed: int | None, usable: int, recompute: Recomputing) -> str:
-    taken = "more than there is" if needed is None else f"{needed / GIB:.2f} GiB"
-    cure = "recompute='full', or" if recompute != "full" else "a larger device, or"
+    taken = "more than there is" if needed is None else readable(needed)
+    cure = "recompute='full' (--recompute full), or" if recompute != "full" else "a larger device, or"
     return (
-        f"training on one image at a time takes {taken}, and {usable / GIB:.2f} GiB may be used: "
+        f"training on one image at a time takes {taken}, and {readable(usable)} may be used: "
         f"{cure} a strategy that spreads the network over several devices"
     )
