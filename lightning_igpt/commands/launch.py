@@ -10,13 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 from jsonargparse import ArgumentParser
 
 from lightning_igpt.commands.arguments import one_line_errors
-from lightning_igpt.commands.launch_batch import ACCUMULATE, BATCH, Recipe
+from lightning_igpt.commands.launch_batch import ACCUMULATE, BATCH, Recipe, apart, spelled
 from lightning_igpt.commands.launch_script import (
     NAME,
     REQUEUE,
@@ -65,7 +66,8 @@ def slurm(
         config: A recipe, by file or name.
         nodes: Machines.
         gpus: GPUs of each machine.
-        time: Longest time of a part of the run, as SLURM writes it: minutes, hours:minutes:seconds, days-hours, ...
+        time: Longest time of a part of the run, as SLURM writes it: minutes, hours:minutes:seconds, days-hours, ...; 0
+            or UNLIMITED sets no limit.
         partition: SLURM's partition.
         account: Whose account is charged.
         qos: Quality of service.
@@ -91,9 +93,7 @@ def slurm(
     name = re.sub(r"[^\w.+-]", "-", Path(config).stem, flags=re.ASCII) if job_name is None else job_name
     if not NAME.fullmatch(name):
         raise ValueError(f"job_name is {name!r}; take letters, digits and . _ + - only")
-    latest = min(LATEST_SIGNAL, seconds(time) - 1)
-    if not 1 <= signal_seconds <= latest:
-        raise ValueError(f"signal_seconds is {signal_seconds}; it must be from 1 to {latest}, the time being {time}")
+    _check_signal(signal_seconds, time)
     if cpus_per_gpu is None:
         cpus_per_gpu = recipe.setting("data.init_args.num_workers", 0, 0) + 1
     _at_least_one(nodes=nodes, gpus=gpus, cpus_per_gpu=cpus_per_gpu)
@@ -107,12 +107,12 @@ def slurm(
         directives=directives({**files, **sizes, **queue}),
         remarks=comment([f"Recipe: {config}", *share.remarks]),
         seconds=signal_seconds,
-        setup=one_line("setup", setup or "# Nothing is to be set up."),
+        setup=whole_commands(one_line("setup", setup or "# Nothing is to be set up.")),
         cpus=cpus_per_gpu,
         command=quoted(command),
     ) + (REQUEUE if container else "")
     _tell(share.remarks)
-    _hand_over(whole_commands(script), out, overwrite=overwrite, submit=submit)
+    _hand_over(script, out, overwrite=overwrite, submit=submit)
 
 
 def torchrun(
@@ -146,7 +146,7 @@ def torchrun(
         work = _fit(config, fewest, gpus, share.words, options)
     else:
         remarks += _elastic(recipe, range(fewest, most + 1), gpus, share.batch.accumulate)
-        work = ["launch", "worker", "--config", config, "--accumulate", str(share.batch.accumulate)]
+        work = ["launch", "worker", *_configs([config]), "--accumulate", str(share.batch.accumulate)]
         work += ["--", *options] if options else []
     group = [f"--nnodes={nodes}", f"--nproc-per-node={gpus}", f"--max-restarts={max_restarts}"]
     group += ["--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}", f"--rdzv-id={Path(config).stem}"]
@@ -183,7 +183,7 @@ def run(words: Sequence[str]) -> int:
     """Entry point of the verb."""
     own, options = list(words), []
     if "--" in own:
-        own, options = own[: own.index("--")], own[own.index("--") + 1 :]
+        own, options = own[: own.index("--")], spelled(own[own.index("--") + 1 :])
     verbs = {function.__name__: function for function in (slurm, torchrun, worker)}
     parser = ArgumentParser(prog=f"{PROGRAM} launch", description="Train a recipe on a cluster.", allow_abbrev=False)
     subcommands = parser.add_subcommands(dest="verb", required=True)
@@ -193,7 +193,10 @@ def run(words: Sequence[str]) -> int:
         part.add_function_arguments(function, as_group=False, skip={"options"})
         subcommands.add_subcommand(verb, part, help=text)
     with one_line_errors(f"{PROGRAM} launch"):
-        chosen = parser.parse_args(_spelled_out(own))
+        own = _spelled_out(own)
+        if own and own[0] in verbs:
+            _check_numbers(verbs[own[0]], own)
+        chosen = parser.parse_args(own)
         verbs[chosen.verb](**chosen[chosen.verb].as_dict(), options=options)
     return 0
 
@@ -209,6 +212,18 @@ def _spelled_out(words: Sequence[str]) -> list[str]:
             word = f"{word}=true"
         found.append("--config" if word == "-c" else word)
     return found
+
+
+def _check_numbers(function: Callable[..., None], words: Sequence[str]) -> None:
+    """Raise ValueError for a number with a colon, which YAML takes for one to the base of 60: 1:4 for 64."""
+    numbers = {f"--{name}" for name, kind in get_type_hints(function).items() if kind in (int, int | None)}
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        value = value if equals else after
+        if flag in numbers and ":" in value:
+            raise ValueError(
+                f"{flag[2:]} is {value!r}; it must be a whole number. Only the nodes of launch torchrun may be a range"
+            )
 
 
 def _recipe(config: str, options: Sequence[str]) -> Recipe:
@@ -229,7 +244,13 @@ def _recipe(config: str, options: Sequence[str]) -> Recipe:
 def _fit(config: str, nodes: int, gpus: int, changes: Sequence[str], options: Sequence[str]) -> list[str]:
     devices = ["--trainer.num_nodes", str(nodes), "--trainer.devices", str(gpus)]
     resume = [] if any(word.partition("=")[0] == "--resume" for word in options) else ["--resume", "auto"]
-    return ["fit", "--config", config, *devices, *resume, *changes, *options]
+    files, rest = apart(options)  # a recipe takes back what stands before it, so all of them come first
+    return ["fit", *_configs([config, *files]), *devices, *resume, *changes, *rest]
+
+
+def _configs(files: Sequence[str]) -> list[str]:
+    """The options for these files; a name that begins with a dash would be taken for an option of its own."""
+    return [word for file in files for word in ([f"--config={file}"] if file.startswith("-") else ["--config", file])]
 
 
 def _elastic(recipe: Recipe, sizes: Sequence[int], gpus: int, accumulate: int) -> list[str]:
@@ -256,6 +277,15 @@ def _range(nodes: str) -> tuple[int, int]:
     if not 1 <= first <= last:
         raise ValueError(f"nodes is {nodes!r}; it must be at least 1, and the second number not below the first")
     return first, last
+
+
+def _check_signal(signal_seconds: int, time: str) -> None:
+    limit = seconds(time)
+    latest = min(LATEST_SIGNAL, limit - 1) if limit else LATEST_SIGNAL
+    if latest < 1:
+        raise ValueError(f"time is {time!r}, a second: too short to save and leave before it is up")
+    if not 1 <= signal_seconds <= latest:
+        raise ValueError(f"signal_seconds is {signal_seconds}; it must be from 1 to {latest}, the time being {time}")
 
 
 def _at_least_one(**numbers: int) -> None:

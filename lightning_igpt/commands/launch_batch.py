@@ -5,6 +5,7 @@ The recipe is read as plain YAML: nothing that it names is imported, and no data
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_igpt.commands import recipes
 
@@ -20,6 +22,8 @@ OURS = ("PretrainDataModule", "ProbeDataModule", "FineTuneDataModule")
 ACCUMULATE, BATCH = "trainer.accumulate_grad_batches", "data.init_args.batch_size"
 LIMITS = ("trainer.limit_train_batches", "trainer.limit_val_batches")  # counted in batches of a device
 INTERVAL = "trainer.val_check_interval"
+# What the launch reads or writes. A name that these begin with stands for a group of them, or shortens one.
+DECIDED = ("trainer.devices", "trainer.num_nodes", ACCUMULATE, BATCH, *LIMITS, INTERVAL, "ckpt_path")
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,14 @@ class Recipe:
 
     Raises:
         FileNotFoundError: There is no such recipe.
-        ValueError: It is no YAML, has no data, or a number in it is none.
+        ValueError: It is no YAML, has no data, a section or number in it is none, or an option stands for several.
     """
 
     def __init__(self, config: str, options: Sequence[str] = ()) -> None:
         given = _pairs(options)
         self.given = {_whole(name): value for name, value in given if name != "config"}
+        for name in self.given:
+            _check_single(name)
         files = [config, *(value for name, value in given if name == "config")]
         self.sections = _read(files)
         self.batch = self._batch()
@@ -195,6 +201,48 @@ def _remarks(was: Batch, now: Batch, changes: Mapping[str, tuple[Any, Any]]) -> 
     return lines
 
 
+def spelled(options: Sequence[str]) -> list[str]:
+    """Options of ``fit`` with their names as it has them: underscores for dashes, ``--config`` for what shortens it.
+
+    Values stay as they are.
+    """
+    found = []
+    for word in options:
+        name, equals, value = word.partition("=")
+        if re.fullmatch(r"--[\w.+-]+", name):  # anything else is a value, also where it begins with dashes
+            name = f"--{name[2:].replace('-', '_')}"
+            name = "--config" if name != "--c" and "--config".startswith(name) else name
+        elif word.startswith("-c") and " " not in word:  # -c FILE, -cFILE and -c=FILE
+            name, value = "--config", word[2:].removeprefix("=")
+            equals = "=" if value else ""
+        found.append(f"{name}{equals}{value}")
+    return found
+
+
+def apart(options: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files that ``--config`` names, and the other words."""
+    files: list[str] = []
+    rest: list[str] = []
+    remaining = iter(options)
+    for word in remaining:
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            files.append(value if equals else next(remaining, ""))
+        else:
+            rest.append(word)
+    return files, rest
+
+
+def _check_single(name: str) -> None:
+    """Raise ValueError for an option that sets several values at once, or shortens one that the launch reads."""
+    hidden = [whole for whole in DECIDED if whole.startswith(name) and whole != name]
+    if hidden:
+        raise ValueError(
+            f"--{name} follows --, but the launch must read what stands in it: name single options in full, "
+            f"such as --{hidden[-1]}"
+        )
+
+
 def _read(files: Sequence[str]) -> DictConfig:
     merged = OmegaConf.create()
     for file in files:
@@ -207,9 +255,18 @@ def _read(files: Sequence[str]) -> DictConfig:
             raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
         if not isinstance(loaded, DictConfig):
             raise ValueError(f"{path} is no recipe: it is not made of sections such as data and model")
-        if isinstance(loaded.get("data"), str):
-            loaded["data"] = {"class_path": loaded["data"]}
-        merged.merge_with(loaded)
+        for name in ("data", "model"):
+            if isinstance(loaded.get(name), str):
+                loaded[name] = {"class_path": loaded[name]}
+        for name in ("data", "model", "trainer", "data.init_args"):
+            section = OmegaConf.select(loaded, name)
+            if section is not None and not isinstance(section, DictConfig):
+                raise ValueError(f"{path} is no recipe: {name} is {section}; it must be a section of names and values")
+        try:
+            merged.merge_with(loaded)
+        except OmegaConfBaseException as error:
+            told = str(error).splitlines()[0]
+            raise ValueError(f"{path} does not fit to {', '.join(files)}: {told}") from error
     if merged.get("data") is None or merged.get("model") is None:
         raise ValueError(f"{', '.join(files)} cannot be trained: a recipe has the sections model, data and trainer")
     return merged
@@ -227,11 +284,13 @@ def _pairs(options: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _whole(name: str) -> str:
-    """--data.batch_size means data.init_args.batch_size."""
-    first, dot, rest = name.partition(".")
+    """--data.batch_size and --data.dict_kwargs.batch_size mean data.init_args.batch_size; + appends to a list."""
+    first, dot, rest = name.removesuffix("+").partition(".")
+    if first in ("data", "model") and rest.partition(".")[0] == "dict_kwargs":
+        rest = f"init_args{rest.removeprefix('dict_kwargs')}"
     if first in ("data", "model") and dot and rest.partition(".")[0] not in ("init_args", "class_path", "help"):
         return f"{first}.init_args.{rest}"
-    return name
+    return f"{first}{dot}{rest}"
 
 
 def _devices(named: Any) -> int | None:

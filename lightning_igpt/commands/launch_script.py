@@ -9,6 +9,7 @@ import subprocess
 import textwrap
 from collections.abc import Mapping, Sequence
 
+UNLIMITED = ("unlimited", "infinite")
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 # What sbatch takes as one value: it splits at blanks and has its own rules for quotes, backslashes and #.
 WORD = re.compile(r"[\w.,:;=+@%/\[\]{}()&|*~^!<>?-]+", re.ASCII)
@@ -40,11 +41,13 @@ exit "$status"
 
 
 def seconds(time: str) -> int:
-    """Seconds of a time in one of SLURM's spellings.
+    """Seconds of a time in one of SLURM's spellings; 0 means that there is no limit, as it does there.
 
     Raises:
         ValueError: It is in none of them.
     """
+    if time.lower() in UNLIMITED:
+        return 0
     found = TIME.fullmatch(time)
     if found is None:
         raise ValueError(f"time is {time!r}; write minutes, hours:minutes:seconds, or days-hours:minutes:seconds")
@@ -99,15 +102,28 @@ def one_line(name: str, value: str) -> str:
     return value
 
 
-def whole_commands(script: str) -> str:
-    """The script itself; bash reads it where there is one, without running it.
+def whole_commands(setup: str) -> str:
+    """The setup itself; bash reads it where there is one, without running it.
 
     Raises:
-        ValueError: The setup leaves a quotation or a loop open.
+        ValueError: It leaves a quotation, a loop, a list or a here-document open, which would go on in the lines below.
     """
+    told = _complaints(f"{setup}\n")
+    if told:
+        raise ValueError(f"setup is no whole shell command: {' '.join(told.split())}")
+    # A word that may not begin a command: if bash takes it, the line break before it did not end the setup.
+    if shutil.which("bash") and not _complaints(f"{setup}\nfi\n"):
+        raise ValueError(f"setup is no whole shell command: {setup!r} goes on in the next line")
+    return setup
+
+
+def _complaints(commands: str) -> str:
+    """What bash says about commands; of an open here-document it only warns, with status 0."""
     bash = shutil.which("bash")
-    if bash is not None:
-        found = subprocess.run([bash, "-n"], input=script, capture_output=True, text=True, check=False)
-        if found.returncode:
-            raise ValueError(f"setup is no whole shell command: {' '.join(found.stderr.split())}")
-    return script
+    if bash is None:
+        return ""
+    # Nothing else may be said: no warning about a locale, and no file that the environment names is read.
+    done = subprocess.run(
+        [bash, "-n"], input=commands, capture_output=True, encoding="utf-8", check=False, env={"LC_ALL": "C"}
+    )
+    return done.stderr or (f"status {done.returncode}" if done.returncode else "")

@@ -141,9 +141,34 @@ class TestScript:
         head, _, _ = script("--setup", "#SBATCH --wrap=x").partition("export ")
         assert "wrap" not in head  # sbatch reads no further than to the first command
 
-    def test_a_setup_that_is_not_closed_is_refused(self, here, capsys):
+    @pytest.mark.parametrize(
+        "setup",
+        [
+            "source 'venv",
+            "cat <<EOF",
+            "true ||",
+            "true &&",
+            "true |",
+            "true \\",
+            "if true; then",
+            "f() {",
+            "x=$(ls",
+            "fi",
+        ],
+    )
+    def test_a_setup_that_is_not_closed_is_refused(self, here, setup, capsys):
         write()
-        assert "setup is no whole shell command" in refused(capsys, *words(), "--setup", "source 'venv")
+        told = refused(capsys, *words(), "--setup", setup, "--out", "job.sh")
+        assert "setup is no whole shell command" in told and not (here / "job.sh").exists()
+
+    @pytest.mark.parametrize(
+        "setup", ["true; true", "export A=é # it's \\", "true &", "(true) && x=$(ls)", "cat <<< a"]
+    )
+    def test_a_whole_setup_is_taken(self, here, setup, monkeypatch):
+        write()
+        monkeypatch.setenv("LC_ALL", "no_such.locale")  # bash warns about it
+        script("--setup", setup)
+        assert slurm.batch(here / "job.sh", here, SRUN_STATUS="3").wait(timeout=60) == 3
 
     def test_a_container_has_no_scontrol(self, here):
         write()
@@ -180,6 +205,14 @@ class TestScript:
         assert "it must be from 1 to" in refused(capsys, *words(time=time), "--signal-seconds", str(seconds))
         assert "it must be from 1 to" in refused(capsys, *words(time=time), "--signal-seconds", "0")
 
+    @pytest.mark.parametrize("time", ["0", "0:00:00", "UNLIMITED", "infinite"])
+    def test_no_limit_of_time_limits_no_signal(self, here, time, capsys):
+        write()
+        found = directives(script("--signal-seconds", "65535", time=time))
+        assert found["time"] == time and found["signal"] == "SIGUSR1@65535"
+        assert "from 1 to 65535" in refused(capsys, *words(time=time), "--signal-seconds", "65536")
+        assert "too short" in refused(capsys, *words(time="0:01"))
+
     def test_fit_takes_what_the_script_says(self, here, capsys):
         write(model=RECIPE["model"])
         script("--", "--trainer.accelerator", "cpu", nodes=2, gpus=2)
@@ -196,6 +229,17 @@ class TestScript:
 
 
 class TestFiles:
+    def test_a_name_that_begins_with_a_dash(self, here, capsys):
+        write("-r.yaml", model=RECIPE["model"])
+        launch.run(["slurm", "--config=-r.yaml", *words()[3:], "--out", "job.sh", "--", "--config=-r.yaml"])
+        slurm.batch(here / "job.sh", here, SRUN_STATUS="0").wait(timeout=60)
+        asked = slurm.asked_of_srun(here)
+        assert asked.count("--config=-r.yaml") == 2
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([*asked[asked.index("fit") :], "--trainer.accelerator", "cpu", "--print_config"])
+        assert stop.value.code == 0 and "num_nodes: 1" in capsys.readouterr().out
+
     def test_nothing_is_written_for_a_recipe_that_is_not_there(self, here, capsys):
         assert "digits_tiny_pretrain" in refused(capsys, *words(config="digits_tiny_pretran"), "--out", "job.sh")
         (here / "text.yaml").write_text("- a list")
@@ -314,6 +358,14 @@ class TestBatch:
             ({"trainer": {"accumulate_grad_batches": 0}}, "must be at least 1"),
             ({"data": {"class_path": "mine.Data"}}, "Data, has no batch_size"),
             ({"data": None}, "sections model, data and trainer"),
+            ({"data": [1]}, "data is [1]; it must be a section"),
+            (
+                {"data": {"class_path": "PretrainDataModule", "init_args": 3}},
+                "data.init_args is 3; it must be a section",
+            ),
+            ({"trainer": 3}, "trainer is 3; it must be a section"),
+            ({"model": ["a"]}, "model is ['a']; it must be a section"),
+            ({"trainer": {"devices": {"a": 1}}}, "trainer.devices is {'a': 1}"),
             ({"ckpt_path": "a.ckpt"}, "--resume auto takes the newest"),
         ],
     )
@@ -329,11 +381,54 @@ class TestBatch:
             (["--", "--ckpt_path", "a.ckpt"], "every restart would go back"),
             (["--nodes", "0"], "nodes is 0"),
             (["--cpus_per_gpu", "0"], "cpus_per_gpu is 0"),
+            (["--nodes", "1:4"], "nodes is '1:4'"),
+            (["--gpus=1:4"], "gpus is '1:4'"),
+            (["--cpus-per-gpu=1:4"], "cpus_per_gpu is '1:4'"),
+            (["--", "--trainer", "{devices: 3}"], "--trainer follows --"),
+            (["--", "--trainer={devices: 3}"], "--trainer follows --"),
+            (["--", "--trainer.num_node", "3"], "--trainer.num_node follows --"),
+            (["--", "--trainer.num-nodes", "3"], "say --nodes before --"),
+            (["--", "--trainer.devices+", "3"], "say --gpus before --"),
+            (["--", "--data", "{init_args: {batch_size: 3}}"], "such as --data.init_args.batch_size"),
+            (["--", "--data.init_args={batch_size: 3}"], "such as --data.init_args.batch_size"),
+            (["--", "--data.dict_kwargs.batch_size", "3"], "with batch_size 3"),
         ],
     )
     def test_bad_options(self, here, more, message, capsys):
         write()
         assert message in refused(capsys, *words(), *more)
+
+    def test_names_of_options_may_have_dashes(self, here):
+        write()
+        text = script(
+            "--", "--trainer.accumulate-grad-batches", "1", "--model.network=igpt-x", "--logger-x", "a-b", "-1-2"
+        )
+        assert text.endswith(
+            "--trainer.accumulate_grad_batches 1 \\\n  --model.network=igpt-x \\\n  --logger_x a-b -1-2\n"
+        )
+        assert "batch_size 8 -> 16" in text
+
+    @pytest.mark.parametrize(
+        "more", [["--config", "b2.yaml"], ["--config=b2.yaml"], ["-c", "b2.yaml"], ["-cb2.yaml"], ["--conf", "b2.yaml"]]
+    )
+    def test_a_further_recipe_comes_before_what_the_launch_says(self, here, more, capsys):
+        write(model=RECIPE["model"])
+        write("b2.yaml", model=RECIPE["model"], trainer={"devices": 2, "accumulate_grad_batches": 4})
+        script("--", "--trainer.accelerator", "cpu", *more, "--trainer.max_steps", "7", gpus=4)
+        slurm.batch(here / "job.sh", here, SRUN_STATUS="0").wait(timeout=60)
+        asked = slurm.asked_of_srun(here)
+        files = asked[asked.index("fit") + 1 : asked.index("--trainer.num_nodes")]
+        assert files == ["--config", "recipe.yaml", "--config", "b2.yaml"]
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main([*asked[asked.index("fit") :], "--print_config"])
+        trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+        assert (str(trainer["devices"]), trainer["accumulate_grad_batches"], trainer["max_steps"]) == ("4", 2, 7)
+
+    def test_a_further_recipe_of_another_shape(self, here, capsys):
+        write()
+        (here / "b2.yaml").write_text("trainer: [1]")
+        assert "b2.yaml is no recipe: trainer is [1]" in refused(capsys, *words(), "--", "--config", "b2.yaml")
 
     def test_another_resume_takes_the_place_of_auto(self, here):
         write()
@@ -382,6 +477,8 @@ class TestTorchrun:
         assert started[0][3:6] == ["fit", "--config", "recipe.yaml"] and started[0][1:3] == ["-m", "lightning_igpt"]
         counted = ["--trainer.num_nodes", str(nodes), "--trainer.devices", "8", "--resume", "auto"]
         assert started[0][6:12] == counted and started[0][12 : 12 + len(changes)] == changes
+        assert launch.run(["worker", "--config=recipe.yaml", "--", "--trust", "drill", "-c", "recipe.yaml"]) == 0
+        assert started[1][3:8] == ["fit", "--config", "recipe.yaml", "--config", "recipe.yaml"]
         assert "--trainer.accumulate_grad_batches" not in started[0] and started[0][-2:] == ["--trust", "drill"]
 
     @pytest.mark.parametrize(
@@ -396,6 +493,8 @@ class TestTorchrun:
             ("rendezvous", "a b:1", "HOST:PORT"),
             ("max_restarts", "-1", "at least 0"),
             ("gpus", "0", "gpus is 0"),
+            ("gpus", "1:8", "Only the nodes of launch torchrun"),
+            ("max-restarts", "1:8", "max_restarts is '1:8'"),
         ],
     )
     def test_bad_values(self, here, name, value, message, capsys):
