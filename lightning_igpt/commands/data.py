@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
@@ -153,16 +152,7 @@ def read_recipe(files: Sequence[str]) -> DictConfig:
     """
     merged = OmegaConf.create()
     for file in files:
-        path = Path(file) if Path(file).exists() else recipes.find(file)
-        try:
-            loaded = OmegaConf.load(path)
-        except OSError:
-            raise
-        except Exception as error:  # PyYAML's and OmegaConf's, of many classes
-            raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(loaded, DictConfig):
-            raise ValueError(f"{path} is no recipe: it is not made of sections such as data and model")
-        merged.merge_with(loaded)
+        merged.merge_with(recipes.read(file))
     if files and merged.get("data") is None:
         raise ValueError(f"{', '.join(files)} has no section data; give its images as SOURCE instead")
     return merged

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -246,27 +245,19 @@ def _check_single(name: str) -> None:
 def _read(files: Sequence[str]) -> DictConfig:
     merged = OmegaConf.create()
     for file in files:
-        path = Path(file) if Path(file).exists() else recipes.find(file)
-        try:
-            loaded = OmegaConf.load(path)
-        except OSError:
-            raise
-        except Exception as error:  # PyYAML's and OmegaConf's, of many classes
-            raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(loaded, DictConfig):
-            raise ValueError(f"{path} is no recipe: it is not made of sections such as data and model")
+        loaded = recipes.read(file)
         for name in ("data", "model"):
             if isinstance(loaded.get(name), str):
                 loaded[name] = {"class_path": loaded[name]}
         for name in ("data", "model", "trainer", "data.init_args"):
             section = OmegaConf.select(loaded, name)
             if section is not None and not isinstance(section, DictConfig):
-                raise ValueError(f"{path} is no recipe: {name} is {section}; it must be a section of names and values")
+                raise ValueError(f"{file} is no recipe: {name} is {section}; it must be a section of names and values")
         try:
             merged.merge_with(loaded)
         except OmegaConfBaseException as error:
             told = str(error).splitlines()[0]
-            raise ValueError(f"{path} does not fit to {', '.join(files)}: {told}") from error
+            raise ValueError(f"{file} does not fit to {', '.join(files)}: {told}") from error
     if merged.get("data") is None or merged.get("model") is None:
         raise ValueError(f"{', '.join(files)} cannot be trained: a recipe has the sections model, data and trainer")
     return merged

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from omegaconf import DictConfig, OmegaConf
+
 from lightning_igpt.commands.arguments import run_function
 
 PACKAGE = Path(__file__).parents[1]
@@ -33,6 +35,25 @@ def find(name: str) -> Path:
     close = difflib.get_close_matches(stem, names(), n=3)
     hint = f"; did you mean {' or '.join(close)}?" if close else "; lightning-igpt recipes list shows them all"
     raise FileNotFoundError(f"{name!r} is neither a file here nor a shipped recipe{hint}")
+
+
+def read(name: str) -> DictConfig:
+    """The sections of a recipe, by the path of its file or by the name of a shipped one.
+
+    Raises:
+        FileNotFoundError: There is no such file, and no shipped recipe of the name.
+        ValueError: The file is no YAML, or has no sections.
+    """
+    path = Path(name) if Path(name).exists() else find(name)
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError:
+        raise
+    except Exception as error:  # PyYAML's and OmegaConf's, of many classes
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ValueError(f"{path} is no recipe: it is not made of sections such as data and model")
+    return loaded
 
 
 def summary(path: Path) -> str:
