@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import jsonargparse
 from omegaconf.errors import InterpolationResolutionError
 
+BOOLEANS = ("true", "false", "null")  # what may follow a switch as its value
 TRACEBACK = "LIGHTNING_IGPT_TRACEBACK"  # set to anything to see where an error came from
 
 
@@ -22,7 +24,7 @@ def run_function(
 ) -> int:
     """Parse ``words`` for ``function`` (or one of several, by name) with jsonargparse, and call it.
 
-    Options may be written with dashes for underscores, as ``--batch-size``.
+    Options may be written with dashes for underscores, as ``--batch-size``, and ``--config`` as ``-c``.
 
     Args:
         function: What to run, or a mapping from sub-verbs to what to run.
@@ -32,6 +34,8 @@ def run_function(
     """
     prog = f"lightning-igpt {verb}"
     words = _underscored(function, words)
+    with one_line_errors(prog):
+        _refuse_sixties(function, words)
     if not isinstance(function, dict):
         words = _spelled_out(function, words)
         function = _with_config(function, words)
@@ -41,15 +45,36 @@ def run_function(
 
 
 def _underscored(function: Callable[..., Any] | dict[str, Any], words: Sequence[str]) -> list[str]:
-    """``--batch-size`` as ``--batch_size``, where some function has such a parameter; values stay as they are."""
+    """``--batch-size`` as ``--batch_size``, where some function has such a parameter, and ``-c`` as ``--config``.
+
+    Values stay as they are.
+    """
     several = function.values() if isinstance(function, dict) else [function]
     known = {f"--{name}" for one in several for name in inspect.signature(one).parameters}
     spelled = []
     for word in words:
+        if word == "-c" and "--config" in known:
+            word = "--config"
         name, equals, value = word.partition("=")
         option = f"--{name.removeprefix('--').replace('-', '_')}"
         spelled.append(f"{option}{equals}{value}" if word.startswith("--") and option in known else word)
     return spelled
+
+
+def _refuse_sixties(function: Callable[..., Any] | dict[str, Any], words: Sequence[str]) -> None:
+    """Keep YAML from reading ``1:4`` as 64, a number to the base of 60.
+
+    Raises:
+        ValueError: An option that takes a number has such a value.
+    """
+    several = function.values() if isinstance(function, dict) else [function]
+    kinds = [pair for one in several for pair in get_type_hints(one).items()]
+    numbers = {f"--{name}" for name, kind in kinds if {int, float} & {kind, *get_args(kind)}}
+    for word, after in zip_longest(words, words[1:], fillvalue=""):
+        name, equals, value = word.partition("=")
+        value = value if equals else after
+        if name in numbers and re.fullmatch(r"[-+]?[\d_]+(:\d+)+(\.\d*)?", value):
+            raise ValueError(f"{name.removeprefix('--')} is {value!r}, which is no number; write one without colons")
 
 
 def _with_config(function: Callable[..., Any], words: Sequence[str]) -> Callable[..., Any]:
@@ -68,9 +93,9 @@ def _with_config(function: Callable[..., Any], words: Sequence[str]) -> Callable
 
 def _spelled_out(function: Callable[..., Any], words: Sequence[str]) -> list[str]:
     """``--check`` alone as ``--check=true``: jsonargparse wants the value of every switch written."""
-    switches = {f"--{name}" for name, kind in get_type_hints(function).items() if kind is bool}
+    switches = {f"--{name}" for name, kind in get_type_hints(function).items() if kind in (bool, bool | None)}
     return [
-        f"{word}=true" if word in switches and str(after).lower() not in ("true", "false") else word
+        f"{word}=true" if word in switches and str(after).lower() not in BOOLEANS else word
         for word, after in zip_longest(words, words[1:])
     ]
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.plan_cpu import measured_cpu
 from lightning_igpt.commands.plan_facts import Plan, facts
-from lightning_igpt.commands.plan_recipe import Recipe, read_recipe
+from lightning_igpt.commands.plan_recipe import PRECISIONS, Recipe, read_recipe
 from lightning_igpt.commands.plan_sweep import draw_sweep
 from lightning_igpt.commands.plan_text import lines
 from lightning_igpt.planning import Run, Schedule, find_device, usual_mfu
@@ -54,7 +54,8 @@ def plan(
         steps: Optimiser steps; default a million.
         devices: Number of devices; default 1.
         device_kind: What they are, such as a100-40, h100 or rtx4090; cpu measures this one.
-        precision: bf16-mixed, 16-mixed, 32-true or bf16-true. Default: as fit chooses on the device.
+        precision: bf16-mixed (or bf16), 16-mixed (or 16), 32-true (or 32), or bf16-true. Default: as fit chooses on the
+            device.
         recompute: Activation checkpointing that memory is shown for; default none.
         compile: Show memory for compiled blocks.
         mfu: Share of the device's peak that training reaches, such as 0.45; default by the network's size.
@@ -67,7 +68,7 @@ def plan(
         "image_size": image_size,
         "devices": devices,
         "accumulate": accumulate_grad_batches,
-        "precision": precision,
+        "precision": None if precision is None else PRECISIONS.get(precision, precision),
         "recompute": recompute,
         "compiled": compile,
     }
@@ -75,7 +76,7 @@ def plan(
     wanted = recipe._replace(**{name: value for name, value in told.items() if value is not None})
     planned = decide(wanted, device_kind=device_kind, batch_size=batch_size, steps=steps, mfu=mfu)
     if sweep is not None:
-        draw_sweep(planned, Path(sweep), mfu=mfu)
+        draw_sweep(planned, Path(sweep), mfu=CPU_MFU if mfu is None and device_kind.lower() == "cpu" else mfu)
     found = facts(planned)
     print(json.dumps(found) if format == "json" else "\n".join(lines(found)))
 
@@ -111,7 +112,7 @@ def decide(wanted: Recipe, *, device_kind: str, batch_size: int | None, steps: i
     )
     # A network too small for its device does not come near the usual.
     run = replace(run, mfu=min(run.mfu, run.ceiling_mfu) if mfu is None else mfu)
-    return Plan(wanted.name(), run, accumulate, wanted.recompute or "none", bool(wanted.compiled))
+    return Plan(wanted.name(), run, accumulate, wanted.recompute or "none", bool(wanted.compiled), wanted.only)
 
 
 def check_divides(batch_size: int, devices: int, accumulate: int) -> None:

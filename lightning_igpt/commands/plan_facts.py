@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lightning_igpt.planning import (
     RECOMPUTE,
@@ -17,6 +17,7 @@ from lightning_igpt.planning import (
     instead,
     largest_batch,
     loading_bytes,
+    paper_flops,
     paper_schedule,
     paper_size,
     parameter_count,
@@ -25,6 +26,7 @@ from lightning_igpt.planning import (
     training_bytes,
     weights_bytes,
 )
+from lightning_igpt.planning.memory import widths_of
 from lightning_igpt.planning.runs import IMAGENET, V100_DAYS, V100_FLOPS
 
 SCHEMA = 1  # grows when a name changes its meaning
@@ -39,6 +41,7 @@ class Plan(NamedTuple):
     accumulate: int
     recompute: Recompute
     compiled: bool
+    only: Literal["ddp", "fsdp"] | None = None  # the strategy that was told
 
     @property
     def images(self) -> int:
@@ -165,7 +168,7 @@ def _largest(run: Run, *, sharded: bool) -> dict[str, dict[str, int]]:
 def _strategy(plan: Plan) -> dict[str, Any]:
     """What suits the batch as it is laid out, and, where that is not best, what suits it in other parts."""
     run = plan.run
-    rest = (run.devices, run.device.usable, run.precision, plan.compiled)
+    rest = (run.devices, run.device.usable, run.precision, plan.compiled, plan.only)
     choice, other = choose(run.config, plan.micro_batch, *rest), None
     if not choice.fits or choice.recompute != "none":
         other = instead(run.config, plan.images, *rest)
@@ -187,10 +190,16 @@ def _choice(choice: Choice) -> dict[str, Any]:
 
 
 def _inference(run: Run) -> dict[str, Any]:
+    if run.config.objective != "autoregressive":  # it generates nothing
+        return {
+            "forward_images_per_second": run.forward_images_per_second,
+            "cache_bytes_per_image": None,
+            "sampling": None,
+        }
     seconds = {size: decode_seconds(run.config, run.device, size, run.precision) for size in DECODED}
     return {
         "forward_images_per_second": run.forward_images_per_second,
-        "cache_bytes_per_image": cache_bytes(run.config),
+        "cache_bytes_per_image": cache_bytes(run.config, width=widths_of(run.precision).product),
         "sampling": {
             str(size): {
                 "seconds_per_batch": one * run.config.n_positions,
@@ -202,7 +211,7 @@ def _inference(run: Run) -> dict[str, Any]:
 
 
 def _paper(run: Run) -> dict[str, Any]:
-    schedule, size = paper_schedule(run.config), paper_size(run.config)
+    schedule, size, flops = paper_schedule(run.config), paper_size(run.config), paper_flops(run.config)
     return {
         "size": size,
         "batch_size": schedule.batch_size,
@@ -210,7 +219,7 @@ def _paper(run: Run) -> dict[str, Any]:
         "images": schedule.images,
         "imagenet_passes": schedule.images / IMAGENET,
         "run_imagenet_passes": run.schedule.images / IMAGENET,
-        "flops_ratio": run.schedule.images / schedule.images,
+        "flops_ratio": run.flops / flops if flops else None,
         "v100_days": V100_DAYS if size == "L" else None,
         "v100_flops_ratio": V100_DAYS * 86400 * V100_FLOPS / run.flops if size == "L" else None,
     }

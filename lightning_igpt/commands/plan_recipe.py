@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -20,6 +20,7 @@ HELD_OUT = {"digits": 0.1, "uoft-cs/cifar10": 0.1}  # where there is no validati
 RELEASED = {"openai/imagegpt-small": "igpt_s", "openai/imagegpt-medium": "igpt_m", "openai/imagegpt-large": "igpt_l"}
 BATCH_SIZE = 128  # the data modules' default
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}  # Lightning's short names
+STRATEGIES: Mapping[str, Literal["ddp", "fsdp"]] = {"ddp": "ddp", "fsdp": "fsdp", "fsdp2": "fsdp"}
 
 
 class Recipe(NamedTuple):
@@ -37,6 +38,8 @@ class Recipe(NamedTuple):
     precision: str | None = None
     recompute: Recompute | None = None
     compiled: bool | None = None
+    batches: int | float | None = None  # of a pass that are trained on: so many, or this share of them
+    only: Literal["ddp", "fsdp"] | None = None  # the strategy that it takes
 
     def name(self) -> str | None:
         """The preset's name; None for a network given by its fields."""
@@ -65,6 +68,10 @@ class Recipe(NamedTuple):
         ends = [] if self.max_steps is None else [self.max_steps]
         if self.max_epochs is not None and self.images is not None:
             batches = max(1, self.images * accumulate // batch_size)
+            if isinstance(self.batches, float):
+                batches = max(1, int(batches * self.batches))
+            elif self.batches is not None:
+                batches = min(batches, self.batches)
             ends.append(self.max_epochs * -(-batches // accumulate))  # the end of a pass cuts a step short
         if ends:
             return min(ends)
@@ -88,6 +95,8 @@ def read_recipe(name: str, *, known_network: bool = False) -> Recipe:
         ValueError: It is not YAML, or holds what cannot be planned.
     """
     recipe = _load(Path(name) if Path(name).is_file() else recipes.find(name))
+    if not (known_network and "model" not in recipe):
+        _check_model(recipe, name)
     kind = str(_at(recipe, "model.class_path", "PretrainModule")).rsplit(".", 1)[-1]
     if kind == "ProbeModule":
         raise ValueError(
@@ -96,7 +105,6 @@ def read_recipe(name: str, *, known_network: bool = False) -> Recipe:
         )
     if kind not in ("PretrainModule", "FineTuneModule"):
         raise ValueError(f"{name} trains a {kind}, of which nothing is known; only PretrainModule and FineTuneModule")
-    how = _at(recipe, "trainer.recompute")
     precision = _at(recipe, "trainer.precision")
     compiled = _at(recipe, "trainer.compile")
     return Recipe(
@@ -110,8 +118,10 @@ def read_recipe(name: str, *, known_network: bool = False) -> Recipe:
         max_epochs=_number(recipe, name, "trainer.max_epochs"),
         images=_images(recipe),
         precision=None if precision is None else PRECISIONS.get(str(precision), str(precision)),
-        recompute=how if how in RECOMPUTE else None,
+        recompute=_recompute(recipe, name),
         compiled=compiled if isinstance(compiled, bool) else None,
+        batches=_batches(recipe, name),
+        only=STRATEGIES.get(str(_at(recipe, "trainer.strategy"))),
     )
 
 
@@ -126,6 +136,42 @@ def _load(path: Path) -> DictConfig:
         if not isinstance(recipe.get(section, {}), DictConfig | dict):
             raise ValueError(f"{path} is no recipe: {section} is {recipe[section]!r}, not a section with options")
     return recipe
+
+
+def _check_model(recipe: DictConfig, name: str) -> None:
+    """Insist that the recipe says what it trains.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if "model" not in recipe:
+        raise ValueError(f"{name} has no section model, so what it trains is not known; pass --network")
+    if not isinstance(_at(recipe, "model.class_path"), str):
+        raise ValueError(f"{name}: model.class_path must name what is trained, such as PretrainModule")
+    options = _at(recipe, "model.init_args", {})
+    if not isinstance(options, DictConfig | dict):
+        raise ValueError(f"{name}: model.init_args is {options!r}, not a section with options")
+
+
+def _recompute(recipe: DictConfig, name: str) -> Recompute | None:
+    how = _at(recipe, "trainer.recompute", "auto")
+    if how != "auto" and how not in RECOMPUTE:
+        raise ValueError(f"{name}: trainer.recompute is {how!r}; it must be auto, {', '.join(RECOMPUTE)}")
+    return None if how == "auto" else how
+
+
+def _batches(recipe: DictConfig, name: str) -> int | float | None:
+    """A number of batches, or a share of them, as its type says."""
+    limit = _at(recipe, "trainer.limit_train_batches")
+    if limit is None:
+        return None
+    share = isinstance(limit, float) and 0 < limit <= 1
+    if not share and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise ValueError(
+            f"{name}: trainer.limit_train_batches is {limit!r}; it must be a whole number from 1 on, or a share above "
+            "0.0 and up to 1.0"
+        )
+    return limit  # type: ignore[no-any-return]
 
 
 def _at(recipe: DictConfig, key: str, default: Any = None) -> Any:

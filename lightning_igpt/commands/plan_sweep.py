@@ -29,9 +29,9 @@ def draw_sweep(plan: Plan, path: Path, *, mfu: float | None) -> None:
         mfu: Share of the device's peak; None takes each size's usual one.
 
     Raises:
-        ValueError: The name does not end in ``.png``.
+        ValueError: The name does not end in ``.png``, in any case.
     """
-    if path.suffix != ".png":
+    if path.suffix.lower() != ".png":
         raise ValueError(f"sweep is {str(path)!r}; the plot is a PNG file, so name it something.png")
     from matplotlib.figure import Figure  # a plan without a plot answers sooner
 
@@ -40,7 +40,7 @@ def draw_sweep(plan: Plan, path: Path, *, mfu: float | None) -> None:
     _draw_time(time, plan, mfu)
     _draw_memory(memory, plan)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def _draw_time(axes: Axes, plan: Plan, mfu: float | None) -> None:

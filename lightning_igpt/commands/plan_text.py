@@ -57,11 +57,14 @@ def _costs(facts: Mapping[str, Any]) -> list[str]:
         _row(
             "training", f"{network['train_flops_per_token']:.3e} FLOPs per token, {run['flops_per_step']:.3e} per step"
         ),
-        _row("run", f"{run['batch_size']:,} images x {run['steps']:,} steps: {run['tokens']:.3e} tokens"),
+        _row(
+            "run",
+            f"{_several(run['batch_size'], 'image')} x {_several(run['steps'], 'step')}: {run['tokens']:.3e} tokens",
+        ),
         _row("", f"{run['flops']:.3e} FLOPs"),
         _row("devices", f"{run['devices']} x {device['name']}, {device['usable_bytes'] / GIB:.1f} GiB usable"),
         _row("", f"{run['precision']}, peak {device['peak_flops'] / 1e12:,.4g} TFLOP/s"),
-        _row("", f"{run['micro_batch_size']:,} images{parts} per device and step"),
+        _row("", f"{_several(run['micro_batch_size'], 'image')}{parts} per device and step"),
     ]
 
 
@@ -98,8 +101,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _layout(choice: Mapping[str, Any]) -> str:
-    layout = TITLES[choice["strategy"]]
-    layout += "" if choice["recompute"] == "none" else f", recompute {choice['recompute']}"
+    layout = f"{TITLES[choice['strategy']]}, recompute {choice['recompute']}"
     return layout if choice["fits"] else f"none fits; {layout} takes least"
 
 
@@ -120,10 +122,6 @@ def _time(facts: Mapping[str, Any]) -> list[str]:
 
 def _around(facts: Mapping[str, Any]) -> list[str]:
     data, files, inference = facts["data"], facts["files"], facts["inference"]
-    sampling = [
-        f"batch of {size}: {hours(one['seconds_per_batch'])}, {rounded(one['images_per_second'])} images/s"
-        for size, one in inference["sampling"].items()
-    ]
     cores = f"{rounded(data['jpeg_cores'])} cores" if data["jpeg_cores"] > 1 else "less than a core"
     return [
         _row("data needed", f"{rounded(data['images_per_second'])} images/s; as JPEG files {cores} to decode them"),
@@ -131,18 +129,30 @@ def _around(facts: Mapping[str, Any]) -> list[str]:
         _row("checkpoint", f"{_size(files['checkpoint_bytes'])}; weights alone {_size(files['weights_bytes'])}"),
         _row("memory to load weights", f"{files['loading_bytes'] / GIB:.2f} GiB"),
         _row("features, floor", f"{rounded(inference['forward_images_per_second'])} images/s on one device"),
-        *(_row(name, text) for name, text in zip(("sampling, floor", "", ""), sampling, strict=True)),
-        _row("  keys and values", f"{_size(inference['cache_bytes_per_image'])} per image in bfloat16"),
+        *(_sampling(inference, facts["run"]["precision"]) if inference["sampling"] else []),
+    ]
+
+
+def _sampling(inference: Mapping[str, Any], precision: str) -> list[str]:
+    texts = [
+        f"batch of {size}: {hours(one['seconds_per_batch'])}, {rounded(one['images_per_second'])} images/s"
+        for size, one in inference["sampling"].items()
+    ]
+    kind = {"32": "float32", "16": "float16"}.get(precision.split("-")[0], "bfloat16")
+    return [
+        *(_row(name, text) for name, text in zip(("sampling, floor", "", ""), texts, strict=True)),
+        _row("  keys and values", f"{_size(inference['cache_bytes_per_image'])} per image in {kind}"),
     ]
 
 
 def _paper(paper: Mapping[str, Any]) -> list[str]:
     whose = paper["size"] or "S, M and L"
     schedule = f"{paper['batch_size']} images x {paper['steps']:,} steps"
+    ratio = f", {paper['flops_ratio']:.3g} x the FLOPs" if paper["flops_ratio"] else ""
     rows = [
         "",
         _row("the paper", f"{whose} for {schedule}: {rounded(paper['imagenet_passes'])} passes over ImageNet"),
-        _row("  this run", f"{rounded(paper['run_imagenet_passes'])} passes, {paper['flops_ratio']:.3g} x the FLOPs"),
+        _row("  this run", f"{rounded(paper['run_imagenet_passes'])} passes{ratio}"),
     ]
     if paper["v100_days"]:
         ratio = rounded(paper["v100_flops_ratio"])
@@ -150,6 +160,10 @@ def _paper(paper: Mapping[str, Any]) -> list[str]:
             _row("  OpenAI's run of L", f"about {paper['v100_days']:,} V100-days: at peak {ratio} x this run's FLOPs")
         )
     return rows
+
+
+def _several(count: int, thing: str) -> str:
+    return f"{count:,} {thing}" + ("" if count == 1 else "s")
 
 
 def hours(seconds: float) -> str:

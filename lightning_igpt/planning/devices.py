@@ -83,7 +83,9 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
     {
         # Editions of the sheet differ: 180 or 192 GB, TF32 1,100 or 1,125, FP32 75 or 80.
         "b200": Device("B200", 180 * GIB, 2250, 1100, 75, 8e12, "NVIDIA HGX B200 data sheet", "B200"),
-        "h200": Device("H200", 141 * GIB, 989.4, 494.7, 66.9, 4.8e12, "NVIDIA H200 data sheet", "H200|GH200"),
+        "h200": Device("H200", 141 * GIB, 989.4, 494.7, 66.9, 4.8e12, "NVIDIA H200 data sheet", "H200"),
+        # The edition of 96 GB; that of 144 GB has more memory and bandwidth, and multiplies as fast.
+        "gh200": Device("GH200", 96 * GIB, 989.4, 494.7, 66.9, 4e12, "NVIDIA GH200 data sheet", "GH200"),
         # Not found: TF32 and float32.
         "h100-nvl": Device("H100 NVL", 94 * GIB, 835, 417, 60, 3.9e12, HOPPER, "H100 NVL"),
         "h100-pcie": Device("H100 PCIe", 80 * GIB, 756, 378, 51.2, 2e12, HOPPER, "H100 PCIe"),
@@ -95,6 +97,17 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
         "l40s": Device("L40S", 48 * GIB, 362, 183, 91.6, 864e9, "NVIDIA L40S data sheet", "L40S"),
         "l4": Device("L4", 24 * GIB, 121, 60, 30.3, 300e9, "NVIDIA L4 data sheet", "L4"),
         "a10": Device("A10", 24 * GIB, 125, 62.5, 31.2, 600e9, "NVIDIA A10 data sheet", "A10"),
+        "v100-16": Device(
+            "V100 16 GB",
+            16 * GIB,
+            125,
+            None,
+            15.7,
+            900e9,
+            "NVIDIA V100 data sheet (SXM2)",
+            "V100.*16GB",
+            bfloat16=False,
+        ),
         "v100": Device(
             "V100", 32 * GIB, 125, None, 15.7, 900e9, "NVIDIA V100 data sheet (SXM2)", "V100", bfloat16=False
         ),
@@ -118,13 +131,13 @@ def find_device(kind: str) -> Device:
     """A device of the table.
 
     Args:
-        kind: Its key, in any case, with or without spaces and dashes (``a100`` is the one of 80 GB), or torch's name
-            of it.
+        kind: Its key, with or without spaces and dashes (``a100`` is the one of 80 GB, ``v100`` that of 32), or
+            torch's name of it; in any case.
 
     Raises:
         ValueError: There is none of that name; the message lists all, and offers the closest.
     """
-    known = {_plain(key): key for key in DEVICES} | {"a100": "a100-80", "h100sxm": "h100"}
+    known = {_plain(key): key for key in DEVICES} | {"a100": "a100-80", "h100sxm": "h100", "v10032": "v100"}
     key = known.get(_plain(kind))
     found = device_called(kind) if key is None else DEVICES[key]
     if found is not None:
@@ -135,14 +148,15 @@ def find_device(kind: str) -> Device:
 
 
 def device_called(name: str) -> Device | None:
-    """The device that torch calls ``name``, such as "NVIDIA H100 80GB HBM3".
+    """The device that torch calls ``name``, such as "NVIDIA H100 80GB HBM3", in any case.
 
     Returns:
         None where it is not known, as for a part of a device (MIG).
     """
-    if "MIG" in name:
+    if re.search(r"\bMIG\b", name, re.IGNORECASE):
         return None
-    return next((one for one in DEVICES.values() if re.search(rf"\b(?:{one.torch_name})\b", name)), None)
+    found = (one for one in DEVICES.values() if re.search(rf"\b(?:{one.torch_name})\b", name, re.IGNORECASE))
+    return next(found, None)
 
 
 def usable_bytes(memory: int) -> int:

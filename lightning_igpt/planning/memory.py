@@ -73,7 +73,7 @@ def training_bytes(
         sharded: Weights, gradients and optimiser are spread over the devices, and two blocks gathered at a time
             (FSDP); otherwise every device holds all.
         recompute: Activations of a block that backward computes again: none; selective, all but the output of
-            attention; full, all but the block's input.
+            attention; full, all but the block's input. With dropout, selective is full.
         compiled: Blocks are compiled.
 
     Returns:
@@ -147,6 +147,6 @@ def _activations(config: ImageGPTConfig, widths: Widths, recompute: Recompute, c
     if recompute == "none":
         return config.n_layer * block
     kept = widths.stream * config.n_embd
-    if recompute == "selective":
+    if recompute == "selective" and not config.dropout:
         kept += widths.product * config.n_embd + 4 * config.n_head  # attention's output, and its log-sum-exp
     return config.n_layer * kept * config.n_positions + block  # one block at a time is computed again

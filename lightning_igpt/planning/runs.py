@@ -6,7 +6,7 @@ that of a large copy, nothing waiting for anything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.planning.costs import (
@@ -76,7 +76,10 @@ class Run:
             raise ValueError(f"mfu is {self.mfu:g}; it is a share above 0 and up to 1, such as 0.45")
         widths_of(self.precision)
         if self.precision.startswith("bf16") and not self.device.bfloat16:
-            raise ValueError(f"a {self.device.name} has no bfloat16; take precision 16-mixed or 32-true")
+            one = self.device.name
+            if not self.device.torch_name:  # the CPU at hand, which has no float16 to train in either
+                raise ValueError(f"{one} is no faster in bfloat16; take precision 32-true")
+            raise ValueError(f"a {one} has no bfloat16; take precision 16-mixed or 32-true")
 
     @property
     def tokens(self) -> int:
@@ -185,6 +188,16 @@ def paper_size(config: ImageGPTConfig) -> str | None:
         if (config.n_layer, config.n_embd) == (preset.n_layer, preset.n_embd):
             return name.upper()
     return None
+
+
+def paper_flops(config: ImageGPTConfig) -> int | None:
+    """Operations of the paper's run of this size and objective, at its resolution; None for a size of one's own."""
+    size = paper_size(config)
+    if size is None:
+        return None
+    side = 64 if size == "XL" else 32
+    trained = replace(PRESETS[f"igpt_{size.lower()}"], image_size=side, objective=config.objective)
+    return paper_schedule(config).images * trained.n_positions * train_flops_per_token(trained)
 
 
 def paper_schedule(config: ImageGPTConfig) -> Schedule:

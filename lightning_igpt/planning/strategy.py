@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -39,10 +40,12 @@ def choose(
     usable_bytes: int,
     precision: str = "bf16-mixed",
     compiled: bool = False,
+    only: Literal["ddp", "fsdp"] | None = None,
 ) -> Choice:
     """The first that fits of: DDP, FSDP, then both with selective and with full recomputation.
 
     FSDP comes before recomputation because gathering weights hides behind computing, whereas computing again does not.
+    With dropout there is no selective recomputation.
 
     Args:
         config: The network.
@@ -51,6 +54,7 @@ def choose(
         usable_bytes: What training may take of a device's memory.
         precision: As :func:`training_bytes` takes it.
         compiled: Blocks are compiled.
+        only: The one strategy to consider for several devices; None considers both.
 
     Returns:
         Where nothing fits, the one that takes least.
@@ -67,7 +71,7 @@ def choose(
                 compiled=compiled,
             ).values()
         )
-        for strategy, recompute in _in_order(devices)
+        for strategy, recompute in _in_order(config, devices, only)
     }
     for (strategy, recompute), needed in options.items():
         if needed <= usable_bytes:
@@ -93,6 +97,7 @@ def instead(
     usable_bytes: int,
     precision: str = "bf16-mixed",
     compiled: bool = False,
+    only: Literal["ddp", "fsdp"] | None = None,
 ) -> tuple[int, Choice] | None:
     """What to do in place of computing activations again: the same batch in several parts, gradients accumulated.
 
@@ -103,27 +108,53 @@ def instead(
         usable_bytes: What training may take of a device's memory.
         precision: As :func:`training_bytes` takes it.
         compiled: Blocks are compiled.
+        only: The one strategy to consider for several devices; None considers both.
 
     Returns:
         In how few parts nothing has to be computed again, and what :func:`choose` says of a part; where that is never
         so, in how few parts it fits at all; None where the batch as a whole is as good.
     """
-    choices = {
-        parts: choose(config, batch_size // parts, devices, usable_bytes, precision, compiled)
-        for parts in range(1, batch_size + 1)
-        if batch_size % parts == 0
-    }
-    plain = [parts for parts, choice in choices.items() if choice.fits and choice.recompute == "none"]
-    fitting = [parts for parts, choice in choices.items() if choice.fits]
-    parts = min(plain or fitting or [1])
-    return None if parts == 1 else (parts, choices[parts])
+    options = list(_in_order(config, devices, only))
+
+    def most(wanted: list[tuple[Strategy, Recompute]]) -> int:
+        return max(
+            largest_batch(
+                config,
+                usable_bytes,
+                precision=precision,
+                devices=devices,
+                sharded=strategy == "fsdp",
+                recompute=recompute,
+                compiled=compiled,
+            )
+            for strategy, recompute in wanted
+        )
+
+    size = most([option for option in options if option[1] == "none"]) or most(options)
+    if not size or size >= batch_size:
+        return None
+    part = largest_divisor(batch_size, size)
+    return batch_size // part, choose(config, part, devices, usable_bytes, precision, compiled, only)
 
 
-def _in_order(devices: int) -> Iterator[tuple[Strategy, Recompute]]:
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of ``number`` up to ``most``, both at least 1, found in at most ``sqrt(number)`` steps."""
+    root = math.isqrt(number)
+    for parts in range(-(-number // most), root + 1):
+        if number % parts == 0:
+            return number // parts
+    return next(size for size in range(min(most, root), 0, -1) if number % size == 0)
+
+
+def _in_order(
+    config: ImageGPTConfig, devices: int, only: Literal["ddp", "fsdp"] | None
+) -> Iterator[tuple[Strategy, Recompute]]:
+    several: tuple[Strategy, ...] = ("ddp", "fsdp") if only is None else (only,)
     for recompute in RECOMPUTE:
-        yield ("single" if devices == 1 else "ddp"), recompute
-        if devices > 1:
-            yield "fsdp", recompute
+        if recompute == "selective" and config.dropout:  # which is full then
+            continue
+        for strategy in several if devices > 1 else ("single",):
+            yield strategy, recompute
 
 
 def _reason(strategy: Strategy, recompute: Recompute, needed: int, usable: int, plain: int) -> str:
@@ -144,5 +175,5 @@ def _refusal(batch_size: int, devices: int, needed: int, usable: int, most: int)
     if not most:
         more = "more or larger devices, or FSDP over several" if devices == 1 else "more or larger devices"
         return f"{text}, and not even one image fits: take {more}"
-    fits = max(size for size in range(1, most + 1) if batch_size % size == 0)
+    fits = largest_divisor(batch_size, most)
     return f"{text}: {most} images fit at once, so take {fits} and accumulate_grad_batches {batch_size // fits}"

@@ -8,7 +8,7 @@ from lightning_igpt.planning import DEVICES, device_called, find_device, usable_
     [
         ("NVIDIA B200", "b200"),
         ("NVIDIA H200", "h200"),
-        ("NVIDIA GH200 480GB", "h200"),
+        ("NVIDIA GH200 480GB", "gh200"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H100 PCIe", "h100-pcie"),
         ("NVIDIA H100 NVL", "h100-nvl"),
@@ -19,6 +19,8 @@ from lightning_igpt.planning import DEVICES, device_called, find_device, usable_
         ("NVIDIA L4", "l4"),
         ("NVIDIA A10", "a10"),
         ("Tesla V100-SXM2-32GB", "v100"),
+        ("Tesla V100-SXM2-16GB", "v100-16"),
+        ("Tesla V100-PCIE-16GB", "v100-16"),
         ("Tesla T4", "t4"),
         ("NVIDIA GeForce RTX 5090", "rtx5090"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
@@ -27,7 +29,7 @@ from lightning_igpt.planning import DEVICES, device_called, find_device, usable_
 )
 def test_devices_are_known_by_torchs_names(name, key):
     assert device_called(name) is DEVICES[key]
-    assert find_device(name) is DEVICES[key]
+    assert find_device(name) is find_device(name.lower()) is DEVICES[key]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,7 @@ def test_devices_are_known_by_torchs_names(name, key):
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA GeForce RTX 3090 Ti",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "nvidia h100 80gb hbm3 mig 1g.10gb",
     ],
 )
 def test_other_devices_are_not_taken_for_these(name):
@@ -52,6 +55,7 @@ def test_keys_may_be_written_in_many_ways():
     for key, device in DEVICES.items():
         assert find_device(key) is find_device(key.upper()) is find_device(key.replace("-", " ")) is device
     assert find_device("A100") is find_device("a100-80gb") is DEVICES["a100-80"]
+    assert find_device("v100-32gb") is DEVICES["v100"] and find_device("V100 16GB").memory == 16 * 2**30
     assert find_device("RTX 4090") is DEVICES["rtx4090"]
     assert find_device("h100-sxm") is DEVICES["h100"]
 

@@ -11,6 +11,7 @@ from lightning_igpt.planning import (
     decode_seconds,
     find_device,
     forward_flops_per_token,
+    paper_flops,
     paper_schedule,
     paper_size,
     parameter_count,
@@ -99,6 +100,22 @@ def test_openais_run_of_the_large_network():
     assert pytest.approx(2.7e22, rel=0.01) == V100_DAYS * 86400 * V100_FLOPS
     assert 0.04 < paper_run("l").flops / (V100_DAYS * 86400 * V100_FLOPS) < 0.10
     assert [paper_size(config_of(name)) for name in ("tiny", "s", "m", "l", "xl")] == [None, "S", "M", "L", "XL"]
+
+
+def test_the_papers_flops():
+    """Of the size at the paper's resolution, whatever the run's."""
+    for name, side in (("s", 32), ("m", 32), ("l", 32), ("xl", 64)):
+        assert paper_flops(config_of(name, 48)) == paper_run(name, side).flops
+    assert paper_run("s", 64).flops / paper_flops(config_of("s", 64)) == pytest.approx(5.7, abs=0.05)
+    bert = replace(config_of("s"), objective="bert")
+    assert paper_flops(bert) == replace(paper_run("s"), config=bert).flops
+    assert paper_flops(SMALL) is None
+
+
+def test_a_cpu_without_bfloat16_is_told_what_it_can_train_in():
+    cpu = replace(DEVICES["t4"], name="this CPU (2 threads)", torch_name="")
+    with pytest.raises(ValueError, match=r"^this CPU \(2 threads\) is no faster in bfloat16; take precision 32-true$"):
+        Run(SMALL, Schedule(1, 1), cpu)
 
 
 # Size; tokens per second of 1, 16, 64 and 256 images decoded together, where printed.

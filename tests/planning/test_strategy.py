@@ -1,9 +1,11 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from lightning_igpt.config import PRESETS
-from lightning_igpt.planning import DEVICES, choose, instead, training_bytes
+from lightning_igpt.planning import DEVICES, choose, instead, largest_batch, training_bytes
+from lightning_igpt.planning.strategy import largest_divisor
 
 USABLE = DEVICES["h100"].usable
 ORDER = [
@@ -62,3 +64,36 @@ def test_accumulating_comes_before_computing_again(name, batch_size, devices, co
     fitting = [n for n in parts if choices[n].fits]
     best = (plain or fitting or [1])[0]
     assert found == (None if best == 1 else (best, choices[best]))
+
+
+def test_the_largest_divisor_equals_that_of_a_search():
+    for number, most in itertools.product(range(1, 80), range(1, 90)):
+        assert largest_divisor(number, most) == max(size for size in range(1, most + 1) if number % size == 0)
+
+
+@pytest.mark.parametrize("batch_size", [10**12, 999_999_999_989])  # the latter is prime
+def test_huge_batches_are_answered_at_once(batch_size):
+    config = PRESETS["igpt_s"]
+    parts, part = instead(config, batch_size, 1, USABLE)
+    assert part.fits and part.recompute == "none" and batch_size % parts == 0
+    most = largest_batch(config, USABLE, recompute="full")
+    assert f"{most} images fit at once" in choose(config, batch_size, 1, USABLE).reason
+
+
+def test_with_dropout_selective_is_full():
+    config = replace(PRESETS["igpt_l"], dropout=0.1)
+    assert training_bytes(config, 4, recompute="selective") == training_bytes(config, 4, recompute="full")
+    for batch_size in range(1, 200, 7):
+        assert choose(config, batch_size, 8, USABLE).recompute != "selective"
+    assert any(choose(PRESETS["igpt_l"], size, 8, USABLE).recompute == "selective" for size in range(1, 200, 7))
+
+
+def test_a_strategy_that_was_told_is_the_only_one():
+    config = PRESETS["igpt_s"]
+    assert choose(config, 2, 8, USABLE).strategy == "ddp"
+    assert choose(config, 2, 8, USABLE, only="fsdp").strategy == "fsdp"
+    xl = choose(PRESETS["igpt_xl"], 1, 8, USABLE, only="ddp")
+    assert (xl.strategy, xl.fits) == ("ddp", False)
+    assert choose(config, 2, 1, USABLE, only="fsdp").strategy == "single"
+    assert instead(PRESETS["igpt_xl"], 64, 8, USABLE, only="fsdp")[1].strategy == "fsdp"
+    assert instead(PRESETS["igpt_xl"], 64, 8, USABLE, only="ddp") is None
