@@ -38,8 +38,8 @@ class StaticDDPStrategy(DDPStrategy):
     """Lightning's DDPStrategy for a network that does the same in every step, as an Image GPT does.
 
     With a static graph DDP looks for unused parameters once, and activation checkpointing may be used; gradients are
-    views of what is sent, which saves a copy of them; buffers, here the palette alone, are the same everywhere and
-    are not sent at each step.
+    views of what is sent, which saves a copy of them; buffers are the same everywhere anyway (the palette, and a
+    probe's scale, which is of all processes' images) and are not sent at each step.
 
     Args:
         **options: As DDPStrategy takes.
