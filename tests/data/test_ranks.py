@@ -90,6 +90,7 @@ def together(seen):
 
 
 @pytest.mark.slow
+@pytest.mark.marathon
 def test_the_order_survives_a_change_of_the_number_of_devices(tmp_path):
     whole = together(fit(tmp_path, "map", 1, "whole")[0])
     assert together(fit(tmp_path, "map", 2, "two", ckpt="whole/4.ckpt")[0]) == whole[4:]
