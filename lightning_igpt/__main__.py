@@ -22,6 +22,7 @@ OWN_VERBS = {
     "quickstart": "pretrain, complete, probe and fine-tune on embedded images, then write a report",
     "complete": "complete the lower part of your images, or a hole, with a trained network",
     "score": "tell how surprising images are to a network, in nats per pixel",
+    "figures": "pictures of a palette, a network and its runs, for light and dark pages",
     "lowdata": "classify with a few labels per class: linear probes on random subsets",
     "report": "gather runs on one HTML page, beside the paper's numbers and what differs",
     "data": "look at a data set: splits, classes, bad images, palette error, a contact sheet",
