@@ -28,7 +28,7 @@ from lightning_igpt.pictures import heat_map, swatch
 WIDTH = 6.4  # inches, as plots of the report
 DPI = 150
 _GAP = 10  # pixels between pictures
-_LINE = 30  # height of a line of text in pixels
+_LINE = 36  # height of a line of text in pixels
 _FEW = 256  # colours that a PNG with a colour table holds
 
 
@@ -70,9 +70,10 @@ def save_both(draw: Draw, folder: Path, name: str) -> list[Path]:
     for theme in THEMES:
         with matplotlib.rc_context(theme.settings):
             canvas = FigureCanvasAgg(draw(theme))
-            canvas.draw()
+            canvas.draw()  # type: ignore[no-untyped-call]
         written.append(folder / f"{name}{theme.suffix}.png")
-        save_small(Image.fromarray(np.array(canvas.buffer_rgba())[..., :3]), written[-1])
+        pixels = np.array(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
+        save_small(Image.fromarray(pixels), written[-1])
     return written
 
 
@@ -145,13 +146,13 @@ def surprise_figure(tokens: Tensor, nats: Tensor, palette: Palette, *, columns: 
     titles: list[list[str]] = [line for part in parts for line in (means[part], [])]
 
     def draw(theme: Theme) -> Figure:
-        figure = grid_figure(theme, rows, titles, below=110)
-        axes = figure.add_axes((0.1, 75 / DPI / figure.get_figheight(), 0.8, 16 / DPI / figure.get_figheight()))
+        figure = grid_figure(theme, rows, titles, below=120)
+        axes = figure.add_axes((0.1, 85 / DPI / figure.get_figheight(), 0.8, 16 / DPI / figure.get_figheight()))
         axes.imshow(colors.numpy()[None], extent=(0, high, 0, 1), aspect="auto")
         axes.set_yticks([])
-        axes.set_xlabel("surprise of each pixel in nats", fontsize=9)
+        axes.set_xlabel("surprise of each pixel in nats", fontsize=11)
         axes.set_xticks([0, uniform, high], ["0", f"{uniform:.2f}: uniform", f"{high:.1f}"])
-        axes.tick_params(labelsize=9)
+        axes.tick_params(labelsize=10)
         return figure
 
     return draw
@@ -183,8 +184,8 @@ def grid_figure(
             page.paste(picture, (left, top))
         for column, text in enumerate(above):
             middle, y = _GAP + column * (cell + _GAP) + cell / 2, page.height - (bottom - row[0].height - 10)
-            figure.text(middle / page.width, y / page.height, text, ha="center", fontsize=9)
-    figure.figimage(np.array(page), origin="upper")
+            figure.text(middle / page.width, y / page.height, text, ha="center", fontsize=11)
+    figure.figimage(np.array(page), origin="upper", zorder=-1)  # below what else is drawn
     return figure
 
 

@@ -91,7 +91,7 @@ def test_pixels_have_their_exact_colours_and_are_whole_squares(drawn, photos, su
     truth = PALETTE.dequantize(PALETTE.quantize(images)).permute(0, 2, 3, 1).numpy()
     page, cell = pixels_of(drawn[f"completions{suffix}"]), 960 // 4  # given, two samples, truth
     for row in range(3):
-        top = 40 + row * (cell + 10)
+        top = 46 + row * (cell + 10)
         shown = page[top : top + cell, 10 + 3 * (cell + 10) :][:, :cell]
         assert np.array_equal(shown, truth[row].repeat(cell // 8, 0).repeat(cell // 8, 1))
         given = page[top : top + cell // 2, 10 : 10 + cell]
@@ -100,7 +100,7 @@ def test_pixels_have_their_exact_colours_and_are_whole_squares(drawn, photos, su
 
 def test_light_and_dark_show_the_same_samples(drawn):
     light, dark = (pixels_of(drawn[f"completions{suffix}"]) for suffix in ("", "-dark"))
-    assert np.array_equal(light[40:280, 260:500], dark[40:280, 260:500])
+    assert np.array_equal(light[46:286, 260:500], dark[46:286, 260:500])
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_other_samples(drawn, network_folder, photos, tmp_path):
@@ -120,8 +120,10 @@ def test_brighter_is_more_surprising(drawn, photos):
     nats = score(random_network(CONFIG), PALETTE.quantize(images))[0]
     cell = 960 // 3
     page = pixels_of(drawn["surprise"])
-    top = 40 + cell + 10 + cell // 16
+    top = 46 + cell + 10 + cell // 16
     shown = page[top : top + cell : cell // 8, 10 + cell // 16 : 10 + cell : cell // 8].sum(2).ravel()
+    legend = page[top + cell + 10 :]
+    assert len(np.unique(legend.reshape(-1, 3), axis=0)) > 100
     order = torch.argsort(nats).numpy()
     assert (np.diff(shown[order].astype(int)) >= 0).all() and len(set(shown)) > 10
 
@@ -130,10 +132,10 @@ def test_without_a_network_the_photographs_of_scikit_learn_are_shown_at_two_size
     drawn = figures(tmp_path, "--n_images", "1", "--palette", "gray:8")
     assert sorted(drawn) == both("palette", "quantised")
     page = pixels_of(drawn["quantised"])
-    assert page.shape == (10 + 30 + 192 + 10, 5 * 202 + 10, 3)
-    greys = page[40:232, 10 + 2 * 202 :][:, :192].reshape(-1, 3)
+    assert page.shape == (10 + 36 + 192 + 10, 5 * 202 + 10, 3)
+    greys = page[46:238, 10 + 2 * 202 :][:, :192].reshape(-1, 3)
     assert {tuple(color) for color in greys.tolist()} <= {tuple(color) for color in Palette.load("gray:8").rgb.tolist()}
-    assert len({tuple(color) for color in page[40:232, 10:202].reshape(-1, 3).tolist()}) > 1000
+    assert len({tuple(color) for color in page[46:238, 10:202].reshape(-1, 3).tolist()}) > 1000
     assert "palette.png and palette-dark.png" in capsys.readouterr().out
 
 
