@@ -94,7 +94,7 @@ def page(name):
     lines += [line for remark in remarks for line in (remark, "")]
     planned = plan(name) or (plan(before) if before else None)
     rows = {
-        "measured": f"**{said['result']}**" if "result" in said else None,
+        "measured": said.get("result"),
         "not run in full": said.get("not run in full"),
     }
     rows |= {"device": said.get("device")} | (
