@@ -42,9 +42,8 @@ def shown(page, section=""):
     start = page.index(f"\n## {section}\n") + 4 if section else 0
     end = page.find("\n## ", start) if section else len(page)
     text = page[start : end if end > 0 else len(page)]
-    return {
-        name for line in re.findall(r"^(`.*)\n: ", text, re.MULTILINE) for name in re.findall(r"`([\w.+-]+)`", line)
-    }
+    lines = re.findall(r"^(\*\*`.*)\n: ", text, re.MULTILINE)
+    return {name for line in lines for name in re.findall(r"\*`([^`]+)`", line)}
 
 
 def option_strings(parser):

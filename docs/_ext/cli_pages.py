@@ -63,7 +63,7 @@ class Option:
         after += ["required"] if self.required else [f"default `{self.default}`"] if self.default else []
         meaning = self.meaning.replace("\n", "\n  ") or "Not documented."
         return [
-            f"{', '.join(f'`{name}`' for name in self.names)}{' ' * bool(after)}{', '.join(after)}",
+            f"{', '.join(f'**`{name}`**' for name in self.names)}{' ' * bool(after)}{', '.join(after)}",
             f": {meaning}",
             "",
         ]
