@@ -36,8 +36,16 @@ class Command:
         return self.words[3:] if self.words[:3] == ["python", "-m", "lightning_igpt"] else None
 
     @property
+    def configs(self):
+        """What follows ``--config``."""
+        pairs = zip(self.words, self.words[1:], strict=False)
+        return [after for word, after in pairs if word in toys.CONFIGS] + [
+            word.partition("=")[2] for word in self.words if word.startswith("--config=")
+        ]
+
+    @property
     def heavy(self):
-        return bool(self.ours and self.ours[0] in toys.HEAVY and "--help" not in self.ours)
+        return bool(self.ours and self.ours[0] in toys.HEAVY and not {"--help", "--print_config"} & {*self.ours})
 
 
 def lines_of(block):
