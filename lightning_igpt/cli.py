@@ -70,9 +70,9 @@ class _Parser(LightningArgumentParser):
 class IGPTCLI(LightningCLI):
     """LightningCLI whose recipes may refer to each other's values and whose flags a checkpoint never changes."""
 
-    def __init__(self, *classes: Any, args: Sequence[str], **options: Any) -> None:
+    def __init__(self, model: type, data: type, *, args: Sequence[str], **options: Any) -> None:
         self._verb = args[0] if args else None
-        super().__init__(*classes, args=list(args), **options)
+        super().__init__(model, data, args=list(args), **options)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse without Lightning's warning about ``sys.argv``, which here holds the same words."""
