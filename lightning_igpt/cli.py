@@ -30,6 +30,7 @@ from lightning_igpt.commands.lightning_parser import (
 )
 from lightning_igpt.commands.predictions import write_predictions
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.modules.deferred import never_drawn
 from lightning_igpt.strategies import choose_strategy
 from lightning_igpt.trainer import best_precision, make_trainer
 from lightning_igpt.weights.safety import check_opens_safely
@@ -185,6 +186,11 @@ class _DryRun(IGPTCLI):
         init_args = self.config[self.subcommand]["model"].get("init_args", {})
         if "defer_init" in init_args and not init_args.get("pretrained"):
             init_args["defer_init"] = True  # a network of any size, without its weights
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer, but draw no weights."""
+        with never_drawn():
+            super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
         getattr(self, f"before_{subcommand}")()

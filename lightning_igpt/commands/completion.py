@@ -16,6 +16,7 @@ from lightning_igpt.commands import recipes
 from lightning_igpt.commands.arguments import one_line_errors
 from lightning_igpt.commands.parsers import VerbParser
 from lightning_igpt.config import PRESETS
+from lightning_igpt.planning.devices import DEVICES
 
 PROGRAM = "lightning-igpt"
 TABLE = Path(__file__).parents[1] / "assets" / "completion.json"
@@ -49,6 +50,7 @@ def script(shell: str) -> str:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("completion needs the package shtab: pip install shtab") from error
     words = {"recipes": recipes.names(), "presets": list(PRESETS), "palettes": ["openai", "gray:16"]}
+    words["devices"] = [*DEVICES, "cpu"]
     preamble = "\n".join(
         FUNCTIONS[shell].format(kind=kind, words=" ".join(names).replace(":", r"\:" if shell == "zsh" else ":"))
         for kind, names in words.items()
@@ -78,7 +80,7 @@ def _add(parser: argparse.ArgumentParser, table: Mapping[str, Any], words: Mappi
 def _complete(action: argparse.Action, takes: str | Sequence[str]) -> None:
     if not isinstance(takes, str):
         action.choices = list(takes)
-    elif takes in ("recipes", "presets", "palettes"):
+    elif takes in ("recipes", "presets", "palettes", "devices"):
         action.complete = {shell: call.format(kind=takes) for shell, call in CALLS.items()}  # type: ignore[attr-defined]
     elif takes == "files":
         action.complete = {  # type: ignore[attr-defined]
