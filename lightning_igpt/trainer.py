@@ -63,7 +63,7 @@ def make_trainer(
     monitor: str | None = None,
     callbacks: list[Callback] | Callback | None = None,
     plugins: Plugin | str | list[Plugin | str] | None = None,
-    strategy: str | Strategy = "auto",
+    strategy: Strategy | str = "auto",
     module: LightningModule | None = None,
     data: LightningDataModule | None = None,
     **kwargs: Any,
@@ -215,6 +215,12 @@ class _Speed(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "")
+
+
+def choices(trainer: Trainer) -> list[str]:
+    """Strategy and precision of a trainer that ``make_trainer`` made, and why; they are known before it runs."""
+    names = type(trainer.strategy).__name__
+    return [line for one in _of(_Speed, trainer) for line in (f"strategy {names} ({one.parallel})", one.precision)]
 
 
 def _of(kind: type[Callback], trainer: Trainer) -> list[Any]:

@@ -111,4 +111,5 @@ def mean_error(palette: Palette, images: Iterator[Image.Image]) -> float:
 
 def run(words: Sequence[str]) -> int:
     """Entry point of the verb."""
-    return run_function({"fit": fit, "show": show}, words, "palette", positional=True)
+    about = "Fit a palette to images, or look at one."
+    return run_function({"fit": fit, "show": show}, words, "palette", positional=True, about=about)

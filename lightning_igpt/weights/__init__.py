@@ -100,7 +100,8 @@ def load_pretrained(source: str | Path, *, image_size: int | None = None) -> Pre
         ModuleNotFoundError: A TensorFlow checkpoint, and TensorFlow is not installed.
     """
     if not isinstance(source, str | Path) or not str(source):
-        raise ValueError(f"the source of weights is {source!r}; name a file, a folder or a hub id")
+        hint = "" if isinstance(source, str | Path) else "; what describes a network without weights is for network="
+        raise ValueError(f"the source of weights is {source!r}; name a file, a folder or a hub id{hint}")
     try:
         loaded = _load(source)
     except (FileNotFoundError, PermissionError, ModuleNotFoundError, MemoryError):
