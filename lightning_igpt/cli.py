@@ -50,6 +50,10 @@ RANDOM = "Run although no weights are given: what a network that was never train
 class IGPTCLI(LightningCLI):
     """LightningCLI whose recipes may refer to each other's values and whose flags a checkpoint never changes."""
 
+    def __init__(self, model: type, data: type, *, args: Sequence[str], **options: Any) -> None:
+        self._verb = args[0] if args else None
+        super().__init__(model, data, args=list(args), **options)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse without Lightning's warning about ``sys.argv``, which here holds the same words."""
         self.config = parser.parse_args(args)
@@ -99,6 +103,8 @@ class IGPTCLI(LightningCLI):
     before_test = before_predict = before_validate
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self._verb in self.subcommands() and subcommand != self._verb:
+            return self.init_parser(**kwargs)  # nobody asks it; the options of all four take a third of a second
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             parser.add_argument("--resume", type=str | None, default=None, help=RESUME)
