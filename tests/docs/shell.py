@@ -1,6 +1,7 @@
 """Lines of bash and console blocks, taken apart, and what it means for one to end well."""
 
 import contextlib
+import functools
 import io
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 import jsonargparse
 import pytest
 
+from lightning_igpt import cli
 from lightning_igpt.__main__ import LIGHTNING_VERBS, main
 from tests.docs import toys
 
@@ -137,14 +139,30 @@ class Parsed(BaseException):
 def parse(command):
     """Have the words of ``lightning-igpt`` understood by the verb's own parser, and nothing done."""
     words, parse_args = command.ours, jsonargparse.ArgumentParser.parse_args
-    if words[0] in LIGHTNING_VERBS:
-        call(command, main, words if "--print_config" in words else [*words, "--print_config"])
+    if words[0] in LIGHTNING_VERBS and "--print_config" not in words and "--trust" not in words:
+        parser = lightning_parser()
+        call(command, lambda: parser.parse_args(cli.with_shipped_recipes(words)) and 0)
         return
 
     def parse_only(parser, *args, **options):
-        parse_args(parser, *args, **options)
-        raise Parsed
+        raise Parsed(parse_args(parser, *args, **options))
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Parsed):
         patch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_only)
         call(command, main, words)
+
+
+@functools.cache
+def lightning_parser():
+    """The parser of Lightning's verbs, which takes longer to build than to use."""
+
+    def stop(parser, *args, **options):
+        raise Parsed(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jsonargparse.ArgumentParser, "parse_args", stop)
+        try:
+            main(["fit"])
+        except Parsed as parsed:
+            return parsed.args[0]
+    raise LookupError("fit did not parse its words with jsonargparse")

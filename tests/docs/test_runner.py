@@ -73,7 +73,7 @@ class TestPages:
 
     def test_name_page_line_command_and_output_of_what_fails(self, run):
         with pytest.raises(
-            AssertionError, match=r"(?s)page.md:3: status 1, not 0, of\n  lightning-igpt recipes show no.*neither"
+            AssertionError, match=r"(?s)page.md:3: status 1, not 0, of\n  lightning-igpt recipes show no\n.*'no'"
         ):
             run("a\n```bash\nlightning-igpt recipes show no\n```\n")
         run("```bash\nlightning-igpt recipes show no  # exit status 1\n```\n")
