@@ -45,7 +45,7 @@ class VerbParser(ArgumentParser):  # type: ignore[misc]
     @property
     def words(self) -> str:
         """Program, verb and sub-verb."""
-        return str(self.prog).replace(" [options]", "")
+        return words_of(self)
 
     @property
     def about(self) -> str:
@@ -112,6 +112,12 @@ class VerbParser(ArgumentParser):  # type: ignore[misc]
         return found
 
 
+def words_of(parser: argparse.ArgumentParser) -> str:
+    """Program, verb and sub-verb, as they are typed."""
+    inner = getattr(parser, "_inner_parser", False)  # made by jsonargparse for the help of a class
+    return "lightning-igpt" if inner else str(parser.prog).replace(" [options]", "")
+
+
 def is_recipe(action: argparse.Action) -> bool:
     """Whether ``--config`` takes recipes; else it is jsonargparse's file of options."""
     return "recipe" in (action.help or "")
@@ -148,8 +154,7 @@ def mistake(parser: argparse.ArgumentParser, message: str) -> str:
         parser: That of the verb or sub-verb.
         message: Theirs.
     """
-    words = str(parser.prog).replace(" [options]", "")
-    see = f"See {words} --help"
+    see = f"See {words_of(parser)} --help"
     found = _unknown(parser, message, see) or _missing(parser, message, see) or _wrong_value(parser, message, see)
     return found or f"{' '.join(message.split())}. {see}"
 
@@ -260,8 +265,8 @@ def _classes(parser: argparse.ArgumentParser, key: str) -> list[type]:
     action = next((one for one in parser._actions if one.dest == key), None)
     found: list[type] = [one for one in leaves_of(getattr(action, "_typehint", None)) if isinstance(one, type)]
     for one in found:
-        if one not in (int, float, bool, str, list, tuple, dict, object):
-            found += [kind for kind in one.__subclasses__() if kind not in found]
+        below: list[type] = [] if one.__module__ == "builtins" else one.__subclasses__()
+        found += [kind for kind in below if kind not in found]
     return [one for one in found if not one.__name__.startswith("_")]
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lightning_igpt.__main__ import main
-from lightning_igpt.commands import recipes
+from lightning_igpt.commands import plan_cpu, recipes
 from tests.image_files import save_images
 
 NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size": 8}
@@ -16,6 +16,8 @@ NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size"
 @pytest.fixture(autouse=True)
 def _work_in_a_folder_of_its_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    for name, value in {"SIDE": 64, "COPIED": 2**20, "REPEATS": 1}.items():  # how fast this CPU is does not matter here
+        monkeypatch.setattr(plan_cpu, name, value)
 
 
 def dry(capsys, *words):
@@ -84,12 +86,12 @@ def test_resume_auto_is_tried(capsys):
 def test_mistakes_are_found(capsys):
     with pytest.raises(SystemExit, match="random weights"):
         main(["test", "--config", "digits_tiny_pretrain", "--dry_run"])
-    with pytest.raises(SystemExit, match="weights_only|no such file"):
+    with pytest.raises(SystemExit, match=r"--resume gone: there is no such file"):
         main(["fit", "--config", "digits_tiny_pretrain", "--resume", "gone", "--dry_run"])
 
 
 def test_quickstart(capsys):
-    rows, said = dry(capsys, "quickstart", "--steps", "20", "--out", "first")
+    rows, _ = dry(capsys, "quickstart", "--steps", "20", "--out", "first")
     assert rows["1"] == "pretraining without labels: 20 steps of 16 images"
     assert "674,112 parameters" in rows["network"] and rows["results"].startswith("first: report.html")
     assert rows["time"].startswith("unknown: ")

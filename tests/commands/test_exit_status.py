@@ -1,5 +1,6 @@
 """0 done, 1 something given was wrong, 2 wrong usage, 130 Ctrl-C, 141 nobody reads: the same for every verb."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -130,10 +131,10 @@ def test_a_reader_that_goes_away_ends_it_quietly():
     assert program.stderr.read() == b"" and program.wait() == 141
 
 
-def test_a_benchmark_without_transformers_names_the_extra(tmp_path):
-    (tmp_path / "transformers.py").write_text("raise ModuleNotFoundError('No module named transformers')\n")
-    words = [sys.executable, "-m", "lightning_igpt.benchmarks.quantize"]
-    path = f"{tmp_path}:{PACKAGE}"
-    done = subprocess.run(words, capture_output=True, text=True, env={"PYTHONPATH": path})
-    assert done.returncode == 1
-    assert done.stderr == "this benchmark compares with transformers: pip install 'lightning-igpt[hf]'\n"
+@pytest.mark.parametrize("name", ["features", "quantize", "sample", "train_step"])
+def test_a_benchmark_without_transformers_names_the_extra(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # which makes importing it fail
+    for module in (f"lightning_igpt.benchmarks.{name}", "lightning_igpt.benchmarks.peers"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit, match=r"compares with transformers: pip install 'lightning-igpt\[hf\]'$"):
+        importlib.import_module(f"lightning_igpt.benchmarks.{name}")
