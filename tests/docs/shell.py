@@ -92,8 +92,10 @@ def commands(block):
 
 def _command(where, words, status):
     target = None
-    if ">" in words:
-        target, words = words[words.index(">") + 1], words[: words.index(">")]
+    for sign in (">", ">>"):
+        if sign in words:
+            target, words = words[words.index(sign) + 1], words[: words.index(sign)]
+            target = None if target.startswith(("~", "/")) else target  # the reader's own files stay as they are
     environment = {}
     while words and re.match(r"[A-Z_]+=", words[0]):
         name, _, environment[name] = words[0].partition("=")
