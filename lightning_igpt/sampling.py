@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_igpt.decoding import Decoder, Precision, check_precision
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.objectives import pixel_nats
+from lightning_igpt.progress import track
 
 Progress: TypeAlias = Callable[[Tensor, Tensor], None]  # of tokens, int64 (B, T), and which are decided, bool (B, T)
 
@@ -105,7 +106,7 @@ def _decode(
     decoder, tokens = Decoder(network, len(tokens), precision), tokens.clone()
     logits = decoder.start(tokens[:, : holes[0]])  # (B, K)
     finite = torch.ones((), dtype=torch.bool, device=tokens.device)
-    for position in range(holes[0], holes[-1] + 1):
+    for position in track(range(holes[0], holes[-1] + 1), "drawing pixels"):
         finite &= logits.isfinite().all()  # looked at in the end, not to wait for the device now
         drawn = draw(logits, temperature, top_k, top_p, generator)
         tokens[:, position] = torch.where(known[:, position], tokens[:, position], drawn)
@@ -213,7 +214,7 @@ def _fill(
     on_progress: Progress | None,
 ) -> Tensor:
     holes, finite = (~known).sum(1), torch.ones((), dtype=torch.bool, device=tokens.device)
-    for step in range(1, steps + 1):
+    for step in track(range(1, steps + 1), "filling holes"):
         logits = network(tokens, masked=~known)  # (B, T, K)
         finite &= logits.isfinite().all()
         drawn = draw(logits.flatten(0, 1), temperature, generator=generator).view_as(tokens)
@@ -256,7 +257,8 @@ def score(network: ImageGPT, tokens: Tensor, *, batch_size: int = 64) -> Tensor:
     check_tokens(tokens, network.config.vocab_size)
     device = network.wte.weight.device
     with _evaluating(network):
-        parts = [pixel_nats(network(part), part) for part in torch.split(tokens.to(device), batch_size)]
+        batches = track(torch.split(tokens.to(device), batch_size), "scoring batches of images")
+        parts = [pixel_nats(network(part), part) for part in batches]
     return torch.cat(parts).float()
 
 
