@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_igpt import __version__
 from lightning_igpt.commands.arguments import run_function
+from lightning_igpt.commands.quickstart_plan import BATCH_SIZE, planned
 from lightning_igpt.commands.quickstart_report import Pictures, draw_pictures, save_completions, write_report
 from lightning_igpt.config import PRESETS
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
@@ -55,6 +56,7 @@ def quickstart(
     epochs: int = 8,
     seed: int = 0,
     threads: int | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Pretrain a small network on 8 x 8 digits, complete, probe and fine-tune it, and write report.html.
 
@@ -65,7 +67,11 @@ def quickstart(
         seed: Of weights, order and samples.
         threads: Of the CPU. Default: as many as are fastest in a short trial; on matrices this small, and beside other
             programs, that is often one.
+        dry_run: Print what would run, with sizes, and stop.
     """
+    if dry_run:
+        print(*planned(NETWORK, steps, epochs, out), sep="\n")
+        return
     torch.set_num_threads(threads or fastest_threads())
     quiet_lightning()
     seed_everything(seed, verbose=False)
@@ -108,7 +114,7 @@ def fastest_threads() -> int:
 def pretrain(run: Run, steps: int) -> str:
     """Pretrain; record nats per pixel beside the baselines. Returns the checkpoint's path."""
     module = PretrainModule(NETWORK, PALETTE, lr=0.003, seed=run.seed)
-    data = PretrainDataModule("digits", batch_size=16, seed=run.seed)
+    data = PretrainDataModule("digits", batch_size=BATCH_SIZE, seed=run.seed)
     trainer = run.trainer("pretrain", max_steps=steps)
     trainer.fit(module, data)
     path = str(run.out / "pretrain.ckpt")
@@ -203,7 +209,7 @@ def finetune(run: Run, checkpoint: str, epochs: int) -> None:
     options: dict[str, Any] = {"lr": 0.004, "schedule": "cosine", "warmup_steps": 20}
     module: LightningModule = FineTuneModule(checkpoint, 10, seed=run.seed, **options)
     data: LightningDataModule = FineTuneDataModule(
-        "digits", batch_size=16, val_fraction=0.0, pad=0, flip=False, seed=run.seed
+        "digits", batch_size=BATCH_SIZE, val_fraction=0.0, pad=0, flip=False, seed=run.seed
     )
     trainer = run.trainer("finetune", max_epochs=epochs, limit_val_batches=0)
     trainer.fit(module, data)
