@@ -21,12 +21,10 @@ from lightning_igpt.planning.devices import DEVICES
 PROGRAM = "lightning-igpt"
 TABLE = Path(__file__).parents[1] / "assets" / "completion.json"
 SHELLS = ("bash", "zsh", "fish")
-ABOUT = "Print a script with which a shell completes verbs, options, recipes, presets and files."
-INSTALL = {
-    "bash": "echo 'eval \"$(lightning-igpt completion bash)\"' >> ~/.bashrc",
-    "zsh": "echo 'eval \"$(lightning-igpt completion zsh)\"' >> ~/.zshrc  # after compinit",
-    "fish": "lightning-igpt completion fish > ~/.config/fish/completions/lightning-igpt.fish",
-}
+ABOUT = (
+    "Print a script with which a shell completes verbs, options, recipes, presets and files. Put it into the shell's "
+    'start file, for bash as eval "$(lightning-igpt completion bash)" in ~/.bashrc.'
+)
 # Names beside files, which shtab cannot offer together.
 FUNCTIONS = {
     "bash": '_lightning_igpt_{kind}() {{ compgen -W "{words}" -- "$1"; compgen -f -- "$1"; }}',
