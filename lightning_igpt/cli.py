@@ -30,6 +30,7 @@ from lightning_igpt.commands.lightning_parser import (
 )
 from lightning_igpt.commands.predictions import write_predictions
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.modules.deferred import never_drawn
 from lightning_igpt.strategies import choose_strategy
 from lightning_igpt.trainer import best_precision, make_trainer
 from lightning_igpt.weights.safety import check_opens_safely
@@ -49,6 +50,10 @@ RANDOM = "Run although no weights are given: what a network that was never train
 
 class IGPTCLI(LightningCLI):
     """LightningCLI whose recipes may refer to each other's values and whose flags a checkpoint never changes."""
+
+    def __init__(self, model: type, data: type, *, args: Sequence[str], **options: Any) -> None:
+        self._verb = args[0] if args else None
+        super().__init__(model, data, args=list(args), **options)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse without Lightning's warning about ``sys.argv``, which here holds the same words."""
@@ -99,6 +104,8 @@ class IGPTCLI(LightningCLI):
     before_test = before_predict = before_validate
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self._verb in self.subcommands() and subcommand != self._verb:
+            return self.init_parser(**kwargs)  # nobody asks it; the options of all four take a third of a second
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             parser.add_argument("--resume", type=str | None, default=None, help=RESUME)
@@ -179,6 +186,11 @@ class _DryRun(IGPTCLI):
         init_args = self.config[self.subcommand]["model"].get("init_args", {})
         if "defer_init" in init_args and not init_args.get("pretrained"):
             init_args["defer_init"] = True  # a network of any size, without its weights
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer, but draw no weights."""
+        with never_drawn():
+            super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
         getattr(self, f"before_{subcommand}")()

@@ -70,15 +70,17 @@ class _Display:
         self.shown: Progress | None = None
         self.lines = 0
 
-    def add(self, what: str, total: float | None, **fields: str) -> Any:
+    def add(self, what: str, total: float | None, **fields: Any) -> Any:
         with self.lock:
             if self.shown is None:
                 self.shown = _progress()
+                if self.shown is None:
+                    return None
                 self.shown.start()
             self.lines += 1
             return self.shown.add_task(what, total=total, **fields)
 
-    def update(self, task: Any, done: float, **fields: str) -> None:
+    def update(self, task: Any, done: float, **fields: Any) -> None:
         with self.lock:
             if self.shown is not None:
                 self.shown.update(task, completed=done, **fields)
@@ -123,9 +125,10 @@ class _Line:
         with _display.lock:
             if not self.closed:
                 self.task = _display.add(self.what, self.total, **self._words())
-                _display.update(self.task, self.done)
+                if self.task is not None:
+                    _display.update(self.task, self.done)
 
-    def _words(self) -> dict[str, str]:
+    def _words(self) -> dict[str, Any]:
         if self.total is None:
             return {"count": "", "left": ""}
         count = f"{self.done:,.0f} of {self.total:,.0f}"
@@ -135,12 +138,20 @@ class _Line:
         return {"count": count, "left": f"{left // 60:.0f}:{left % 60:02.0f} left"}
 
 
-def _progress() -> Progress:
+def _progress() -> Progress | None:
+    """A display, below Rich's bar where Lightning has one; none beside a bar that would be torn by it."""
+    from rich import get_console
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     words = [TextColumn(f"{{task.{name}}}") for name in ("description", "fields[count]", "fields[left]")]
     columns = (SpinnerColumn("line"), words[0], BarColumn(24), words[1], TimeElapsedColumn(), words[2])
+    other = get_console()
+    bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+    below = bool(getattr(other, "_live_stack", ()))  # since rich 14.1
+    if getattr(bars, "_instances", ()) or (getattr(other, "_live", None) is not None and not below):
+        return None
     # What is printed meanwhile goes above the line where both are one terminal, and else where it would have gone.
     same = sys.stdout is not None and sys.stdout.isatty()
-    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=same)
+    console = other if below else Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, redirect_stdout=same)

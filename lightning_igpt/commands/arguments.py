@@ -122,11 +122,13 @@ def one_line_errors(prog: str) -> Iterator[None]:
         yield
     except InterpolationResolutionError as error:  # a recipe's ${...} that leads nowhere
         raise SystemExit(f"{prog}: {str(error).splitlines()[0]}") from error
+    except BrokenPipeError:  # nobody reads any more, which is no mistake
+        raise
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         own = error if isinstance(error, OSError) else _own(error)  # a path is always the user's business
         if os.environ.get(TRACEBACK) or own is None:
             raise
-        raise SystemExit(f"{prog}: {own}") from error
+        raise SystemExit(f"{prog}: {' '.join(str(own).split())}") from error
 
 
 def _own(error: BaseException | None) -> BaseException | None:

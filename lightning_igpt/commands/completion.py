@@ -16,16 +16,15 @@ from lightning_igpt.commands import recipes
 from lightning_igpt.commands.arguments import one_line_errors
 from lightning_igpt.commands.parsers import VerbParser
 from lightning_igpt.config import PRESETS
+from lightning_igpt.planning.devices import DEVICES
 
 PROGRAM = "lightning-igpt"
 TABLE = Path(__file__).parents[1] / "assets" / "completion.json"
 SHELLS = ("bash", "zsh", "fish")
-ABOUT = "Print a script with which a shell completes verbs, options, recipes, presets and files."
-INSTALL = {
-    "bash": "echo 'eval \"$(lightning-igpt completion bash)\"' >> ~/.bashrc",
-    "zsh": "echo 'eval \"$(lightning-igpt completion zsh)\"' >> ~/.zshrc  # after compinit",
-    "fish": "lightning-igpt completion fish > ~/.config/fish/completions/lightning-igpt.fish",
-}
+ABOUT = (
+    "Print a script with which a shell completes verbs, options, recipes, presets and files. Put it into the shell's "
+    'start file, for bash as eval "$(lightning-igpt completion bash)" in ~/.bashrc.'
+)
 # Names beside files, which shtab cannot offer together.
 FUNCTIONS = {
     "bash": '_lightning_igpt_{kind}() {{ compgen -W "{words}" -- "$1"; compgen -f -- "$1"; }}',
@@ -49,6 +48,7 @@ def script(shell: str) -> str:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("completion needs the package shtab: pip install shtab") from error
     words = {"recipes": recipes.names(), "presets": list(PRESETS), "palettes": ["openai", "gray:16"]}
+    words["devices"] = [*DEVICES, "cpu"]
     preamble = "\n".join(
         FUNCTIONS[shell].format(kind=kind, words=" ".join(names).replace(":", r"\:" if shell == "zsh" else ":"))
         for kind, names in words.items()
@@ -78,7 +78,7 @@ def _add(parser: argparse.ArgumentParser, table: Mapping[str, Any], words: Mappi
 def _complete(action: argparse.Action, takes: str | Sequence[str]) -> None:
     if not isinstance(takes, str):
         action.choices = list(takes)
-    elif takes in ("recipes", "presets", "palettes"):
+    elif takes in ("recipes", "presets", "palettes", "devices"):
         action.complete = {shell: call.format(kind=takes) for shell, call in CALLS.items()}  # type: ignore[attr-defined]
     elif takes == "files":
         action.complete = {  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ SECTIONS: Mapping[str, tuple[type, ...]] = {
     "model": (PretrainModule, ProbeModule, FineTuneModule),
     "data": (PretrainDataModule, ProbeDataModule, FineTuneDataModule),
 }
+NAMES = {"config": "recipes", "name": "recipes", "network": "presets", "palette": "palettes", "device_kind": "devices"}
 FILES = {"WEIGHTS", "CHECKPOINT", "SOURCE", "PATH", "FILE", "FOLDER", "auto|PATH"}
 OWN_FLAGS = {"--dry_run": (None, "print what would run"), "--trust": ("", "a package that the recipe may name")}
 
@@ -81,8 +82,8 @@ def _takes(action: argparse.Action) -> Any:
     kind, name = getattr(action, "_typehint", None), action.dest.rsplit(".", 1)[-1]
     if action.option_strings and is_switch(action) and kind is None:
         return None
-    if name in ("config", "network", "palette"):
-        return {"config": "recipes", "network": "presets", "palette": "palettes"}[name]
+    if name in NAMES and (action.option_strings or name == "name"):
+        return NAMES[name]
     words = [str(one).lower() for one in leaves_of(kind) if not isinstance(one, type)]
     words += [str(one) for one in action.choices or ()] + ["true", "false"] * (bool in leaves_of(kind))
     if words:

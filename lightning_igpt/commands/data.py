@@ -107,7 +107,7 @@ def make_data(options: Namespace) -> ImageDataModule:
         TypeError: It is not one of this package's.
         ValueError: Its own arguments are out of range.
     """
-    parser = show_parser()
+    parser: Any = show_parser()
     # jsonargparse 4.49 renamed it.
     data = getattr(parser, "instantiate", parser.instantiate_classes)(Namespace(data=options.data)).data
     if not isinstance(data, ImageDataModule):

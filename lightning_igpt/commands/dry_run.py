@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from lightning_igpt.callbacks import Recompute
 from lightning_igpt.commands.plan import decide
 from lightning_igpt.commands.plan_facts import facts
 from lightning_igpt.commands.plan_recipe import Recipe
@@ -133,12 +134,15 @@ def costs(trainer: Trainer, config: ImageGPTConfig, batch_size: int, steps: int 
     """
     place = trainer.strategy.root_device
     kind = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
+    how = next((one.told.how for one in trainer.callbacks if isinstance(one, Recompute) and one.told), None)  # type: ignore[attr-defined]
+    how = how or ("none" if kind == "cpu" else None)  # what fit does where nobody says
     recipe = Recipe(
         network=config.to_dict(),
         batch_size=batch_size,
         devices=trainer.world_size,
         accumulate=trainer.accumulate_grad_batches,
         precision=str(trainer.precision),
+        recompute=how,
     )
     try:
         found = facts(decide(recipe, device_kind=kind, batch_size=None, steps=steps or 1, mfu=None))
@@ -150,16 +154,13 @@ def costs(trainer: Trainer, config: ImageGPTConfig, batch_size: int, steps: int 
     speed = f"{device['name']}, {device['peak_flops'] / 1e12:,.3g} TFLOP/s {basis}"
     if steps is None:
         rate = found["inference"]["forward_images_per_second"]
-        yield row("time", f"features: {rate:,.0f} images/s at most ({speed}); fitting the classifiers is not reckoned")
+        yield row("time", f"features: at most {rate:,.3g} images/s ({speed}); fitting is not reckoned")
         return
-    strategy = found["strategy"]
+    choice = found["strategy"]
+    taken = choice["bytes"] if how is None else found["memory"][choice["strategy"]]["total"]
+    fits = "" if taken <= device["usable_bytes"] else ": it does NOT fit"
     room = f"{device['usable_bytes'] / GIB:.1f} GiB usable"
-    fits = "" if strategy["fits"] else "; it does NOT fit"
-    yield row(
-        "memory", f"{strategy['bytes'] / GIB:.2f} GiB of {room} per device, recompute {strategy['recompute']}{fits}"
-    )
-    yield row(
-        "time",
-        f"about {hours(run['seconds'])} at {run['mfu']:.0%} of {speed}; not below "
-        f"{hours(run['floor_seconds'])}. Validation, data and small networks' idle time come on top",
-    )
+    yield row("memory", f"{taken / GIB:.2f} of {room} per device, recompute {how or choice['recompute']}{fits}")
+    yield row("time", f"about {hours(run['seconds'])}, not below {hours(run['floor_seconds'])}")
+    yield row("", f"at {run['mfu']:.0%} of {speed}")
+    yield row("", "Validation, reading images and what small networks waste come on top.")

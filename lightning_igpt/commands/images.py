@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_igpt.data.bad_images import OnBadImage
 from lightning_igpt.data.sources import open_source
 from lightning_igpt.images import SUFFIXES, BadImageError, decode, resize_center_crop
+from lightning_igpt.progress import track
 
 SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # tried in this order: unseen images first
 
@@ -77,7 +78,7 @@ def read_originals(
     if not rows:
         raise ValueError(f"{source} holds no images")
     n_read = 0
-    for row, name in zip(rows, names, strict=True):
+    for row, name in track(zip(rows, names, strict=True), "reading images", len(rows)):
         try:
             image = decode(row)
         except BadImageError as error:

@@ -30,7 +30,7 @@ PRINT_CONFIG = "Print all options as YAML, as they would be taken, and exit."
 OPTIONS_FILE = "YAML file with any of these options."
 
 
-class VerbParser(ArgumentParser):
+class VerbParser(ArgumentParser):  # type: ignore[misc]
     """jsonargparse's, with help that can be read and errors of one line."""
 
     required_dests: frozenset[str] = frozenset()
@@ -45,7 +45,7 @@ class VerbParser(ArgumentParser):
     @property
     def words(self) -> str:
         """Program, verb and sub-verb."""
-        return str(self.prog).replace(" [options]", "")
+        return words_of(self)
 
     @property
     def about(self) -> str:
@@ -112,6 +112,12 @@ class VerbParser(ArgumentParser):
         return found
 
 
+def words_of(parser: argparse.ArgumentParser) -> str:
+    """Program, verb and sub-verb, as they are typed."""
+    inner = getattr(parser, "_inner_parser", False)  # made by jsonargparse for the help of a class
+    return "lightning-igpt" if inner else str(parser.prog).replace(" [options]", "")
+
+
 def is_recipe(action: argparse.Action) -> bool:
     """Whether ``--config`` takes recipes; else it is jsonargparse's file of options."""
     return "recipe" in (action.help or "")
@@ -148,8 +154,7 @@ def mistake(parser: argparse.ArgumentParser, message: str) -> str:
         parser: That of the verb or sub-verb.
         message: Theirs.
     """
-    words = str(parser.prog).replace(" [options]", "")
-    see = f"See {words} --help"
+    see = f"See {words_of(parser)} --help"
     found = _unknown(parser, message, see) or _missing(parser, message, see) or _wrong_value(parser, message, see)
     return found or f"{' '.join(message.split())}. {see}"
 
@@ -171,13 +176,15 @@ def _unknown(parser: argparse.ArgumentParser, message: str, see: str) -> str | N
         verbs = list(subcommands(parser))
         if verbs:
             return there_is_no("verb", found[1], verbs, f"It is one of {', '.join(verbs)}. {see}")
+        name, words = message.partition(":")[0].removeprefix("argument "), re.findall(r"'([^']*)'", message)
+        return f"{name} is {found[1]!r}; it must be {' or '.join(_comma(words[1:]))}. {see}"
     if found := re.search(r"Problem with given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", message):
         name = found[1].rsplit(".", 1)[-1]
         key = _key(message)
         rest = f"{see.removesuffix(' --help')} --{key}.help {name}"
         told = there_is_no("option", found[2], parameters_of(_class(parser, key, name)), rest)
         return f"{key} is a {name}: {told}"
-    if found := re.search(r"Option '([\w.]+)' is not accepted", message):
+    if found := re.search(r"(?:Option|not accept option) '([\w.]+)'", message):
         known = [name.lstrip("-") for name in options_of(parser)]
         return there_is_no("option", found[1].removeprefix(f"{_verb(parser)}."), known, see)
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
@@ -192,14 +199,13 @@ def _missing(parser: argparse.ArgumentParser, message: str, see: str) -> str | N
         keys = found[1].split(", ")
         keys = [key.removeprefix(f"{_verb(parser)}.") for key in keys]
         if {"model", "data"} & {*keys}:
-            return (
-                f"{_listed(f'--{key}' for key in keys)} missing; name a recipe: --config NAME, of recipes list. {see}"
-            )
+            given = _listed(f"--{key}" for key in keys)
+            return f"{given} missing; name a recipe that has them by --config. See lightning-igpt recipes list"
         actions = {action.dest: action for action in parser._actions}
         shown = [_shown(actions.get(key), key) for key in keys]
         return f"{_listed(shown)} missing. {see}"
     if "but it was not provided" in message:
-        return f"say which of {', '.join(subcommands(parser))}. {see}"
+        return f"say which verb of it: {', '.join(subcommands(parser))}. {see}"
     return None
 
 
@@ -257,10 +263,10 @@ def classes_of(parser: argparse.ArgumentParser, key: str) -> list[str]:
 
 def _classes(parser: argparse.ArgumentParser, key: str) -> list[type]:
     action = next((one for one in parser._actions if one.dest == key), None)
-    found = [one for one in leaves_of(getattr(action, "_typehint", None)) if isinstance(one, type)]
+    found: list[type] = [one for one in leaves_of(getattr(action, "_typehint", None)) if isinstance(one, type)]
     for one in found:
-        if one not in (int, float, bool, str, list, tuple, dict, object):
-            found += [kind for kind in one.__subclasses__() if kind not in found]
+        below: list[type] = [] if one.__module__ == "builtins" else one.__subclasses__()
+        found += [kind for kind in below if kind not in found]
     return [one for one in found if not one.__name__.startswith("_")]
 
 

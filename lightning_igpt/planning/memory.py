@@ -123,7 +123,8 @@ def largest_batch(config: ImageGPTConfig, usable_bytes: int, **options: Any) -> 
 def loading_bytes(config: ImageGPTConfig) -> int:
     """Peak memory of reading a network from a file: float32 weights, and one of the pieces that it is read in.
 
-    A piece is a sixteenth of the network, or its largest matrix if that is larger.
+    A piece is a sixteenth of the network, or its largest matrix if that is larger. The 4 MB that a small network's may
+    have are not counted.
     """
     largest = config.n_embd * max(config.mlp_width, 3 * config.n_embd, config.vocab_size + 1, config.n_positions)
     return 4 * parameter_count(config) + 4 * max(parameter_count(config) // 16, largest)

@@ -27,6 +27,7 @@ from lightning_igpt.weights.intact import check_storages, check_stored, tensor_s
 
 TELLING = ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight")  # their shapes tell those of all others
 PIECES = 16  # a network is put together in about as many steps; one step's tensors are in memory twice
+SMALLEST_PIECE = 1 << 20  # values; every step opens the file anew, which a small network would do for nothing
 
 
 class TensorFile(Protocol):
@@ -281,8 +282,8 @@ def _npy_shape(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[int, .
 
 
 def _pieces(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
-    """The names in groups of about a PIECES-th of all values."""
-    limit = sum(shape.numel() for shape in shapes.values()) / PIECES
+    """The names in groups of about a PIECES-th of all values, of small networks in fewer."""
+    limit = max(SMALLEST_PIECE, sum(shape.numel() for shape in shapes.values()) / PIECES)
     piece: list[str] = []
     size = 0
     for name, shape in shapes.items():

@@ -43,6 +43,7 @@ RUNS = {
     "epochs, cut short": {"max_epochs": 3, "limit_train_batches": 3},
     "epochs, loaders made anew": {"max_epochs": 2, "reload_dataloaders_every_n_epochs": 1},
 }  # fmt: skip
+WITH_WORKERS = ["accumulating", "epochs", "epochs, cut short", "epochs, loaders made anew"]  # of each trait one
 
 
 @pytest.mark.parametrize("kind", [generator, single, mapped, webdataset, mix], ids=lambda kind: kind.__name__)
@@ -54,10 +55,10 @@ def test_resume_from_every_checkpoint(kind, tmp_path):
         assert fit(stream, options, ckpt=path) == whole[done:], path.stem
 
 
-@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
-@pytest.mark.parametrize("workers", [0, 2])
-def test_however_the_run_is_cut_into_epochs(workers, options, tmp_path):
+@pytest.mark.parametrize("name, workers", [(name, 0) for name in RUNS] + [(name, 2) for name in WITH_WORKERS])
+def test_however_the_run_is_cut_into_epochs(name, workers, tmp_path):
     """Epochs of 5 batches, an odd number, hand readers from one worker to another."""
+    options = RUNS[name]
     stream = parquet(tmp_path / "set", 23, 3) if "max_epochs" in options else generator(None, 23, 3)
     whole = fit(stream, options, save_to=tmp_path / "runs", num_workers=workers)
     assert len(set(samples(whole))) == 4 * len(whole)

@@ -49,7 +49,6 @@ class Page:
     def run(self, *languages):
         """Run the blocks in these languages, or all of them."""
         for block in blocks(self.name, *languages):
-            bring(block.text)
             if block.language == "text":
                 if self.printed is not None and block.above <= NEAR:
                     compare(block, *self.printed)
@@ -57,8 +56,20 @@ class Page:
             else:
                 self.printed = getattr(self, f"run_{block.language}")(block)
 
+    def parse(self):
+        """Have the heavy commands understood, with the files that lie here and those that the page itself shows."""
+        for block in blocks(self.name):
+            self.keep(block)
+            for command in commands(block) if block.language in ("bash", "console") else ():
+                if command.heavy:
+                    if not any("/" in word and not Path(word).exists() for word in command.configs):  # a run's own
+                        parse(command)
+                elif command.ours and command.ours[0] == "recipes":
+                    self.run_ours(command)
+
     def run_python(self, block):
         """Execute a block; errors name the page's own lines."""
+        bring(block.text)
         self.keep(block)
         code, out = compile("\n" * (block.line - 1) + block.text, self.name, "exec"), io.StringIO()
         with contextlib.redirect_stdout(out):
@@ -137,7 +148,7 @@ class Page:
             return parse(command)
         if command.ours[0] == "quickstart":
             return self.run_quickstart(command)
-        words = toys.small_words(command.ours, self.scratch) if command.heavy else command.ours
+        words = toys.small_words(command.ours, self.scratch)
         with pytest.MonkeyPatch.context() as patch:
             if OF_TENSORFLOW in command.words:  # not always: TensorBoard takes what it finds for the real one
                 patch.setitem(sys.modules, "tensorflow", tensorflow())

@@ -1,6 +1,7 @@
 """Lines of bash and console blocks, taken apart, and what it means for one to end well."""
 
 import contextlib
+import functools
 import io
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 import jsonargparse
 import pytest
 
+from lightning_igpt import cli
 from lightning_igpt.__main__ import LIGHTNING_VERBS, main
 from tests.docs import toys
 
@@ -36,8 +38,16 @@ class Command:
         return self.words[3:] if self.words[:3] == ["python", "-m", "lightning_igpt"] else None
 
     @property
+    def configs(self):
+        """What follows ``--config``."""
+        pairs = zip(self.words, self.words[1:], strict=False)
+        return [after for word, after in pairs if word in toys.CONFIGS] + [
+            word.partition("=")[2] for word in self.words if word.startswith("--config=")
+        ]
+
+    @property
     def heavy(self):
-        return bool(self.ours and self.ours[0] in toys.HEAVY and "--help" not in self.ours)
+        return bool(self.ours and self.ours[0] in toys.HEAVY and not {"--help", "--print_config"} & {*self.ours})
 
 
 def lines_of(block):
@@ -82,8 +92,10 @@ def commands(block):
 
 def _command(where, words, status):
     target = None
-    if ">" in words:
-        target, words = words[words.index(">") + 1], words[: words.index(">")]
+    for sign in (">", ">>"):
+        if sign in words:
+            target, words = words[words.index(sign) + 1], words[: words.index(sign)]
+            target = None if target.startswith(("~", "/")) else target  # the reader's own files stay as they are
     environment = {}
     while words and re.match(r"[A-Z_]+=", words[0]):
         name, _, environment[name] = words[0].partition("=")
@@ -129,14 +141,30 @@ class Parsed(BaseException):
 def parse(command):
     """Have the words of ``lightning-igpt`` understood by the verb's own parser, and nothing done."""
     words, parse_args = command.ours, jsonargparse.ArgumentParser.parse_args
-    if words[0] in LIGHTNING_VERBS:
-        call(command, main, words if "--print_config" in words else [*words, "--print_config"])
+    if words[0] in LIGHTNING_VERBS and "--print_config" not in words and "--trust" not in words:
+        parser = lightning_parser()
+        call(command, lambda: parser.parse_args(cli.with_shipped_recipes(words)) and 0)
         return
 
     def parse_only(parser, *args, **options):
-        parse_args(parser, *args, **options)
-        raise Parsed
+        raise Parsed(parse_args(parser, *args, **options))
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Parsed):
         patch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_only)
         call(command, main, words)
+
+
+@functools.cache
+def lightning_parser():
+    """The parser of Lightning's verbs, which takes longer to build than to use."""
+
+    def stop(parser, *args, **options):
+        raise Parsed(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jsonargparse.ArgumentParser, "parse_args", stop)
+        try:
+            main(["fit"])
+        except Parsed as parsed:
+            return parsed.args[0]
+    raise LookupError("fit did not parse its words with jsonargparse")

@@ -31,9 +31,10 @@ STEPS = {"max_steps": 2, "val_check_interval": 1, "checkpoint_every": 1, "log_ev
 EXTRA = {
     "quickstart": ["--steps", "2", "--epochs", "1", "--threads", "1"],
     "lowdata": ["--labels_per_class", "1", "2", "--n_subsets", "2"],
+    "complete": ["--n_images", "2", "--n_samples", "1"],
     "microbatch": ["--memory_gib", "2"],  # a CPU does not say when it is full
 }
-HEAVY = (*LIGHTNING_VERBS, *EXTRA)
+HEAVY = (*LIGHTNING_VERBS, "quickstart", "lowdata", "microbatch", "figures")
 BENCHMARKS = {  # python -m lightning_igpt.benchmarks.NAME
     "sample": ["--preset", "igpt_tiny", "--batch-size", "1", "--steps", "2", "--repeats", "1"],
     "train_step": ["--preset", "igpt_tiny", "--layers", "1", "--batch-size", "1", "--repeats", "1"],
@@ -85,7 +86,7 @@ def small_words(words, folder):
     """The words of a command with toy recipes for recipes and small numbers for large ones."""
     verb, *words = words
     if verb not in HEAVY:
-        return [verb, *words]
+        return [verb, *words, *EXTRA.get(verb, [])]
     found, previous, probe = [], "", False
     for word in words:
         flag, equals, value = word.partition("=")

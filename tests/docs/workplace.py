@@ -94,8 +94,15 @@ def run(target):
     trainer.fit(PretrainModule(network, "gray:16"), batches())
 
 
+def quickstart(target):
+    """As much of what the quickstart leaves as other commands read."""
+    run(target / "pretrain")
+    checkpoint(target / "pretrain.ckpt")
+
+
 # What pages take for granted, and who makes it where no line of the page has made it before.
 BROUGHT = {
+    "igpt-quickstart": quickstart,
     "FOLDER": lambda target: shutil.copytree("photos", target),
     "final.ckpt": checkpoint,
     "mask.png": mask,
@@ -107,11 +114,15 @@ BROUGHT = {
 }
 
 
+WRITTEN = re.compile(r"""(?:default_root_dir|--out|save_checkpoint|save_pretrained)[=("' ]+([\w./-]+)""")
+
+
 def bring(text):
-    """Put what a line or block names there, if the reader is meant to have it."""
+    """Put what a line or block names there, if the reader is meant to have it and the line does not write it."""
+    written = {*WRITTEN.findall(text), *re.findall(r"igpt convert \S+ (\S+)", text)}
     for name, make in BROUGHT.items():
-        path = Path(name)
-        if re.search(rf"(?<![\w/.-]){re.escape(name.removesuffix('.index'))}(?![\w])", text) and not path.exists():
+        path, named = Path(name), rf"(?<![\w/.-]){re.escape(name.removesuffix('.index'))}(?!\w)"
+        if re.search(named, text) and name not in written and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             make(path)
 

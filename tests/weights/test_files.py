@@ -13,7 +13,7 @@ import torch
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.palette import Palette
 from lightning_igpt.planning import loading_bytes
-from lightning_igpt.weights import load_pretrained, native, openai, save_pretrained
+from lightning_igpt.weights import files, load_pretrained, native, openai, save_pretrained
 from lightning_igpt.weights.huggingface import to_state_dict
 from tests.networks import random_network
 from tests.payload import Payload, watched  # noqa: F401
@@ -47,10 +47,14 @@ def write(kind, folder, network, palette):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_gives_the_same_network(tmp_path, kind):
-    network, palette = random_network(), Palette.load("gray:20")
+@pytest.mark.parametrize("smallest", [0, files.SMALLEST_PIECE], ids=["in pieces", "at once"])
+def test_every_format_gives_the_same_network(tmp_path, monkeypatch, kind, smallest):
+    monkeypatch.setattr(files, "SMALLEST_PIECE", smallest)
+    network, palette, steps = random_network(), Palette.load("gray:20"), []
     source, _ = write(kind, tmp_path / kind, network, palette)
+    monkeypatch.setattr(files, "_pieces", lambda shapes, pieces=files._pieces: steps.extend(pieces(shapes)) or steps)
     loaded = load_pretrained(source)
+    assert (len(steps) > 10) == (smallest == 0) and len(steps) >= 1
     assert loaded.config == network.config and loaded.palette == palette
     for (name, mine), other in zip(network.state_dict().items(), loaded.network.state_dict().values(), strict=True):
         assert torch.equal(mine, other), name
