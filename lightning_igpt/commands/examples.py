@@ -27,7 +27,6 @@ _EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "lowdata": ("lowdata --pretrained final.ckpt --source digits --labels_per_class 4 25",),
     "report": ("report runs", "report runs/pretrain runs/probe --out report.html"),
-    "demo": ("demo", "demo --open", "demo --pretrained final.ckpt --port 0"),
     "figures": ("figures", "figures --pretrained final.ckpt --images photos --out pictures"),
     "data": ("data show photos",),
     "data show": ("data show photos --image_size 32", "data show --config digits_tiny_pretrain --out digits.png"),
