@@ -20,6 +20,7 @@ _EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "complete --pretrained final.ckpt --images photos --keep_rows 8 --n_samples 8",
         "complete --pretrained openai/imagegpt-small --images photos --mask hole.png",
     ),
+    "demo": ("demo", "demo --pretrained final.ckpt --port 8080 --open"),
     "score": (
         "score --pretrained final.ckpt --images photos",
         "score --pretrained openai/imagegpt-small --images photos --limit 500 --out photos.csv",
