@@ -27,6 +27,7 @@ _EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "lowdata": ("lowdata --pretrained final.ckpt --source digits --labels_per_class 4 25",),
     "report": ("report runs", "report runs/pretrain runs/probe --out report.html"),
+    "figures": ("figures", "figures --pretrained final.ckpt --images photos --out pictures"),
     "data": ("data show photos",),
     "data show": ("data show photos --image_size 32", "data show --config digits_tiny_pretrain --out digits.png"),
     "palette": ("palette fit photos mine.npy", "palette show --palette mine.npy"),
