@@ -22,7 +22,7 @@ LIGHTNING_VERBS = {
 OWN_VERBS = {
     "quickstart": "pretrain, complete, probe and fine-tune on embedded images, then write a report",
     "complete": "complete the lower part of your images, or a hole, with a trained network",
-    "demo": "a page on this machine to complete pictures with, row by row, and to see what surprises the network",
+    "demo": "serve a page on which to complete pictures and see what surprises the network",
     "score": "tell how surprising images are to a network, in nats per pixel",
     "figures": "pictures of a palette, a network and its runs, for light and dark pages",
     "lowdata": "classify with a few labels per class: linear probes on random subsets",

@@ -20,6 +20,7 @@ from lightning_igpt.objectives import pixel_nats
 from lightning_igpt.progress import track
 
 Progress: TypeAlias = Callable[[Tensor, Tensor], None]  # of tokens, int64 (B, T), and which are decided, bool (B, T)
+COLD = 1e-6  # temperature below which only the likeliest colour is left, and logits over it may overflow
 
 
 @torch.no_grad()
@@ -126,7 +127,7 @@ def draw(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """One colour per row of logits (B, K): int64 (B,)."""
-    if temperature == 0:
+    if temperature < COLD:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:

@@ -317,3 +317,9 @@ def test_progress_of_a_completion_is_told_by_rows_and_may_end_it():
     with pytest.raises(Stop):
         complete(network, prompt, on_progress=stop)
     assert network.training, "the mode is given back"
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-40, 1e-300])
+def test_the_coldest_draws_are_the_likeliest_colours(temperature):
+    logits = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) * 30
+    assert torch.equal(draw(logits, temperature), logits.argmax(-1))

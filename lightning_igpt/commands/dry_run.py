@@ -5,7 +5,7 @@ Not here: the formulas and the devices (``planning``), the figures made of them 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ from lightning_igpt.commands.plan_recipe import Recipe
 from lightning_igpt.commands.plan_text import GIB, hours
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.sources import as_list, name_of
-from lightning_igpt.images import SUFFIXES
 from lightning_igpt.planning import parameter_count
 from lightning_igpt.trainer import choices
+from lightning_igpt.weights.safety import check_opens_safely
 
 MARGIN = 12
+COSTLY = frozenset({".parquet", ".arrow", ".tar"})  # read by converting them
 NOTHING = "nothing was trained, and nothing was written"
 
 
-def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | None) -> Iterator[str]:
+def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | None) -> list[str]:
     """What the verb would do, line by line.
 
     Args:
@@ -36,7 +37,33 @@ def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | 
         model: As it would run; its network may still be without weights.
         data: As it would run, before ``setup``.
         checkpoint: What it would load, or go on from.
+
+    Raises:
+        ValueError: Data, network and batch do not fit together, or the checkpoint could not be opened.
+        OSError: There is no such checkpoint or source, or nothing can be saved at that place.
     """
+    if checkpoint:
+        check_opens_safely(checkpoint)
+    places = [str(one.log_dir) for one in trainer.loggers if getattr(one, "log_dir", None)]
+    check_places([*places, trainer.default_root_dir])
+    return list(_lines(verb, trainer, model, data, checkpoint, places))
+
+
+def check_places(places: Sequence[str | Path]) -> None:
+    """Raise where a file is in the way of a folder to be made.
+
+    Raises:
+        NotADirectoryError: It names the file.
+    """
+    for place in map(Path, places):
+        there = next((one for one in (place, *place.parents) if one.exists()), None)
+        if there is not None and not there.is_dir():
+            raise NotADirectoryError(f"nothing can be saved in {place}: {there} is a file; name another folder")
+
+
+def _lines(
+    verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | None, places: Sequence[str]
+) -> Iterator[str]:
     yield row("would", f"{verb}: {type(model).__name__} on {type(data).__name__}")
     config = getattr(model, "config", None)
     if isinstance(config, ImageGPTConfig):
@@ -44,13 +71,14 @@ def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | 
     origin = getattr(model, "origin", None)
     yield row("weights", checkpoint or (f"those of {origin}" if origin else "drawn at random"))
     counts = images(data)
+    if isinstance(config, ImageGPTConfig):
+        _check_fit(config, data)
     source = name_of(data.source) if hasattr(data, "source") else type(data).__name__
     yield row("data", f"{source}: {told(counts)}")
     if verb == "fit":
         yield from _fit(trainer, model, data, counts, checkpoint)
     for text in choices(trainer):
         yield row("", text)
-    places = [str(one.log_dir) for one in trainer.loggers if getattr(one, "log_dir", None)]
     yield row("results", ", ".join(dict.fromkeys(places)) or str(trainer.default_root_dir))
     yield f"dry run: {NOTHING}"
 
@@ -88,11 +116,20 @@ def _is_cheap(source: Any) -> bool:
         return True
     if not isinstance(source, str | Path):
         return False
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+    place = Path(source).expanduser()
+    if not place.exists():  # perhaps a hub id
         return False
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    return bool(files) and all(path.suffix.lower() in SUFFIXES for path in files)
+    files = place.rglob("*") if place.is_dir() else [place]
+    return not any(path.suffix.lower() in COSTLY for path in files)
+
+
+def _check_fit(config: ImageGPTConfig, data: Any) -> None:
+    size = getattr(data, "image_size", None)
+    if size is not None and size != config.image_size:
+        raise ValueError(
+            f"the data are set to images of {size} x {size}, but the network reads {config.image_size} x "
+            f"{config.image_size}; leave out the data's image_size"
+        )
 
 
 def _fit(trainer: Trainer, model: Any, data: Any, counts: dict[str, int], checkpoint: str | None) -> Iterator[str]:
@@ -101,10 +138,13 @@ def _fit(trainer: Trainer, model: Any, data: Any, counts: dict[str, int], checkp
     together = f"{size * world * parts:,} images per step" if isinstance(size, int) else "batches of unknown size"
     shared = [f"{size} at once"] + [f"{world} devices"] * (world > 1) + [f"{parts} batches each"] * (parts > 1)
     told_steps = "an unknown number of steps" if steps is None else f"{steps:,} steps"
+    trained = hasattr(model, "network") and any(one.requires_grad for one in model.network.parameters())
+    n_images, step = counts.get("train"), size * world * parts if isinstance(size, int) else 0
+    if trained and n_images is not None and n_images < step:
+        raise ValueError(f"there are {n_images} training images, but one step takes {step}; set a smaller batch_size")
     yield row("length", f"{told_steps}, {together} ({' x '.join(shared)})")
     yield row("begin", f"goes on from {checkpoint}" if checkpoint else "at step 0")
     if isinstance(size, int) and steps and hasattr(model, "network"):
-        trained = any(one.requires_grad for one in model.network.parameters())
         yield from costs(trainer, model.config, size, steps if trained else None)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_igpt import __version__
 from lightning_igpt.commands.arguments import run_function
+from lightning_igpt.commands.dry_run import check_places
 from lightning_igpt.commands.quickstart_plan import BATCH_SIZE, planned
 from lightning_igpt.commands.quickstart_report import Pictures, draw_pictures, save_completions, write_report
 from lightning_igpt.config import PRESETS
@@ -69,6 +70,10 @@ def quickstart(
             programs, that is often one.
         dry_run: Print what would run, with sizes, and stop.
     """
+    for name, value in (("steps", steps), ("epochs", epochs), ("threads", 1 if threads is None else threads)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    check_places([out])
     if dry_run:
         print(*planned(NETWORK, steps, epochs, out), sep="\n")
         return

@@ -95,3 +95,45 @@ def test_quickstart(capsys):
     assert rows["1"] == "pretraining without labels: 20 steps of 16 images"
     assert "674,112 parameters" in rows["network"] and rows["results"].startswith("first: report.html")
     assert rows["time"].startswith("unknown: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.batch_size", "5000"], "1293 training images, but one step takes 5000"),
+        (["--data.image_size", "9"], "images of 9 x 9, but the network reads 8 x 8"),
+        (["--trainer.default_root_dir", "file.txt"], "file.txt is a file"),
+        (["--data.source", "file.txt"], "file.txt"),
+        (["--data.source", "empty"], "empty holds no images"),
+    ],
+)
+def test_what_cannot_run_is_told(words, message, tmp_path, capsys):
+    Path("file.txt").write_text("words")
+    Path("empty").mkdir()
+    with pytest.raises(SystemExit, match=message):
+        main(["fit", "--config", "digits_tiny_pretrain", *words, "--dry_run"])
+    assert capsys.readouterr().out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file.txt"]
+
+
+def test_a_folder_with_other_files_is_counted(capsys):
+    save_images(Path("photos"), [f"{number}.png" for number in range(12)])
+    Path("photos", "notes.txt").write_text("words")
+    rows, _ = dry(
+        capsys, "fit", "--config", "digits_tiny_pretrain", "--data.source", "photos", "--data.batch_size", "4"
+    )
+    assert rows["data"] == "photos: 11 training, 1 validation images"
+
+
+@pytest.mark.parametrize("checkpoint", ["nowhere.ckpt", "file.txt"])
+def test_weights_are_looked_at(checkpoint):
+    Path("file.txt").write_text("words")
+    with pytest.raises(SystemExit, match=checkpoint):
+        main(["test", "--config", "digits_tiny_pretrain", "--ckpt_path", checkpoint, "--dry_run"])
+
+
+@pytest.mark.parametrize("option", ["--steps", "--epochs", "--threads"])
+def test_quickstart_checks_its_numbers_first(option, tmp_path):
+    with pytest.raises(SystemExit, match=f"{option[2:]} is 0; it must be at least 1"):
+        main(["quickstart", option, "0"])
+    assert not list(tmp_path.iterdir())
