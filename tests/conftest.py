@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes of tests would wait for each other
+
 
 def pytest_collection_finish():
     """Leave the million objects of the imports out of every garbage collection, and so out of every fork's copies."""
