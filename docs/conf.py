@@ -1,9 +1,13 @@
-"""Sphinx configuration. The build needs no network: sphinx-build -W --keep-going -b html docs docs/_build/html."""
+"""Sphinx configuration. The build needs no network: sphinx-build -W --keep-going -b html docs docs/_build/html.
+
+Before it starts, ``_ext/generated.py`` writes the pages of the command line and of the recipes from the code.
+"""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 from lightning_igpt import __version__
 
@@ -12,11 +16,16 @@ author = "The lightning_igpt developers"
 copyright = f"2026, {author}"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "reference/_generated"]
+extensions = ["generated", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build", "_ext", "_static"]
 html_theme = "furo"
 html_title = f"lightning_igpt {__version__}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+smartquotes = False  # would make one dash of the two of an option
 
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # Lightning's docstrings for its hooks are written for another project

@@ -5,12 +5,13 @@ Only what a verb needs is imported, so that ``--version``, ``--help`` and ``reci
 
 from __future__ import annotations
 
-import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from lightning_igpt import __version__
+from lightning_igpt.spelling import there_is_no
 
 LIGHTNING_VERBS = {
     "fit": "train: pretraining, probing or fine-tuning, whichever the recipe names",
@@ -21,7 +22,9 @@ LIGHTNING_VERBS = {
 OWN_VERBS = {
     "quickstart": "pretrain, complete, probe and fine-tune on embedded images, then write a report",
     "complete": "complete the lower part of your images, or a hole, with a trained network",
+    "demo": "a page on this machine to complete pictures with, row by row, and to see what surprises the network",
     "score": "tell how surprising images are to a network, in nats per pixel",
+    "figures": "pictures of a palette, a network and its runs, for light and dark pages",
     "lowdata": "classify with a few labels per class: linear probes on random subsets",
     "report": "gather runs on one HTML page, beside the paper's numbers and what differs",
     "data": "look at a data set: splits, classes, bad images, palette error, a contact sheet",
@@ -31,7 +34,11 @@ OWN_VERBS = {
     "microbatch": "the largest batch that fits into memory, tried in training steps, as options for fit",
     "launch": "train a recipe on a cluster: a SLURM script that requeues and resumes, or torchrun",
     "recipes": "list, show or copy the shipped YAML recipes",
+    "completion": "print a script with which bash, zsh or fish completes these verbs and their options",
 }
+
+
+INTERRUPTED, NOBODY_READS = 130, 141  # as shells report programs that SIGINT and SIGPIPE ended
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -41,13 +48,34 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The words after the program's name; default those of the command line.
 
     Returns:
-        The exit status. Wrong usage raises SystemExit(2), as argparse does.
+        The exit status: 0 when the work is done, 130 after Ctrl-C, 141 where nobody reads what is printed. SystemExit
+        has 2 for wrong usage, 143 where a signal ended a run that then saved, and a message, which makes it 1, where
+        something given was wrong.
     """
     words = list(sys.argv[1:] if args is None else args)
+    try:
+        status = _run(words)
+        sys.stdout.flush()  # here, where a reader that is gone is noticed
+        return status
+    except KeyboardInterrupt:
+        return _interrupted(words)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning ends with 1
+            return _interrupted(words)
+        raise
+    except BrokenPipeError:
+        # The interpreter flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
+
+
+def _run(words: list[str]) -> int:
     verb = words[0] if words else "--help"
     if verb in ("--version", "-V"):
         print(f"lightning-igpt {__version__}")
         return 0
+    if verb == "help" and words[1:]:
+        return _run([*words[1:], "--help"])
     if verb in ("--help", "-h", "help"):
         print(usage())
         return 0
@@ -56,10 +84,15 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     if verb in OWN_VERBS:
         return importlib.import_module(f"lightning_igpt.commands.{verb}").run(words[1:]) or 0
-    close = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS], n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    print(f"lightning-igpt: there is no verb {verb!r}{hint} See lightning-igpt --help", file=sys.stderr)
+    told = there_is_no("verb", verb, [*LIGHTNING_VERBS, *OWN_VERBS], "See lightning-igpt --help")
+    print(f"lightning-igpt: {told}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _interrupted(words: Sequence[str]) -> int:
+    hint = "; the same command with --resume auto goes on from the newest checkpoint" if words[:1] == ["fit"] else ""
+    print(f"lightning-igpt: interrupted{hint}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def usage() -> str:

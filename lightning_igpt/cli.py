@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import itertools
 import os
-import re
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import class_from_function, set_parsing_settings
+from jsonargparse import capture_parser, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -22,10 +20,18 @@ from torch import Tensor
 from lightning_igpt import callbacks, data, modules
 from lightning_igpt.callbacks.disk_check import check_folder
 from lightning_igpt.checkpointing import check_resumable, find_checkpoint, standing
-from lightning_igpt.commands import recipes
+from lightning_igpt.commands import dry_run, recipes
 from lightning_igpt.commands.arguments import one_line_errors
+from lightning_igpt.commands.lightning_parser import (
+    TRUSTED,
+    LightningVerbParser,
+    WholeLightningVerbParser,
+    without_flags,
+    without_trust,
+)
+from lightning_igpt.commands.predictions import write_predictions
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.pictures import save_png
+from lightning_igpt.modules.deferred import never_drawn
 from lightning_igpt.strategies import choose_strategy
 from lightning_igpt.trainer import best_precision, make_trainer
 from lightning_igpt.weights.safety import check_opens_safely
@@ -33,8 +39,6 @@ from lightning_igpt.weights.shards import is_shards
 
 __all__ = ["IGPTCLI", "callbacks", "data", "modules", "run"]  # importing the classes makes their short names known
 
-# What a recipe may name as a class. Any other name is refused before its module is imported, which would run its code.
-TRUSTED = ("lightning", "lightning_igpt", "torch.optim", "torchmetrics")
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # what Lightning takes for ckpt_path beside a path
 
 
@@ -43,28 +47,6 @@ RESUME = (
     "starts anew where there is none; a run folder or a checkpoint must be there."
 )
 RANDOM = "Run although no weights are given: what a network that was never trained does, as a baseline."
-
-
-class _Parser(LightningArgumentParser):
-    """Tells what to do about a class that a recipe may not name; jsonargparse's advice is for programmers."""
-
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        refused = re.search(r"Importing '([\w.]+)' is not allowed", message)
-        if refused is not None:
-            program, taken = self.prog.replace("[options] ", ""), ", ".join(TRUSTED)
-            raise SystemExit(
-                f"{program}: {refused[1]} is named, and naming a class runs its module; only classes of {taken} are "
-                f"taken unasked. If you trust it: --trust {refused[1].split('.')[0]}"
-            )
-        super().error(message, ex)
-
-    def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **options: Any) -> list[str]:
-        """Leave out what make_trainer is told of model and data: on the command line both are known."""
-        if lightning_class is not make_trainer:
-            return super().add_lightning_class_args(lightning_class, nested_key, *args, **options)
-        made, skip = class_from_function(make_trainer), {"module", "data"}
-        options = {"fail_untyped": False, "instantiate": False, "sub_configs": True, "skip": skip}
-        return list(self.add_class_arguments(made, nested_key, **options))
 
 
 class IGPTCLI(LightningCLI):
@@ -136,7 +118,7 @@ class IGPTCLI(LightningCLI):
         """Find the checkpoint to go on from, or tell that it is not there, before anything is set up."""
         options, root = self.config_init["fit"], str(self.trainer.default_root_dir)
         if "://" not in root and not getattr(self.trainer, "fast_dev_run", False):
-            check_folder(Path(root), 0)
+            self.check_folder(Path(root))
         path, resume = options.get("ckpt_path"), options.get("resume")
         if resume and path:
             raise ValueError(
@@ -147,6 +129,10 @@ class IGPTCLI(LightningCLI):
             self.trainer.callbacks.append(callbacks.SameCheckpoint(options["ckpt_path"]))  # type: ignore[attr-defined]
         elif path and path not in CHECKPOINT_WORDS and "://" not in path and not Path(standing(path)).exists():
             raise FileNotFoundError(f"ckpt_path {path} is no file; it names the checkpoint of a run to continue")
+
+    def check_folder(self, folder: Path) -> None:
+        """Raise OSError where nothing can be saved in a folder; makes it where it does not exist."""
+        check_folder(folder, 0)
 
     def _found(self, resume: str) -> str | None:
         """The checkpoint that ``--resume`` means; None for a run that has none yet."""
@@ -194,6 +180,29 @@ class IGPTCLI(LightningCLI):
             )
 
 
+class _DryRun(IGPTCLI):
+    """Tells what would run, and runs nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        init_args = self.config[self.subcommand]["model"].get("init_args", {})
+        if "defer_init" in init_args and not init_args.get("pretrained"):
+            init_args["defer_init"] = True  # a network of any size, without its weights
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer, but draw no weights."""
+        with never_drawn():
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        getattr(self, f"before_{subcommand}")()
+        checkpoint = self.config_init[subcommand].get("ckpt_path")
+        for line in dry_run.lines(subcommand, self.trainer, self.model, self.datamodule, checkpoint):
+            print(line)  # noqa: T201
+
+    def check_folder(self, folder: Path) -> None:
+        """Nothing is written, not even to see whether it could be."""
+
+
 def will_shard(options: Any) -> bool:
     """Whether the strategy of a parsed recipe will spread the network over processes."""
     trainer, init_args = options["trainer"], options["model"]["init_args"]
@@ -216,30 +225,6 @@ def will_shard(options: Any) -> bool:
     ).sharded
 
 
-def write_predictions(
-    predictions: Tensor, folder: Path, class_names: Sequence[str] | None, *, left_out: Collection[int] = ()
-) -> Path:
-    """Write images, uint8 (N, 3, S, S), as PNG files, or class probabilities, float (N, C), as a CSV file.
-
-    They are named by the rows of the data, of which those ``left_out`` have no prediction.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = (row for row in itertools.count() if row not in left_out)
-    if predictions.ndim == 4:
-        for number, image in zip(rows, predictions, strict=False):
-            save_png(image, folder / f"{number:06d}.png")
-        return folder
-    names = list(class_names or [])
-    names += [str(number) for number in range(len(names), predictions.shape[1])]
-    path = folder / "classes.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "class", *names])
-        for row, values in zip(rows, predictions.tolist(), strict=False):
-            writer.writerow([row, names[values.index(max(values))], *(f"{value:.6f}" for value in values)])
-    return path
-
-
 def run(words: Sequence[str]) -> IGPTCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
@@ -250,7 +235,20 @@ def run(words: Sequence[str]) -> IGPTCLI:
         SystemExit: Wrong usage (2), or a mistake in what the user gave (1), told in one line.
     """
     words, trusted = without_trust(words)
+    words, dry, whole = without_flags(words)
     warn_of_restarts()
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's to mend; it stands there like an error
+    with one_line_errors(f"lightning-igpt {words[0]}"):
+        return _run(_DryRun if dry else IGPTCLI, with_shipped_recipes(words), trusted, whole=whole)
+
+
+def parser() -> LightningVerbParser:
+    """The parser of all four verbs, for those who want to know their options."""
+    found: LightningVerbParser = capture_parser(lambda: _run(IGPTCLI, []))
+    return found
+
+
+def _run(kind: type[IGPTCLI], words: list[str], trusted: Sequence[str] = (), *, whole: bool = False) -> IGPTCLI:
     set_parsing_settings(
         # Interpolations like ${trainer.max_steps} are written from the recipe's root, below which the verb lies.
         omegaconf_absolute_to_relative_paths=True,
@@ -258,21 +256,20 @@ def run(words: Sequence[str]) -> IGPTCLI:
         import_path_denylist=["*"],
         import_path_allowlist=[*TRUSTED, *trusted],
     )
-    with one_line_errors(f"lightning-igpt {words[0]}"):
-        return IGPTCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            trainer_class=make_trainer,
-            parser_class=_Parser,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,  # the modules keep their own plain hyperparameters
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": "lightning-igpt"},
-            args=with_shipped_recipes(words),
-        )
+    return kind(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        trainer_class=make_trainer,
+        parser_class=WholeLightningVerbParser if whole else LightningVerbParser,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # the modules keep their own plain hyperparameters
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"parser_mode": "omegaconf+", "prog": "lightning-igpt"},
+        args=words,
+    )
 
 
 def warn_of_restarts() -> None:
@@ -285,29 +282,6 @@ def warn_of_restarts() -> None:
         rank_zero_warn(
             "if torchrun restarts this run it will hang; start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         )
-
-
-def without_trust(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words without ``--trust NAME``, and the names: packages, modules or classes that a recipe may name too.
-
-    Only the command line is asked, never a recipe: it could not be stopped from trusting itself.
-
-    Raises:
-        SystemExit: A name is missing or is none.
-    """
-    rest: list[str] = []
-    trusted: list[str] = []
-    remaining = iter(words)
-    for word in remaining:
-        flag, equals, value = word.partition("=")
-        if flag != "--trust":
-            rest.append(word)
-            continue
-        name = value if equals else next(remaining, "")
-        if not name or not all(part.isidentifier() for part in name.split(".")) or name.split(".")[0] == "jsonargparse":
-            raise SystemExit(f"lightning-igpt: --trust {name}: name a package, module or class, such as my_package")
-        trusted.append(name)
-    return rest, trusted
 
 
 def with_shipped_recipes(words: Sequence[str]) -> list[str]:

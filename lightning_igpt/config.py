@@ -6,12 +6,13 @@ the README of github.com/openai/image-gpt (heads).
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal
+
+from lightning_igpt.spelling import there_is_no
 
 Objective = Literal["autoregressive", "bert"]
 
@@ -104,9 +105,7 @@ class ImageGPTConfig:
             raise ValueError(f"network is {_shown(network)}; name a preset or give the fields of an ImageGPTConfig")
         if isinstance(network, str):
             if network not in PRESETS:
-                close = difflib.get_close_matches(network, PRESETS, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"there is no preset {_shown(network)}{hint} Presets: {', '.join(PRESETS)}")
+                raise ValueError(there_is_no("preset", network[:200], PRESETS, f"Presets: {', '.join(PRESETS)}"))
             return PRESETS[network]
         known = [field.name for field in fields(cls)]
         unknown = sorted(_shown(name) for name in set(network) - set(known))

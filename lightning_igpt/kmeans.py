@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_igpt.lookup import N_COLORS
 from lightning_igpt.palette import MAX_COLORS, Palette, check_images
+from lightning_igpt.progress import working
 from lightning_igpt.rgb import to_rgb
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,8 @@ def fit_palette(
         )
     points, weights = _points(codes, counts[codes], n_colors)
     log.info("k-means: %d colours for %d points, %d distinct colours", n_colors, len(points), codes.size)
-    with threadpool_limits(1):  # parallel sums would round in the order in which threads happen to finish
+    # Parallel sums would round in the order in which threads happen to finish.
+    with working("k-means"), threadpool_limits(1):
         kmeans = KMeans(n_colors, init="k-means++", n_init=1, max_iter=max_iter, random_state=seed)
         centres: Floats = kmeans.fit(points, sample_weight=weights).cluster_centers_.clip(-1, 1)
     luminance = centres @ (0.299, 0.587, 0.114)  # ITU-R BT.601

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_igpt.progress import track
+
 log = logging.getLogger(__name__)
 
 N_COLORS = 1 << 24
@@ -63,7 +65,7 @@ def build_table(colors: NDArray[np.float32]) -> NDArray[np.int16]:
     table = np.empty(N_COLORS, dtype=np.int16)
     leaves = table.reshape(64, 4, 64, 4, 64, 4).transpose(0, 2, 4, 1, 3, 5)  # a view: cell r, g, b, then inside it
     everyone = np.arange(colors.shape[0])
-    for corner in (_SPLIT * 64).T:  # one large cell after the other bounds the memory
+    for corner in track((_SPLIT * 64).T, "colour table"):  # one large cell after the other bounds the memory
         cells = _prune(_Cells(corner[:, None], np.array([everyone.size]), everyone), centres, 64)
         for edge in (16, 4):
             cells = _prune(_split(cells, edge), centres, edge)

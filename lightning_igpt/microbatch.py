@@ -20,6 +20,7 @@ from lightning_igpt.model import Recomputing
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.optim import make_adam
 from lightning_igpt.planning import largest_batch
+from lightning_igpt.progress import working
 
 GIB = 2**30
 UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -99,7 +100,8 @@ def find_micro_batch(
             peak = tried[size] = trial.peak(size, accumulates=size < sizes[-1])
             return peak is not None and peak <= usable
 
-        best = last_that_fits(sizes, fits, sum(size <= expected for size in sizes) - 1)
+        with working("trying steps"):
+            best = last_that_fits(sizes, fits, sum(size <= expected for size in sizes) - 1)
     if best is None:
         raise ValueError(_refusal(tried[1], usable, recompute))
     taken = tried[best]

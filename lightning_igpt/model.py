@@ -39,7 +39,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.weight: nn.Parameter = nn.Parameter(torch.ones(n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
         # Sharded in bf16-mixed, the gain is narrower than the residual stream; the fused kernel takes one type.
@@ -170,10 +170,10 @@ class KVCache:
     ) -> None:
         head_width = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, config.n_head, config.n_positions, head_width)  # (L, B, H, T, d)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.position = torch.zeros((), device=device, dtype=torch.long)
-        self.length = 0
+        self.k: Tensor = torch.zeros(shape, device=device, dtype=dtype)
+        self.v: Tensor = torch.zeros(shape, device=device, dtype=dtype)
+        self.position: Tensor = torch.zeros((), device=device, dtype=torch.long)
+        self.length: int = 0
         self.window: int | None = None  # a captured step reads so many positions, whatever the length
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -211,13 +211,13 @@ class ImageGPT(nn.Module):
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte: nn.Embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe: nn.Embedding = nn.Embedding(config.n_positions, config.n_embd)
         autoregressive = config.objective == "autoregressive"
-        self.sos = nn.Parameter(torch.empty(config.n_embd)) if autoregressive else None
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = RMSNorm(config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # untied
+        self.sos: nn.Parameter | None = nn.Parameter(torch.empty(config.n_embd)) if autoregressive else None
+        self.h: nn.ModuleList = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f: RMSNorm = RMSNorm(config.n_embd)
+        self.lm_head: nn.Linear = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # untied
         self.init_weights()
 
     @torch.no_grad()

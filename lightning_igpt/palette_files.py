@@ -5,7 +5,6 @@ Not here: what a palette is and which colours make one (``palette.py``).
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import io
 import json
@@ -17,6 +16,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lightning_igpt.spelling import there_is_no
 
 HF_FILE = "preprocessor_config.json"
 SHA256 = "palette_sha256"  # the key beside "clusters" in files by this package
@@ -52,9 +53,7 @@ def read_colors(spec: str) -> Stored:
         raise FileNotFoundError(f"there is no palette file or folder {spec}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
         return _read_file(_download(spec))
-    close = difflib.get_close_matches(spec, ["openai", "gray:16"], n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    raise ValueError(f"there is no palette {spec!r}{hint} {FORMS}")
+    raise ValueError(there_is_no("palette", spec, ["openai", "gray:16"], FORMS))
 
 
 def write_colors(path: Path, colors: NDArray[np.float32]) -> None:

@@ -6,8 +6,9 @@ Everything here speaks of tokens; colours are the palette's business.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import Tensor
 from lightning_igpt.decoding import Decoder, Precision, check_precision
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.objectives import pixel_nats
+from lightning_igpt.progress import track
+
+Progress: TypeAlias = Callable[[Tensor, Tensor], None]  # of tokens, int64 (B, T), and which are decided, bool (B, T)
 
 
 @torch.no_grad()
@@ -29,6 +33,7 @@ def complete(
     top_p: float | None = None,
     precision: Precision | None = None,
     generator: torch.Generator | None = None,
+    on_progress: Progress | None = None,
 ) -> Tensor:
     """Draw the rest of each picture, pixel by pixel in raster order, with cached keys and values.
 
@@ -44,6 +49,9 @@ def complete(
             network as it is. docs/how-to/sampling.md says what each costs in nats and time. Default: half under
             autocast, else full.
         generator: Source of randomness, on the network's device. The same seed gives the same pictures.
+        on_progress: Called after each row of pixels with the tokens, int64 (B * n_samples, T), and which of them are
+            decided, bool of that shape; both are for reading only, and tokens change afterwards. What it raises ends
+            the drawing. It changes no draw.
 
     Returns:
         int64 (B, n_samples, T); the first P tokens are the prompt.
@@ -56,7 +64,8 @@ def complete(
     _check_options(temperature, top_k, top_p, n_samples)
     check_precision(precision)
     with _evaluating(network):
-        tokens = _decode(network, *_padded(network, prompt, n_samples), temperature, top_k, top_p, precision, generator)
+        tokens, known = _padded(network, prompt, n_samples)
+        tokens = _decode(network, tokens, known, temperature, top_k, top_p, precision, generator, on_progress)
     return tokens.view(prompt.shape[0], n_samples, network.config.n_positions)
 
 
@@ -88,6 +97,7 @@ def _decode(
     top_p: float | None = None,
     precision: Precision | None = None,
     generator: torch.Generator | None = None,
+    on_progress: Progress | None = None,
 ) -> Tensor:
     """Draw the unknown pixels in raster order. One pass covers all before the first hole; none follows the last."""
     holes = (~known).any(0).nonzero().flatten().tolist()  # positions that some row lacks
@@ -96,10 +106,12 @@ def _decode(
     decoder, tokens = Decoder(network, len(tokens), precision), tokens.clone()
     logits = decoder.start(tokens[:, : holes[0]])  # (B, K)
     finite = torch.ones((), dtype=torch.bool, device=tokens.device)
-    for position in range(holes[0], holes[-1] + 1):
+    for position in track(range(holes[0], holes[-1] + 1), "drawing pixels"):
         finite &= logits.isfinite().all()  # looked at in the end, not to wait for the device now
         drawn = draw(logits, temperature, top_k, top_p, generator)
         tokens[:, position] = torch.where(known[:, position], tokens[:, position], drawn)
+        if on_progress is not None and (position == holes[-1] or (position + 1) % network.config.image_size == 0):
+            on_progress(tokens, known | (torch.arange(tokens.shape[1], device=tokens.device) <= position))
         if position < holes[-1]:
             logits = decoder.step(tokens[:, position : position + 1])
     _refuse_noise(finite, decoder.precision)
@@ -145,6 +157,7 @@ def inpaint(
     temperature: float = 1.0,
     precision: Precision | None = None,
     generator: torch.Generator | None = None,
+    on_progress: Progress | None = None,
 ) -> Tensor:
     """Fill the unknown pixels of each picture, wherever they lie.
 
@@ -166,6 +179,7 @@ def inpaint(
         temperature: Divides the logits; 0 takes the likeliest colour.
         precision: As in ``complete``; a BERT network ignores it.
         generator: Source of randomness, on the network's device. The same seed gives the same pictures.
+        on_progress: As in ``complete``, with tokens (B, T); a BERT network calls it after each step.
 
     Returns:
         int64 (B, T) on the network's device; known pixels as they were.
@@ -184,15 +198,23 @@ def inpaint(
     check_tokens(tokens, network.config.vocab_size)
     with _evaluating(network):
         if network.config.objective == "bert":
-            return _fill(network, tokens, known, steps, temperature, generator)
-        return _decode(network, tokens, known, temperature, precision=precision, generator=generator)
+            return _fill(network, tokens, known, steps, temperature, generator, on_progress)
+        return _decode(
+            network, tokens, known, temperature, precision=precision, generator=generator, on_progress=on_progress
+        )
 
 
 def _fill(
-    network: ImageGPT, tokens: Tensor, known: Tensor, steps: int, temperature: float, generator: torch.Generator | None
+    network: ImageGPT,
+    tokens: Tensor,
+    known: Tensor,
+    steps: int,
+    temperature: float,
+    generator: torch.Generator | None,
+    on_progress: Progress | None,
 ) -> Tensor:
     holes, finite = (~known).sum(1), torch.ones((), dtype=torch.bool, device=tokens.device)
-    for step in range(1, steps + 1):
+    for step in track(range(1, steps + 1), "filling holes"):
         logits = network(tokens, masked=~known)  # (B, T, K)
         finite &= logits.isfinite().all()
         drawn = draw(logits.flatten(0, 1), temperature, generator=generator).view_as(tokens)
@@ -202,6 +224,8 @@ def _fill(
         keep = order < (tokens.shape[1] - left)[:, None]
         tokens = torch.where(keep & ~known, drawn, tokens)
         known = known | keep
+        if on_progress is not None:
+            on_progress(tokens, known)
     _refuse_noise(finite, "full")
     return tokens
 
@@ -233,7 +257,8 @@ def score(network: ImageGPT, tokens: Tensor, *, batch_size: int = 64) -> Tensor:
     check_tokens(tokens, network.config.vocab_size)
     device = network.wte.weight.device
     with _evaluating(network):
-        parts = [pixel_nats(network(part), part) for part in torch.split(tokens.to(device), batch_size)]
+        batches = track(torch.split(tokens.to(device), batch_size), "scoring batches of images")
+        parts = [pixel_nats(network(part), part) for part in batches]
     return torch.cat(parts).float()
 
 

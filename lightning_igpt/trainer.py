@@ -23,6 +23,7 @@ from lightning_igpt.callbacks import (
     Preempt,
     Recompute,
     RunRecord,
+    TensorBoardOverview,
     Throughput,
 )
 from lightning_igpt.callbacks.throughput import is_frozen
@@ -36,6 +37,7 @@ ALWAYS: tuple[type[Callback], ...] = (
     LayerCurve,
     ClassificationReport,
     RunRecord,
+    TensorBoardOverview,
     Throughput,
     DiskCheck,
     FiniteGuard,
@@ -63,7 +65,7 @@ def make_trainer(
     monitor: str | None = None,
     callbacks: list[Callback] | Callback | None = None,
     plugins: Plugin | str | list[Plugin | str] | None = None,
-    strategy: str | Strategy = "auto",
+    strategy: Strategy | str = "auto",
     module: LightningModule | None = None,
     data: LightningDataModule | None = None,
     **kwargs: Any,
@@ -93,9 +95,9 @@ def make_trainer(
         monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy (higher is better) or
             val/nats_per_pixel (lower is better), beside the newest.
         callbacks: Added to the ones chosen here, which are ModelCheckpoint, LearningRateMonitor, LayerCurve,
-            ClassificationReport, RunRecord, Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and,
-            on CUDA, a progress bar that asks the GPU for the loss at every 20th step only; one of such a class among
-            them replaces ours.
+            ClassificationReport, RunRecord, TensorBoardOverview, Throughput, CompileBlocks, Recompute, DiskCheck,
+            FiniteGuard, Preempt and, on CUDA, a progress bar that asks the GPU for the loss at every 20th step only;
+            one of such a class among them replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         strategy: Default: nothing special on one device, DDP on several, and FSDP2 where the network with its optimiser
             does not fit on each. ``fsdp2`` asks for the last; ``ddp``, ``fsdp``, ``deepspeed_stage_2`` and so on are
@@ -215,6 +217,12 @@ class _Speed(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "")
+
+
+def choices(trainer: Trainer) -> list[str]:
+    """Strategy and precision of a trainer that ``make_trainer`` made, and why; they are known before it runs."""
+    names = type(trainer.strategy).__name__
+    return [line for one in _of(_Speed, trainer) for line in (f"strategy {names} ({one.parallel})", one.precision)]
 
 
 def _of(kind: type[Callback], trainer: Trainer) -> list[Any]:

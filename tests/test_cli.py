@@ -148,7 +148,7 @@ class TestConfig:
     def test_a_misspelt_name_gets_a_hint(self):
         message = refusal(["fit", "--config", "digits_tiny_pretrian"])
         assert "'digits_tiny_pretrian'" in message
-        assert "did you mean digits_tiny_pretrain" in message
+        assert "did you mean 'digits_tiny_pretrain'? See lightning-igpt recipes list" in message
 
     @pytest.mark.parametrize("order", [("steps.yaml", "warmup.yaml"), ("warmup.yaml", "steps.yaml")])
     @pytest.mark.parametrize(("flags", "steps"), [([], 3), (["--trainer.max_steps", "5"], 5)])
@@ -282,7 +282,7 @@ class TestRecipes:
         assert capsys.readouterr().out == (recipes.folder() / "digits_tiny_probe.yaml").read_text()
 
     def test_show_of_a_misspelt_name_gets_a_hint(self):
-        assert "did you mean digits_tiny_probe" in refusal(["recipes", "show", "digits_tiny_prob"])
+        assert "did you mean 'digits_tiny_probe'?" in refusal(["recipes", "show", "digits_tiny_prob"])
 
     @pytest.mark.parametrize(
         ("to", "written"),

@@ -9,7 +9,7 @@ from lightning_igpt.config import PRESETS
 from lightning_igpt.planning import ACTIVATION_BYTES, RECOMPUTE, forward_flops_per_token, largest_batch, training_bytes
 from lightning_igpt.planning.devices import find_device
 from lightning_igpt.planning.runs import PAPER, Run, usual_mfu
-from tests.test_docs import PAGES, table
+from tests.docs.pages import PAGES, table
 from tests.test_recipes import header, images_per_step, network_of, read
 
 PAGE = "docs/how-to/larger-images.md"

@@ -8,6 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_igpt"
 FLOORS = [
+    ["spelling", "progress"],
     ["config", "rgb", "pictures", "lookup", "palette_files"],
     ["images"],
     ["tokenizing"],
@@ -73,7 +74,12 @@ def test_imports_go_down(path):
 def test_third_parties_stay_on_their_floors():
     homes = {
         "datasets": {"data", "benchmarks"},
+        "fastapi": {"commands"},
+        "starlette": {"commands"},
+        "uvicorn": {"commands"},
         "matplotlib": {"report", "commands", "callbacks"},
+        "rich": {"progress"},
+        "shtab": {"commands"},
         "transformers": {"weights", "benchmarks"},
         "tensorflow": {"weights"},
         "lightning": {

@@ -106,8 +106,13 @@ def sources(tmp_path_factory):
             data = data.rename_column("image", "img") if name == "cifar10" else data
             (folder / name).mkdir(exist_ok=True)
             data.to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
+    for i in range(16):  # sorted by class, and four batches are to hold both
+        path = folder / "photos" / ("cat", "dog")[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise((20, 18), seed=i).save(path)
     return {
         "digits": "digits",
+        "photos": str(folder / "photos"),
         "uoft-cs/cifar10": str(folder / "cifar10"),
         "ILSVRC/imagenet-1k": str(folder / "imagenet"),
     }

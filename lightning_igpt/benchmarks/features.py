@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from lightning_igpt.benchmarks.harness import (
@@ -33,7 +32,7 @@ from lightning_igpt.benchmarks.harness import (
     print_table,
     require,
 )
-from lightning_igpt.benchmarks.peers import after_start, both_networks, random_tokens
+from lightning_igpt.benchmarks.peers import after_start, both_networks, random_tokens, transformers
 from lightning_igpt.config import PRESETS
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.planning import forward_flops_per_token

@@ -7,13 +7,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import save_pretrained
+
+try:
+    import transformers as transformers
+except ModuleNotFoundError as error:
+    raise SystemExit("this benchmark compares with transformers: pip install 'lightning-igpt[hf]'") from error
 
 
 def both_networks(config: ImageGPTConfig, device: str) -> tuple[ImageGPT, Any]:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 
 from lightning_igpt.benchmarks.harness import (
@@ -35,6 +34,7 @@ from lightning_igpt.benchmarks.harness import (
     require,
     say_unused,
 )
+from lightning_igpt.benchmarks.peers import transformers
 from lightning_igpt.lookup import N_COLORS, build_table
 from lightning_igpt.palette import Palette
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
-import transformers
 from torch import Tensor
 
 from lightning_igpt.benchmarks.harness import (
@@ -35,7 +34,7 @@ from lightning_igpt.benchmarks.harness import (
     require,
     seconds_of,
 )
-from lightning_igpt.benchmarks.peers import both_networks, random_tokens
+from lightning_igpt.benchmarks.peers import both_networks, random_tokens, transformers
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.decoding import Decoder, Precision
 from lightning_igpt.model import ImageGPT

@@ -27,7 +27,6 @@ from typing import Any
 import lightning
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
 from lightning_igpt.benchmarks.harness import (
@@ -44,7 +43,7 @@ from lightning_igpt.benchmarks.harness import (
     require,
     wait_for,
 )
-from lightning_igpt.benchmarks.peers import after_start, both_networks, random_tokens
+from lightning_igpt.benchmarks.peers import after_start, both_networks, random_tokens, transformers
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules import PretrainModule

@@ -11,6 +11,7 @@ from lightning_igpt.callbacks.preempt import Preempt
 from lightning_igpt.callbacks.recompute import Recompute
 from lightning_igpt.callbacks.run_record import RunRecord
 from lightning_igpt.callbacks.same_checkpoint import SameCheckpoint
+from lightning_igpt.callbacks.tensorboard_overview import TensorBoardOverview
 from lightning_igpt.callbacks.throughput import Throughput
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Recompute",
     "RunRecord",
     "SameCheckpoint",
+    "TensorBoardOverview",
     "Throughput",
     "captions",
     "completion_rows",

@@ -50,7 +50,7 @@ class Recompute(Callback):
     decision: RecomputeDecision | None = None  # of the last fit
 
     def __init__(self, when: Literal["auto", "none", "selective", "full"] = "auto") -> None:
-        self._told: RecomputeDecision | None = None
+        self.told: RecomputeDecision | None = None
         self._before: list[tuple[Block, Recomputing]] = []
         if when != "auto":
             self.tell(when)
@@ -67,7 +67,7 @@ class Recompute(Callback):
         """
         if how not in get_args(Recomputing):
             raise ValueError(f"recompute is {how!r}; it must be auto, {', '.join(get_args(Recomputing))}")
-        self._told = RecomputeDecision(how, reason)
+        self.told = RecomputeDecision(how, reason)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_off()
@@ -93,8 +93,8 @@ class Recompute(Callback):
         config = getattr(pl_module, "config", None)
         if not isinstance(config, ImageGPTConfig) or all(is_frozen(block) for block in blocks):
             return RecomputeDecision("none", "no block of an ImageGPT is trained")
-        if self._told is not None:
-            return self._told
+        if self.told is not None:
+            return self.told
         by_hand = next((block.recompute for block in blocks if block.recompute != "none"), None)
         if by_hand is not None:
             return RecomputeDecision(by_hand, "as the network is set")

@@ -15,12 +15,19 @@ from typing import Any, get_args, get_type_hints
 import jsonargparse
 from omegaconf.errors import InterpolationResolutionError
 
+from lightning_igpt.commands.parsers import VerbParser
+
 BOOLEANS = ("true", "false", "null")  # what may follow a switch as its value
 TRACEBACK = "LIGHTNING_IGPT_TRACEBACK"  # set to anything to see where an error came from
 
 
 def run_function(
-    function: Callable[..., Any] | dict[str, Any], words: Sequence[str], verb: str, *, positional: bool = False
+    function: Callable[..., Any] | dict[str, Any],
+    words: Sequence[str],
+    verb: str,
+    *,
+    positional: bool = False,
+    about: str | None = None,
 ) -> int:
     """Parse ``words`` for ``function`` (or one of several, by name) with jsonargparse, and call it.
 
@@ -31,6 +38,7 @@ def run_function(
         words: The words after the verb.
         verb: The verb, for messages.
         positional: Take required arguments without their names.
+        about: What the verb does; default the first line of the function's documentation.
     """
     prog = f"lightning-igpt {verb}"
     words = _underscored(function, words)
@@ -39,8 +47,11 @@ def run_function(
     if not isinstance(function, dict):
         words = _spelled_out(function, words)
         function = _with_config(function, words)
+    elif words and words[0] in function:
+        words = [words[0], *_spelled_out(function[words[0]], words[1:])]
+    options: dict[str, Any] = {"prog": prog, "description": about, "parser_class": VerbParser}
     with one_line_errors(prog):
-        jsonargparse.auto_cli(function, args=list(words), prog=prog, as_positional=positional)
+        jsonargparse.auto_cli(function, args=list(words), as_positional=positional, **options)
     return 0
 
 
@@ -111,11 +122,13 @@ def one_line_errors(prog: str) -> Iterator[None]:
         yield
     except InterpolationResolutionError as error:  # a recipe's ${...} that leads nowhere
         raise SystemExit(f"{prog}: {str(error).splitlines()[0]}") from error
+    except BrokenPipeError:  # nobody reads any more, which is no mistake
+        raise
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         own = error if isinstance(error, OSError) else _own(error)  # a path is always the user's business
         if os.environ.get(TRACEBACK) or own is None:
             raise
-        raise SystemExit(f"{prog}: {own}") from error
+        raise SystemExit(f"{prog}: {' '.join(str(own).split())}") from error
 
 
 def _own(error: BaseException | None) -> BaseException | None:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,6 +26,7 @@ from lightning_igpt.commands.data_report import (
     source_lines,
     training_lines,
 )
+from lightning_igpt.commands.parsers import VerbParser
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.data.base import ImageDataModule
@@ -106,7 +107,7 @@ def make_data(options: Namespace) -> ImageDataModule:
         TypeError: It is not one of this package's.
         ValueError: Its own arguments are out of range.
     """
-    parser = show_parser()
+    parser: Any = show_parser()
     # jsonargparse 4.49 renamed it.
     data = getattr(parser, "instantiate", parser.instantiate_classes)(Namespace(data=options.data)).data
     if not isinstance(data, ImageDataModule):
@@ -164,9 +165,9 @@ def section_of(recipe: DictConfig, name: str) -> Any:
     return OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
 
 
-def show_parser() -> ArgumentParser:
+def show_parser() -> VerbParser:
     """The parser of ``data show``."""
-    show = ArgumentParser(
+    show = VerbParser(
         parser_mode="omegaconf+",
         allow_abbrev=False,
         description="Look at a data set before training: splits, classes, bad images, palette error, a contact sheet.",
@@ -178,7 +179,8 @@ def show_parser() -> ArgumentParser:
     show.add_argument("--out", type=str, default="data.png", help="The contact sheet to write.")
     show.add_argument("--limit", type=int, default=1000, help="Images to open per split, evenly spread; 0 means all.")
     show.add_argument("--n_images", type=int, default=8, help="Rows of the contact sheet.")
-    show.add_subclass_arguments(LightningDataModule, "data", required=False)
+    about = "A data module, such as ProbeDataModule, and by --data.NAME its options; they win over the recipe's."
+    show.add_subclass_arguments(LightningDataModule, "data", required=False, help=about)
     return show
 
 
@@ -189,7 +191,8 @@ def parse(words: Sequence[str]) -> tuple[Namespace, DictConfig]:
         SystemExit: Wrong usage.
         ValueError: There is no source, or one too many.
     """
-    parser = ArgumentParser(prog="lightning-igpt data", parser_mode="omegaconf+", allow_abbrev=False)
+    about = "Look at a data set before training on it."
+    parser = VerbParser(prog="lightning-igpt data", description=about, parser_mode="omegaconf+", allow_abbrev=False)
     parser.add_subcommands(required=True, dest="verb").add_subcommand("show", show_parser(), help="look at a data set")
     configs = argparse.ArgumentParser(prog="lightning-igpt data show", add_help=False, allow_abbrev=False)
     configs.add_argument("--config", "-c", action="append", default=[])

@@ -30,6 +30,7 @@ from lightning_igpt.data.transforms import Augment, Resize
 from lightning_igpt.images import FORMATS, BadImageError, decode, resize_center_crop
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import CELL, heading, image_grid, stack
+from lightning_igpt.progress import track
 
 _MAT = (224, 224, 224)  # around originals that are not square
 
@@ -191,7 +192,7 @@ def kind_of(data: ImageDataModule, palette: Palette) -> Kind:
 def look(rows: Iterable[Row], kind: Kind) -> Seen:
     """Open every row, and note what it is like."""
     seen = Seen()
-    for row in rows:
+    for row in track(rows, "looking at images"):
         seen.n_rows += 1
         opened: Any = kind.open(row)
         if isinstance(opened, BadImage):

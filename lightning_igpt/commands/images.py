@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lightning_igpt.data.bad_images import OnBadImage
 from lightning_igpt.data.sources import open_source
 from lightning_igpt.images import SUFFIXES, BadImageError, decode, resize_center_crop
+from lightning_igpt.progress import track
 
 SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # tried in this order: unseen images first
 
@@ -45,6 +47,20 @@ def read_images(
         FileNotFoundError: There is no such path.
         ValueError: There are no images, the split does not exist, or an image cannot be decoded.
     """
+    originals = read_originals(source, split=split, limit=limit, on_bad_image=on_bad_image)
+    resized = [(np.array(resize_center_crop(image, size)), name) for image, name in originals]
+    pixels = torch.from_numpy(np.stack([image for image, _ in resized])).permute(0, 3, 1, 2)
+    return Images(pixels.contiguous(), [name for _, name in resized])
+
+
+def read_originals(
+    source: str, *, split: str | None = None, limit: int | None = None, on_bad_image: OnBadImage = "error"
+) -> Iterator[tuple[Image.Image, str]]:
+    """The first images of a source as they are, upright and in RGB, each with its name; arguments as ``read_images``.
+
+    Raises:
+        FileNotFoundError, ValueError: As ``read_images``.
+    """
     if limit is not None and limit < 1:
         raise ValueError(f"asked for {limit} images; it takes 1 at least")
     path = Path(source).expanduser()
@@ -61,23 +77,19 @@ def read_images(
         names = [_name(row, found, number) for number, row in enumerate(rows)]
     if not rows:
         raise ValueError(f"{source} holds no images")
-    pixels, kept = [], []
-    for row, name in zip(rows, names, strict=True):
+    n_read = 0
+    for row, name in track(zip(rows, names, strict=True), "reading images", len(rows)):
         try:
-            pixels.append(_read(row, size))
-            kept.append(name)
+            image = decode(row)
         except BadImageError as error:
             if on_bad_image == "error":
                 raise ValueError(f"{name}: {error}") from error
             print(f"left out {name}: {error}")
-    if not kept:
+            continue
+        n_read += 1
+        yield image, name
+    if not n_read:
         raise ValueError(f"none of the {len(rows)} images of {source} can be read")
-    return Images(torch.stack(pixels), kept)
-
-
-def _read(row: Mapping[str, Any], size: int) -> Tensor:
-    image = resize_center_crop(decode(row), size)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, S, S)
 
 
 def _name(row: Mapping[str, Any], split: str, number: int) -> str:

@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_type_hints
 
-from jsonargparse import ArgumentParser
-
 from lightning_igpt.commands.arguments import one_line_errors
 from lightning_igpt.commands.launch_batch import ACCUMULATE, BATCH, Recipe, apart, spelled
 from lightning_igpt.commands.launch_script import (
@@ -29,6 +27,7 @@ from lightning_igpt.commands.launch_script import (
     seconds,
     whole_commands,
 )
+from lightning_igpt.commands.parsers import VerbParser
 
 PROGRAM = "lightning-igpt"
 LATEST_SIGNAL = 65535  # seconds, SLURM's limit
@@ -185,11 +184,11 @@ def run(words: Sequence[str]) -> int:
     if "--" in own:
         own, options = own[: own.index("--")], spelled(own[own.index("--") + 1 :])
     verbs = {function.__name__: function for function in (slurm, torchrun, worker)}
-    parser = ArgumentParser(prog=f"{PROGRAM} launch", description="Train a recipe on a cluster.", allow_abbrev=False)
+    parser = VerbParser(prog=f"{PROGRAM} launch", description="Train a recipe on a cluster.", allow_abbrev=False)
     subcommands = parser.add_subcommands(dest="verb", required=True)
     for verb, function in verbs.items():
         text = str(function.__doc__).partition("\n")[0]
-        part = ArgumentParser(description=f"{text} What follows -- goes to fit.", allow_abbrev=False)
+        part = VerbParser(description=f"{text} What follows -- goes to fit.", allow_abbrev=False)
         part.add_function_arguments(function, as_group=False, skip={"options"})
         subcommands.add_subcommand(verb, part, help=text)
     with one_line_errors(f"{PROGRAM} launch"):

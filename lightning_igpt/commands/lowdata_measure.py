@@ -22,6 +22,7 @@ from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules.batches import read_batch
 from lightning_igpt.objectives import MASK_RATIO, draw_mask
 from lightning_igpt.palette import Palette
+from lightning_igpt.progress import track
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Reader:
         draws = [[(row, row) for row in rows[i : i + self.batch_size]] for i in range(0, len(rows), self.batch_size)]
         loader: DataLoader[Any] = DataLoader(images, batch_size=None, sampler=draws, num_workers=self.num_workers)
         parts = []
-        for batch in loader:
+        for batch in track(loader, "features of batches", len(draws)):
             batch = {name: values.to(self.device) for name, values in batch.items()}
             tokens, masked = read_batch(batch, self.palette, config).tokens, None
             if config.objective == "bert":
@@ -156,7 +157,7 @@ def measure(reader: Reader, parts: Parts, subsets: Tensor, budgets: Sequence[int
         x, x_test = train[:, index].to(device), test[:, index].to(device)
         for budget in budgets:
             accuracies = []
-            for subset in subsets:
+            for subset in track(subsets, f"fitting probes: layer {layer}, {budget} labels per class"):
                 places = torch.searchsorted(rows, subset[:, :budget].flatten()).to(device)
                 weight, bias = fit_logistic(x[places], train_labels[places], parts.n_classes, c=c)
                 right = (x_test @ weight.T + bias).argmax(1) == test_labels

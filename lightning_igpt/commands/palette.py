@@ -17,6 +17,7 @@ from lightning_igpt.images import BadImageError, decode
 from lightning_igpt.kmeans import fit_palette
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import save_png, swatch
+from lightning_igpt.progress import track
 
 N_CHECKED = 1000  # images on which a fitted palette's error is measured
 
@@ -58,11 +59,13 @@ def fit(
         raise ValueError(f"{opened.name} has no split {split!r}; it has {', '.join(opened.splits)}")
     n_images = min(len(opened.splits[split]), limit or sys.maxsize)
     print(f"{opened.name}, split {split!r}: {n_colors} colours for {n_images} images")
-    palette = fit_palette(images_of(opened, split, n_images), n_colors, seed=seed)
+    images = track(images_of(opened, split, n_images), "counting colours of images", n_images)
+    palette = fit_palette(images, n_colors, seed=seed)
     palette.save(path)
     save_png(swatch(palette.rgb), picture)
     n_checked = min(n_images, N_CHECKED)
-    error = mean_error(palette, images_of(opened, split, n_checked))
+    checked = track(images_of(opened, split, n_checked), "measuring the error on images", n_checked)
+    error = mean_error(palette, checked)
     print(f"K {len(palette)}, sha256 {palette.sha256}")
     print(f"RMSE {error:.2f} of 255 per channel on {n_checked} images")
     print(f"wrote {path} and {picture}")
@@ -111,4 +114,5 @@ def mean_error(palette: Palette, images: Iterator[Image.Image]) -> float:
 
 def run(words: Sequence[str]) -> int:
     """Entry point of the verb."""
-    return run_function({"fit": fit, "show": show}, words, "palette", positional=True)
+    about = "Fit a palette to images, or look at one."
+    return run_function({"fit": fit, "show": show}, words, "palette", positional=True, about=about)

@@ -17,21 +17,20 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 
-from lightning_igpt import __version__, report
-from lightning_igpt.callbacks import captions, completion_rows
+from lightning_igpt import __version__
 from lightning_igpt.commands.arguments import run_function
+from lightning_igpt.commands.quickstart_plan import BATCH_SIZE, planned
+from lightning_igpt.commands.quickstart_report import Pictures, draw_pictures, save_completions, write_report
 from lightning_igpt.config import PRESETS
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
 from lightning_igpt.features import fit_logistic
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.objectives import next_pixel_loss
-from lightning_igpt.pictures import image_grid, save_png
 from lightning_igpt.trainer import make_trainer
 
 NETWORK = replace(PRESETS["igpt_tiny"], vocab_size=16, image_size=8)
 PALETTE = "gray:16"
-N_PICTURES = 10
 
 
 @dataclass
@@ -57,6 +56,7 @@ def quickstart(
     epochs: int = 8,
     seed: int = 0,
     threads: int | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Pretrain a small network on 8 x 8 digits, complete, probe and fine-tune it, and write report.html.
 
@@ -67,7 +67,11 @@ def quickstart(
         seed: Of weights, order and samples.
         threads: Of the CPU. Default: as many as are fastest in a short trial; on matrices this small, and beside other
             programs, that is often one.
+        dry_run: Print what would run, with sizes, and stop.
     """
+    if dry_run:
+        print(*planned(NETWORK, steps, epochs, out), sep="\n")
+        return
     torch.set_num_threads(threads or fastest_threads())
     quiet_lightning()
     seed_everything(seed, verbose=False)
@@ -76,7 +80,7 @@ def quickstart(
     print(f"1/4 pretraining without labels, {steps} steps")
     checkpoint = pretrain(run, steps)
     print("2/4 completing lower halves")
-    draw_completions(run, checkpoint)
+    pictures = draw(run, checkpoint)
     print("3/4 probing every layer, and the same network untrained")
     probe(run, checkpoint)
     print(f"4/4 fine-tuning to a classifier, {epochs} epochs")
@@ -86,7 +90,7 @@ def quickstart(
     run.results["settings"] = settings | {"network": NETWORK.to_dict()}
     run.results["versions"] = {"lightning_igpt": __version__, "torch": torch.__version__}
     (run.out / "report.json").write_text(json.dumps(run.results, indent=2) + "\n")
-    write_report(run)
+    write_report(run.out, run.results, pictures)
     print(summary(run.results))
     print(f"open {run.out / 'report.html'}")
 
@@ -110,7 +114,7 @@ def fastest_threads() -> int:
 def pretrain(run: Run, steps: int) -> str:
     """Pretrain; record nats per pixel beside the baselines. Returns the checkpoint's path."""
     module = PretrainModule(NETWORK, PALETTE, lr=0.003, seed=run.seed)
-    data = PretrainDataModule("digits", batch_size=16, seed=run.seed)
+    data = PretrainDataModule("digits", batch_size=BATCH_SIZE, seed=run.seed)
     trainer = run.trainer("pretrain", max_steps=steps)
     trainer.fit(module, data)
     path = str(run.out / "pretrain.ckpt")
@@ -146,14 +150,15 @@ def whole(loader: Any) -> dict[str, Tensor]:
     return batch
 
 
-def draw_completions(run: Run, checkpoint: str) -> None:
-    """Complete the lower halves of test digits and save the grid."""
+def draw(run: Run, checkpoint: str) -> Pictures:
+    """Complete and score test digits, and save the completions."""
     module = PretrainModule.load_from_checkpoint(checkpoint, map_location="cpu")
     data = PretrainDataModule("digits", image_size=NETWORK.image_size, seed=run.seed)
     data.setup("test")
-    tokens = module.tokens_of(whole(data.test_dataloader()))[:N_PICTURES]
-    rows = completion_rows(module.network, module.palette, tokens, n_samples=4, seed=run.seed)
-    save_png(image_grid(rows, captions=captions(4), scale=10), run.out / "completions.png")
+    images = whole(data.test_dataloader())["image"]
+    pictures = draw_pictures(module.network, module.palette, images, run.seed)
+    save_completions(pictures, run.out / "completions.png")
+    return pictures
 
 
 def probe(run: Run, checkpoint: str) -> None:
@@ -181,8 +186,6 @@ def probe(run: Run, checkpoint: str) -> None:
         "untrained_best_accuracy": probes["untrained"]["accuracy"],
         "raw_pixels_accuracy": raw_pixels_accuracy(run.seed),
     }
-    levels = {"logistic regression on raw pixels": run.results["probe"]["raw_pixels_accuracy"]}
-    report.plot_layers(found, levels, run.out / "probe_by_layer.png")
 
 
 def raw_pixels_accuracy(seed: int) -> float:
@@ -206,7 +209,7 @@ def finetune(run: Run, checkpoint: str, epochs: int) -> None:
     options: dict[str, Any] = {"lr": 0.004, "schedule": "cosine", "warmup_steps": 20}
     module: LightningModule = FineTuneModule(checkpoint, 10, seed=run.seed, **options)
     data: LightningDataModule = FineTuneDataModule(
-        "digits", batch_size=16, val_fraction=0.0, pad=0, flip=False, seed=run.seed
+        "digits", batch_size=BATCH_SIZE, val_fraction=0.0, pad=0, flip=False, seed=run.seed
     )
     trainer = run.trainer("finetune", max_epochs=epochs, limit_val_batches=0)
     trainer.fit(module, data)
@@ -240,89 +243,6 @@ def quiet_lightning() -> None:
         ".*LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def write_report(run: Run) -> None:
-    """Write report.html from the results and pictures in the run's folder."""
-    density, probes, tuned = run.results["pretrain"], run.results["probe"], run.results["finetune"]
-    metrics = run.out / "pretrain" / "metrics.csv"
-    curves = {
-        "training batches": report.read_curve(metrics, "train/nats_per_pixel"),
-        "validation": report.read_curve(metrics, "val/nats_per_pixel"),
-    }
-    levels = {"per-position unigram": density["unigram_nats_per_pixel"], "uniform": density["uniform_nats_per_pixel"]}
-    report.plot_loss(curves, levels, run.out / "loss.png")
-    rows = [
-        ("Density, validation", f"{density['val_nats_per_pixel']:.3f} nats/pixel", "one pixel is one of 16 greys"),
-        ("↳ per-position unigram", f"{density['unigram_nats_per_pixel']:.3f} nats/pixel", "baseline: no context"),
-        ("↳ uniform", f"{density['uniform_nats_per_pixel']:.3f} nats/pixel", "ln 16"),
-        ("Linear probe, best layer", f"{probes['best_accuracy']:.3f}", f"layer {probes['best_layer']}, by validation"),
-        ("↳ same network, untrained", f"{probes['untrained_best_accuracy']:.3f}", "baseline: random features"),
-        ("↳ raw pixels", f"{probes['raw_pixels_accuracy']:.3f}", "baseline: logistic regression, no network"),
-        ("Fine-tuned classifier", f"{tuned['accuracy']:.3f}", "joint loss L_gen + L_clf"),
-    ]
-    network = f"{NETWORK.n_layer} layers, width {NETWORK.n_embd}, {NETWORK.n_head} heads"
-    report.write_page(
-        run.out / "report.html",
-        "Image GPT on 8 × 8 digits",
-        f"{network}; 1,437 digits to learn from, 144 of them held out at first; 360 to test; "
-        f"{run.results['seconds']:.0f} seconds, seed {run.seed}; "
-        f"lightning_igpt {__version__}, torch {torch.__version__}.",
-        [
-            report.section("Results", report.table(rows, ("", "measured", "what it is"))),
-            *figures(run),
-            report.section("How to go on", NEXT_STEPS, report.commands(next_commands(run.out))),
-        ],
-    )
-
-
-def figures(run: Run) -> list[str]:
-    """The three picture sections of the report."""
-    out, probes, tuned = run.out, run.results["probe"], run.results["finetune"]["accuracy"]
-    return [
-        report.section(
-            "Pretraining",
-            "The network learns to predict each pixel from those before it. The dashed line is a model that knows how "
-            "often each grey occurs at each position and nothing else: what lies below it was learnt from context.",
-            report.picture(out / "loss.png", "Nats per pixel against steps", "Nats per pixel; lower is better."),
-        ),
-        report.section(
-            "Completions",
-            "Given the upper half of a digit from the test set, the network draws the rest, pixel by pixel. Several "
-            "answers are plausible for most halves, and the samples differ accordingly.",
-            report.picture(
-                out / "completions.png",
-                "Rows of digits: given half, four samples, truth",
-                "Temperature 1; the first test digits, not picked.",
-            ),
-        ),
-        report.section(
-            "Linear probes",
-            "A logistic regression on the mean over positions of each layer's features.",
-            report.picture(
-                out / "probe_by_layer.png", "Accuracy against layer", "Test accuracy by layer; dashed: raw pixels."
-            ),
-            f"Raw pixels reach {probes['raw_pixels_accuracy']:.3f}: averaging over positions throws away where things "
-            "are, and in centred 8 × 8 digits the place of the ink is nearly the whole answer. The probe's fair rival "
-            "is the same network before training. On natural images at the paper's scale the probe wins (96.3 % on "
-            f"CIFAR-10). Fine-tuning, which rearranges the features before they are averaged, gets {tuned:.3f} here.",
-        ),
-    ]
-
-
-NEXT_STEPS = "Train on your own images, complete them, probe and fine-tune; or start from a commented recipe:"
-
-
-def next_commands(out: Path) -> list[str]:
-    """Commands that continue from the quickstart's checkpoint."""
-    checkpoint = out / "pretrain.ckpt"
-    return [
-        "lightning-igpt recipes list",
-        "lightning-igpt fit --config cifar10_tiny_pretrain --data.init_args.source FOLDER_OF_IMAGES",
-        f"lightning-igpt complete --pretrained {checkpoint} --images digits --out completions",
-        f"lightning-igpt score --pretrained {checkpoint} --images digits",
-        f"tensorboard --logdir {out}",
-    ]
 
 
 def run(words: Sequence[str]) -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_igpt.commands.arguments import run_function
+from lightning_igpt.spelling import there_is_no
 
 PACKAGE = Path(__file__).parents[1]
+ABOUT = "List, show or copy the recipes that come with the package."
 
 
 def folder() -> Path:
@@ -32,9 +33,8 @@ def find(name: str) -> Path:
     stem = name.removesuffix(".yaml")
     if stem in names():
         return folder() / f"{stem}.yaml"
-    close = difflib.get_close_matches(stem, names(), n=3)
-    hint = f"; did you mean {' or '.join(close)}?" if close else "; lightning-igpt recipes list shows them all"
-    raise FileNotFoundError(f"{name!r} is neither a file here nor a shipped recipe{hint}")
+    kind = "recipe" if stem == Path(name).name else "file or recipe"
+    raise FileNotFoundError(there_is_no(kind, name, names(), "See lightning-igpt recipes list"))
 
 
 def read(name: str) -> DictConfig:
@@ -95,4 +95,5 @@ def copy(name: str, to: str = ".", overwrite: bool = False) -> None:
 
 def run(words: Sequence[str]) -> int:
     """Entry point of the verb."""
-    return run_function({"list": list_recipes, "show": show, "copy": copy}, words, "recipes", positional=True)
+    verbs = {"list": list_recipes, "show": show, "copy": copy}
+    return run_function(verbs, words, "recipes", positional=True, about=ABOUT)

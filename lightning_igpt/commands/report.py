@@ -17,6 +17,7 @@ from lightning_igpt import report as page
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.report_curves import Curve
 from lightning_igpt.commands.report_paper import Comparison, comparisons, percent
+from lightning_igpt.commands.report_record import told
 from lightning_igpt.commands.report_runs import Run, read_runs
 from lightning_igpt.planning import parameter_count
 
@@ -113,32 +114,30 @@ def figures(run: Run, folder: Path) -> Iterator[str]:
     """
     if nats := _named(run, {"train/nats_per_pixel": "training", "val/nats_per_pixel": "validation"}):
         levels = {"uniform": math.log(run.network.vocab_size)} if run.network else {}
-        page.plot_loss(_columns(nats), levels, folder / "nats.png")
+        plot = page.plot_loss(_columns(nats), levels, folder / "nats.png")
         hidden = " over hidden pixels" if run.network and run.network.objective == "bert" else ""
-        yield page.picture(
-            folder / "nats.png", "Nats per pixel against steps", f"Nats per pixel{hidden}; lower is better."
-        )
+        yield page.drawing(plot, "Nats per pixel against steps", f"Nats per pixel{hidden}; lower is better.")
     online = {name: name.split("/")[1].replace("_", " ") for name in run.curves if name.startswith("online_probe/")}
     accuracy = _named(run, {"val/accuracy": "validation", **online})
     if any(len(curve) > 1 for curve in accuracy.values()):
-        page.plot_loss(_columns(accuracy, scale=100), {}, folder / "accuracy.png", ylabel="accuracy in %")
+        plot = page.plot_loss(_columns(accuracy, scale=100), {}, folder / "accuracy.png", ylabel="accuracy in %")
         caption = "Accuracy of the online probe during pretraining." if online else "Accuracy; higher is better."
-        yield page.picture(folder / "accuracy.png", "Accuracy against steps", caption)
+        yield page.drawing(plot, "Accuracy against steps", caption)
     if run.layers:
         layers: dict[str, dict[int, float]] = {
             part: {layer: 100 * value for layer, value in run.layers[part].items()}
             for part in ("test", "validation")  # the first stands out
             if part in run.layers
         }
-        page.plot_layers(layers, {}, folder / "layers.png", ylabel="accuracy in %")
-        yield page.picture(
-            folder / "layers.png", "Accuracy against layer", "Probe accuracy by layer; a layer is chosen by validation."
-        )
+        plot = page.plot_layers(layers, {}, folder / "layers.png", ylabel="accuracy in %")
+        yield page.drawing(plot, "Accuracy against layer", "Probe accuracy by layer; a layer is chosen by validation.")
     if run.low_data:
         yield f"The result is that of layer {run.low_data['layer']}, {run.low_data['layer_choice']}."
         yield _low_data_table(run)
     for path, caption in run.pictures.items():
         yield page.picture(path, caption, caption)
+    if made := told(run.record):
+        yield page.facts("Command, machine, versions", made)
 
 
 def _metric_rows(run: Run) -> Iterator[tuple[str, ...]]:

@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lightning_igpt.commands.report_curves import EVENTS, Curve, read_curves, read_layers
+from lightning_igpt.commands.report_record import read_record
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.weights.checkpoint import STAMP, read_checkpoint
 
@@ -49,6 +50,7 @@ class Run:
     layers: dict[str, dict[int, float]] = field(default_factory=dict)  # accuracy by layer, by part of the data
     pictures: dict[Path, str] = field(default_factory=dict)  # path: caption
     low_data: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)  # of run.json
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -104,6 +106,7 @@ def read_run(name: str, folder: Path) -> Run:
     run.curves = read_curves(folder, run.warnings)
     run.layers = read_layers(folder, run.curves, run.warnings)
     run.low_data = _read_low_data(run)
+    run.record = read_record(folder, run.warnings)
     _find_pictures(run)
     return run
 

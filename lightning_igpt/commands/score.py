@@ -69,7 +69,7 @@ def score(
     tokens = loaded.palette.quantize(pixels)  # (N, T)
     nats = sampling.score(network, tokens, batch_size=batch_size).cpu()  # (N, T)
     per_image = nats.mean(1, dtype=torch.float64)
-    _check_finite(per_image, names)
+    check_finite(per_image, names)
     ranked = [(names[index], per_image[index].item()) for index in ranking(per_image)]
     write_csv(ranked, path)
     print(summary(per_image, math.log(loaded.config.vocab_size)))
@@ -86,7 +86,16 @@ def ranking(per_image: Tensor) -> list[int]:
     return per_image.argsort(descending=True, stable=True).tolist()
 
 
-def _check_finite(per_image: Tensor, names: Sequence[str]) -> None:
+def check_finite(per_image: Tensor, names: Sequence[str]) -> None:
+    """Insist that a network gave numbers.
+
+    Args:
+        per_image: Float (N,), nats per pixel of each image.
+        names: Of the images.
+
+    Raises:
+        ValueError: A number is not finite; the message names the image.
+    """
     for name, nats in zip(names, per_image.tolist(), strict=True):
         if not math.isfinite(nats):
             raise ValueError(f"{name}: its surprise is {nats}; the network's weights are damaged, or training diverged")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +9,8 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_igpt.spelling import closest
 
 LABEL_NAMES = ("label", "labels", "cls")  # cls is WebDataset's
 MAX_CLASSES = 1_000_000  # beyond this a column of integers holds ids of something else
@@ -78,8 +79,8 @@ def find_label_column(features: datasets.Features, wanted: str | None, *, needed
 def check_column(features: datasets.Features, name: str, *, option: str, where: str) -> None:
     """Raise ValueError where a column does not exist; the message lists those that do."""
     if name not in features:
-        close = difflib.get_close_matches(name, features, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        close = closest(name, features)
+        hint = f" Did you mean {close!r}?" if close else ""
         raise ValueError(f"{option} is {name!r}, but {where} has the columns {_listed(features)}.{hint}")
 
 

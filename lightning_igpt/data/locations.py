@@ -12,7 +12,7 @@ from typing import TypeAlias
 import datasets
 
 from lightning_igpt.data.digits import load_digits
-from lightning_igpt.data.folders import list_files, open_image_folder
+from lightning_igpt.data.folders import UNREADABLE, list_files, open_image_folder
 from lightning_igpt.images import SUFFIXES
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -82,6 +82,10 @@ def quiet() -> Iterator[None]:
 
 def _open_path(path: Path, name: str | None, streaming: bool) -> datasets.DatasetDict | datasets.Dataset:
     if path.is_file():
+        if path.suffix.lower() in SUFFIXES:
+            raise ValueError(f"{path} is a single image; give the folder in which your images lie")
+        if path.suffix.lower() in UNREADABLE:
+            raise ValueError(f"{path} is an image in a format that is not read; convert it to JPEG or PNG")
         if path.suffix not in _TABLES:
             raise ValueError(
                 f"{path} is a file that is not Parquet, Arrow or a WebDataset tar; give such a file, or a folder"
@@ -105,6 +109,12 @@ def _open_path(path: Path, name: str | None, streaming: bool) -> datasets.Datase
         if kind == "arrow":  # by name alone ``datasets`` does not know these
             return datasets.load_dataset(kind, data_dir=str(path), streaming=streaming)
         return datasets.load_dataset(str(path), name, streaming=streaming)
+    if unreadable := list_files(path, UNREADABLE):
+        kinds = ", ".join(sorted({file.suffix.lower() for file in unreadable}))
+        raise ValueError(
+            f"{path} holds {len(unreadable)} images, but in formats that are not read ({kinds}); convert them to JPEG "
+            "or PNG"
+        )
     raise ValueError(
         f"{path} holds no images ({' '.join(sorted(SUFFIXES))}), no Parquet, Arrow or WebDataset (.tar) files, and no "
         "data set written by save_to_disk, in it or below"

@@ -55,10 +55,10 @@ class EndlessOrder(DistributedSampler[list[Draw]]):
         if global_batch % world_size:
             raise ValueError(f"a global batch of {global_batch} images cannot be shared by {world_size} devices")
         if n_images < global_batch:
+            shares = f" ({global_batch // world_size} on each of {world_size} devices)" if world_size > 1 else ""
             raise ValueError(
-                f"there are {n_images} training images, but one step takes {global_batch} "
-                f"({global_batch // world_size} on each of {world_size} devices); set batch_size to at most "
-                f"{n_images // world_size}"
+                f"there are {n_images} training images, but one step takes {global_batch}{shares}; set batch_size to "
+                f"at most {n_images // world_size}"
             )
         super().__init__(range(n_images), num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]
         self.n_images = n_images

@@ -190,7 +190,8 @@ def _hold_out(train: Part, fraction: float, seed: int) -> dict[str, Part]:
     n_val = max(1, round(n * fraction))
     if n_val >= n:
         raise ValueError(
-            f"the split {train.split!r} of {train.source} has {n} rows; holding out {n_val} leaves nothing to train on"
+            f"the split {train.split!r} of {train.source} has {n} image{'' if n == 1 else 's'}; holding out {n_val} "
+            "leaves nothing to train on. Give more images, or set val_fraction to 0, which validates on none"
         )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
     rank_zero_info(f"no validation split in {train.source}: holding out {n_val} of {n} rows of {train.split!r}")

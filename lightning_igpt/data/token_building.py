@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets.utils import tqdm
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,6 +17,7 @@ from lightning_igpt.data.locations import quiet
 from lightning_igpt.data.readers import ImageReader
 from lightning_igpt.images import BadImageError
 from lightning_igpt.palette import Palette
+from lightning_igpt.progress import working
 
 _CHUNK = 64  # images that a process decodes before it hands them over
 _WORTH_WORKERS = 2000  # images; fewer are decoded before workers have started
@@ -81,13 +81,13 @@ class TokenBuilder:
         n_images = len(tokens)
         log = BadImages(self.max_bad_share, n_images)
         found: list[tuple[int, str, str]] = []
-        with quiet(), tqdm(total=n_images, unit=" images", desc="token cache") as bar:
+        with quiet(), working("token cache, images", n_images) as advance:
             for rows, pixels, bad in self._crops(n_images):
                 ids = self.palette.quantize(torch.from_numpy(pixels).flatten(0, 1))  # (rows * crops, S * S)
                 tokens[rows.start : rows.stop] = ids.numpy().reshape(len(rows), self.n_crops, -1)
                 log.note([image for _, image in bad], len(rows))
                 found += [(row, image.place, image.reason) for row, image in bad]
-                bar.update(len(rows))
+                advance(len(rows))
         return found
 
     def _crops(self, n_images: int) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from math import isqrt
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import datasets
 import torch
@@ -22,7 +22,9 @@ from lightning_igpt.tokenizing import PALETTE_COLUMN
 TOKENS_COLUMN = "tokens"
 
 DataSet: TypeAlias = datasets.Dataset | datasets.IterableDataset
-DataSets: TypeAlias = DataSet | datasets.DatasetDict | datasets.IterableDatasetDict
+DataSets = TypeVar(
+    "DataSets", datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict
+)
 
 
 class TokenMark(NamedTuple):

@@ -18,6 +18,10 @@ from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.palette import Palette
 from lightning_igpt.sampling import check_tokens
 
+HALF_A_BYTE = 0.5 / 255
+LARGEST = 64  # side of the paper's largest images; 224 would be 50,176 tokens
+MOST_NORMALISED = 10  # no usual mean and deviation take [0, 1] so far
+
 
 class Batch(NamedTuple):
     """A batch as the network sees it."""
@@ -81,19 +85,20 @@ def to_bytes(images: Tensor) -> Tensor:
 
     Raises:
         TypeError: Another type than uint8 or float.
-        ValueError: Floats outside [0, 1], as after a normalisation, which would quantise to wrong colours.
+        ValueError: Floats outside [0, 1] by half a byte or more, as after a normalisation; they would quantise to wrong
+            colours. Undone, it leaves errors of rounding, which are less.
     """
     if images.dtype == torch.uint8:
         return images
     if not images.is_floating_point():
         raise TypeError(f"images must be uint8, or floats in [0, 1]; got {images.dtype}")
     low, high = images.aminmax()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"float images must lie in [0, 1]; these run from {low:.3g} to {high:.3g}. Leave out the normalisation: "
-            "the palette does its own"
-        )
-    return (images.float() * 255).round().to(torch.uint8)
+    if not (low > -HALF_A_BYTE and high < 1 + HALF_A_BYTE):
+        cure = "Leave out the normalisation, or undo it by images * std + mean: the palette does its own"
+        if low >= 0 and high > MOST_NORMALISED:
+            cure = "If they are bytes, say so by images.to(torch.uint8); else divide them by 255"
+        raise ValueError(f"float images must lie in [0, 1]; these run from {low:.3g} to {high:.3g}. {cure}")
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _to_tokens(images: Any, palette: Palette, config: ImageGPTConfig) -> Tensor:
@@ -106,13 +111,17 @@ def _to_tokens(images: Any, palette: Palette, config: ImageGPTConfig) -> Tensor:
     if images.ndim == 4 and images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)  # grey
     if images.ndim != 4 or images.shape[1] != 3:
-        hint = "; permute(0, 3, 1, 2) puts the channels first" if images.ndim == 4 and images.shape[3] in (1, 3) else ""
+        hint = ""
+        if images.ndim == 4 and images.shape[3] in (1, 3):
+            hint = "; permute(0, 3, 1, 2) puts the channels first"
+        elif images.ndim == 4 and images.shape[1] == 4:
+            hint = "; images[:, :3] drops transparency"
         raise ValueError(f"images must have the shape (B, 3, {side}, {side}); got {tuple(images.shape)}{hint}")
     if tuple(images.shape[2:]) != (side, side):
         height, width = images.shape[2:]
         raise ValueError(
-            f"images are {height} x {width} but the network reads {side} x {side} (image_size={side}); "
-            f"resize them, or build the network with image_size={height}"
+            f"images are {height} x {width} but the network reads {side} x {side} (image_size={side}); resize them"
+            + (f", or build the network with image_size={height}" if height == width <= LARGEST else "")
         )
     return palette.quantize(to_bytes(images))
 

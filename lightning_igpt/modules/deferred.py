@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +34,19 @@ NOT_DRAWN = (
     "this network's weights are not drawn yet (defer_init=True): a trainer draws them when it sets the module up; "
     "without one, call module.configure_model()"
 )
+
+
+_draws: ContextVar[bool] = ContextVar("_draws", default=True)
+
+
+@contextmanager
+def never_drawn() -> Iterator[None]:
+    """Make deferred networks only to look at: their random numbers are not used up, which takes long for large ones."""
+    token = _draws.set(False)
+    try:
+        yield
+    finally:
+        _draws.reset(token)
 
 
 class Fill(NamedTuple):
@@ -121,6 +137,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             filled, *rest = args
             state = torch.get_rng_state() if name in DRAWN else None
             fill = self.fills[id(filled)] = Fill(name, tuple(rest), kwargs, state)
-            if state is not None:
+            if state is not None and _draws.get():
                 fill(filled.shape, filled.dtype)
         return func(*args, **kwargs)

@@ -6,13 +6,13 @@ takes an L40S for an L4.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from lightning_igpt.planning.memory import widths_of
+from lightning_igpt.spelling import there_is_no
 
 GIB = 2**30
 USABLE = (74, 80)  # of a device's memory; the rest is the driver's, and gaps that the allocator leaves
@@ -142,9 +142,8 @@ def find_device(kind: str) -> Device:
     found = device_called(kind) if key is None else DEVICES[key]
     if found is not None:
         return found
-    close = difflib.get_close_matches(_plain(kind), known, n=1)
-    hint = f"; did you mean {known[close[0]]!r}?" if close else "."
-    raise ValueError(f"there is no device {kind!r}{hint} Devices: {', '.join(DEVICES)}, and cpu, which is measured")
+    rest = f"Devices: {', '.join(DEVICES)}, and cpu, which is measured"
+    raise ValueError(there_is_no("device", kind, [*DEVICES, "cpu"], rest))
 
 
 def device_called(name: str) -> Device | None:

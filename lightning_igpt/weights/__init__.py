@@ -16,6 +16,7 @@ from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.decoding import is_sharded
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
+from lightning_igpt.progress import working
 from lightning_igpt.weights import checkpoint, huggingface, native, openai
 from lightning_igpt.weights.card import ModelCard, render
 from lightning_igpt.weights.complete import standing
@@ -100,9 +101,11 @@ def load_pretrained(source: str | Path, *, image_size: int | None = None) -> Pre
         ModuleNotFoundError: A TensorFlow checkpoint, and TensorFlow is not installed.
     """
     if not isinstance(source, str | Path) or not str(source):
-        raise ValueError(f"the source of weights is {source!r}; name a file, a folder or a hub id")
+        hint = "" if isinstance(source, str | Path) else "; what describes a network without weights is for network="
+        raise ValueError(f"the source of weights is {source!r}; name a file, a folder or a hub id{hint}")
     try:
-        loaded = _load(source)
+        with working("reading weights"):
+            loaded = _load(source)
     except (FileNotFoundError, PermissionError, ModuleNotFoundError, MemoryError):
         raise
     except ValueError as error:

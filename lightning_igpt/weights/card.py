@@ -1,4 +1,7 @@
-"""The model card that travels with exported weights, as the README.md of a Hugging Face repository."""
+"""The model card that travels with exported weights, as the README.md of a Hugging Face repository.
+
+Its text is ``assets/model_card.md``, whose ``$names`` are filled in here.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from string import Template
 from typing import Any
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.palette import Palette
 from lightning_igpt.planning import parameter_count
+
+_TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card.md"
+_PAPER = "https://cdn.openai.com/papers/Generative_Pretraining_from_Pixels_V2.pdf"
+_UNKNOWN = "not recorded"
 
 
 @dataclass(frozen=True)
@@ -90,54 +99,101 @@ _KINDS |= dict.fromkeys(("title", "data", "license", "notes", "origin"), str)
 
 
 def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_names: Sequence[str] | None = None) -> str:
-    """README.md: front matter for the hub, what the network is, what was measured, how to load it."""
-    title = card.title or f"Image GPT, {config.n_layer} layers of width {config.n_embd}"
-    parts = [_front_matter(card, class_names), f"# {title}", _facts(card, config, palette, class_names)]
-    parts += ["## How to load", _ours(config)]
-    parts.append(_bert() if config.objective == "bert" else _theirs(class_names))
-    if card.notes:
-        parts += ["## Notes", card.notes]
-    return "\n\n".join(parts) + "\n"
+    """README.md: front matter for the hub, what the network is and is for, what was measured, how to load it."""
+    bert = config.objective == "bert"
+    kind = "a classifier" if class_names is not None else "a network"
+    order = "- It draws row by row from the top: what is known after a hole does not influence the hole."
+    text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        front_matter=_front_matter(card, config, class_names),
+        title=card.title or f"Image GPT, {config.n_layer} layers of width {config.n_embd}",
+        summary=f"Image GPT ([Chen et al., 2020]({_PAPER})), {kind} that reads pictures as rows of palette colours.",
+        facts=_table(_facts(card, config, palette, class_names)),
+        uses=_uses(config, class_names),
+        size=f"{config.image_size} x {config.image_size}",
+        colors=f"{len(palette)} colours",
+        order="- It fills holes in passes, the surest pixels first; it has no likelihood." if bert else order,
+        training=_table(_training(card)),
+        measured=_measured(card, config, class_names),
+        ours=_ours(config),
+        theirs=_bert() if bert else _theirs(class_names),
+        notes=f"\n## Notes\n\n{card.notes}" if card.notes else "",
+    )
+    return text.rstrip() + "\n"
 
 
-def _front_matter(card: ModelCard, class_names: Sequence[str] | None) -> str:
+def _front_matter(card: ModelCard, config: ImageGPTConfig, class_names: Sequence[str] | None) -> str:
     task = "image-classification" if class_names is not None else "unconditional-image-generation"
     values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
+    if config.objective == "bert":  # transformers reads its files, but cannot run it
+        values["library_name"] = "lightning-igpt"
     values["tags"] = ["image-gpt", "lightning-igpt"]
     if card.license is not None:
-        values["license"] = card.license
+        values["license"] = card.license.lower()  # the hub knows no capitals
     if card.data is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", card.data, re.ASCII):
         values["datasets"] = [card.data]
+        results = _results(card, class_names)
+        if results:
+            values["metrics"] = [result["type"] for result in results]
+            data = {"name": card.data, "type": card.data, "split": "validation"}
+            entry = {"task": {"type": task}, "dataset": data, "metrics": results}
+            values["model-index"] = [{"name": _one_line(card.title or "Image GPT"), "results": [entry]}]
     lines = [f"{name}: {json.dumps(value)}" for name, value in values.items()]  # JSON is YAML
     return "\n".join(["---", *lines, "---"])
 
 
-def _facts(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_names: Sequence[str] | None) -> str:
-    unknown = "not recorded"
-    at = "" if card.measured_at in (None, card.steps) else f" at step {card.measured_at:,}"
-    nats = unknown if card.nats_per_pixel is None else f"{card.nats_per_pixel:.4f}{at}"
-    images = f"{config.image_size} x {config.image_size} pixels = {config.n_positions} tokens"
+def _results(card: ModelCard, class_names: Sequence[str] | None) -> list[dict[str, Any]]:
+    """What the hub shows beside the card, in the form of its model-index."""
+    results: list[dict[str, Any]] = []
+    if class_names is not None and card.accuracy is not None:
+        results.append({"type": "accuracy", "name": "accuracy", "value": card.accuracy})
+    if card.nats_per_pixel is not None:
+        results.append({"type": "nats_per_pixel", "name": "nats per pixel", "value": card.nats_per_pixel})
+    return results
+
+
+def _facts(
+    card: ModelCard, config: ImageGPTConfig, palette: Palette, class_names: Sequence[str] | None
+) -> dict[str, str]:
     rows = {
         "objective": {"autoregressive": "next pixel", "bert": "masked pixels (BERT)"}[config.objective],
         "shape": f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, MLP {config.mlp_width}",
         "parameters": f"{parameter_count(config):,}",
-        "images": images,
+        "images": f"{config.image_size} x {config.image_size} pixels = {config.n_positions} tokens",
         "palette": f"{len(palette)} colours, sha256 `{palette.sha256}`",
-        "training data": card.data or unknown,
-        "optimiser steps": unknown if card.steps is None else f"{card.steps:,}",
-        "validation, nats per pixel": nats,
         "licence": card.license or "not stated",
     }
-    if card.origin is not None:
-        rows["trained from"] = card.origin
     if class_names is not None:
         rows["classes"] = f"{len(class_names)}: {', '.join(class_names)}"
-        rows["validation accuracy"] = unknown if card.accuracy is None else f"{card.accuracy:.4f}{at}"
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
-    return (
-        f"| | |\n|---|---|\n{table}\n\nA pixel is one token of the palette, so nats per pixel are not comparable with "
-        "the bits per dimension of RGB models."
-    )
+    return rows
+
+
+def _training(card: ModelCard) -> dict[str, str]:
+    steps = _UNKNOWN if card.steps is None else f"{card.steps:,}"
+    rows = {"training data": card.data or _UNKNOWN, "optimiser steps": steps}
+    if card.origin is not None:
+        rows["trained from"] = card.origin
+    return rows
+
+
+def _measured(card: ModelCard, config: ImageGPTConfig, class_names: Sequence[str] | None) -> str:
+    at = "" if card.measured_at in (None, card.steps) else f" at step {card.measured_at:,}"
+    nats = _UNKNOWN if card.nats_per_pixel is None else f"{card.nats_per_pixel:.4f}{at}"
+    surprise = {"autoregressive": "each pixel given those before it", "bert": "hidden pixels given the others"}
+    rows = {"validation, nats per pixel": nats}
+    protocol = f"Nats per pixel: the mean surprise of {surprise[config.objective]}, natural logarithm."
+    if class_names is not None:
+        rows["validation accuracy"] = _UNKNOWN if card.accuracy is None else f"{card.accuracy:.4f}{at}"
+        protocol += " Accuracy: the share of images whose likeliest class is theirs."
+    return f"{_table(rows)}\n\nOn held-out images of this size, in the palette's colours. {protocol}"
+
+
+def _uses(config: ImageGPTConfig, class_names: Sequence[str] | None) -> str:
+    uses = ["- to sort pictures into the classes named above"] if class_names is not None else []
+    if config.objective == "bert":
+        uses += ["- to fill holes in pictures"]
+    else:
+        uses += ["- to complete pictures, to draw new ones, and to tell how surprising a picture is"]
+    return "\n".join([*uses, "- to take features from, for linear probes, and to fine-tune on labelled pictures"])
 
 
 def _ours(config: ImageGPTConfig) -> str:
@@ -183,5 +239,13 @@ def _bert() -> str:
     )
 
 
-def _cell(value: str) -> str:
-    return " ".join(value.split()).replace("|", "\\|")
+def _table(rows: Mapping[str, str]) -> str:
+    lines = ["| | |", "|---|---|"]
+    for name, value in rows.items():
+        cell = _one_line(value).replace("|", "\\|")
+        lines.append(f"| {name} | {cell} |")
+    return "\n".join(lines)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -192,12 +192,19 @@ def read_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)  # torch before 1.6 wrote no zip to map
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except pickle.UnpicklingError as error:  # torch's own words advise to switch its protection off
-        reason = "it holds Python objects, which could run code, or is damaged"
-        raise ValueError(f"{path} cannot be opened with weights_only=True: {reason}") from error
     except Exception as error:  # damage anywhere in the file ends in any kind of error
-        reason = "it is damaged or incomplete"
-        raise ValueError(f"{path} cannot be opened with weights_only=True: {reason} ({_brief(error)})") from error
+        if not _may_be_torch(path):
+            raise ValueError(f"{path} is no checkpoint (torch.save did not write it), or it is damaged") from error
+        reason = f"it is damaged or incomplete ({_brief(error)})"
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to switch its protection off
+            reason = "it holds Python objects, which could run code, or is damaged"
+        raise ValueError(f"{path} cannot be opened with weights_only=True: {reason}") from error
+
+
+def _may_be_torch(path: Path) -> bool:
+    """Whether a file begins as zip archives and pickles do."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -65,6 +65,13 @@ def check_shards(folder: Path) -> list[Entry]:
     absent = [name for name in (INDEX, EXTRA) if not (folder / name).is_file()]
     if absent and is_deepspeed(folder):
         raise ValueError(f"{folder} {DEEPSPEED}")
+    inside = list(folder.rglob("*.ckpt")) if absent else []
+    if inside:
+        newest = max(inside, key=lambda path: path.stat().st_mtime)
+        raise ValueError(
+            f"{folder} is no checkpoint, but a folder that holds some; name one, such as {newest}, or go on from the "
+            f"newest by fit --resume {folder}"
+        )
     if absent:
         raise ValueError(
             f"{folder} is no whole sharded checkpoint: it holds no {' and no '.join(absent)}. Name a checkpoint that "

@@ -384,7 +384,7 @@ class TestMistakes:
             ([photos, *config], "--data.init_args.source"),
             ([photos, "--data.source", "photos"], "both name images"),
             (["nowhere"], "no file or folder of that name is here"),
-            (["--config", "digits_tiny_pretrian"], "did you mean digits_tiny_pretrain"),
+            (["--config", "digits_tiny_pretrian"], "did you mean 'digits_tiny_pretrain'?"),
             (["--config", "broken.yaml"], "broken.yaml cannot be read as YAML"),
             (["--config", "list.yaml"], "list.yaml is no recipe"),
             (["--config", "model.yaml"], "model.yaml has no section data"),

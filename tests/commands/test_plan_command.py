@@ -231,7 +231,7 @@ def test_files_that_are_no_recipes(refused, tmp_path):
     (tmp_path / "list.yaml").write_text("[1, 2]\n")
     assert "list.yaml is no recipe" in refused("--config", tmp_path / "list.yaml")
     said = refused("--config", "imagenet32_l_pretrian")
-    assert "neither a file here nor a shipped recipe; did you mean imagenet32_l_pretrain" in said
+    assert "; did you mean 'imagenet32_l_pretrain'? See lightning-igpt recipes list" in said
 
 
 @pytest.mark.parametrize(

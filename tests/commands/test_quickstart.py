@@ -10,6 +10,7 @@ from lightning_igpt.__main__ import main
 from lightning_igpt.commands import quickstart
 from lightning_igpt.commands.quickstart import unigram_nats
 from lightning_igpt.config import PRESETS
+from tests.browser import check_page
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +41,18 @@ def test_report_json_holds_every_result_and_its_baseline(folder):
 @pytest.mark.slow
 def test_report_html_is_one_file(folder):
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page.count('<img src="data:image/png;base64,') == 3 and page.count("alt=") == 3
+    assert page.count("<img") == page.count("alt=") == 7 and page.count("<picture>") == 2
     assert not re.search(r'(src|href)="(?!data:)', page) and "<script" not in page and "http" not in page
     assert "$" not in re.sub(r"base64,[^\"]*", "", page)  # every placeholder was filled
     for name in ("completions.png", "probe_by_layer.png", "loss.png", "pretrain.ckpt"):
         assert (folder / name).stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_page_in_a_real_browser(folder):
+    shown = check_page(folder / "report.html")
+    differ = [light != dark for light, dark in zip(shown["light"], shown["dark"], strict=True)]
+    assert differ == [False, False, True, False, False, False, True]  # the two plots have a dark drawing
 
 
 @pytest.mark.slow

@@ -90,6 +90,7 @@ def test_a_run_of_the_command_line(fitted, tmp_path, monkeypatch):
     assert html.count("<img") == 2  # curve and completions of the fit
     assert "Completions after step 4" in html and "PretrainModule: autoregressive, 1 layers, width 8" in html
     assert not re.search(r'(src|href)="(?!data:)', html) and "<script" not in html and "http" not in html
+    assert html.count("<dt>command</dt><dd>") == 1 and f"torch {torch.__version__}" in html  # the test has no record
     assert html.count("2.0895 S, 2.0614 M, 2.0466 L (README; ImageNet)") == 2
     differs = re.findall(r"What differs: (.*?)\.</td>", html)
     assert "measured on validation images (test images)" in differs[0] and "measured" not in differs[1]
@@ -226,7 +227,7 @@ def test_the_papers_row_follows_the_data(source, paper, difference):
 def test_one_curve_for_each_online_probe(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(page, "plot_loss", lambda curves, levels, path, **options: drawn.append((curves, path)))
-    monkeypatch.setattr(page, "picture", lambda path, alt, caption: caption)
+    monkeypatch.setattr(page, "drawing", lambda plot, alt, caption: caption)
     names = [f"online_probe/layer_{layer}/accuracy" for layer in (1, 2, 3)]
     run = Run("run", tmp_path, curves={name: [(0, 0.25), (4, 0.5)] for name in names})
     assert list(figures(run, tmp_path)) == ["Accuracy of the online probe during pretraining."]
@@ -281,7 +282,7 @@ def test_a_damaged_checkpoint_and_configuration_are_named(fitted, tmp_path):
     (folder / "config.yaml").write_text("model: [")
     run = read_run("run", folder)
     assert "config.yaml cannot be read" in run.warnings[0]
-    assert "cannot be opened with weights_only=True" in run.warnings[1]
+    assert "is no checkpoint" in run.warnings[1]
     assert run.module is None and run.network.n_embd == 8  # from hparams.yaml
 
 

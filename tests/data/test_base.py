@@ -198,7 +198,7 @@ def test_hidden_test_labels_do_not_stop_training():
 
 def test_too_few_images_for_one_step():
     for cls in (PretrainDataModule, FineTuneDataModule):
-        with pytest.raises(ValueError, match=r"23 training images, but one step takes 64 .*at most 23"):
+        with pytest.raises(ValueError, match=r"23 training images, but one step takes 64; .*at most 23"):
             ready(cls, tiny(26), batch_size=64, image_size=8).train_dataloader()
 
 

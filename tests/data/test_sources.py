@@ -93,6 +93,12 @@ def test_missing_paths_are_called_paths(missing):
     assert missing in str(caught.value) and "hub" not in str(caught.value)
 
 
+def written(path):
+    path.parent.mkdir()
+    path.write_bytes(b"x")
+    return path
+
+
 def test_other_sources_that_are_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"'cifar10'.* called 'owner/name'"):
         open_source("cifar10")
@@ -103,13 +109,20 @@ def test_other_sources_that_are_nothing(tmp_path):
         open_source(tmp_path)
     with pytest.raises(ValueError, match=r"is a file that is not Parquet, Arrow or"):
         open_source(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match=r"a\.JPG is a single image; give the folder"):
+        open_source(written(tmp_path / "one" / "a.JPG"))
+    photo = written(tmp_path / "phone" / "b.HEIC")
+    with pytest.raises(ValueError, match=r"format that is not read; convert it to JPEG"):
+        open_source(photo)
+    with pytest.raises(ValueError, match=r"phone holds 1 images, but in formats that are not read \(\.heic\)"):
+        open_source(tmp_path / "phone")
     with pytest.raises(TypeError, match=r"source is a list"):
         open_source([1, 2])
     with pytest.raises(ValueError, match=r"no splits"):
         open_source(datasets.DatasetDict())
     save_images(tmp_path, ["1.png"])
     tiny(1).to_parquet(tmp_path / "2.parquet")
-    with pytest.raises(ValueError, match=r"1 image files and 1 Parquet files"):
+    with pytest.raises(ValueError, match=r"2 image files and 1 Parquet files"):
         open_source(tmp_path)
 
 

@@ -46,14 +46,24 @@ def test_bytes_survive_the_way_through_floats():
     assert torch.equal(to_bytes((every.float() / 255).half().float().clamp(0, 1)), every)
 
 
+def test_bytes_survive_a_normalisation_that_was_undone():
+    every = torch.arange(256, dtype=torch.uint8)
+    for mean, std in [(0.485, 0.229), (0.5, 0.5), (0.4467, 0.2010)]:
+        assert torch.equal(to_bytes((every.float() / 255 - mean) / std * std + mean), every)
+    assert to_bytes(torch.tensor([-0.0019, 1.0019])).tolist() == [0, 255]
+
+
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
         (IMAGES.permute(0, 2, 3, 1), ValueError, r"permute\(0, 3, 1, 2\)"),
         (IMAGES[0], ValueError, r"shape \(B, 3, 4, 4\); got \(3, 4, 4\)"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ValueError, "8 x 8 but the network reads 4 x 4"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ValueError, "8 x 8 but .* reads 4 x 4 .* with image_size=8$"),
         (torch.zeros(2, 3, 4, 6, dtype=torch.uint8), ValueError, "4 x 6 but the network reads 4 x 4"),
         (IMAGES.float() / 127.5 - 1, ValueError, "Leave out the normalisation"),
+        (IMAGES.float(), ValueError, r"to\(torch\.uint8\); else divide them by 255"),
+        (torch.zeros(2, 4, 4, 4), ValueError, r"images\[:, :3\] drops transparency"),
+        (torch.zeros(2, 3, 224, 224), ValueError, r"224 x 224 .*\(image_size=4\); resize them$"),
         (torch.full((1, 3, 4, 4), float("nan")), ValueError, r"must lie in \[0, 1\]"),
         (IMAGES.int(), TypeError, "uint8, or floats"),
         ({"img": IMAGES}, TypeError, r"\['img'\].*'image' or 'tokens'"),

@@ -2,6 +2,7 @@ import re
 
 import torch
 import yaml
+from huggingface_hub import ModelCard as HubCard
 from PIL import Image
 
 from lightning_igpt.palette import Palette
@@ -16,7 +17,7 @@ def read_card(folder):
 
 def test_the_card_states_what_is_known(tmp_path):
     palette = Palette.load("gray:20")
-    card = ModelCard("Cats", "me/cats", 5000, 2.34567, measured_at=4000, license="mit", notes="*Grey* cats: only.")
+    card = ModelCard("Cats", "me/cats", 5000, 2.34567, measured_at=4000, license="MIT", notes="*Grey* cats: only.")
     save_pretrained(tmp_path, random_network(), palette, card=card)
     front, body = read_card(tmp_path)
     assert front["license"] == "mit" and front["datasets"] == ["me/cats"] and front["library_name"] == "transformers"
@@ -29,6 +30,44 @@ def test_what_is_not_known_is_said_not_to_be(tmp_path):
     front, body = read_card(tmp_path)
     assert "license" not in front and "datasets" not in front
     assert body.count("not recorded") == 3 and "| licence | not stated |" in body
+
+
+def test_the_hub_reads_what_was_measured(tmp_path):
+    """With the hub's own reader: data, metrics and results, as far as they are known and of a data set on the hub."""
+    palette, head = Palette.load("gray:20"), torch.ones(3, 32)
+    known = {"data": "me/cats", "nats_per_pixel": 2.5, "accuracy": 0.75, "license": "mit"}
+    for card, expected in [
+        (known, [("accuracy", 0.75), ("nats_per_pixel", 2.5)]),
+        (known | {"accuracy": None}, [("nats_per_pixel", 2.5)]),
+        (known | {"data": "my own photos"}, []),
+        ({}, []),
+    ]:
+        save_pretrained(tmp_path / "cats", random_network(), palette, card=card, head=head)
+        read = HubCard.load(tmp_path / "cats" / "README.md", ignore_metadata_errors=False).data
+        results = read.eval_results or []
+        assert [(one.metric_type, one.metric_value) for one in results] == expected
+        assert {one.dataset_type for one in results} <= {"me/cats"} and {one.dataset_split for one in results} <= {
+            "validation"
+        }
+        assert (read.metrics or []) == [name for name, _ in expected]
+        assert read.pipeline_tag == "image-classification" and read.library_name == "transformers"
+        assert read.datasets == (["me/cats"] if card.get("data") == "me/cats" else None)
+
+
+def test_every_card_says_what_the_network_is_for_and_what_it_cannot(tmp_path):
+    palette = Palette.load("gray:20")
+    for name, network, head in [
+        ("plain", random_network(), None),
+        ("classifier", random_network(), torch.ones(3, 32)),
+        ("bert", random_network(SMALL_BERT), None),
+    ]:
+        save_pretrained(tmp_path / name, network, palette, head=head)
+        _, body = read_card(tmp_path / name)
+        headings = re.findall("^## (.+)$", body, re.MULTILINE)
+        assert headings == ["Intended use", "Limits", "Training", "Measured", "How to load"]
+        assert "prejudices" in body and "in 20 colours" in body and "$" not in body and "\n\n\n" not in body
+        assert ("sort pictures into the classes" in body) == (name == "classifier")
+        assert ("no likelihood" in body) == (name == "bert") != ("row by row" in body)
 
 
 def test_a_bert_networks_card_says_what_is_lost(tmp_path):

@@ -210,6 +210,10 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, checkpoint):
         bad.write_bytes(file.read()[:-1000])
     with pytest.raises(ValueError, match=r"bad\.ckpt cannot be opened"):
         load_pretrained(bad)
+    for content in (b"seed_everything: 0\n", b"\xff\xd8\xff\xe0 a photo"):
+        bad.write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.ckpt is no checkpoint \(torch\.save did not write it\)"):
+            load_pretrained(bad)
     torch.save({"state_dict": {}}, bad)
     with pytest.raises(ValueError, match="not written by a lightning_igpt module"):
         load_pretrained(bad)
@@ -221,6 +225,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, checkpoint):
         ("https://example.org/model.ckpt", ValueError, "not fetched from addresses"),
         ("http:/example.org/model", ValueError, "not fetched from addresses"),
         ("s3://bucket/model.ckpt", ValueError, "not fetched from addresses"),
+        ({"n_layer": 1}, ValueError, "what describes a network without weights is for network="),
         ("nowhere.ckpt", FileNotFoundError, "does not exist"),
         ("runs/nowhere.ckpt", FileNotFoundError, "does not exist"),
     ],

@@ -213,6 +213,10 @@ class TestFolders:
     def test_other_folders_say_what_was_expected(self, tmp_path):
         with pytest.raises(ValueError, match=r"no \.metadata and no meta\.pt.* FSDPStrategy or ModelParallelStrategy"):
             check_opens_safely(tmp_path)
+        (tmp_path / "version_0").mkdir()
+        torch.save({}, tmp_path / "version_0" / "step=4.ckpt")
+        with pytest.raises(ValueError, match=r"a folder that holds some; name one, such as .*step=4\.ckpt, .*--resume"):
+            check_opens_safely(tmp_path)
 
 
 class TestFiles:

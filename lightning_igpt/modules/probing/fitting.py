@@ -13,6 +13,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_igpt.features import choose_c, fit_logistic, usable_grid
 from lightning_igpt.modules.probing.feature_store import FeatureStore
+from lightning_igpt.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def fit_heads(
     labels, order = _rows(store, device, world_size, n_rows)
     how = replace(how, grid=usable_grid(how.grid, len(labels)))  # here, so that a warning comes once
     mine: dict[int, Head] = {}
-    for first in range(0, len(groups), world_size):
+    for first in track(range(0, len(groups), world_size), "fitting classifiers"):
         features = torch.empty(0)
         for owner, group in enumerate(groups[first : first + world_size]):
             parts = [_gather(store.column(column).to(device), world_size) for column in group]

@@ -1,0 +1,95 @@
+"""What is released: wheel and sdist as they are built from this tree, and the types that others see."""
+
+import ast
+import email
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lightning_igpt
+
+ROOT = Path(__file__).parents[1]
+VERSION = lightning_igpt.__version__
+
+
+def build(source, out):
+    """(wheel, sdist) of a tree, made without network."""
+    targets = ["-t", "wheel", "-t", "sdist"]
+    subprocess.run([sys.executable, "-m", "hatchling", "build", *targets, "-d", str(out)], cwd=source, check=True)
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+def contents(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def files_below(folder):
+    return {
+        path.relative_to(folder.parent).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return build(ROOT, tmp_path_factory.mktemp("dist"))
+
+
+def test_the_wheel_holds_package_recipes_and_licences_and_nothing_else(built):
+    expected = files_below(ROOT / "lightning_igpt")
+    expected |= {f"lightning_igpt/{name}": text for name, text in files_below(ROOT / "recipes").items()}
+    wheel = contents(built[0])
+    info = {name: text for name, text in wheel.items() if name.startswith(f"lightning_igpt-{VERSION}.dist-info/")}
+    assert {name: text for name, text in wheel.items() if name not in info} == expected
+    assert {"lightning_igpt/py.typed", "lightning_igpt/assets/openai_512.npy"} < set(expected)
+    licences = {name.partition("/licenses/")[2]: text for name, text in info.items() if "/licenses/" in name}
+    names = ("LICENSE", "lightning_igpt/assets/LICENSE.openai.md")
+    assert licences == {name: (ROOT / name).read_bytes() for name in names}
+
+
+def test_the_sdist_makes_the_very_same_wheel(built, tmp_path):
+    with tarfile.open(built[1]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = tmp_path / f"lightning_igpt-{VERSION}"
+    assert contents(build(source, tmp_path / "dist")[0]) == contents(built[0])
+    for name in (
+        "README.md",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "tests/conftest.py",
+        ".ci/run",
+        ".github/workflows/tests.yml",
+    ):
+        assert (source / name).read_bytes() == (ROOT / name).read_bytes(), name
+    assert not [path for path in source.rglob("*") if path.suffix in {".ckpt", ".pyc"}]
+
+
+def test_metadata_say_what_the_index_shows(built):
+    wheel = contents(built[0])
+    told = email.message_from_bytes(wheel[f"lightning_igpt-{VERSION}.dist-info/METADATA"])
+    assert (told["Name"], told["Version"], told["Requires-Python"]) == ("lightning-igpt", VERSION, ">=3.10")
+    assert told["License-Expression"] == "MIT" and told["Description-Content-Type"] == "text/markdown"
+    assert told.get_payload(decode=True).decode() == (ROOT / "README.md").read_text(encoding="utf-8")
+    scripts = wheel[f"lightning_igpt-{VERSION}.dist-info/entry_points.txt"].decode()
+    assert "lightning-igpt = lightning_igpt.__main__:main" in scripts
+
+
+def test_type_checkers_see_every_public_name():
+    """The imports under TYPE_CHECKING are those made at run time, and the program that mypy reads uses each."""
+    tree = ast.parse((ROOT / "lightning_igpt" / "__init__.py").read_text(encoding="utf-8"))
+    seen = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_igpt.")
+        for alias in node.names
+    }
+    assert seen == {name: f"lightning_igpt.{home}.{name}" for name, home in lightning_igpt._HOME_OF.items()}
+    program = (ROOT / "tests" / "typing" / "public_api.py").read_text(encoding="utf-8")
+    assert set(lightning_igpt.__all__) <= set(re.findall(r"\bigpt\.(\w+)", program))
