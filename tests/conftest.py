@@ -2,9 +2,12 @@
 
 import functools
 import gc
+import os
 import sys
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes of tests would wait for each other
 
 
 def pytest_collection_finish():
@@ -13,13 +16,27 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep the tests of a file in one process, which then trains once the network that they share."""
+    if config.getvalue("dist") != "load":  # somebody asked for another
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Keep colour tables out of the user's cache, and build each once for the whole session."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("LIGHTNING_IGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
+    """Keep what is cached out of the user's folder, and build each colour table once for all processes of a session."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "palettes"
+    shared.mkdir(exist_ok=True)
+    own = tmp_path_factory.mktemp("cache")
+    (own / "palettes").symlink_to(shared, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_IGPT_CACHE", str(own))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

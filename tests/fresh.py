@@ -19,6 +19,7 @@ import pytest
 from lightning_igpt.__main__ import main as program
 
 ROOT = Path(__file__).parents[1]
+OF_A_GROUP = ("MASTER_", "LOCAL_RANK")  # variables that an earlier group of processes leaves
 
 
 class Fresh:
@@ -39,7 +40,10 @@ class Fresh:
             patch.setenv("OMP_NUM_THREADS", "1")
             context.set_forkserver_preload(["tests.preloaded"])
             forkserver.ensure_running()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "LOCAL_RANK"))
+        }
+        environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
         self._output = Path(folder) / f".output-{time.monotonic_ns()}"
         self._output.touch()
         place = {"folder": str(folder), "output": str(self._output), "limits": limits or {}}

@@ -1,12 +1,11 @@
 """Two processes at the same global batch do what one does."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import pytest
+
+from tests import fresh
 
 SCRIPT = """
 import json, sys, torch
@@ -56,12 +55,8 @@ if __name__ == "__main__":
 def run(tmp_path, devices, objective):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, str(script), str(devices), objective, str(tmp_path / f"run-{devices}")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert done.returncode == 0 and lines, done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("FOUND "))
+    out = fresh.finished(fresh.script, script, str(devices), objective, f"run-{devices}", folder=tmp_path)
+    return json.loads(re.search(r"^FOUND (.*)$", out, re.MULTILINE)[1])
 
 
 @pytest.mark.slow

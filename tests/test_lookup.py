@@ -54,7 +54,7 @@ def test_table_equals_brute_force(name):
     colors = np.asarray(PALETTES[name], dtype=np.float32)
     table = build_table(colors)
     own = np.rint(127.5 * (colors.astype(np.float64) + 1)).astype(np.int64) @ (1 << 16, 1 << 8, 1)
-    n_random = 100_000 if name == "openai" else min(20_000, 10_000_000 // len(colors))
+    n_random = min(20_000, 5_000_000 // len(colors))  # and every colour in a slow test
     codes = np.concatenate([own, RNG.integers(0, N_COLORS, n_random)])
     assert table.dtype == np.int16
     assert table.shape == (N_COLORS,)

@@ -53,8 +53,9 @@ def test_openai_decodes_as_published(openai):
 def test_tokens_equal_those_of_transformers(openai, tiles):
     transformers = pytest.importorskip("transformers")
     processor = transformers.ImageGPTImageProcessorPil(clusters=openai.to_list(), do_resize=False)
-    expected = processor(list(tiles.permute(0, 2, 3, 1).numpy()), input_data_format="channels_last")["input_ids"]
-    assert np.array_equal(openai.quantize(tiles).numpy(), np.stack(expected))
+    some = tiles[::3]  # it compares every pixel with every colour
+    expected = processor(list(some.permute(0, 2, 3, 1).numpy()), input_data_format="channels_last")["input_ids"]
+    assert np.array_equal(openai.quantize(some).numpy(), np.stack(expected))
 
 
 # Values

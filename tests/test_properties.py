@@ -321,7 +321,7 @@ sound = st.fixed_dictionaries({}, optional={
 })  # fmt: skip
 
 
-@settings(law, max_examples=150)
+@settings(law, max_examples=50)
 @given(sound, st.dictionaries(st.sampled_from(FIELDS), anything, max_size=3))
 @example({}, {"n_inner": "64"})
 @example({}, {"dropout": "0.1"})

@@ -7,8 +7,6 @@ a tolerance for the order of sums.
 import io
 import os
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from lightning_igpt.checkpointing import (
     is_complete,
 )
 from lightning_igpt.weights.index import read_index
+from tests import fresh
 from tests.image_files import tiny
 from tests.sharding import process_group  # noqa: F401
 
@@ -402,13 +401,9 @@ SCRIPT = """
 """
 
 
-def in_a_new_process(steps, folder, timeout=300):
+def in_a_new_process(steps, folder):
     (folder / "script.py").write_text(textwrap.dedent(SCRIPT) + textwrap.dedent(steps))
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "LOCAL_RANK"))}
-    environment = inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "script.py"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, cwd=folder)
-    assert done.returncode == 0 and "DONE" in done.stdout, done.stderr[-4000:]
+    assert "DONE" in fresh.finished(fresh.script, "script.py", folder=folder)
 
 
 TOLERANCE = 2e-6  # float32 sums over four images, over two and two, or over four halves

@@ -5,8 +5,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from lightning_igpt.checkpointing import (
     with_whole_shards,
 )
 from lightning_igpt.checkpointing.sharded import standing
+from tests import fresh
 from tests.modules.helpers import loader
 from tests.payload import Payload, was_run, watched  # noqa: F401
 from tests.sharding import StockFSDPStrategy, fit, module, process_group, trainer  # noqa: F401
@@ -330,14 +329,9 @@ class TestChoice:
             assert f"Atomic{type(made).__name__} of lightning_igpt.checkpointing" in caplog.text
 
 
-def in_a_new_process(script, folder, *words, timeout=300):
+def in_a_new_process(script, folder, *words):
     (folder / "script.py").write_text(textwrap.dedent(script))
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "LOCAL_RANK"))}
-    environment = inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "script.py", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return fresh.finished(fresh.script, "script.py", *words, folder=folder)
 
 
 @pytest.mark.marathon

@@ -1,11 +1,6 @@
 """Sharded training (FSDP2) is training, and weights that are drawn late are those that were drawn early."""
 
-import os
-import subprocess
-import sys
-import textwrap
 import weakref
-from pathlib import Path
 
 import lightning
 import pytest
@@ -27,6 +22,7 @@ from lightning_igpt.modules.deferred import DeferredGPT, draw
 from lightning_igpt.modules.sharding import check_mesh, shard
 from lightning_igpt.sampling import complete, inpaint
 from lightning_igpt.weights import load_pretrained, save_pretrained
+from tests import fresh
 from tests.modules.helpers import BERT, TINY, quiet_trainer
 from tests.processes import Losses, Shared, batches, in_processes, whole
 from tests.sharding import process_group  # noqa: F401
@@ -467,17 +463,7 @@ def pictures(folder):
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     """Losses of each step to 1e-5, final weights to 1e-4, and all that must happen on both."""
-    script = """
-        from pathlib import Path
-        from tests.modules.test_sharding import two_processes
-
-        two_processes(Path())
-    """
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "LOCAL_RANK"))}
-    environment = inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    fresh.finished(two_processes, tmp_path, folder=tmp_path)
     assert len(list(tmp_path.rglob("completions/*.png"))) == 1
 
 
