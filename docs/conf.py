@@ -23,6 +23,7 @@ html_title = f"lightning_igpt {__version__}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
+smartquotes = False  # would make one dash of the two of an option
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3

@@ -58,10 +58,10 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that is gone is noticed
         return status
     except KeyboardInterrupt:
-        return _interrupted()
+        return _interrupted(words)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning ends with 1
-            return _interrupted()
+            return _interrupted(words)
         raise
     except BrokenPipeError:
         # The interpreter flushes once more when it ends.
@@ -89,8 +89,9 @@ def _run(words: list[str]) -> int:
     raise SystemExit(2)
 
 
-def _interrupted() -> int:
-    print("lightning-igpt: interrupted", file=sys.stderr)
+def _interrupted(words: Sequence[str]) -> int:
+    hint = "; the same command with --resume auto goes on from the newest checkpoint" if words[:1] == ["fit"] else ""
+    print(f"lightning-igpt: interrupted{hint}", file=sys.stderr)
     return INTERRUPTED
 
 

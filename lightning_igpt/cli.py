@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -236,6 +237,7 @@ def run(words: Sequence[str]) -> IGPTCLI:
     words, trusted = without_trust(words)
     words, dry, whole = without_flags(words)
     warn_of_restarts()
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's to mend; it stands there like an error
     with one_line_errors(f"lightning-igpt {words[0]}"):
         return _run(_DryRun if dry else IGPTCLI, with_shipped_recipes(words), trusted, whole=whole)
 

@@ -74,6 +74,9 @@ def test_imports_go_down(path):
 def test_third_parties_stay_on_their_floors():
     homes = {
         "datasets": {"data", "benchmarks"},
+        "fastapi": {"commands"},
+        "starlette": {"commands"},
+        "uvicorn": {"commands"},
         "matplotlib": {"report", "commands", "callbacks"},
         "rich": {"progress"},
         "shtab": {"commands"},

@@ -266,3 +266,54 @@ def test_score_is_the_surprise_of_each_pixel_in_any_batching():
 
 def test_no_prompts_give_no_pictures():
     assert complete(random_network(), torch.zeros(0, 4, dtype=torch.long), n_samples=2).shape == (0, 2, 16)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_BERT])
+@pytest.mark.parametrize("holes", [range(5, 16), [2, 3, 9]])
+def test_progress_is_told_and_changes_no_draw(config, holes):
+    network, tokens = random_network(config), random_tokens(config)
+    known = torch.ones(2, 16, dtype=torch.bool)
+    known[:, list(holes)] = False
+    told = []
+
+    def watch(now, decided):
+        told.append((now.clone(), decided.clone()))
+
+    quiet = inpaint(network, tokens, known, steps=4, generator=torch.manual_seed(2))
+    found = inpaint(network, tokens, known, steps=4, generator=torch.manual_seed(2), on_progress=watch)
+    assert torch.equal(found, quiet)
+    decided = [known, *(decided for _, decided in told)]
+    assert all((after >= before).all() for before, after in itertools.pairwise(decided)) and decided[-1].all()
+    assert all(torch.equal(now[decided], found[decided]) for now, decided in told), "what is decided stays"
+    if config is SMALL_BERT:
+        assert len(told) == 4
+    else:
+        rows = [(torch.arange(16) < end) | known for end in range(4, 17, 4)]
+        first, last = min(holes) // 4, max(holes) // 4
+        expected = [row if end < last else row | (torch.arange(16) <= max(holes)) for end, row in enumerate(rows)]
+        assert [decided.tolist() for _, decided in told] == [row.tolist() for row in expected[first : last + 1]]
+
+
+def test_progress_of_a_completion_is_told_by_rows_and_may_end_it():
+    network, prompt, told = random_network().train(), random_tokens()[:, :6], []
+    options = {"n_samples": 3, "temperature": 0.8, "top_k": 5}
+    quiet = complete(network, prompt, generator=torch.manual_seed(2), **options)
+
+    def watch(now, decided):
+        told.append((now[decided].view(6, -1).clone(), decided.sum(1).tolist()))
+
+    found = complete(network, prompt, generator=torch.manual_seed(2), on_progress=watch, **options)
+    assert torch.equal(found, quiet)
+    assert [counts for _, counts in told] == [[8] * 6, [12] * 6, [16] * 6]
+    assert all(torch.equal(now, found.flatten(0, 1)[:, : now.shape[1]]) for now, _ in told)
+
+    def stop(now, decided):
+        raise Stop
+
+    with pytest.raises(Stop):
+        complete(network, prompt, on_progress=stop)
+    assert network.training, "the mode is given back"

@@ -12,6 +12,7 @@ from lightning_igpt.__main__ import main
 from lightning_igpt.commands import recipes
 
 KINDS = {"pretrain": "pretraining", "bert": "pretraining, BERT", "probe": "linear probe", "finetune": "fine-tuning"}
+OPTION = re.compile(r"(--[a-z][\w.]*\w)")
 SIGNS = ("Device:", "Result:", "Not run in full:")
 ORDER = ("digits", "cifar10", "imagenet32", "imagenet48", "imagenet64")
 
@@ -27,6 +28,8 @@ def header(text):
             paragraphs.append(line)
         else:
             paragraphs[-1] = f"{paragraphs[-1]} {line}".strip()
+    parts = [re.split(r"(`[^`]*`)", text) for text in paragraphs]
+    paragraphs = ["".join(part if part[:1] == "`" else OPTION.sub(r"`\1`", part) for part in text) for text in parts]
     said = [part.partition(": ") for part in paragraphs if part.startswith(SIGNS)]
     remarks = [part for part in paragraphs if part and not part.startswith(SIGNS)]
     return sentence, remarks, {sign.lower(): value for sign, _, value in said}

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
@@ -32,13 +33,7 @@ _CLASSES = {
     "cross-entropy in nats": {"training, validation, test": ["(train|val|test)/cross_entropy"]},
     "nats per pixel": {"training": ["train/nats_per_pixel"]},
 }
-_LAYERS = {
-    "accuracy": {
-        "best layer on validation": ["(val|test)/accuracy"],
-        "each layer on validation": [r"probe/layer_\d+/accuracy"],
-        "each layer on test": [r"test/layer_\d+/accuracy"],
-    }
-}
+_LAYERS = {"accuracy": {"validation, test": ["(val|test)/accuracy"]}}
 _ONLINE = {"accuracy": {"probe beside training": [r"online_probe/layer_\d+/accuracy"]}}
 _SPEED = {
     "images per second": {"of all devices together": ["throughput/images_per_second"]},
@@ -46,8 +41,12 @@ _SPEED = {
 }
 # The first run that TensorBoard finds decides on the columns of all, so each names what any of them may have.
 METRICS = ("val/nats_per_pixel", "test/nats_per_pixel", "val/accuracy", "test/accuracy")
-_NUMBERS = ("lr", "batch_size", "seed", "weight_decay", "network/n_layer", "network/n_embd", "network/image_size")
+_NUMBERS = ("lr", "batch_size", "network/n_layer", "network/n_embd", "network/image_size")
 _TEXTS = ("source", "pretrained", "palette", "optimizer", "schedule")
+_PLUMBING = {  # settings that say where images come from and how fast, not what is learnt
+    *("cache", "cache_dir", "num_workers", "max_feature_bytes", "on_bad_image", "max_bad_share", "shuffle_buffer"),
+    *("revision", "config_name", "image_column", "label_column", "train_split", "val_split", "test_split"),
+}
 _LONGEST = 60  # characters of a text
 
 
@@ -143,11 +142,12 @@ def settings(module: Any, data: Any = None) -> dict[str, Scalar]:
         data: Its data module, if there is one.
 
     Returns:
-        Values by name, nested names joined by slashes. Secrets are masked; colours and class names are left out.
+        Values by name, nested names joined by slashes. Secrets are masked; lists of colours and class
+        names, and what only says where images come from, such as columns and caches, are left out.
     """
     found = {**dict(getattr(data, "hparams", {})), **dict(module.hparams)}
-    lists = {name for name in ("palette", "class_names") if not isinstance(found.get(name), str)}
-    kept = {str(name): value for name, value in found.items() if name not in lists and not str(name).startswith("_")}
+    left_out = _PLUMBING | {name for name in ("palette", "class_names") if not isinstance(found.get(name), str)}
+    kept = {str(name): value for name, value in found.items() if name not in left_out and str(name)[:1] != "_"}
     return dict(_flat("", plain(kept)))
 
 
@@ -171,7 +171,17 @@ def settings_summaries(values: Mapping[str, Scalar]) -> list[Any]:
     write: Any = hparams  # not typed in torch
     names, _, _ = write(columns, dict.fromkeys(METRICS, 0.0))
     _, start, _ = write(dict(values), {})
+    _put_first(names.value[0].metadata.plugin_data)
     return [names, start]
+
+
+def _put_first(data: Any) -> None:
+    """Mark the settings to compare by: TensorBoard shows few others unless asked, and those by the alphabet."""
+    found = HParamsPluginData.FromString(data.content)
+    for info in found.experiment.hparam_infos:
+        if info.name in _NUMBERS and "differs" in info.DESCRIPTOR.fields_by_name:  # as of TensorBoard 2.15
+            info.differs = True
+    data.content = found.SerializeToString()
 
 
 def images_of(batch: Any) -> Tensor | None:

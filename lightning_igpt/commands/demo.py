@@ -47,9 +47,10 @@ def demo(
     with listening(host, port) as listener:
         studio = Studio(load_network(pretrained), pick_device(device))
         address = url(host, listener.getsockname()[1])
+        print(f"{studio.loaded.origin}, on {studio.device}")
         if not is_loopback(host):
-            print(f"warning: {host} is open to others on the network, and the page asks for no password")
-        print(f"{studio.loaded.origin}, on {studio.device}\nopen {address} (Ctrl-C stops it)", flush=True)
+            print(f"warning: whoever can reach {host} can use the page; it asks for no password")
+        print(f"open {address} (Ctrl-C stops it)", flush=True)
         if open:  # a browser in the terminal would not come back
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         with contextlib.suppress(KeyboardInterrupt):

@@ -221,7 +221,7 @@ def make_server(app: App) -> Any:
     import uvicorn
 
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         lifespan="off",
         ws="none",
         log_level="warning",

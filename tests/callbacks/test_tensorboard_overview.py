@@ -71,6 +71,8 @@ def test_pretraining(tmp_path):
         "digits",
     )
     assert values["seed"] == 3 and values["palette"] == "gray:8" and values["network/bias"] == "false"
+    first = {one.name for one in experiment.hparam_infos if one.differs}
+    assert first == {"lr", "batch_size", "network/n_layer", "network/n_embd", "network/image_size"}
     assert {"val/nats_per_pixel", "test/nats_per_pixel"} <= set(events.Tags()["scalars"])
     charts = layout(events)
     assert list(charts) == ["nats per pixel", "bits per pixel", "images per second", "learning rate"]
@@ -81,7 +83,7 @@ def test_a_probe_and_a_classifier(tmp_path):
     torch.manual_seed(0)
     probe = ProbeModule(network=TINY, palette="gray:8", num_classes=3)
     events = EventAccumulator(fit(tmp_path, probe, LayerCurve(), max_epochs=1).log_dir).Reload()
-    assert len(layout(events)["accuracy"]) == 3 and hparams(events)[1]["num_classes"] == 3
+    assert list(layout(events)["accuracy"]) == ["validation, test"] and hparams(events)[1]["num_classes"] == 3
     assert {"palette", "training_images", "probe_by_layer"} == set(events.Tags()["images"])
     tuned = FineTuneModule(num_classes=3, network=TINY, palette=COLORS)
     events = EventAccumulator(fit(tmp_path, tuned, max_steps=1).log_dir).Reload()
@@ -194,4 +196,6 @@ def test_settings_are_plain_and_hold_no_secret():
     module.save_hyperparameters({"api_token": "secret", "note": "n" * 99, "betas": (0.9, 0.95), "warmup_steps": None})
     values = settings(module)
     assert values["api_token"] == "***" and len(values["note"]) == 60 and values["betas"] == "[0.9, 0.95]"
+    data = PretrainDataModule("digits", batch_size=8)
+    assert settings(module, data)["batch_size"] == 8 and "num_workers" not in settings(module, data)
     assert "warmup_steps" not in values and values["network/n_layer"] == 2

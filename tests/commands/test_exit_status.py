@@ -23,6 +23,8 @@ WRONG = {
     "score": ["--pretrained", "nowhere", "--images", "digits"],
     "lowdata": ["--pretrained", "nowhere", "--source", "digits"],
     "report": ["nowhere"],
+    "demo": ["--pretrained", "nowhere"],
+    "figures": ["--pretrained", "nowhere", "--images", "digits"],
     "data": ["show", "nowhere"],
     "palette": ["show", "--palette", "nowhere.npy"],
     "convert": ["nowhere", "out"],
@@ -41,7 +43,7 @@ def _work_in_a_folder_of_its_own(monkeypatch, tmp_path):
 
 
 def test_every_verb_is_tried():
-    assert {*LIGHTNING_VERBS, *OWN_VERBS} - {"completion", "demo", "figures"} <= WRONG.keys()
+    assert {*LIGHTNING_VERBS, *OWN_VERBS} - {"completion"} == WRONG.keys()  # which takes nothing but a shell
 
 
 @pytest.mark.parametrize("verb", [*LIGHTNING_VERBS, *OWN_VERBS])

@@ -142,7 +142,7 @@ def parse(command):
     """Have the words of ``lightning-igpt`` understood by the verb's own parser, and nothing done."""
     words, parse_args = command.ours, jsonargparse.ArgumentParser.parse_args
     if words[0] in LIGHTNING_VERBS and "--print_config" not in words and "--trust" not in words:
-        parser = lightning_parser()
+        parser = lightning_parser(words[0])
         call(command, lambda: parser.parse_args(cli.with_shipped_recipes(words)) and 0)
         return
 
@@ -155,8 +155,8 @@ def parse(command):
 
 
 @functools.cache
-def lightning_parser():
-    """The parser of Lightning's verbs, which takes longer to build than to use."""
+def lightning_parser(verb):
+    """The parser of one of Lightning's verbs, which takes longer to build than to use."""
 
     def stop(parser, *args, **options):
         raise Parsed(parser)
@@ -164,7 +164,7 @@ def lightning_parser():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jsonargparse.ArgumentParser, "parse_args", stop)
         try:
-            main(["fit"])
+            main([verb])
         except Parsed as parsed:
             return parsed.args[0]
-    raise LookupError("fit did not parse its words with jsonargparse")
+    raise LookupError(f"{verb} did not parse its words with jsonargparse")

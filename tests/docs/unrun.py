@@ -88,4 +88,4 @@ NOT_RUN = {
 }
 
 # Verbs of ours of which only the words are parsed.
-PARSED_ONLY = {"demo": "serves until it is stopped; tests/commands/test_demo_command.py has a browser use it"}
+PARSED_ONLY = {"demo": "serves until it is stopped; tests/commands/test_demo_browser.py has a browser use it"}

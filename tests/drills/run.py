@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from tests import fresh
+
 ROOT = Path(__file__).parents[2]
 RECIPE = {
     "model": {
@@ -44,25 +46,17 @@ class Slow(Callback):
 
 
 class Run:
-    """A folder with a recipe in it, and what is done there.
-
-    Args:
-        folder: Where.
-        before: Called in the process before the program starts.
-    """
+    """A folder with a recipe in it, and what is done there."""
 
     def __init__(self, folder):
         self.folder = folder
         (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
         (folder / "drill.py").write_text(SLOW)
 
-    def start(self, *words, pace=0.0, before=None):
+    def start(self, *words, pace=0.0, **options):
         """``lightning-igpt fit``; ``pace`` is the seconds that a step is drawn out by."""
-        command = [sys.executable, "-m", "lightning_igpt", "fit", "--config", "recipe.yaml", "--trust", "drill", *words]
-        paths = os.pathsep.join([str(ROOT), str(self.folder)])
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "SECONDS_PER_STEP": str(pace)}
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-        return subprocess.Popen(command, cwd=self.folder, env=environment, preexec_fn=before, **options)
+        words = ["fit", "--config", "recipe.yaml", "--trust", "drill", *words]
+        return fresh.Fresh(fresh.main, *words, folder=self.folder, SECONDS_PER_STEP=str(pace), **options)
 
     def finish(self, *words, status=0, **options):
         """Run to the end; what it printed."""
@@ -70,6 +64,15 @@ class Run:
         out, _ = process.communicate(timeout=240)
         assert process.returncode == status, f"status {process.returncode}: {out[-3000:]}"
         return out
+
+    def finish_as_users_do(self):
+        """Run to the end, in a process that nothing has prepared."""
+        command = [sys.executable, "-m", "lightning_igpt", "fit", "--config", "recipe.yaml", "--trust", "drill"]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder)]),
+        }
+        subprocess.run(command, cwd=self.folder, env=environment, timeout=240, check=True)
 
     def checkpoints(self):
         return sorted((self.folder / "run").rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)

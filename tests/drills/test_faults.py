@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory):
     run = Run(tmp_path_factory.mktemp("twin"))
-    run.finish()
+    run.finish_as_users_do()
     return run
 
 
@@ -63,11 +63,8 @@ def test_the_disk_is_full(tmp_path, twin):
     process.communicate()
     (saved,) = run.checkpoints()
     limit = saved.stat().st_size - 1000
-
-    def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    out = run.finish("--resume", "auto", "--trainer.logger", "false", status=1, before=fill)
+    limits = {resource.RLIMIT_FSIZE: limit}
+    out = run.finish("--resume", "auto", "--trainer.logger", "false", status=1, limits=limits)
     assert re.search(r"step=\d+.ckpt could not be saved.*: [\d,]+ bytes of it were written, [\d,]+ are free", out)
     assert find_checkpoint(tmp_path / "run") == saved
     assert not list((tmp_path / "run").rglob(".*.tmp.*"))

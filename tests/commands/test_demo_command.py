@@ -1,0 +1,392 @@
+import http.client
+import io
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from PIL import Image
+
+from lightning_igpt.__main__ import main
+from lightning_igpt.commands import demo
+from lightning_igpt.commands.demo_server import MAX_BYTES, PAGE, answers_to, is_loopback, policy
+from lightning_igpt.commands.demo_studio import SCALE, Ask, Studio
+from lightning_igpt.commands.images import read_images
+from lightning_igpt.commands.quickstart import whole
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.data import PretrainDataModule
+from lightning_igpt.palette import Palette
+from lightning_igpt.pictures import heat_map
+from lightning_igpt.sampling import complete, inpaint, score
+from lightning_igpt.weights import Pretrained
+from tests.demo_server import ask, request, serving
+from tests.networks import random_network
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+COLOUR = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 512}
+
+
+def studio(**fields):
+    config = ImageGPTConfig(**COLOUR | {"image_size": 8} | fields)
+    return Studio(Pretrained(random_network(config), Palette.load("openai"), "random"), CPU)
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return Studio(demo.load_network(None), CPU)
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return studio()
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return studio(objective="bert")
+
+
+@pytest.fixture(scope="module")
+def port(embedded):
+    with serving(embedded) as port:
+        yield port
+
+
+def first_picture(room):
+    return room.start()["pictures"][0]["tokens"]
+
+
+def drawn(lines, tokens, n_samples):
+    """The samples (n, T) that the lines tell, -1 where they tell nothing; a pixel may be told only once."""
+    samples = torch.full((n_samples, len(tokens)), -1)
+    for line in lines:
+        for sample, positions, ids in zip(samples, line["positions"], line["tokens"], strict=True):
+            assert (sample[positions] == -1).all()
+            sample[positions] = torch.tensor(ids, dtype=torch.long)
+    return samples
+
+
+def test_embedded_network_is_the_quickstarts(embedded):
+    data = PretrainDataModule("digits", image_size=8, seed=0)
+    data.setup()
+    nats = score(embedded.network, embedded.loaded.palette.quantize(whole(data.val_dataloader())["image"])).mean()
+    readme = re.search(r"^\| validation, nats per pixel \| ([\d.]+) ", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert nats.item() == pytest.approx(float(readme[1]), abs=0.02)
+    assert nats.item() == pytest.approx(embedded.loaded.card.nats_per_pixel, abs=0.001)  # before it was rounded
+    assert sum(file.stat().st_size for file in demo.EMBEDDED.iterdir()) < 1_500_000
+    with safetensors.safe_open(demo.EMBEDDED / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+
+
+def test_rows_come_one_by_one_and_are_those_of_complete(embedded, port):
+    tokens = first_picture(embedded)
+    settings = {"n_samples": 3, "temperature": 0.9, "top_k": 8, "top_p": 0.95}
+    status, lines = ask(port, "/draw", tokens=tokens, keep_rows=5, seed=7, **settings)
+    assert status == 200 and lines[0] == {"begun": True} and lines[-1]["seconds"] >= 0
+    rows = [list(range(8 * row, 8 * row + 8)) for row in (5, 6, 7)]
+    assert [line["positions"] for line in lines[1:-1]] == [[row] * 3 for row in rows]
+    assert [line["done"] for line in lines[1:-1]] == pytest.approx([1 / 3, 2 / 3, 1])
+    prompt = torch.tensor([tokens[:40]])
+    expected = complete(embedded.network, prompt, generator=torch.Generator().manual_seed(7), **settings)[0]
+    assert torch.equal(drawn(lines[1:-1], tokens, 3)[:, 40:], expected[:, 40:])
+    assert ask(port, "/draw", tokens=tokens, keep_rows=5, seed=7, **settings)[1][1:-1] == lines[1:-1]
+    assert ask(port, "/draw", tokens=tokens, keep_rows=5, seed=8, **settings)[1][1:-1] != lines[1:-1]
+
+
+@pytest.mark.parametrize("kind", ["photos", "bert"])
+def test_painted_holes_are_filled_as_inpaint_does(kind, request):
+    room, lines, hole = request.getfixturevalue(kind), [], [9, 10, 17, 18, 40]
+    tokens = first_picture(room)
+    room.draw(Ask(tokens, hole=hole, n_samples=2, steps=3, seed=1), lines.append, threading.Event())
+    known = torch.ones(2, 64, dtype=torch.bool)
+    known[:, hole] = False
+    options = {"steps": 3, "generator": torch.Generator().manual_seed(1)}
+    expected = inpaint(room.network, torch.tensor([tokens] * 2), known, **options)
+    found = drawn(lines[1:-1], tokens, 2)
+    assert torch.equal(found[:, hole], expected[:, hole])
+    assert (found[known] == -1).all(), "only the hole is told"
+    assert len(lines) - 2 == (3 if kind == "bert" else 5)  # steps, or rows from the first hole's to the last's
+    assert lines[-2]["done"] == 1
+
+
+def test_a_line_hides_all_below_it_from_a_bert_network_too(bert):
+    lines = []
+    bert.draw(Ask(first_picture(bert), keep_rows=6, n_samples=1), lines.append, threading.Event())
+    assert sorted(position for line in lines[1:-1] for position in line["positions"][0]) == list(range(48, 64))
+
+
+def test_surprise_is_that_of_score(embedded, port):
+    tokens = first_picture(embedded)
+    status, [found] = ask(port, "/score", tokens=tokens)
+    nats = score(embedded.network, torch.tensor([tokens]))[0]
+    assert status == 200 and found["nats"] == pytest.approx(nats.tolist())
+    assert found["mean"] == pytest.approx(nats.mean().item()) and found["uniform"] == pytest.approx(np.log(16))
+    assert found["bits"] == pytest.approx(found["mean"] / np.log(2))
+    heat = heat_map(nats.view(8, 8), SCALE, high=found["high"])
+    assert found["heat"] == heat.flatten(1).T.tolist()
+
+
+def test_bert_has_no_surprise(bert):
+    with serving(bert) as port:
+        assert not json.loads(request(port, "GET", "/start")[2])["autoregressive"]
+        status, [found] = ask(port, "/score", tokens=first_picture(bert))
+    assert status == 400 and "BERT network has no likelihood" in found["error"]
+
+
+def test_the_page_is_given_fitting_pictures(embedded, photos, port):
+    told = json.loads(request(port, "GET", "/start")[2])
+    digits = read_images("digits", 8, limit=10).pixels
+    found = torch.tensor([picture["tokens"] for picture in told["pictures"]])
+    assert torch.equal(found, embedded.loaded.palette.quantize(digits))
+    assert told["colors"] == embedded.loaded.palette.rgb.tolist() and told["max_bytes"] == MAX_BYTES
+    assert [picture["name"] for picture in photos.start()["pictures"]] == ["china", "flower"]
+
+
+def upload(port, content):
+    status, _, answer = request(port, "POST", "/image", content, content_type="application/octet-stream")
+    return status, json.loads(answer)
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_an_upload_is_read_as_files_are(embedded, port, tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # turned
+    content = encoded(Image.effect_noise((40, 60), 90).convert("RGB"), "JPEG", exif=exif)
+    (tmp_path / "photo.jpg").write_bytes(content)
+    pixels = read_images(str(tmp_path / "photo.jpg"), 8).pixels
+    assert upload(port, content) == (200, {"tokens": embedded.loaded.palette.quantize(pixels)[0].tolist()})
+
+
+def test_bad_uploads_are_told(port):
+    status, answer = upload(port, b"<html>404</html>")
+    assert status == 400 and answer["error"].startswith("the file is not an image of a known format")
+    status, answer = upload(port, encoded(Image.effect_noise((30, 30), 90))[:-200])
+    assert status == 400 and "cannot be decoded" in answer["error"]
+    status, answer = upload(port, encoded(Image.new("1", (8001, 8000))))
+    assert status == 400 and "64,008,000 pixels, more than the limit of 64,000,000" in answer["error"]
+    assert upload(port, b"")[0] == 400
+
+
+def send_head(port, *lines):
+    """The status line's number for a request of which only the head is sent."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        return int(connection.recv(100).split()[1])
+
+
+def test_too_much_is_refused_before_it_is_read(port):
+    host = f"Host: 127.0.0.1:{port}"
+    assert send_head(port, "POST /image HTTP/1.1", host, f"Content-Length: {MAX_BYTES + 1}") == 413
+    assert send_head(port, "POST /image HTTP/1.1", host, "Transfer-Encoding: chunked") == 411
+
+
+WRONG = [
+    ({"tokens": [0] * 63}, "63 pixels; this network reads 8 x 8 = 64"),
+    ({"tokens": [16] * 64}, "this network has 16 colours"),
+    ({"n_samples": 9}, "n_samples is 9"),
+    ({"n_samples": 0}, "n_samples is 0"),
+    ({"keep_rows": 8}, "keep_rows is 8; it must be from 0 to 7"),
+    ({"keep_rows": None}, "give keep_rows or hole"),
+    ({"hole": [3]}, "give keep_rows or hole"),
+    ({"keep_rows": None, "hole": []}, "nothing is marked"),
+    ({"keep_rows": None, "hole": [64]}, "hole has positions from 64 to 64"),
+    ({"keep_rows": None, "hole": [3], "top_k": 2}, "top_k and top_p are for"),
+    ({"temperature": -1}, "temperature is -1"),
+    ({"top_p": 0}, "top_p is 0"),
+    ({"seed": -1}, "seed is -1"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "told"), WRONG)
+def test_wrong_asks_are_told(embedded, wrong, told):
+    lines, values = [], {"tokens": first_picture(embedded), "keep_rows": 4} | wrong
+    embedded.draw(Ask(**values), lines.append, threading.Event())
+    assert lines[0] == {"begun": True} and told in lines[-1]["error"] and len(lines) == 2
+
+
+def test_malformed_asks_are_told(port):
+    assert ask(port, "/draw", tokens="digits") == (400, [{"error": "tokens: Input should be a valid list"}])
+    assert ask(port, "/draw")[0] == 400
+
+
+def test_foreign_names_and_origins_are_refused(port):
+    own = f"127.0.0.1:{port}"
+    assert request(port, "GET", "/", host=own)[0] == 200
+    assert request(port, "GET", "/", host=f"localhost:{port}")[0] == 200
+    status, headers, content = request(port, "GET", "/start", host=f"evil.example:{port}")
+    assert status == 403 and "does not answer to the name" in json.loads(content)["error"]
+    assert "access-control-allow-origin" not in headers
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"http://localhost:{port}"):
+        for path in ("/image", "/draw", "/score"):
+            assert request(port, "POST", path, "{}", origin=origin)[0] == 403, (origin, path)
+    assert request(port, "POST", "/score", "{}", origin=f"http://{own}", content_type="application/json")[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("named", "host", "answers"),
+    [
+        ("127.0.0.1:8000", "127.0.0.1", True),
+        ("LocalHost", "127.0.0.1", True),
+        ("[::1]:8000", "127.0.0.1", True),
+        ("10.0.0.5:8000", "127.0.0.1", False),
+        ("localhost.evil.example", "127.0.0.1", False),
+        ("127.0.0.1.evil.example", "127.0.0.1", False),
+        ("evil@127.0.0.1:8000@evil.example", "127.0.0.1", False),
+        ("[::1", "127.0.0.1", False),
+        ("", "127.0.0.1", False),
+        ("10.0.0.5:8000", "0.0.0.0", True),
+        ("box.lan:8000", "Box.lan", True),
+        ("evil.example", "0.0.0.0", False),
+    ],
+)
+def test_which_names_are_answered(named, host, answers):
+    assert answers_to(named, host) is answers
+
+
+def test_only_loopback_is_private():
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "box")] == [True] * 3 + [
+        False
+    ] * 3
+
+
+def test_the_page_is_one_file_that_fetches_nothing(port):
+    status, headers, content = request(port, "GET", "/")
+    page = content.decode()
+    assert status == 200 and page == PAGE.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//[\w-]+\.\w|<(link|script|img)[^>]+(href|src)=(?!\"data:,\")|@import|url\(", page)
+    assert headers["content-security-policy"] == policy(page)
+    assert "default-src 'none'" in policy(page) and "unsafe" not in policy(page)
+    assert len(re.findall("'sha256-", policy(page))) == 2
+    assert headers["x-content-type-options"] == "nosniff" and headers["cache-control"] == "no-store"
+    assert request(port, "GET", "/docs")[0] == request(port, "GET", "/openapi.json")[0] == 404
+
+
+def test_drawing_ends_with_the_row_after_which_nobody_waits(embedded, caplog):
+    gone, lines = threading.Event(), []
+
+    def emit(line):
+        lines.append(line)
+        if "positions" in line:
+            gone.set()
+
+    with caplog.at_level(logging.INFO):
+        embedded.draw(Ask(first_picture(embedded), keep_rows=0), emit, gone)
+    assert len(lines) == 2 and "drawing ended with row or step 2" in caplog.text
+
+
+def test_a_request_that_goes_away_ends_its_drawing(caplog):
+    room = studio(image_size=48, n_layer=4)  # 48 rows, each of them longer than a closed connection stays unnoticed
+    body = json.dumps({"tokens": first_picture(room), "keep_rows": 0, "n_samples": 8})
+    with serving(room) as port, caplog.at_level(logging.INFO):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection.request("POST", "/draw", body, {"content-type": "application/json"})
+        answer = connection.getresponse()
+        assert b"begun" in answer.readline()
+        answer.close()
+        connection.close()
+        status, lines = ask(port, "/draw", tokens=first_picture(room), keep_rows=47, n_samples=1)
+        assert status == 200 and "seconds" in lines[-1]
+    assert re.search(r"drawing ended with row or step \d+: nobody waits", caplog.text)
+
+
+class Watched(Studio):
+    """Counts the computations that go on at the same time."""
+
+    now = most = 0
+
+    def draw(self, *given):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        super().draw(*given)
+        self.now -= 1
+
+
+def test_one_drawing_at_a_time():
+    room = Watched(studio().loaded, CPU)
+    with serving(room) as port:
+        answers = []
+        settings = {"tokens": first_picture(room), "keep_rows": 0}
+        threads = [threading.Thread(target=lambda: answers.append(ask(port, "/draw", **settings))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert room.most == 1 and len(answers) == 4
+    assert all(lines[1:-1] == answers[0][1][1:-1] for _, lines in answers)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--pretrained", "nowhere.ckpt"], r"nowhere\.ckpt does not exist"),
+        (["--pretrained", "not-a-network.npz"], r"not-a-network\.npz"),
+        (["--port", "70000"], "port is 70000"),
+        (["--device", "moon"], "device 'moon'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(words, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("not-a-network.npz").write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match=told) as stop:
+        main(["demo", "--port", "0", *words])
+    assert "\n" not in stop.value.code and stop.value.code.startswith("lightning-igpt demo: ")
+
+
+def test_a_port_in_use_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match=rf"cannot listen on 127\.0\.0\.1, port {port}: .*choose another --port"):
+            main(["demo", "--port", str(port)])
+
+
+@pytest.mark.parametrize("name", ["fastapi", "uvicorn"])
+def test_a_missing_extra_is_named(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--pretrained", "nowhere.ckpt"])
+    assert "\n" not in stop.value.code and 'pip install "lightning-igpt[demo]"' in stop.value.code
+
+
+def test_addresses_to_open():
+    assert demo.url("127.0.0.1", 8000) == "http://127.0.0.1:8000"
+    assert demo.url("0.0.0.0", 80) == "http://127.0.0.1:80"
+    assert demo.url("::", 80) == demo.url("::1", 80) == "http://[::1]:80"
+    assert demo.url("box.lan", 80) == "http://box.lan:80"
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_stopped():
+    words = [sys.executable, "-m", "lightning_igpt", "demo", "--port", "0", "--host", "0.0.0.0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        said = [process.stdout.readline() for _ in range(3)]
+        assert said[0] == "embedded network of 8 x 8 digits, on cpu\n"
+        assert said[1].startswith("warning: whoever can reach 0.0.0.0 can use the page")
+        port = int(re.fullmatch(r"open http://127\.0\.0\.1:(\d+) \(Ctrl-C stops it\)\n", said[2])[1])
+        tokens = json.loads(request(port, "GET", "/start")[2])["pictures"][0]["tokens"]
+        body = json.dumps({"tokens": tokens, "keep_rows": 0, "n_samples": 8})
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection.request("POST", "/draw", body, {"content-type": "application/json"})
+        assert b"begun" in connection.getresponse().readline()
+        process.send_signal(signal.SIGINT)  # while it draws
+        started = time.monotonic()
+        _, complaints = process.communicate(timeout=60)
+        connection.close()
+    assert process.returncode == 0 and complaints == "" and time.monotonic() - started < 60
