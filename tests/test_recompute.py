@@ -145,7 +145,8 @@ def test_what_autograd_itself_keeps_are_the_blocks_inputs(dtype):
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             for block in made.blocks():
                 x = block(x, True)
-        assert [tensor.shape for key, tensor in saved.items() if key not in weights] == 3 * [(2, 16, 32)]
+        kept = [tensor.shape for key, tensor in saved.items() if key not in weights and tensor.numel()]
+        assert kept == 3 * [(2, 16, 32)]  # torch 2.10 keeps empty tensors, too
 
 
 @pytest.mark.parametrize(("how", "again"), {"none": 0, "selective": 0, "full": 3}.items())

@@ -61,7 +61,7 @@ def test_every_subset_is_what_scikit_learn_makes_of_it(folder, parts, tmp_path, 
             places = drawn[subset, :, :n].flatten().numpy()
             peer = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, tol=1e-6, max_iter=5000))
             peer.fit(train[places], parts.train_labels[places])
-            expected = peer.score(test, parts.test_labels)
+            expected = peer.score(test, parts.test_labels.numpy())
             assert float(accuracy) == pytest.approx(expected, abs=3.5 / 360)  # images on the border
 
     found = json.loads((tmp_path / "lowdata.json").read_text())

@@ -26,7 +26,7 @@ def test_accuracy_by_layer_equals_scikit_learn_on_the_same_features(tmp_path):
         )
         scaler = StandardScaler().fit(x)
         theirs = LogisticRegression(max_iter=2000).fit(scaler.transform(x), labels)
-        expected = theirs.score(scaler.transform(x_test), test_labels)
+        expected = theirs.score(scaler.transform(x_test), test_labels.numpy())
         assert module.accuracy_by_layer[layer] == pytest.approx(expected, abs=1e-6)
         ours = module.logits(torch.from_numpy(np.stack([x_test] * 3, 1)))[:, layer].softmax(-1)
         np.testing.assert_allclose(ours, theirs.predict_proba(scaler.transform(x_test)), atol=0.01)

@@ -1,5 +1,6 @@
 """Nothing that torch or Lightning opens with plain pickle is opened before it was looked at."""
 
+import contextlib
 import io
 import pickle
 import re
@@ -241,7 +242,8 @@ class TestFiles:
             size = append_archive(tmp_path / "archive")
             path.write_bytes(safetensors.torch.save({"a": torch.zeros(size, dtype=torch.uint8)})[:-size])
         append_archive(path)
-        torch.load(path, weights_only=True)
+        with contextlib.nullcontext() if start == "pickle" else contextlib.suppress(pickle.UnpicklingError):
+            torch.load(path, weights_only=True)  # torch 2.10 takes a .safetensors file for a pickle, and refuses it
         with pytest.raises(ValueError, match=r"two files in one|holds weights alone"):
             check_opens_safely(path)
         assert not was_run()

@@ -57,7 +57,7 @@ def test_concat_equals_scikit_learn_on_the_layers_around_the_best(tmp_path):
     theirs = LogisticRegression(C=0.1, max_iter=5000, tol=1e-7).fit(scaler.transform(x.flatten(1)), y)
     for stage, data in (("val", noisy_loader(90, seed=1)), ("test", noisy_loader(80, seed=2))):
         x_new, y_new = features_of(module, data, layers)
-        assert found[stage] == pytest.approx(theirs.score(scaler.transform(x_new.flatten(1)), y_new), abs=1e-6)
+        assert found[stage] == pytest.approx(theirs.score(scaler.transform(x_new.flatten(1)), y_new.numpy()), abs=1e-6)
     assert module.results[-1] == {
         "layer": f"{layers[0]}-{layers[2]}",
         "c": 0.1,
