@@ -216,8 +216,9 @@ tokens = loaded.palette.quantize(images)  # uint8 (B, 3, {config.image_size}, {c
 def _theirs(class_names: Sequence[str] | None) -> str:
     kind = "ImageGPTForImageClassification" if class_names is not None else "ImageGPTForCausalImageModeling"
     use = "predicted" if class_names is not None else "of pixel t, given the pixels before it, at index t"
-    return f"""With transformers. The network starts with `sos`, the last id, which the processor does not put there;
-without it every pixel stands one place off and the logits are others:
+    return f"""With transformers, but not 5.0 to 5.20: those scale attention by a root cut to an integer, which is
+another network unless its heads are 16, 64 or 144 wide. The network starts with `sos`, the last id, which the processor
+does not put there; without it every pixel stands one place off and the logits are others:
 
 ```python
 import torch
