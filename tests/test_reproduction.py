@@ -32,7 +32,7 @@ def row(start):
 
 
 def test_every_recipe_named_exists_and_every_paper_recipe_is_named():
-    named = set(re.findall(r"`((?:cifar10|imagenet\d+|digits)_\w+)`", PAGE))
+    named = set(re.findall(r"`((?:cifar10|imagenet\d+|digits|photos)_\w+)`", PAGE))
     assert named <= set(RECIPES)
     of_the_paper = {name for name in RECIPES if "The paper\n# has no" not in RECIPES[name].read_text()}
     assert of_the_paper - named == set()

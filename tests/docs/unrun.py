@@ -18,7 +18,9 @@ def installable(command, environments):
             continue
         name, _, wanted = word.rstrip("]").partition("[")
         local = name in (".", "lightning-igpt") or name.endswith((".whl", ".tar.gz"))
-        assert local or f'"{re.split("[=<>]", name)[0]}' in PROJECT, f"{name} is nothing that this project installs"
+        assert local or name in TOOLS or f'"{re.split("[=<>]", name)[0]}' in PROJECT, (
+            f"{name} is nothing that this project installs"
+        )
         for extra in filter(None, wanted.split(",")):
             assert re.search(rf"^{extra} = \[", extras, re.MULTILINE), f"pyproject.toml has no extra {extra}"
 
@@ -66,6 +68,8 @@ def made_before(command, environments):
 def nothing(command, environments):
     pass
 
+
+TOOLS = ("jupyterlab", "pre-commit")  # which the project has no need of itself
 
 # Programs that are not run: why, and what is checked in their stead.
 NOT_RUN = {

@@ -144,7 +144,7 @@ def test_every_cut_names_the_file(tmp_path, checkpoint, length):
         content = file.read()
     assert len(content) > 60_000
     (tmp_path / "cut.ckpt").write_bytes(content[:length])
-    with pytest.raises(ValueError, match=r"cut\.ckpt cannot be opened"):
+    with pytest.raises(ValueError, match=r"cut\.ckpt (cannot be opened|is no checkpoint)"):
         load_pretrained(tmp_path / "cut.ckpt")
 
 
