@@ -239,6 +239,13 @@ def test_foreign_names_and_origins_are_refused(port):
     assert request(port, "POST", "/score", "{}", origin=f"http://{own}", content_type="application/json")[0] == 400
 
 
+def test_a_refusal_reaches_who_sends_much(port):
+    for _ in range(5):  # closed over unread bytes, a connection is reset, and now and then the answer with it
+        status, _, content = request(port, "POST", "/image", bytes(MAX_BYTES + 1))
+        assert status == 413 and "shrink it first" in json.loads(content)["error"]
+        assert request(port, "POST", "/image", bytes(2**20), origin="http://evil.example")[0] == 403
+
+
 @pytest.mark.parametrize(
     ("named", "host", "answers"),
     [

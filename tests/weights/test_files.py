@@ -206,10 +206,11 @@ from pathlib import Path
 import lightning_igpt.weights, huggingface_hub, safetensors.torch, numpy
 from lightning_igpt import load_pretrained
 def status(key): return 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-for path in sys.argv[1:]:
+for small, path in zip(sys.argv[1::2], sys.argv[2::2]):
     if os.fork():
         assert os.wait()[1] == 0
         continue
+    load_pretrained(small)  # a fork begins without the pages of the libraries: what they take is not the network's
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")
     loaded = load_pretrained(path)
@@ -223,10 +224,12 @@ for path in sys.argv[1:]:
 def test_loading_takes_little_more_memory_than_the_network(tmp_path):
     """The peak of a whole process for each format, mapped files included, against what planning says."""
     config = ImageGPTConfig(n_layer=12, n_head=4, n_embd=640, vocab_size=512, image_size=8)  # 239 MB in float32
-    network = random_network(config)
-    sources = [str(write(kind, tmp_path / kind, network, Palette.load("openai"))[0]) for kind in FORMATS]
+    network, palette = random_network(config), Palette.load("openai")
+    sources = []
+    for kind in FORMATS:
+        sources += [str(write(kind, tmp_path / "small" / kind, random_network(), Palette.load("gray:20"))[0])]
+        sources += [str(write(kind, tmp_path / "large" / kind, network, palette)[0])]
     size = 4 * sum(value.numel() for value in network.state_dict().values())
     measured = subprocess.run([sys.executable, "-c", MEASURE, *sources], capture_output=True, text=True, check=True)
     for kind, peak in zip(FORMATS, map(int, measured.stdout.split()), strict=True):
-        assert size < peak < 1.3 * size, kind
-        assert peak < loading_bytes(config) + 40e6, kind  # what the process itself allocates varies by some 20 MB
+        assert size < peak < loading_bytes(config) + 40e6, kind  # measured: 5 MB above it, now and then 10
