@@ -79,7 +79,7 @@ def test_choices_for_speed_are_told_once(tmp_path, caplog, monkeypatch):
         trainer.validate(trainer.lightning_module, loader(), verbose=False)
     reason = "this CPU has no AMX or AVX512-BF16"
     assert lines(caplog) == [
-        f"precision 32-true ({reason}), compile off (about 1 second of work), float32 products in full"
+        f"precision 32-true ({reason}), compile off (about 1 second of work at 0.1 TFLOP/s), float32 products in full"
     ]
 
 

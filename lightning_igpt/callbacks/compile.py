@@ -111,7 +111,7 @@ def decide(device_type: str, flops: float | None, missing: str | None) -> Decisi
     if flops is None:
         return Decision(False, "how long the run is, nobody says")
     seconds = flops / SPEED[device_type]
-    return Decision(seconds > PAYS_FROM[device_type], f"about {duration(seconds)} of work")
+    return Decision(seconds > PAYS_FROM[device_type], f"about {duration(seconds)} of work at {SPEED[device_type] / 1e12:g} TFLOP/s")
 
 
 def run_flops(trainer: Trainer, module: Any) -> float | None:

@@ -163,13 +163,13 @@ def test_it_rests_where_no_block_is_trained(tmp_path):
 
 
 def test_compiling_pays_in_long_runs():
-    assert decide("cpu", 3e14, None) == Decision(False, "about 50 minutes of work")
-    assert decide("cpu", 4e14, None) == Decision(True, "about 67 minutes of work")
-    assert decide("cuda", 4e16, None) == Decision(False, "about 7 minutes of work")
-    assert decide("cuda", 4e18, None) == Decision(True, "about 11 hours of work")
+    assert decide("cpu", 3e14, None) == Decision(False, "about 50 minutes of work at 0.1 TFLOP/s")
+    assert decide("cpu", 4e14, None) == Decision(True, "about 67 minutes of work at 0.1 TFLOP/s")
+    assert decide("cuda", 4e16, None) == Decision(False, "about 7 minutes of work at 100 TFLOP/s")
+    assert decide("cuda", 4e18, None) == Decision(True, "about 11 hours of work at 100 TFLOP/s")
     assert decide("cuda", 4e18, "triton is not installed") == Decision(False, "triton is not installed")
     assert not decide("cuda", None, None).compile and not decide("mps", 1e30, None).compile
-    assert str(decide("cpu", 3e14, None)) == "compile off (about 50 minutes of work)"
+    assert str(decide("cpu", 3e14, None)) == "compile off (about 50 minutes of work at 0.1 TFLOP/s)"
 
 
 def test_durations_in_words():
