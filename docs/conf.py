@@ -16,7 +16,7 @@ author = "The lightning_igpt developers"
 copyright = f"2026, {author}"
 release = version = __version__
 
-extensions = ["generated", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["generated", "dark_pictures", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "_ext", "_static"]
 html_theme = "furo"
 html_title = f"lightning_igpt {__version__}"

@@ -110,8 +110,9 @@ def decide(device_type: str, flops: float | None, missing: str | None) -> Decisi
         return Decision(False, missing)
     if flops is None:
         return Decision(False, "how long the run is, nobody says")
-    seconds = flops / SPEED[device_type]
-    return Decision(seconds > PAYS_FROM[device_type], f"about {duration(seconds)} of work at {SPEED[device_type] / 1e12:g} TFLOP/s")
+    speed = SPEED[device_type]
+    seconds = flops / speed
+    return Decision(seconds > PAYS_FROM[device_type], f"about {duration(seconds)} of work at {speed / 1e12:g} TFLOP/s")
 
 
 def run_flops(trainer: Trainer, module: Any) -> float | None:
