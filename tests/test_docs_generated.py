@@ -61,6 +61,7 @@ def test_every_verb_and_option_has_its_place(verb, made, cli):
             on_page |= shown(cli["trainer"])
         assert wanted <= on_page, (name, wanted - on_page)
     assert "Not documented" not in cli[verb]
+    assert {"--dry_run", "--trust"} <= shown(cli[verb]) or verb not in LIGHTNING_VERBS
 
 
 def test_classes_have_all_their_arguments(made, cli):

@@ -12,6 +12,7 @@ import jsonargparse
 
 from lightning_igpt import callbacks, data, modules
 from lightning_igpt.__main__ import LIGHTNING_VERBS, OWN_VERBS, main
+from lightning_igpt.commands.lightning_parser import EXTRA
 
 SUPPRESSED = "==SUPPRESS=="
 SHARED = "trainer."  # options that the verbs of Lightning share, and that have a page of their own
@@ -112,6 +113,13 @@ def options_of(parser, lightning=False):
     return found
 
 
+def taken_before(options):
+    """What Lightning's verbs take off their words before the parser sees them."""
+    parts = [(*entry.name.partition(" ")[::2], entry.text) for entry in EXTRA]
+    known = {option.names[0] for option in options}
+    return [Option((flag,), value, "", False, text) for flag, value, text in parts if flag not in known]
+
+
 def taken_apart(text):
     """Meaning, type, default and whether it is required, of a help text that ends in ``(type: int, default: 1)``."""
     end = re.search(r"\s*\(((?:required, |type: |default: ).*)\)$", text, re.DOTALL)
@@ -179,6 +187,7 @@ def verb_page(verb):
             lines += [f"## {verb} {name}", "", markdown(told or parser.description or ""), ""]
         options = options_of(parser, lightning)
         options = [option for option in options if not option.names[0].startswith(f"--{SHARED}")]
+        options += taken_before(options) if lightning else []
         given = [option.names[0] for option in options if option.positional]
         usage = " ".join(filter(None, ["lightning-igpt", verb, name, *given, "[options]"]))
         lines += ["```text", usage, "```", ""]
