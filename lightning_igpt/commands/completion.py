@@ -31,6 +31,18 @@ FUNCTIONS = {
     "zsh": "_lightning_igpt_{kind}() {{ _alternative '{kind}:{kind}:({words})' 'files:file:_files' }}",
     "fish": "function _lightning_igpt_{kind}; string split ' ' '{words}'; __fish_complete_path (commandline -ct); end",
 }
+PATHS = {
+    "files": {
+        "bash": "_shtab_compgen_files",
+        "zsh": "_files",
+        "fish": "(__fish_complete_path (commandline -ct))",
+    },
+    "folders": {
+        "bash": "_shtab_compgen_dirs",
+        "zsh": "_files -/",
+        "fish": "(__fish_complete_directories (commandline -ct))",
+    },
+}
 CALLS = {"bash": "_lightning_igpt_{kind}", "zsh": "_lightning_igpt_{kind}", "fish": "(_lightning_igpt_{kind})"}
 
 
@@ -80,12 +92,8 @@ def _complete(action: argparse.Action, takes: str | Sequence[str]) -> None:
         action.choices = list(takes)
     elif takes in ("recipes", "presets", "palettes", "devices"):
         action.complete = {shell: call.format(kind=takes) for shell, call in CALLS.items()}  # type: ignore[attr-defined]
-    elif takes == "files":
-        action.complete = {  # type: ignore[attr-defined]
-            "bash": "_shtab_compgen_files",
-            "zsh": "_files",
-            "fish": "(__fish_complete_path (commandline -ct))",
-        }
+    elif takes in PATHS:
+        action.complete = PATHS[takes]  # type: ignore[attr-defined]
 
 
 def run(words: Sequence[str]) -> int:

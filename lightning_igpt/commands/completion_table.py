@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jsonargparse import ArgumentParser, capture_parser
+from lightning.pytorch import callbacks as of_lightning
 
+from lightning_igpt import callbacks
 from lightning_igpt.commands.completion import TABLE
 from lightning_igpt.commands.help_text import VALUES, is_switch, leaves_of, plain, value_of
 from lightning_igpt.commands.parsers import VerbParser, subcommands, visible
@@ -24,9 +26,28 @@ SECTIONS: Mapping[str, tuple[type, ...]] = {
     "model": (PretrainModule, ProbeModule, FineTuneModule),
     "data": (PretrainDataModule, ProbeDataModule, FineTuneDataModule),
 }
-NAMES = {"config": "recipes", "name": "recipes", "network": "presets", "palette": "palettes", "device_kind": "devices"}
-FILES = {"WEIGHTS", "CHECKPOINT", "SOURCE", "PATH", "FILE", "FOLDER", "auto|PATH"}
-OWN_FLAGS = {"--dry_run": (None, "print what would run"), "--trust": ("", "a package that the recipe may name")}
+NAMES = {
+    "config": "recipes",
+    "name": "recipes",
+    "network": "presets",
+    "palette": "palettes",
+    "device_kind": "devices",
+    "device": ["auto", "cpu", "cuda", "mps"],
+    "accelerator": ["auto", "cpu", "gpu", "mps"],
+}
+FILES = {"WEIGHTS", "CHECKPOINT", "SOURCE", "PATH", "FILE", "auto|PATH"}
+CALLBACKS = sorted(
+    name
+    for name in {*callbacks.__all__, *of_lightning.__all__} - {"Callback"}
+    if isinstance(getattr(callbacks, name, getattr(of_lightning, name, None)), type)
+)
+FLAGS = {
+    "--dry_run": (None, "print what would run"),
+    "--trust": ("", "a package that the recipe may name"),
+    "--trainer.help": (None, "every option of the trainer explained"),
+    "--trainer.callbacks": (CALLBACKS, "class of a callback"),
+    "--trainer.callbacks.help": (CALLBACKS, "the options of a callback"),
+}
 
 
 def table(lightning: Mapping[str, str], own: Mapping[str, str]) -> dict[str, Any]:
@@ -39,7 +60,7 @@ def table(lightning: Mapping[str, str], own: Mapping[str, str]) -> dict[str, Any
     root = importlib.import_module("lightning_igpt.cli").parser()
     verbs = {name: _part(part, lightning[name]) for name, (part, _) in subcommands(root).items()}
     for part in verbs.values():
-        part["options"] = dict(sorted({**part["options"], **OWN_FLAGS, **_of_classes()}.items()))
+        part["options"] = dict(sorted({**part["options"], **FLAGS, **_of_classes()}.items()))
     verbs |= {name: _part(parser_of(name), text) for name, text in own.items()}
     return {"options": {"--help": (None, "show this help"), "--version": (None, "show the version")}, "verbs": verbs}
 
@@ -67,13 +88,16 @@ def _of_classes() -> dict[str, Any]:
     """The options of models and data modules, which are known once a class is."""
     found: dict[str, Any] = {}
     for section, kinds in SECTIONS.items():
-        found[f"--{section}"] = ([kind.__name__ for kind in kinds], f"class of the {section}")
+        names = [kind.__name__ for kind in kinds]
+        found[f"--{section}"] = (names, f"class of the {section}")
+        found[f"--{section}.help"] = (names, f"the options of a class of the {section}")
         for kind in kinds:
             parser = ArgumentParser()
             parser.add_class_arguments(kind, section, fail_untyped=False)
             for name, entry in _part(parser, "")["options"].items():
                 if name.startswith(f"--{section}."):
                     found.setdefault(name, entry)
+                    found.setdefault(name.replace(".", ".init_args.", 1), entry)
     return found
 
 
@@ -88,6 +112,8 @@ def _takes(action: argparse.Action) -> Any:
     words += [str(one) for one in action.choices or ()] + ["true", "false"] * (bool in leaves_of(kind))
     if words:
         return words
+    if VALUES.get(name) == "FOLDER" or (action.help or "").startswith("Folder"):
+        return "folders"
     return "files" if VALUES.get(name) in FILES or value_of(action) in FILES else ""
 
 

@@ -31,6 +31,10 @@ LINES = {
     "launch slurm --nod": {"--nodes"},
     "score --pretrained my": {"my.ckpt"},
     "palette fit ph": {"photos"},
+    "report ": {"photos"},
+    "fit --data.init_args.so": {"--data.init_args.source", "--data.init_args.source_weights"},
+    "fit --trainer.callbacks Comp": {"CompileBlocks", "CompletionGrid"},
+    "complete --device c": {"cpu", "cuda"},
 }
 BASH = """
 tab() {
