@@ -179,7 +179,7 @@ def _unknown(parser: argparse.ArgumentParser, message: str, see: str) -> str | N
     if found := re.match(r"ambiguous option: (\S+) could match (.*)", message, re.DOTALL):
         names = [name for name in re.findall(r"--[\w.+-]+", found[2]) if name != "--print_shtab"]  # jsonargparse's own
         if len(names) == 1:
-            return there_is_no("option", found[1], names, see)
+            return f"{found[1]} is short for {names[0]}; write it out. {see}"
         return f"{found[1]} is short for several options: {', '.join(names)}; write out the one meant. {see}"
     if found := re.search(r"invalid choice: '(.*?)' \(choose from", message):
         verbs = list(subcommands(parser))

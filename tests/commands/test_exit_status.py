@@ -100,7 +100,7 @@ def test_something_wrong_is_1_and_one_line(verb):
             ["fit", "--trainer.callbacks+=CompletionGrid", "--trainer.callbacks.n_samples", "x"],
             "fit: --trainer.callbacks.n_samples is 'x'; it must be a whole number. See",
         ),
-        (["fit", "--print"], "there is no option '--print'; did you mean '--print_config'? See"),
+        (["fit", "--print"], "--print is short for --print_config; write it out. See"),
         (["fit", "--trainer.log", "x"], "--trainer.log is short for several options: --trainer.log"),
         (["score", "--images", "digits"], "score: --pretrained is missing. See lightning-igpt score --help"),
         (["score"], "score: --pretrained and --images are missing. See"),
