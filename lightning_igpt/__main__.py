@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from lightning_igpt import __version__
@@ -96,7 +98,8 @@ def _interrupted(words: Sequence[str]) -> int:
 
 
 def usage() -> str:
-    """The text of ``--help``."""
+    """The text of ``--help``, as wide as the terminal, or as the variable COLUMNS says."""
+    width = max(50, shutil.get_terminal_size().columns)
     rows = [f"lightning-igpt {__version__}: Image GPT for PyTorch Lightning and Hugging Face datasets", ""]
     rows += ["usage: lightning-igpt VERB [options]        lightning-igpt VERB --help", ""]
     rows += ["Lightning's verbs, driven by a recipe (--config FILE or the name of a shipped recipe):"]
@@ -104,7 +107,13 @@ def usage() -> str:
     rows += ["", "Our verbs:"]
     rows += [f"  {verb:<12}{text}" for verb, text in OWN_VERBS.items()]
     rows += ["", "Start with: lightning-igpt quickstart"]
-    return "\n".join(rows)
+    return "\n".join(line for row in rows for line in _wrapped(row, width))
+
+
+def _wrapped(row: str, width: int) -> list[str]:
+    """A row in lines; what a verb does goes on below where it begins."""
+    indent = " " * 14 if row.startswith("  ") else ""
+    return textwrap.wrap(row, width, subsequent_indent=indent, drop_whitespace=True) or [""]
 
 
 if __name__ == "__main__":

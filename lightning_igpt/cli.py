@@ -21,7 +21,7 @@ from lightning_igpt import callbacks, data, modules
 from lightning_igpt.callbacks.disk_check import check_folder
 from lightning_igpt.checkpointing import check_resumable, find_checkpoint, standing
 from lightning_igpt.commands import dry_run, recipes
-from lightning_igpt.commands.arguments import one_line_errors
+from lightning_igpt.commands.arguments import check_seed, one_line_errors
 from lightning_igpt.commands.lightning_parser import (
     TRUSTED,
     LightningVerbParser,
@@ -29,7 +29,9 @@ from lightning_igpt.commands.lightning_parser import (
     without_flags,
     without_trust,
 )
+from lightning_igpt.commands.places import check_places
 from lightning_igpt.commands.predictions import write_predictions
+from lightning_igpt.commands.trainer_names import check_names
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.modules.deferred import never_drawn
 from lightning_igpt.strategies import choose_strategy
@@ -67,9 +69,15 @@ class IGPTCLI(LightningCLI):
         Here the modules compare themselves with the checkpoint when it is loaded, and say what differs.
         """
 
+    def _set_seed(self) -> None:
+        """Seed everything, once the seed is known to be one."""
+        check_seed("seed_everything", self._get(self.config, "seed_everything"))
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         """Let a network be made without weights where no process will hold all of them."""
         options = self.config[self.subcommand]
+        check_names(options["trainer"])
         init_args = options["model"].get("init_args", {})
         if "defer_init" in init_args and not init_args.get("pretrained") and will_shard(options):
             init_args["defer_init"] = True
@@ -116,9 +124,9 @@ class IGPTCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find the checkpoint to go on from, or tell that it is not there, before anything is set up."""
-        options, root = self.config_init["fit"], str(self.trainer.default_root_dir)
-        if "://" not in root and not getattr(self.trainer, "fast_dev_run", False):
-            self.check_folder(Path(root))
+        options, root = self.config_init["fit"], self._place()
+        if root is not None:
+            self.check_folder(root)
         path, resume = options.get("ckpt_path"), options.get("resume")
         if resume and path:
             raise ValueError(
@@ -129,6 +137,14 @@ class IGPTCLI(LightningCLI):
             self.trainer.callbacks.append(callbacks.SameCheckpoint(options["ckpt_path"]))  # type: ignore[attr-defined]
         elif path and path not in CHECKPOINT_WORDS and "://" not in path and not Path(standing(path)).exists():
             raise FileNotFoundError(f"ckpt_path {path} is no file; it names the checkpoint of a run to continue")
+
+    def _place(self) -> Path | None:
+        """Where a run saves, once it is known that it can; None where it does not, or not in this file system."""
+        root = str(self.trainer.default_root_dir)
+        if "://" in root or getattr(self.trainer, "fast_dev_run", False):
+            return None
+        check_places([root])
+        return Path(root)
 
     def check_folder(self, folder: Path) -> None:
         """Raise OSError where nothing can be saved in a folder; makes it where it does not exist."""
@@ -169,6 +185,7 @@ class IGPTCLI(LightningCLI):
             rank_zero_info(f"wrote {written}")
 
     def _need_weights(self) -> None:
+        self._place()
         options = self.config[self.subcommand]
         given, cure = options.get("ckpt_path"), "pass --ckpt_path with the checkpoint of a run"
         if options["model"]["class_path"].endswith("PretrainModule"):  # classifiers are in checkpoints alone
@@ -184,6 +201,7 @@ class _DryRun(IGPTCLI):
     """Tells what would run, and runs nothing."""
 
     def before_instantiate_classes(self) -> None:
+        check_names(self.config[self.subcommand]["trainer"])
         init_args = self.config[self.subcommand]["model"].get("init_args", {})
         if "defer_init" in init_args and not init_args.get("pretrained"):
             init_args["defer_init"] = True  # a network of any size, without its weights

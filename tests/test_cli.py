@@ -116,7 +116,8 @@ class TestVerbs:
         assert "digits_tiny_pretrain" in out
 
     @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
-    def test_help_lists_both_families(self, words, capsys):
+    def test_help_lists_both_families(self, words, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "120")
         assert main(words) == 0
         lines = capsys.readouterr().out.splitlines()
         for verb, text in (LIGHTNING_VERBS | OWN_VERBS).items():
@@ -248,8 +249,8 @@ class TestErrors:
             ("model.init_args.network", "igpt_z", "there is no preset 'igpt_z'; did you mean"),
             ("data.init_args.batch_size", "0", "batch_size is 0; it must be at least 1"),
             ("data.init_args.source", "nowhere", "no file or folder of that name is here"),
-            ("trainer.precision", "int8", "trainer: Precision 'int8' is invalid"),
-            ("trainer.strategy", "quick", "trainer: You selected an invalid strategy name"),
+            ("trainer.precision", "int8", "trainer.precision: there is no precision 'int8'"),
+            ("trainer.strategy", "quick", "trainer.strategy: there is no strategy 'quick'"),
         ],
     )
     def test_a_users_mistake_is_told_in_one_line(self, flag, value, told, tmp_path):

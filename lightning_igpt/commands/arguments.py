@@ -18,6 +18,7 @@ from omegaconf.errors import InterpolationResolutionError
 from lightning_igpt.commands.parsers import VerbParser
 
 BOOLEANS = ("true", "false", "null")  # what may follow a switch as its value
+SEEDS = 2**32  # NumPy's generators take no seed from there on, and none below 0
 TRACEBACK = "LIGHTNING_IGPT_TRACEBACK"  # set to anything to see where an error came from
 
 
@@ -51,7 +52,7 @@ def run_function(
         words = [words[0], *_spelled_out(function[words[0]], words[1:])]
     options: dict[str, Any] = {"prog": prog, "description": about, "parser_class": VerbParser}
     with one_line_errors(prog):
-        jsonargparse.auto_cli(function, args=list(words), as_positional=positional, **options)
+        jsonargparse.auto_cli(_with_seed(function), args=list(words), as_positional=positional, **options)
     return 0
 
 
@@ -100,6 +101,35 @@ def _with_config(function: Callable[..., Any], words: Sequence[str]) -> Callable
         return function(**options | {"config": given[-1] if given else None})
 
     return call
+
+
+def _with_seed(function: Any) -> Any:
+    """The function, or each of several, which looks at its argument ``seed`` before anything else is done."""
+    if isinstance(function, dict):
+        return {name: _with_seed(one) for name, one in function.items()}
+    if "seed" not in inspect.signature(function).parameters:
+        return function
+
+    @functools.wraps(function)
+    def call(*given: Any, **options: Any) -> Any:
+        check_seed("seed", options.get("seed"))
+        return function(*given, **options)
+
+    return call
+
+
+def check_seed(name: str, seed: Any) -> None:
+    """Insist that a seed can be one.
+
+    Args:
+        name: The option's.
+        seed: A number; anything else is no seed, and left alone.
+
+    Raises:
+        ValueError: It is below 0 or too large.
+    """
+    if isinstance(seed, int) and not 0 <= seed < SEEDS:
+        raise ValueError(f"{name} is {seed}; it must be from 0 to {SEEDS - 1}")
 
 
 def _spelled_out(function: Callable[..., Any], words: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from lightning_igpt.callbacks import captions, completion_rows
 from lightning_igpt.callbacks.completions import HIDDEN
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.images import read_images
+from lightning_igpt.commands.places import check_folder
 from lightning_igpt.decoding import Precision
 from lightning_igpt.images import BadImageError, decode
 from lightning_igpt.model import ImageGPT
@@ -45,7 +46,7 @@ def complete(
     Args:
         pretrained: The network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint.
         images: An image file, a folder of images, Parquet, a hub id, or digits.
-        out: Folder for completions.png and one PNG per sample.
+        out: Folder for completions.png and one PNG per sample. Missing folders are made.
         n_images: How many images, from the first on.
         n_samples: Completions of each.
         keep_rows: Rows of pixels that the network is given; default half of them.
@@ -61,6 +62,7 @@ def complete(
         split: Split of a data set; default test, else validation, else train.
         device: cpu, cuda, mps, or auto.
     """
+    check_folder(out, "--out")
     if mask is not None and (keep_rows, top_k, top_p) != (None, None, None):
         raise ValueError(
             "mask says what is kept, and inpainting knows no top_k and top_p; drop keep_rows, top_k and top_p"

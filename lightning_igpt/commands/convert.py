@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lightning_igpt.checkpointing import consolidate_checkpoint, standing
 from lightning_igpt.commands.arguments import run_function
+from lightning_igpt.commands.places import check_file, check_folder
 from lightning_igpt.planning import parameter_count
 from lightning_igpt.weights import Pretrained, load_pretrained, native, openai, save_pretrained
 from lightning_igpt.weights.check import check_logits, compare_with_transformers
@@ -33,7 +34,7 @@ def convert(
         source: A .ckpt file, or the folder that a sharded run saves in its place; a run folder, a Hugging Face folder
             or hub id (owner/name or owner/name@revision), an OpenAI checkpoint, or an .npz or .safetensors file that
             this command wrote.
-        out: Where to: a folder for hf, else a file.
+        out: Where to: a folder for hf, else a file. Missing folders are made.
         to: hf is the layout of transformers' ImageGPT, with palette and model card; the classifier of a fine-tuned
             network becomes an ImageGPTForImageClassification. openai-npz is one file of OpenAI's variables for NumPy,
             with the palette. safetensors is one file under this package's own names, config in its header. lightning
@@ -47,6 +48,10 @@ def convert(
     out = str(Path(out).expanduser())
     card = {"title": title, "data": data, "license": license}
     _check_out(out, to)
+    if to == "hf":
+        check_folder(out, "OUT")
+    else:
+        check_file(out, "OUT", f"weights{SUFFIXES[to]}")
     if to == "lightning":
         _check_whole(source, {"image_size": image_size, **card})
     loaded = load_pretrained(source, image_size=image_size)

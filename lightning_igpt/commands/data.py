@@ -27,6 +27,7 @@ from lightning_igpt.commands.data_report import (
     training_lines,
 )
 from lightning_igpt.commands.parsers import VerbParser
+from lightning_igpt.commands.places import check_file
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.data.base import ImageDataModule
@@ -176,7 +177,8 @@ def show_parser() -> VerbParser:
     show.add_argument("--config", "-c", help="A recipe, by file or name, whose data, palette and image size to take.")
     show.add_argument("--image_size", type=int | None, help="Side of the square images. Default: the recipe's, or 32.")
     show.add_argument("--palette", type=str | None, help="Palette. Default: the recipe's, or openai.")
-    show.add_argument("--out", type=str, default="data.png", help="The contact sheet to write.")
+    sheet = "The contact sheet to write. Missing folders are made."
+    show.add_argument("--out", type=str, default="data.png", help=sheet)
     show.add_argument("--limit", type=int, default=1000, help="Images to open per split, evenly spread; 0 means all.")
     show.add_argument("--n_images", type=int, default=8, help="Rows of the contact sheet.")
     about = "A data module, such as ProbeDataModule, and by --data.NAME its options; they win over the recipe's."
@@ -222,6 +224,7 @@ def run(words: Sequence[str]) -> int:
     """Entry point of the verb."""
     with one_line_errors("lightning-igpt data"):
         options, recipe = parse(words)
+        check_file(options.out, "--out", "data.png")
         data, colors = open_data(options, recipe)
         show(data, colors, out=options.out, limit=options.limit, n_images=options.n_images)
     return 0

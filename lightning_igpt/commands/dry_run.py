@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_igpt.callbacks import Recompute
+from lightning_igpt.commands.places import check_places
 from lightning_igpt.commands.plan import decide
 from lightning_igpt.commands.plan_facts import facts
 from lightning_igpt.commands.plan_recipe import Recipe
@@ -47,18 +48,6 @@ def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | 
     places = [str(one.log_dir) for one in trainer.loggers if getattr(one, "log_dir", None)]
     check_places([*places, trainer.default_root_dir])
     return list(_lines(verb, trainer, model, data, checkpoint, places))
-
-
-def check_places(places: Sequence[str | Path]) -> None:
-    """Raise where a file is in the way of a folder to be made.
-
-    Raises:
-        NotADirectoryError: It names the file.
-    """
-    for place in map(Path, places):
-        there = next((one for one in (place, *place.parents) if one.exists()), None)
-        if there is not None and not there.is_dir():
-            raise NotADirectoryError(f"nothing can be saved in {place}: {there} is a file; name another folder")
 
 
 def _lines(

@@ -26,6 +26,7 @@ from lightning_igpt.commands.figures_draw import (
 )
 from lightning_igpt.commands.figures_runs import run_figures
 from lightning_igpt.commands.images import read_originals
+from lightning_igpt.commands.places import check_folder
 from lightning_igpt.commands.score import check_finite
 from lightning_igpt.data.bad_images import OnBadImage
 from lightning_igpt.images import resize_center_crop
@@ -60,7 +61,7 @@ def figures(
     --pretrained also completions and surprise, the latter not of BERT networks; with --runs curves and layers.
 
     Args:
-        out: Folder for the PNG files; those of the same name are replaced.
+        out: Folder for the PNG files; those of the same name are replaced. Missing folders are made.
         pretrained: The network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint.
         images: An image file, a folder of images, Parquet, a hub id, or digits. Default: the two photographs that come
             with scikit-learn.
@@ -75,6 +76,7 @@ def figures(
         device: cpu, cuda, mps, or auto.
         on_bad_image: What to do with an image that cannot be read: error stops; skip names it and goes on.
     """
+    check_folder(out, "--out")
     names = wanted(only, has_network=pretrained is not None, has_runs=runs is not None)
     if n_images < 1:
         raise ValueError(f"asked for {n_images} images; it takes 1 at least")

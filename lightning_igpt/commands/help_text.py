@@ -74,7 +74,7 @@ def layout(usage: str, description: str, sections: Sequence[Section], examples: 
         usage: How to call it.
         description: What it does.
         sections: In order; those without entries and text are left out.
-        examples: Whole command lines, which are never broken.
+        examples: Whole command lines; a long one goes on after a backslash, as shells read it.
         width: Columns.
     """
     called = f"usage: {usage}" if usage else ""
@@ -85,7 +85,7 @@ def layout(usage: str, description: str, sections: Sequence[Section], examples: 
             lines += ["", f"{heading}:"]
             lines += [line for entry in entries for line in _entry(entry, width)]
             lines += _paragraph(text, width)
-    lines += ["", "examples:", *(f"  {example}" for example in examples)] if examples else []
+    lines += ["", "examples:", *(line for one in examples for line in _command(one, width))] if examples else []
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
@@ -178,6 +178,15 @@ def _entry(entry: Entry, width: int) -> list[str]:
     if len(name) + 2 <= MARGIN:
         return [f"{name:<{MARGIN}}{lines[0]}".rstrip(), *(" " * MARGIN + line for line in lines[1:])]
     return [name, *(" " * MARGIN + line for line in lines if line)]
+
+
+def _command(line: str, width: int) -> list[str]:
+    wide = f"  {line}"
+    if len(wide) <= width:
+        return [wide]
+    options = {"break_on_hyphens": False, "break_long_words": False}
+    lines = textwrap.wrap(wide, width - 2, subsequent_indent=" " * 6, **options)  # type: ignore[arg-type]
+    return [f"{part} \\" for part in lines[:-1]] + lines[-1:]
 
 
 def _paragraph(text: str, width: int) -> list[str]:

@@ -28,6 +28,7 @@ from lightning_igpt.commands.launch_script import (
     whole_commands,
 )
 from lightning_igpt.commands.parsers import VerbParser
+from lightning_igpt.commands.places import check_file
 
 PROGRAM = "lightning-igpt"
 LATEST_SIGNAL = 65535  # seconds, SLURM's limit
@@ -78,7 +79,7 @@ def slurm(
             validation must fit in.
         setup: Shell commands to run first, such as "module load cuda; source venv/bin/activate".
         container: Image that Apptainer runs the program in; the recipe must be visible there.
-        out: File to write. Default: the script is printed.
+        out: File to write. Missing folders are made. Default: the script is printed.
         overwrite: Replace a file that is there already.
         submit: Hand the script to sbatch, which must be on this machine.
         options: Further options of fit.
@@ -86,8 +87,11 @@ def slurm(
     Raises:
         FileExistsError: The file to write is there.
         FileNotFoundError: There is no such recipe, or no sbatch to submit to.
+        OSError: The file cannot be written.
         ValueError: A value cannot be written into the script, or the images of a step cannot be shared by the devices.
     """
+    if out is not None:
+        check_file(out, "--out", "job.sh")
     recipe = _recipe(config, options)
     name = re.sub(r"[^\w.+-]", "-", Path(config).stem, flags=re.ASCII) if job_name is None else job_name
     if not NAME.fullmatch(name):

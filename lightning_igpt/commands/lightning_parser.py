@@ -21,7 +21,7 @@ from lightning_igpt.trainer import make_trainer
 # What a recipe may name as a class. Any other name is refused before its module is imported, which would run its code.
 TRUSTED = ("lightning", "lightning_igpt", "torch.optim", "torchmetrics")
 ALL_OF_TRAINER = "--trainer.help"  # a word of the command line, not an option that a recipe could have
-DRY_RUN = ("--dry_run", "--dry-run")
+DRY_RUN, TRUST = "--dry_run", "--trust"
 OWN = frozenset(f"trainer.{name}" for name in inspect.signature(make_trainer).parameters if name != "kwargs")
 FIRST = {"trainer.default_root_dir", "trainer.accumulate_grad_batches", "trainer.num_nodes", "trainer.logger"}
 ABOUT = {
@@ -43,7 +43,7 @@ TEXTS = {
     ),
     "ckpt_path": CHECKPOINT,
     "seed_everything": Entry(
-        "--seed_everything N", "Of weights, order and draws; true takes a random one. Default: 0."
+        "--seed_everything N", "Of weights, order and draws, from 0 to 4294967295; true takes a random one. Default: 0."
     ),
 }
 GO_ON = Entry("--ckpt_path CHECKPOINT", "Checkpoint of this run to go on from; --resume auto finds the newest.")
@@ -66,6 +66,7 @@ class LightningVerbParser(VerbParser, LightningArgumentParser):
     """LightningCLI's parser, with this package's help and errors."""
 
     whole = False  # explain every option of Trainer
+    beside = (DRY_RUN, TRUST)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """As every verb does; and tell what to do about a class that a recipe may not name.
@@ -135,8 +136,15 @@ def without_flags(words: Sequence[str]) -> tuple[list[str], bool, bool]:
 
     Both are for the command line only; ``--trainer.help`` becomes ``--help``.
     """
-    rest = ["--help" if word == ALL_OF_TRAINER else word for word in words if word not in DRY_RUN]
-    return rest, len(rest) < len(words), ALL_OF_TRAINER in words
+    dry = [word for word in words if _means(word.partition("=")[0], DRY_RUN, least="--dr")]
+    rest = ["--help" if word == ALL_OF_TRAINER else word for word in words if word not in dry]
+    return rest, any(not word.lower().endswith("=false") for word in dry), ALL_OF_TRAINER in words
+
+
+def _means(word: str, option: str, *, least: str) -> bool:
+    """Whether a word is an option of two dashes, or its beginning, ``least`` being the shortest that means no other."""
+    plain = f"--{word[2:].replace('-', '_')}"
+    return word.startswith(least) and option.startswith(plain)
 
 
 def without_trust(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -152,7 +160,7 @@ def without_trust(words: Sequence[str]) -> tuple[list[str], list[str]]:
     remaining = iter(words)
     for word in remaining:
         flag, equals, value = word.partition("=")
-        if flag != "--trust":
+        if not _means(flag, TRUST, least="--tru"):
             rest.append(word)
             continue
         name = value if equals else next(remaining, "")

@@ -19,6 +19,7 @@ from lightning_igpt import __version__
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.lowdata_measure import Parts, Reader, Result, draw_subsets, measure, open_parts
+from lightning_igpt.commands.places import check_folder
 from lightning_igpt.commands.report_paper import LOW_DATA, LOW_DATA_PROTOCOL
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import ProbeDataModule
@@ -55,7 +56,7 @@ def lowdata(
     Args:
         pretrained: The network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint.
         source: Labelled images with a test split: a folder, Parquet, a hub id, or digits.
-        out: Folder for lowdata.csv and lowdata.json.
+        out: Folder for lowdata.csv and lowdata.json. Missing folders are made.
         labels_per_class: Budgets, one or more, such as --labels_per_class 4 25 400.
         n_subsets: Random subsets per budget. Subset i of a smaller budget is part of subset i of a larger one.
         layer: The layer whose features are classified: 0 is the input of the first block, n_layer the final norm.
@@ -75,6 +76,7 @@ def lowdata(
         train_split: Split to draw from. Default: train.
         test_split: Split to test on. Default: test.
     """
+    check_folder(out, "--out")
     budgets = check_numbers(labels_per_class, n_subsets, c)
     loaded = load_pretrained(pretrained)
     chosen, asked = pick_layers(loaded.config, layer, layers)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from lightning_igpt.commands.arguments import run_function
+from lightning_igpt.commands.places import check_file
 from lightning_igpt.data.sources import Source, open_source
 from lightning_igpt.images import BadImageError, decode
 from lightning_igpt.kmeans import fit_palette
@@ -37,7 +38,7 @@ def fit(
 
     Args:
         source: A folder of images, Parquet, a hub id, or digits.
-        out: The .npy file to write; name it as ``palette`` in a recipe.
+        out: The .npy file to write; name it as ``palette`` in a recipe. Missing folders are made.
         n_colors: Colours of the palette, which become the network's vocab_size.
         seed: Decides the start of k-means.
         split: Split of a data set.
@@ -49,6 +50,7 @@ def fit(
     if path.suffix != ".npy":
         raise ValueError(f"out is {out}; a palette is saved as a .npy file")
     for file in (path, picture):
+        check_file(file, "OUT", path.name)
         if file.exists() and not overwrite:
             raise FileExistsError(f"{file} exists; pass --overwrite true to replace it")
     if limit is not None and limit < 1:
@@ -76,8 +78,9 @@ def show(palette: str = "openai", out: str = "palette.png") -> None:
 
     Args:
         palette: openai, gray:K, a .npy file, a Hugging Face folder or a hub id.
-        out: The PNG file to write.
+        out: The PNG file to write. Missing folders are made.
     """
+    check_file(out, "--out", "palette.png")
     loaded = Palette.load(palette)
     save_png(swatch(loaded.rgb), out)
     print(f"K {len(loaded)}, sha256 {loaded.sha256}")

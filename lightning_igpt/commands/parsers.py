@@ -10,7 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -34,6 +34,7 @@ class VerbParser(ArgumentParser):  # type: ignore[misc]
     """jsonargparse's, with help that can be read and errors of one line."""
 
     required_dests: frozenset[str] = frozenset()
+    beside: tuple[str, ...] = ()  # options that are taken from the command line before it is parsed
 
     def parse_args(self, *args: Any, **options: Any) -> Any:
         """Remember what must be given: jsonargparse takes the marks away while it parses, and prints help then."""
@@ -155,8 +156,10 @@ def mistake(parser: argparse.ArgumentParser, message: str) -> str:
         message: Theirs.
     """
     see = f"See {words_of(parser)} --help"
-    found = _unknown(parser, message, see) or _missing(parser, message, see) or _wrong_value(parser, message, see)
-    return found or f"{' '.join(message.split())}. {see}"
+    for kind in (_wrong_inside, _unknown, _missing, _wrong_value):
+        if found := kind(parser, message, see):
+            return found
+    return f"{' '.join(message.split())}. {see}"
 
 
 def verb_meant(parser: Any, message: str) -> Any:
@@ -171,7 +174,13 @@ def _unknown(parser: argparse.ArgumentParser, message: str, see: str) -> str | N
         option = next((word for word in given if word.startswith("-")), None)
         if option is None:
             return f"{' '.join(given)!r} is one word too many. {see}"
-        return there_is_no("option", option.partition("=")[0], options_of(parser), see)
+        known = [*options_of(parser), *getattr(parser, "beside", ())]
+        return there_is_no("option", option.partition("=")[0], known, see)
+    if found := re.match(r"ambiguous option: (\S+) could match (.*)", message, re.DOTALL):
+        names = [name for name in re.findall(r"--[\w.+-]+", found[2]) if name != "--print_shtab"]  # jsonargparse's own
+        if len(names) == 1:
+            return f"{found[1]} is short for {names[0]}; write it out. {see}"
+        return f"{found[1]} is short for several options: {', '.join(names)}; write out the one meant. {see}"
     if found := re.search(r"invalid choice: '(.*?)' \(choose from", message):
         verbs = list(subcommands(parser))
         if verbs:
@@ -215,16 +224,46 @@ def _wrong_value(parser: argparse.ArgumentParser, message: str, see: str) -> str
     value = re.search(r"(?:Got value|Given value): (.*)", message)
     if action is None or value is None:
         return None
-    leaves = list(leaves_of(getattr(action, "_typehint", None)))
+    wanted = _wanted(getattr(action, "_typehint", None))
+    return wanted and f"{_shown(action, key).split(' ')[0]} is {value[1]!r}; it must be {wanted}. {see}"
+
+
+def _wrong_inside(parser: argparse.ArgumentParser, message: str, see: str) -> str | None:
+    """Of a plain option of a class; None where a class lies in a class, and all that jsonargparse says is needed."""
+    found = re.search(
+        r"Problem with given class_path '([\w.]+)':\s+Parser key \"(\w+)\":.*?(?:Got value|Given value): ([^\n]*)",
+        message,
+        re.DOTALL,
+    )
+    if found is None or message.count("Parser key") != 2:
+        return None
+    key, name = _key(message), found[1].rsplit(".", 1)[-1]
+    wanted = _wanted(_hint_of(_class(parser, key, name), found[2]))
+    more = f"{see.removesuffix(' --help')} --{key}.help {name}"
+    return wanted and f"--{key}.{found[2]} is {found[3]!r}; it must be {wanted}. {more}"
+
+
+def _hint_of(kind: type | None, name: str) -> Any:
+    """The type of a parameter of a class or of its bases; None where it cannot be known."""
+    for base in kind.__mro__ if kind is not None else ():
+        try:
+            hints = get_type_hints(base.__dict__.get("__init__"))
+        except (NameError, TypeError):  # a name that is there for type checkers only, or no method at all
+            continue
+        if name in hints:
+            return hints[name]
+    return None
+
+
+def _wanted(hint: Any) -> str | None:
+    """What a plain type takes, in words; None for one that takes more than words, numbers and true or false."""
+    leaves = list(leaves_of(hint))
     if any(isinstance(one, type) and one not in (int, float, bool, str, list, tuple) for one in leaves):
         return None
-    shown = _shown(action, key).split(" ")[0]
     words = [str(one) for one in leaves if not isinstance(one, type)]
     kinds = {int: "a whole number", float: "a number", bool: "true or false"}
     wanted = words + [text for kind, text in kinds.items() if kind in leaves and not (kind is int and float in leaves)]
-    if not wanted:
-        return None
-    return f"{shown} is {value[1]!r}; it must be {' or '.join(_comma(wanted))}. {see}"
+    return " or ".join(_comma(wanted)) if wanted else None
 
 
 def _comma(words: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_igpt.commands.arguments import run_function
+from lightning_igpt.commands.places import check_file
 from lightning_igpt.commands.plan_cpu import measured_cpu
 from lightning_igpt.commands.plan_facts import Plan, facts
 from lightning_igpt.commands.plan_recipe import PRECISIONS, Recipe, read_recipe
@@ -60,8 +61,10 @@ def plan(
         compile: Show memory for compiled blocks.
         mfu: Share of the device's peak that training reaches, such as 0.45; default by the network's size.
         format: text, or json: one object.
-        sweep: A PNG file to write: cost against size and resolution.
+        sweep: A PNG file to write: cost against size and resolution. Missing folders are made.
     """
+    if sweep is not None:
+        check_file(sweep, "--sweep", "cost.png")
     told: dict[str, Any] = {
         "network": network,
         "objective": objective,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_igpt import __version__
 from lightning_igpt.commands.arguments import run_function
-from lightning_igpt.commands.dry_run import check_places
+from lightning_igpt.commands.places import check_folder
 from lightning_igpt.commands.quickstart_plan import BATCH_SIZE, planned
 from lightning_igpt.commands.quickstart_report import Pictures, draw_pictures, save_completions, write_report
 from lightning_igpt.config import PRESETS
@@ -62,7 +62,7 @@ def quickstart(
     """Pretrain a small network on 8 x 8 digits, complete, probe and fine-tune it, and write report.html.
 
     Args:
-        out: Folder for the report, its pictures, the checkpoints and the TensorBoard logs.
+        out: Folder for the report, its pictures, the checkpoints and the TensorBoard logs. Missing folders are made.
         steps: Optimiser steps of pretraining.
         epochs: Passes over the labelled digits in fine-tuning.
         seed: Of weights, order and samples.
@@ -73,7 +73,7 @@ def quickstart(
     for name, value in (("steps", steps), ("epochs", epochs), ("threads", 1 if threads is None else threads)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    check_places([out])
+    check_folder(out, "--out")
     if dry_run:
         print(*planned(NETWORK, steps, epochs, out), sep="\n")
         return

@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_igpt.commands.arguments import run_function
+from lightning_igpt.commands.places import check_file
 from lightning_igpt.spelling import there_is_no
 
 PACKAGE = Path(__file__).parents[1]
@@ -81,11 +82,12 @@ def copy(name: str, to: str = ".", overwrite: bool = False) -> None:
 
     Args:
         name: The recipe's name.
-        to: A folder, or the new file's path.
+        to: A folder, or the new file's path. Missing folders are made.
         overwrite: Replace a file that is there already.
     """
     target = Path(to)
     target = target / f"{find(name).stem}.yaml" if target.is_dir() or not target.suffix else target
+    check_file(target, "--to", "recipe.yaml")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; pass --overwrite true to replace it")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from lightning_igpt import __version__
 from lightning_igpt import report as page
 from lightning_igpt.commands.arguments import run_function
+from lightning_igpt.commands.places import check_file
 from lightning_igpt.commands.report_curves import Curve
 from lightning_igpt.commands.report_paper import Comparison, comparisons, percent
 from lightning_igpt.commands.report_record import told
@@ -36,8 +37,9 @@ def report(runs: list[str], out: str = "report.html") -> None:
 
     Args:
         runs: Folders, one or more: of single runs, or with runs anywhere below them.
-        out: The page to write. It is one file that fetches nothing.
+        out: The page to write. It is one file that fetches nothing. Missing folders are made.
     """
+    check_file(out, "--out", "report.html")
     if not runs:
         raise ValueError("name the folders of one or more runs")
     found = {run.folder.resolve(): run for given in runs for run in read_runs(Path(given))}.values()

@@ -16,6 +16,7 @@ from lightning_igpt import sampling
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.images import read_images
+from lightning_igpt.commands.places import check_file
 from lightning_igpt.data.bad_images import OnBadImage
 from lightning_igpt.objectives import nats_to_bits
 from lightning_igpt.palette import Palette
@@ -44,7 +45,7 @@ def score(
             checkpoint. On ILSVRC validation images at 32 x 32 the released S, M and L have 2.0895, 2.0614 and 2.0466
             nats per pixel, says OpenAI's README.
         images: An image file, a folder of images, Parquet, a hub id, or digits.
-        out: The CSV file, most surprising image first.
+        out: The CSV file, most surprising image first. Missing folders are made.
         pictures: How many of the most surprising images to draw beside their heat maps, in a PNG file next to the CSV
             file, scores_surprise.png for scores.csv; 0 draws none.
         limit: How many images, from the first on; default all.
@@ -58,9 +59,10 @@ def score(
     if pictures < 0:
         raise ValueError(f"pictures is {pictures}; it must be at least 0, which draws none")
     path = Path(out)
-    if path.is_dir():
-        raise ValueError(f"{out} is a folder; --out wants the name of a CSV file, such as {path / 'scores.csv'}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = path.with_name(f"{path.stem}_surprise.png")
+    check_file(path, "--out", "scores.csv")
+    if pictures:
+        check_file(drawn, "--out", "scores.csv")
     loaded = load_pretrained(pretrained)
     print(loaded.origin)
     sampling.check_has_likelihood(loaded.network)
@@ -71,12 +73,12 @@ def score(
     per_image = nats.mean(1, dtype=torch.float64)
     check_finite(per_image, names)
     ranked = [(names[index], per_image[index].item()) for index in ranking(per_image)]
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(ranked, path)
     print(summary(per_image, math.log(loaded.config.vocab_size)))
     print("\n".join(ranked_list(ranked)))
     print(f"wrote {path}")
     if pictures:
-        drawn = path.with_name(f"{path.stem}_surprise.png")
         save_png(surprise_sheet(tokens, nats, names, loaded.palette, pictures=pictures), drawn)
         print(f"wrote {drawn}")
 

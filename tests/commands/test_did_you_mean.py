@@ -1,8 +1,13 @@
 """What is said of names that do not exist: one line, one wording, and the name that was meant."""
 
+from typing import get_args
+
 import pytest
+from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR, _PRECISION_INPUT_STR_ALIAS
+from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
 from lightning_igpt.__main__ import main
+from lightning_igpt.commands.trainer_names import PRECISIONS, check_names
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.palette import Palette
 from lightning_igpt.planning import find_device
@@ -48,6 +53,24 @@ def test_case_and_dashes_do_not_matter(word, found):
         ([*FIT, "--trainer.callbacks+=CompletionGri"], 2, "there is no class 'CompletionGri'; did you mean 'Completio"),
         (["fit", "--model.help", "ProbeModul"], 2, "--model: there is no class 'ProbeModul'; did you mean 'ProbeModu"),
         ([*FIT, "--model.lrr", "1"], 2, "model is a PretrainModule: there is no option 'lrr'; did you mean 'lr'? See"),
+        (
+            [*FIT, "--trainer.accelerator", "gpuu"],
+            1,
+            "accelerator 'gpuu'; did you mean 'gpu'? It is one of auto, gpu, cpu",
+        ),
+        (
+            [*FIT, "--trainer.strategy", "dddp"],
+            1,
+            "there is no strategy 'dddp'; did you mean 'ddp'? It is one of auto,",
+        ),
+        (
+            [*FIT, "--trainer.strategy", "trap.Trap"],
+            1,
+            "there is no strategy 'trap.Trap'. It is one of auto, fsdp2, ddp",
+        ),
+        ([*FIT, "--trainer.precision", "bf16-mix"], 1, "no precision 'bf16-mix'; did you mean 'bf16-mixed'? It is one"),
+        ([*FIT, "--dryrun"], 2, "fit: there is no option '--dryrun'; did you mean '--dry_run'? See lightning-igpt fit"),
+        ([*FIT, "--trsut", "x"], 2, "fit: there is no option '--trsut'; did you mean '--trust'? See"),
         (["palette", "show", "--palette", "opnai"], 1, "there is no palette 'opnai'; did you mean 'openai'?"),
     ],
 )
@@ -64,6 +87,24 @@ def test_a_misspelt_key_in_a_recipe(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([*FIT, "--config", str(tmp_path / "mine.yaml")])
     assert "there is no option 'trainer.max_stepz'; did you mean 'trainer.max_steps'?" in capsys.readouterr().err
+
+
+def test_what_is_registered_with_lightning_is_known():
+    class Own(SingleDeviceStrategy):
+        pass
+
+    StrategyRegistry.register("own_strategy", Own, description="of a test")
+    try:
+        check_names({"strategy": "own_strategy", "accelerator": "cpu", "precision": "32"})
+    finally:
+        StrategyRegistry.remove("own_strategy")
+    check_names({"strategy": {"class_path": "any.Class"}, "precision": None})
+    check_names({"strategy": "DDP", "precision": 16})  # as Lightning takes them
+
+
+def test_all_precisions_of_lightning_are_known():
+    named = {*get_args(_PRECISION_INPUT_STR), *get_args(_PRECISION_INPUT_STR_ALIAS)}
+    assert named == {*PRECISIONS}
 
 
 def test_in_python_too():

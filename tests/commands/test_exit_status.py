@@ -11,6 +11,9 @@ import lightning_igpt
 from lightning_igpt import cli
 from lightning_igpt.__main__ import LIGHTNING_VERBS, OWN_VERBS, main
 from lightning_igpt.commands import recipes
+from lightning_igpt.commands.completion_table import parser_of
+from lightning_igpt.commands.lightning_parser import without_flags
+from lightning_igpt.commands.parsers import options_of, subcommands
 
 # What is wrong with what is given, though it is well formed.
 WRONG = {
@@ -77,6 +80,28 @@ def test_something_wrong_is_1_and_one_line(verb):
             ["fit", "--config", "digits_tiny_pretrain", "--trainer.max_steps", "x"],
             "fit: --trainer.max_steps is 'x'; it",
         ),
+        (
+            ["fit", "--config", "digits_tiny_pretrain", "--data.init_args.batch_size", "x"],
+            "fit: --data.batch_size is 'x'; it must be a whole number. See lightning-igpt fit --data.help Pretrain",
+        ),
+        (
+            ["data", "show", "digits", "--data.batch_size", "x"],
+            "data show: --data.batch_size is 'x'; it must be a whole",
+        ),
+        (
+            ["fit", "--config", "digits_tiny_pretrain", "--model.lr", "x"],
+            "fit: --model.lr is 'x'; it must be a number.",
+        ),
+        (
+            ["fit", "--config", "digits_tiny_pretrain", "--model.objective", "x"],
+            "fit: --model.objective is 'x'; it must be autoregressive or bert. See lightning-igpt fit --model.help",
+        ),
+        (
+            ["fit", "--trainer.callbacks+=CompletionGrid", "--trainer.callbacks.n_samples", "x"],
+            "fit: --trainer.callbacks.n_samples is 'x'; it must be a whole number. See",
+        ),
+        (["fit", "--print"], "--print is short for --print_config; write it out. See"),
+        (["fit", "--trainer.log", "x"], "--trainer.log is short for several options: --trainer.log"),
         (["score", "--images", "digits"], "score: --pretrained is missing. See lightning-igpt score --help"),
         (["score"], "score: --pretrained and --images are missing. See"),
         (["palette", "fit", "photos"], "palette fit: out is missing. See lightning-igpt palette fit --help"),
@@ -88,21 +113,69 @@ def test_something_wrong_is_1_and_one_line(verb):
 def test_wrong_usage_in_words(words, told, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(words)
-    assert f"lightning-igpt {told}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("lightning-igpt") and told in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--trainer.precision", "int8"], "trainer: Precision 'int8' is invalid"),
-        (["--trainer.strategy", "trap.Trap"], "trainer: You selected an invalid strategy name"),
-        (["--trainer.accelerator", "tpuu"], "trainer: You selected an invalid accelerator"),
+        (["--trainer.devices", "abc", "--trainer.accelerator", "cpu"], "trainer: `devices` selected with"),
+        (["--trainer.overfit_batches", "-3"], "trainer: "),
     ],
 )
 def test_what_lightning_refuses_is_told_in_one_line(options, told):
     with pytest.raises(SystemExit, match=told) as stop:
         main(["fit", "--config", "digits_tiny_pretrain", *options, "--dry_run"])
     assert "\n" not in stop.value.code
+
+
+SEEDED = {
+    "fit": ["--config", "digits_tiny_pretrain", "--dry_run"],
+    "quickstart": ["--dry_run"],
+    "complete": ["--pretrained", "nowhere", "--images", "digits"],
+    "lowdata": ["--pretrained", "nowhere", "--source", "digits"],
+    "figures": [],
+    "palette": ["fit", "digits", "out.npy"],
+}
+
+
+def test_every_verb_with_a_seed_is_tried():
+    parsers = {verb: parser_of(verb) for verb in OWN_VERBS if verb != "completion"}
+    parts = {verb: [one, *(part for part, _ in subcommands(one).values())] for verb, one in parsers.items()}
+    seeded = {verb for verb, found in parts.items() if any("--seed" in options_of(part) for part in found)}
+    assert seeded | {"fit"} == SEEDED.keys()
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+@pytest.mark.parametrize("verb", SEEDED)
+def test_a_seed_out_of_range_is_refused_with_its_range(verb, seed):
+    option = "seed_everything" if verb == "fit" else "seed"
+    with pytest.raises(SystemExit) as stop:
+        main([verb, *SEEDED[verb], f"--{option}", seed])
+    assert stop.value.code == f"lightning-igpt {verb}: {option} is {seed}; it must be from 0 to 4294967295"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--dry"], ([], True, False)),
+        (["--dr", "x"], (["x"], True, False)),
+        (["--dry-ru"], ([], True, False)),
+        (["--dry_run=true"], ([], True, False)),
+        (["--dry-run=false"], ([], False, False)),
+        (["--d", "--dry_runs", "--data", "--dry_x"], (["--d", "--dry_runs", "--data", "--dry_x"], False, False)),
+    ],
+)
+def test_ways_to_write_dry_run(words, found):
+    assert without_flags(words) == found
+
+
+def test_the_beginning_of_an_option_will_do(capsys):
+    words = ["--tru", "my_package", "--dry", "--trainer.max_st", "3"]
+    assert main(["fit", "--config", "digits_tiny_pretrain", *words]) == 0
+    said = capsys.readouterr().out
+    assert "length      3 steps" in said and "nothing was trained" in said
 
 
 def test_ctrl_c_is_130(monkeypatch, capsys):

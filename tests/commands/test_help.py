@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lightning_igpt import cli
-from lightning_igpt.__main__ import LIGHTNING_VERBS, OWN_VERBS, main
+from lightning_igpt.__main__ import LIGHTNING_VERBS, OWN_VERBS, main, usage
 from lightning_igpt.commands.completion_table import parser_of
 from lightning_igpt.commands.examples import EXAMPLES
 from lightning_igpt.commands.parsers import subcommands, visible
@@ -38,12 +38,21 @@ def test_every_verb_is_there(parsers):
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
+def test_the_list_of_verbs_fits_the_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = usage()
+    assert max(map(len, text.splitlines())) <= columns
+    assert all(f"\n  {verb:<12}{about.split()[0]}" in text for verb, about in (LIGHTNING_VERBS | OWN_VERBS).items())
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
 def test_help_fits_the_terminal_and_is_plain(parsers, columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     for verb, parser in parsers.items():
         text = parser.format_help()
         body, _, examples = text.partition("\nexamples:\n")
-        assert max(map(len, body.splitlines())) <= columns, verb
+        assert max(map(len, text.splitlines())) <= columns, verb
+        assert " ".join(examples.replace("\\\n", " ").split()) == " ".join(EXAMPLES.get(verb, ())), verb
         assert not [word for word in NOISE if word in body], verb
         assert text.startswith(f"usage: lightning-igpt {verb} "[:-1]), verb
         assert examples or not EXAMPLES.get(verb), verb

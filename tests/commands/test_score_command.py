@@ -155,7 +155,7 @@ def test_tokens_are_no_images(network_folder, tmp_path):
 
 
 def test_a_folder_is_no_csv_file(tmp_path):
-    with pytest.raises(SystemExit, match=r"is a folder; --out wants the name of a CSV file"):
+    with pytest.raises(SystemExit, match=r"is a folder; --out wants the name of a file"):
         run("nothing is loaded", tmp_path)
 
 
