@@ -224,7 +224,7 @@ def run(words: Sequence[str]) -> int:
     """Entry point of the verb."""
     with one_line_errors("lightning-igpt data"):
         options, recipe = parse(words)
-        check_file(options.out, "--out", "data.png")
+        check_file(options.out, "--out", "data.png", ".png")
         data, colors = open_data(options, recipe)
         show(data, colors, out=options.out, limit=options.limit, n_images=options.n_images)
     return 0

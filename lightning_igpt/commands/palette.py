@@ -80,7 +80,7 @@ def show(palette: str = "openai", out: str = "palette.png") -> None:
         palette: openai, gray:K, a .npy file, a Hugging Face folder or a hub id.
         out: The PNG file to write. Missing folders are made.
     """
-    check_file(out, "--out", "palette.png")
+    check_file(out, "--out", "palette.png", ".png")
     loaded = Palette.load(palette)
     save_png(swatch(loaded.rgb), out)
     print(f"K {len(loaded)}, sha256 {loaded.sha256}")

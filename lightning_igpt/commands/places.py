@@ -12,21 +12,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def check_file(path: str | Path, option: str, example: str) -> None:
+def check_file(path: str | Path, option: str, example: str, suffix: str = "") -> None:
     """Raise unless a file can be written, or replaced.
 
     Args:
         path: The file.
         option: What names it, such as ``--out``.
         example: Name of such a file, for who gave a folder.
+        suffix: What its name must end in, where another end would most likely be that of a file to keep.
 
     Raises:
-        ValueError: It is a folder.
+        ValueError: It is a folder, or of another suffix.
         OSError: It cannot be written.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; {option} wants the name of a file, such as {path / example}")
+    if not path.name.lower().endswith(suffix):
+        raise ValueError(f"{option} is {path}; what is written there is a {suffix} file, such as {example}")
     if not path.exists():
         _check_room(path, path.parent)
     elif not os.access(path, os.W_OK):

@@ -66,7 +66,7 @@ def test_a_file_in_the_place_of_a_folder(verb):
 
 
 ALL = {**FILES, **FOLDERS, **{name: words for name, (words, _) in NAMED.items()}}
-SUFFIX = {name: suffix for name, (_, suffix) in NAMED.items()}
+SUFFIX = {name: suffix for name, (_, suffix) in NAMED.items()} | {"palette show": ".png", "data": ".png"}
 
 
 @pytest.mark.parametrize("verb", ALL)
@@ -90,6 +90,13 @@ def test_a_folder_of_the_name_of_a_file(verb):
     Path(f"there{suffix}").mkdir()
     if verb != "recipes":  # which copies into it
         assert f"there{suffix} is a folder; " in refused([*words, f"there{suffix}"])
+
+
+def test_a_picture_replaces_no_palette():
+    Path("mine.npy").write_text("colours")
+    for words in (["palette", "show", "--palette", "mine.npy", "--out"], ["data", "show", "digits", "--out"]):
+        assert "--out is mine.npy; what is written there is a .png file, such as" in refused([*words, "mine.npy"])
+    assert Path("mine.npy").read_text() == "colours"
 
 
 def test_missing_folders_are_made_elsewhere(capsys):
