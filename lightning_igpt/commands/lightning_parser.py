@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from jsonargparse import class_from_function
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_igpt.commands.arguments import SEEDS
 from lightning_igpt.commands.help_text import Entry, Section, entry_of
 from lightning_igpt.commands.parsers import PRINT_CONFIG, VerbParser
 from lightning_igpt.trainer import make_trainer
@@ -43,7 +44,8 @@ TEXTS = {
     ),
     "ckpt_path": CHECKPOINT,
     "seed_everything": Entry(
-        "--seed_everything N", "Of weights, order and draws, from 0 to 4294967295; true takes a random one. Default: 0."
+        "--seed_everything N",
+        f"Of weights, order and draws, from 0 to {SEEDS - 1}; true takes a random one. Default: 0.",
     ),
 }
 GO_ON = Entry("--ckpt_path CHECKPOINT", "Checkpoint of this run to go on from; --resume auto finds the newest.")
