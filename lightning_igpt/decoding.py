@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_igpt.model import GELU_SLOPE, NORM_EPS, Block, ImageGPT, KVCache, RMSNorm, saturated
+from lightning_igpt.model import GELU_SLOPE, NORM_EPS, Block, ImageGPT, KVCache, RMSNorm
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +24,6 @@ Product: TypeAlias = Callable[[Tensor], Tensor]  # (B, in) to (B, out)
 FEW_ROWS = 4  # up to here x W^T is the faster way to write the product on a CPU, beyond it (W x^T)^T is
 INT8_WIDTH = 16  # torch's kernel reads past the end of rows whose length is no multiple of it
 WINDOWS = 8  # captured steps of one network; each reads a part of the cache, an eighth longer than the one before
-
-
-def multiplies_bfloat16(device: torch.device | str) -> bool:
-    """Whether the device has instructions for bfloat16; on CPUs without, it is emulated and slower than float32."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return False
 
 
 def is_sharded(network: nn.Module) -> bool:
@@ -57,9 +47,10 @@ class Decoder:
     Args:
         network: An autoregressive network in evaluation mode; it stays as it is.
         batch_size: Pictures side by side, B.
-        precision: ``full``: the network's own. ``half``: weights, keys and values in 16 bits; on x86 CPUs that do not
-            multiply bfloat16 they are float16 and the arithmetic is float32. ``int8``: weights in 8 bits with a scale
-            per row, keys and values as in half; on CPUs only. Default: half under autocast, else full.
+        precision: ``full``: the network's own. ``half``: weights in 16 bits, float16 on x86 CPUs, else bfloat16.
+            ``int8``: weights in 8 bits with a scale per row; on CPUs only. Keys and values have 16 bits in half
+            precision on a GPU; on a CPU they stay in float32, since converting them at every step costs more than
+            reading less of them saves. Default: half under autocast, else full.
 
     Raises:
         ValueError: The precision is unknown, or the device has no kernel for it.
@@ -74,8 +65,8 @@ class Decoder:
             raise ValueError(f"precision 'int8' is for CPUs, this network is on {weight.device}: take 'half'")
         if precision == "int8" and is_sharded(network):
             raise ValueError("precision 'int8' needs whole weights, and this network is sharded: take 'half'")
-        own_is_narrow = weight.dtype in (torch.bfloat16, torch.float16)
-        dtype = weight.dtype if precision == "full" or own_is_narrow else _half_type(weight.device)
+        widens = precision == "full" or weight.dtype != torch.float32 or weight.device.type == "cpu"
+        dtype = weight.dtype if widens else torch.bfloat16
         self.network, self.precision = network, precision
         self.cache = KVCache(network.config, batch_size, device=weight.device, dtype=dtype)
         self._step: Product
@@ -99,12 +90,6 @@ class Decoder:
             return self._step(pixel)
 
 
-def _half_type(device: torch.device) -> torch.dtype:
-    """Float16 on x86 CPUs that do not multiply bfloat16: they convert it as they read it. Else bfloat16."""
-    reads_float16 = device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
-    return torch.float16 if reads_float16 and not multiplies_bfloat16(device) else torch.bfloat16
-
-
 def _in_type(network: ImageGPT, dtype: torch.dtype) -> ImageGPT:
     """The network itself, or a copy whose weights have another type."""
     if network.wte.weight.dtype == dtype:
@@ -113,6 +98,11 @@ def _in_type(network: ImageGPT, dtype: torch.dtype) -> ImageGPT:
         copy = ImageGPT(network.config)
     copy.load_state_dict({name: value.to(dtype) for name, value in network.state_dict().items()}, assign=True)
     return copy.requires_grad_(False).eval()
+
+
+def reads_float16() -> bool:
+    """Whether torch has FBGEMM, an x86 library whose product converts float16 weights as it reads them."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def make_product(linear: nn.Module, rows: int, precision: Precision) -> Product:
@@ -126,7 +116,7 @@ def make_product(linear: nn.Module, rows: int, precision: Precision) -> Product:
     if precision == "int8":
         return _with_bias(_int8_product(weight.float()), bias)
     if precision == "half" and weight.dtype == torch.float32:
-        if _half_type(weight.device) == torch.bfloat16:
+        if not reads_float16():
             narrow = weight.bfloat16()
             return _with_bias(lambda x: F.linear(x.bfloat16(), narrow).to(x.dtype), bias)
         if weight.abs().max() <= torch.finfo(torch.float16).max:  # what float16 cannot hold stays as it is
@@ -170,10 +160,10 @@ class FlatBlock:
         q, k, v = (
             self.c_attn(_norm(x, self.gain_1)).view(B, 3, self.n_head, 1, D // self.n_head).unbind(1)
         )  # (B, H, 1, d)
-        keys.narrow(2, length, 1).copy_(saturated(k, keys.dtype))
-        values.narrow(2, length, 1).copy_(saturated(v, values.dtype))
+        keys.narrow(2, length, 1).copy_(k)
+        values.narrow(2, length, 1).copy_(v)
         keys, values = keys.narrow(2, 0, length + 1), values.narrow(2, 0, length + 1)
-        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values).to(x.dtype)
+        y = F.scaled_dot_product_attention(q, keys, values)
         x = x + self.attn_proj(y.view(B, D))
         hidden = F.silu(self.c_fc(_norm(x, self.gain_2)).mul_(GELU_SLOPE)).mul_(1 / GELU_SLOPE)
         return x + self.mlp_proj(hidden)

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_igpt.callbacks.compile import compile_blocks
-from lightning_igpt.decoding import multiplies_bfloat16
 from lightning_igpt.model import Recomputing
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.optim import make_adam
 from lightning_igpt.planning import largest_batch
+from lightning_igpt.private import multiplies_bfloat16
 from lightning_igpt.progress import working
 
 GIB = 2**30

@@ -98,7 +98,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = QuickGELU.apply(self.c_fc(x))  # type: ignore[no-untyped-call]  # (B, T, 4 D)
+        apply: Any = QuickGELU.apply  # typed in torch from 2.14 on
+        hidden = apply(self.c_fc(x))  # (B, T, 4 D)
         return F.dropout(self.c_proj(hidden), self.dropout, self.training)
 
 
@@ -133,18 +134,13 @@ class Block(nn.Module):
         if self.recompute == "selective" and not self.attn.dropout:
             options["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)
         with _uncached_autocast(x.device.type):
-            return checkpoint(self._computed, x, causal, **options)  # type: ignore[no-any-return]
+            y: Tensor = checkpoint(self._computed, x, causal, **options)
+            return y
 
     def _computed(self, x: Tensor, causal: bool, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         x = x + self.attn(self.ln_1(x), causal, cache, layer)
         x = x + self.mlp(self.ln_2(x))
         return x
-
-
-def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` within what ``dtype`` can hold; of the types that a cache may have, only float16 holds less than others."""
-    most = torch.finfo(dtype).max
-    return x.clamp(-most, most) if dtype == torch.float16 else x
 
 
 class KVCache:
@@ -157,7 +153,7 @@ class KVCache:
         config: The network's shape.
         batch_size: Sequences decoded side by side.
         device: Where keys and values live.
-        dtype: Their type; a narrow one is faster to read, and what it cannot hold saturates.
+        dtype: Their type.
     """
 
     def __init__(
@@ -183,7 +179,6 @@ class KVCache:
             Keys and values of the positions seen, these included, (B, H, seen + T, d); with a window (B, H, window, d)
             and, third, which of them count, bool (1, window).
         """
-        k, v = saturated(k, self.k.dtype), saturated(v, self.v.dtype)
         if self.window is not None:
             index = self.position[None]
             self.k[layer].index_copy_(2, index, k.to(self.k.dtype))

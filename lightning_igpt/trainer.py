@@ -29,7 +29,7 @@ from lightning_igpt.callbacks import (
 from lightning_igpt.callbacks.throughput import is_frozen
 from lightning_igpt.checkpointing import AtomicCheckpointIO
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.decoding import multiplies_bfloat16
+from lightning_igpt.private import multiplies_bfloat16
 from lightning_igpt.strategies import Chosen, choose_strategy
 
 Plugin: TypeAlias = CheckpointIO | Precision | ClusterEnvironment | LayerSync

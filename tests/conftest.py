@@ -31,6 +31,35 @@ def pytest_xdist_make_scheduler(config, log):
     return LoadFileScheduling(config, log)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--bfloat16",
+        action="store_true",
+        help="report a CPU that multiplies bfloat16 (AMX, AVX512-BF16) to every test; default: one that does not",
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def same_processor_everywhere(request):
+    """Report the same CPU to all tests of a session, so that no verdict depends on the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "torch" in sys.modules:
+            report_bfloat16(patch, request.config.getoption("bfloat16"))
+        yield
+
+
+@pytest.fixture(params=[False, True], ids=["no bfloat16", "bfloat16"])
+def bfloat16(request, monkeypatch):
+    """Run a test on both kinds of CPU: whether it is reported to multiply bfloat16."""
+    report_bfloat16(monkeypatch, request.param)
+    return request.param
+
+
+def report_bfloat16(patch, present):
+    for instructions in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        patch.setattr(f"torch.cpu.{instructions}", lambda: present)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     """Keep what is cached out of the user's folder, and build each colour table once for all processes of a session."""

@@ -37,29 +37,36 @@ def test_steps_give_the_logits_of_the_whole_picture(config, prompt, batch):
     torch.testing.assert_close(single.double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
+@pytest.fixture(params=[True, False], ids=["float16", "bfloat16"])
+def weights_of_half(request, monkeypatch):
+    """The type of weights in half precision: float16 with FBGEMM, else bfloat16."""
+    if request.param and not decoding.reads_float16():
+        pytest.skip("this torch has no FBGEMM")
+    monkeypatch.setattr(decoding, "reads_float16", lambda: request.param)
+    return torch.float16 if request.param else torch.bfloat16
+
+
 @pytest.mark.parametrize("config", [SMALL, BIASED, WIDE], ids=["small", "with biases", "wide"])
 @pytest.mark.parametrize("batch", [1, 6])
-@pytest.mark.parametrize(("precision", "allowed"), [("half", 0.01), ("int8", 0.05)])
-def test_lighter_steps_stay_near(config, batch, precision, allowed):
+@pytest.mark.parametrize("precision", ["half", "int8"])
+def test_lighter_steps_stay_near(config, batch, precision, weights_of_half):
     network, tokens = random_network(config), random_tokens(config, batch)
     expected = network(tokens)[:, 5:].detach()
-    found = stepped(network, tokens, 5, precision)
-    assert found.dtype == torch.float32
-    assert 0 < (found - expected).abs().max() < allowed * expected.abs().max()
-    torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=0, atol=1e-5)  # the prompt is read in full
+    logits = stepped(network, tokens, 5, precision)
+    allowed = 0.05 if precision == "int8" else 0.01 if weights_of_half == torch.float16 else 0.03
+    assert logits.dtype == torch.float32
+    assert 0 < (logits - expected).abs().max() < allowed * expected.abs().max()
+    torch.testing.assert_close(logits[:, 0], expected[:, 0], rtol=0, atol=1e-5)  # the prompt is read in full
 
 
-@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize("precision", ["full", "half", "int8"])
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
-def test_half_follows_what_the_cpu_can_do(monkeypatch, bfloat16, own):
-    monkeypatch.setattr(decoding, "multiplies_bfloat16", lambda device: bfloat16)
+def test_keys_and_values_keep_the_networks_type_on_a_cpu(precision, own, weights_of_half):
     network, tokens = random_network(dtype=own), random_tokens()
     expected = network.float()(tokens)[:, 5:]
-    found = stepped(network.to(own), tokens, 5, "half")
-    assert (found.float() - expected).abs().max() < 0.06 * expected.abs().max()
-    on_x86 = "fbgemm" in torch.backends.quantized.supported_engines
-    wanted = torch.bfloat16 if bfloat16 or own == torch.bfloat16 or not on_x86 else torch.float16
-    assert Decoder(network, 2, "half").cache.k.dtype == wanted
+    network = network.to(own)
+    assert (stepped(network, tokens, 5, precision).float() - expected).abs().max() < 0.06 * expected.abs().max()
+    assert Decoder(network, 2, precision).cache.k.dtype == own
 
 
 @pytest.mark.parametrize("precision", ["full", "half", "int8"])
@@ -69,15 +76,6 @@ def test_a_picture_does_not_depend_on_those_beside_it(precision):
     tokens[1:] = tokens[1:].flip(1)
     together = stepped(network, tokens, 5, precision)
     torch.testing.assert_close(together[:1], stepped(network, tokens[:1], 5, precision), rtol=0, atol=1e-4)
-
-
-def test_keys_and_values_that_float16_cannot_hold_saturate(monkeypatch):
-    monkeypatch.setattr(decoding, "multiplies_bfloat16", lambda device: False)
-    network, tokens = random_network(), random_tokens()
-    with torch.no_grad():
-        network.h[0].attn.c_attn.weight[32:].mul_(1e6)
-    for precision in ("half", "int8"):
-        assert stepped(network, tokens, 5, precision).isfinite().all()
 
 
 @pytest.mark.parametrize("width", [3, 33, 48, 100])
@@ -106,8 +104,7 @@ def test_layers_that_are_more_than_linear_are_called(precision, batch):
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_weights_that_float16_cannot_hold_stay_as_they_are(monkeypatch):
-    monkeypatch.setattr(decoding, "multiplies_bfloat16", lambda device: False)
+def test_weights_that_float16_cannot_hold_stay_as_they_are():
     network, tokens = random_network(), random_tokens()
     with torch.no_grad():
         network.h[0].mlp.c_fc.weight[0, 0] = 1e6

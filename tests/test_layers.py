@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_igpt"
 FLOORS = [
-    ["spelling", "progress"],
+    ["spelling", "progress", "private"],
     ["config", "rgb", "pictures", "lookup", "palette_files"],
     ["images"],
     ["tokenizing"],

@@ -40,6 +40,7 @@ def complete(
     seed: int = 0,
     split: str | None = None,
     device: str = "auto",
+    palette: str | None = None,
 ) -> None:
     """Complete the lower part of images, or a hole, and write a grid: what was given, samples, the truth.
 
@@ -61,13 +62,15 @@ def complete(
         seed: Of the draws.
         split: Split of a data set; default test, else validation, else train.
         device: cpu, cuda, mps, or auto.
+        palette: The palette that the network was trained with, where the source holds none: openai, gray:16, a .npy
+            file, a Hugging Face folder or hub id.
     """
     check_folder(out, "--out")
     if mask is not None and (keep_rows, top_k, top_p) != (None, None, None):
         raise ValueError(
             "mask says what is kept, and inpainting knows no top_k and top_p; drop keep_rows, top_k and top_p"
         )
-    loaded = load_pretrained(pretrained)
+    loaded = load_pretrained(pretrained, palette=palette)
     size = loaded.config.image_size
     hole = None if mask is None else read_mask(mask, size)
     pixels, names = read_images(images, size, split=split, limit=n_images)

@@ -24,6 +24,7 @@ def convert(
     to: Literal["hf", "openai-npz", "safetensors", "lightning"] = "hf",
     check: bool = False,
     image_size: int | None = None,
+    palette: str | None = None,
     title: str | None = None,
     data: str | None = None,
     license: str | None = None,
@@ -41,6 +42,8 @@ def convert(
             makes one .ckpt file, from which the run can go on, of a folder that a sharded run saved.
         check: Compare with transformers on random tokens and print the largest difference.
         image_size: Side of the images of the written network; positions are interpolated where it is another.
+        palette: The palette that the network was trained with, where the source holds none: openai, gray:16, a .npy
+            file, a Hugging Face folder or hub id.
         title: Heading of the model card (hf).
         data: What the network was trained on, for the model card; default what the checkpoint says.
         license: SPDX identifier of the weights' licence, for the model card.
@@ -54,7 +57,7 @@ def convert(
         check_file(out, "OUT", f"weights{SUFFIXES[to]}")
     if to == "lightning":
         _check_whole(source, {"image_size": image_size, **card})
-    loaded = load_pretrained(source, image_size=image_size)
+    loaded = load_pretrained(source, palette=palette, image_size=image_size)
     logits = check_logits(loaded.network)
     _row("read", loaded.origin)
     _describe(loaded)

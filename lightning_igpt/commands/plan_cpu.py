@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from lightning_igpt.planning import Device
+from lightning_igpt.private import multiplies_bfloat16
 
 SIDE = 1024  # of the matrices
 COPIED = 2**27  # bytes, beyond any cache
@@ -14,10 +15,7 @@ REPEATS = 5
 
 
 def measured_cpu() -> Device:
-    """This CPU: what large products in float32 and bfloat16, and a large copy, reach with the threads torch takes.
-
-    It counts as multiplying bfloat16 where that is the faster of the two.
-    """
+    """This CPU: what large products in float32 and bfloat16, and a large copy, reach with the threads torch takes."""
     import torch  # planning for other devices does without
 
     def product(dtype: torch.dtype) -> float:
@@ -37,7 +35,7 @@ def measured_cpu() -> Device:
         bandwidth=bandwidth,
         source="measured now",
         torch_name="",
-        bfloat16=half > single,
+        bfloat16=multiplies_bfloat16("cpu"),
     )
 
 

@@ -37,6 +37,7 @@ def score(
     batch_size: int = 32,
     device: str = "auto",
     on_bad_image: OnBadImage = "error",
+    palette: str | None = None,
 ) -> None:
     """Write the surprise of each image in nats per pixel and draw that of each pixel; print the mean.
 
@@ -53,6 +54,8 @@ def score(
         batch_size: Images per forward pass.
         device: cpu, cuda, mps, or auto.
         on_bad_image: What to do with an image that cannot be read: error stops; skip names it and goes on.
+        palette: The palette that the network was trained with, where the source holds none: openai, gray:16, a .npy
+            file, a Hugging Face folder or hub id.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -63,7 +66,7 @@ def score(
     check_file(path, "--out", "scores.csv")
     if pictures:
         check_file(drawn, "--out", "scores.csv")
-    loaded = load_pretrained(pretrained)
+    loaded = load_pretrained(pretrained, palette=palette)
     print(loaded.origin)
     sampling.check_has_likelihood(loaded.network)
     pixels, names = read_images(images, loaded.config.image_size, split=split, limit=limit, on_bad_image=on_bad_image)

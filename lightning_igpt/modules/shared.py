@@ -61,7 +61,7 @@ def build_network(
         colors = Palette.load("openai" if palette is None else palette)
         check_colors(colors, config)
         return Built((DeferredGPT if defer_init else ImageGPT)(config), colors)
-    loaded = load_pretrained(pretrained)
+    loaded = load_pretrained(pretrained, palette=palette)
     wanted = _changed(_wanted(network, loaded.config), objective=objective, image_size=image_size)
     fixed = replace(wanted, dropout=loaded.config.dropout)
     if image_size is not None or isinstance(network, (ImageGPTConfig, Mapping)):  # a preset's size is not a wish
@@ -73,9 +73,7 @@ def build_network(
         )
     loaded = loaded.adapted(wanted)
     log.info("weights and palette from %s", loaded.origin)
-    colors = loaded.palette if palette is None else Palette.load(palette)
-    check_palette(colors, loaded.palette.sha256, f"pretrained={pretrained!r}")
-    return Built(loaded.network, colors, loaded.lineage, loaded.path)
+    return Built(loaded.network, loaded.palette, loaded.lineage, loaded.path)
 
 
 def check_colors(palette: Palette, config: ImageGPTConfig) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.decoding import is_sharded
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.palette import Palette
+from lightning_igpt.palette import Colors, Palette
 from lightning_igpt.progress import working
 from lightning_igpt.weights import checkpoint, huggingface, native, openai
 from lightning_igpt.weights.card import ModelCard, render
@@ -80,7 +80,9 @@ class Pretrained:
         return replace(self, network=adapt_network(self.network, config), origin=origin, card=card)
 
 
-def load_pretrained(source: str | Path, *, image_size: int | None = None) -> Pretrained:
+def load_pretrained(
+    source: str | Path, *, palette: Palette | str | Path | Colors | None = None, image_size: int | None = None
+) -> Pretrained:
     """Load a network and its palette, in little more memory than the network takes. No file can make code run.
 
     What is loaded is compared with the checksums of its file, which all have that this package writes.
@@ -92,20 +94,25 @@ def load_pretrained(source: str | Path, *, image_size: int | None = None) -> Pre
             ``owner/name@revision``; the prefix of an OpenAI TensorFlow checkpoint (its palette is ``openai``); an
             ``.npz`` or ``.safetensors`` file that ``lightning-igpt convert`` wrote. ``origin`` of the result says what
             was taken.
+        palette: The network's palette, in any form that ``Palette.load`` takes. Needed for sources that hold none, such
+            as what transformers' ``model.save_pretrained`` writes without a processor; a network of 512 colors is then
+            assumed to use OpenAI's. Where the source holds a palette, it must be this one.
         image_size: Side of the images that the network shall read. Where it is not the network's own, the table of
             positions is interpolated in two dimensions.
 
     Raises:
         FileNotFoundError: There is no such file, folder or hub repository.
-        ValueError: What is there is no Image GPT, is damaged, or would have to run code to be opened.
+        ValueError: What is there is no Image GPT, is damaged, would have to run code to be opened, has no palette, or
+            has another palette than the one given.
         ModuleNotFoundError: A TensorFlow checkpoint, and TensorFlow is not installed.
     """
     if not isinstance(source, str | Path) or not str(source):
         hint = "" if isinstance(source, str | Path) else "; what describes a network without weights is for network="
         raise ValueError(f"the source of weights is {source!r}; name a file, a folder or a hub id{hint}")
+    given = None if palette is None else Palette.load(palette)
     try:
         with working("reading weights"):
-            loaded = _load(source)
+            loaded = _load(source, given)
     except (FileNotFoundError, PermissionError, ModuleNotFoundError, MemoryError):
         raise
     except ValueError as error:
@@ -114,6 +121,11 @@ def load_pretrained(source: str | Path, *, image_size: int | None = None) -> Pre
         raise ValueError(f"{source}: {error}") from error
     except Exception as error:  # what reads a damaged file may raise nearly anything
         raise ValueError(f"{source} is damaged or no Image GPT: {type(error).__name__}: {error}") from error
+    if given is not None and given != loaded.palette:
+        raise ValueError(
+            f"{source} uses the palette {loaded.palette.sha256[:12]} ({len(loaded.palette)} colors), but the palette "
+            f"given is {given.sha256[:12]} ({len(given)} colors); leave out palette to use the stored one"
+        )
     if image_size is None:
         return loaded
     adapted = loaded.adapted(replace(loaded.config, image_size=image_size))
@@ -215,31 +227,30 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
-def _load(source: str | Path) -> Pretrained:
+def _load(source: str | Path, palette: Palette | None) -> Pretrained:
     text, path = str(source), Path(source).expanduser()
     place = Path(standing(path))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         raise ValueError(f"{text}: weights are not fetched from addresses; download the file and name its path")
     if openai.is_checkpoint(str(path)):
-        network = openai.load_checkpoint(str(path))
-        return Pretrained(network, Palette.load("openai"), f"OpenAI checkpoint {text}", path=path)
+        return Pretrained(*openai.load_checkpoint(str(path), palette), f"OpenAI checkpoint {text}", path=path)
     if path.is_file():
-        return _load_file(path)
+        return _load_file(path, palette)
     if is_shards(place):
         return _from_checkpoint(path, "")
     if place.is_dir():
-        return _load_folder(path)
+        return _load_folder(path, palette)
     hub = HUB_ID.fullmatch(text)
     if hub and path.suffix not in (*FILES, ".pt", ".bin"):
-        return _from_folder(_download(hub["name"], hub["revision"]), f"hub repository {text}")
+        return _from_folder(_download(hub["name"], hub["revision"]), f"hub repository {text}", palette)
     raise FileNotFoundError(
         f"{text} does not exist; name a .ckpt file, a run folder, a Hugging Face folder or a hub id"
     )
 
 
-def _load_file(path: Path) -> Pretrained:
+def _load_file(path: Path, palette: Palette | None) -> Pretrained:
     if path.suffix == ".npz":
-        return Pretrained(*openai.load_archive(path), f"archive {path}", path=path)
+        return Pretrained(*openai.load_archive(path, palette), f"archive {path}", path=path)
     if path.suffix == ".safetensors":
         network, palette, head, header = native.load_file(path)
         card, names = ModelCard.read(header.get("card")), header.get("class_names")
@@ -248,9 +259,9 @@ def _load_file(path: Path) -> Pretrained:
     return _from_checkpoint(path, "")
 
 
-def _load_folder(folder: Path) -> Pretrained:
+def _load_folder(folder: Path, palette: Palette | None) -> Pretrained:
     if (folder / huggingface.CONFIG).exists():
-        return replace(_from_folder(folder, f"Hugging Face folder {folder}"), path=folder)
+        return replace(_from_folder(folder, f"Hugging Face folder {folder}", palette), path=folder)
     return _from_checkpoint(*checkpoint.best_checkpoint(folder))
 
 
@@ -261,8 +272,8 @@ def _from_checkpoint(path: Path, why: str) -> Pretrained:
     return Pretrained(content.network, content.palette, origin, content.head, content.class_names, content.card, path)
 
 
-def _from_folder(folder: Path, origin: str) -> Pretrained:
-    content = huggingface.load_folder(folder)
+def _from_folder(folder: Path, origin: str, palette: Palette | None) -> Pretrained:
+    content = huggingface.load_folder(folder, palette)
     card = ModelCard.read(content.card)
     return Pretrained(content.network, content.palette, origin, content.head, content.class_names, card)
 

@@ -29,6 +29,7 @@ from lightning_igpt.weights.files import (
     read_json,
 )
 from lightning_igpt.weights.names import Name, check_keys, rows
+from lightning_igpt.weights.native import palette_for
 from lightning_igpt.weights.sealed import SafetensorsFile, save_sealed
 
 MARKER = "lightning_igpt"  # the key of config.json that holds what transformers has no word for
@@ -172,15 +173,21 @@ def to_processor(palette: Palette, image_size: int) -> dict[str, Any]:
     }
 
 
-def load_folder(folder: Path) -> Folder:
+def load_folder(folder: Path, palette: Palette | None = None) -> Folder:
     """What a folder in the layout of transformers holds.
+
+    Args:
+        folder: It holds config.json, weights, and mostly preprocessor_config.json with the palette.
+        palette: The network's palette, for folders without one.
 
     Raises:
         FileNotFoundError: A file is missing; the message says which.
         ValueError: A file is damaged, would have to run code, describes another network, or disagrees with another.
     """
     config = read_json(_need(folder, CONFIG))
-    palette = Palette.load(str(_need(folder, PROCESSOR)))
+    if (folder / PROCESSOR).is_file() and "clusters" in read_json(folder / PROCESSOR):
+        palette = Palette.load(str(folder / PROCESSOR))
+    palette = palette_for(read_config(config).vocab_size, palette, str(folder))
     file = _open_weights(folder)
     _check_palette(folder, config, palette)
     beside = folder / COLOR_HEAD
@@ -288,12 +295,11 @@ def _hint(found: set[str]) -> str:
 
 
 def _check_palette(folder: Path, config: Mapping[str, Any], palette: Palette) -> None:
-    expected, size = str(_marker(config).get("palette_sha256", palette.sha256)), read_config(config).vocab_size
-    if len(palette) != size or palette.sha256 != expected:
+    expected = _marker(config).get("palette_sha256", palette.sha256)
+    if palette.sha256 != expected:
         raise ValueError(
-            f"{folder}: {PROCESSOR} has {len(palette)} colours with the hash {palette.sha256[:12]}, but {CONFIG} "
-            f"describes a network of {size} colours"
-            + (f" with the hash {expected[:12]}" if expected != palette.sha256 else "")
+            f"{folder}: {CONFIG} says that the network uses the palette {str(expected)[:12]}, but this one is "
+            f"{palette.sha256[:12]}: restore {PROCESSOR}, or name the palette (palette=)"
         )
 
 

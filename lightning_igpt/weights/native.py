@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from lightning_igpt.palette import Palette
 from lightning_igpt.weights.files import Ingredient, TensorFile, assemble, check_head
 from lightning_igpt.weights.names import check_keys, rows
 from lightning_igpt.weights.sealed import SafetensorsFile, save_sealed
+
+log = logging.getLogger(__name__)
 
 HEADER = "lightning_igpt"  # the key of the file's metadata
 COLORS = "palette_colors"
@@ -86,3 +89,23 @@ def check_palette(colors: Any, config: ImageGPTConfig, sha256: str, where: str) 
             f"with {config.vocab_size} colours and the hash {str(sha256)[:12]}"
         )
     return palette
+
+
+def palette_for(vocab_size: int, palette: Palette | None, source: str) -> Palette:
+    """The palette of weights in another program's files: the one found or given, else OpenAI's.
+
+    No other palette was published with weights. What transformers' ``model.save_pretrained`` writes holds none.
+
+    Raises:
+        ValueError: The network has another number of colors than the palette.
+    """
+    colors = palette or Palette.load("openai")
+    if len(colors) != vocab_size:
+        raise ValueError(
+            f"{source} has a network of {vocab_size} colors but "
+            + (f"a palette of {len(colors)} (sha256 {colors.sha256[:12]})" if palette else "no palette")
+            + "; name the palette that it was trained with: load_pretrained(source, palette=...) or --palette"
+        )
+    if palette is None:
+        log.warning("%s has no palette; assuming OpenAI's, which also has 512 colors (if not, set palette=)", source)
+    return colors

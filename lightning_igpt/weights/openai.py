@@ -20,6 +20,7 @@ from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights.files import Ingredient, NumpyFile, TensorFile, assemble, replacing
 from lightning_igpt.weights.names import Name, check_keys, rows
+from lightning_igpt.weights.native import palette_for
 
 PREFIX = "model/"
 CENTERS = "kmeans_centers"  # what OpenAI calls its palette's file
@@ -79,24 +80,20 @@ def is_checkpoint(prefix: str) -> bool:
     return Path(f"{prefix}.index").exists()
 
 
-def load_checkpoint(prefix: str) -> ImageGPT:
-    """A network from a TensorFlow checkpoint."""
+def load_checkpoint(prefix: str, palette: Palette | None = None) -> tuple[ImageGPT, Palette]:
+    """A network from a TensorFlow checkpoint, which holds no palette, and the given palette or OpenAI's."""
     file = TensorFlowFile(prefix)
-    return from_file(file, read_config(file.shapes, file.names, prefix))
+    network = from_file(file, read_config(file.shapes, file.names, prefix))
+    return network, palette_for(network.config.vocab_size, palette, prefix)
 
 
-def load_archive(path: Path) -> tuple[ImageGPT, Palette]:
-    """Network and palette from an .npz file that save_archive wrote."""
-    file = ArchiveFile(path)
+def load_archive(path: Path, palette: Palette | None = None) -> tuple[ImageGPT, Palette]:
+    """Network and palette from an .npz file that save_archive wrote; without a palette, the given one or OpenAI's."""
+    file, colors = ArchiveFile(path), NumpyFile(path)
     network = from_file(file, read_config(file.shapes, file.names, str(path)))
-    colors = NumpyFile(path)
-    palette = Palette(colors.read([CENTERS])[CENTERS]) if CENTERS in colors.names else Palette.load("openai")
-    if len(palette) != network.config.vocab_size:
-        raise ValueError(
-            f"{path} has a palette of {len(palette)} colours with the hash {palette.sha256[:12]}, "
-            f"but its network has {network.config.vocab_size}"
-        )
-    return network, palette
+    if CENTERS in colors.names:
+        palette = Palette(colors.read([CENTERS])[CENTERS])
+    return network, palette_for(network.config.vocab_size, palette, str(path))
 
 
 def save_archive(path: Path, network: ImageGPT, palette: Palette) -> None:

@@ -30,7 +30,7 @@ def dry(capsys, *words):
     return dict(re.findall(r"^(\w+) {2,}(.*)$", said, re.MULTILINE)), said
 
 
-def test_fit_tells_what_would_run(capsys):
+def test_fit_tells_what_would_run(capsys, bfloat16):
     rows, said = dry(capsys, "fit", "--config", "digits_tiny_pretrain")
     assert rows["would"] == "fit: PretrainModule on PretrainDataModule"
     assert rows["network"].endswith("16 colours, 8 x 8 pixels: 674,112 parameters")
@@ -44,7 +44,7 @@ def test_fit_tells_what_would_run(capsys):
     assert "measured just now" in said and "strategy SingleDeviceStrategy" in said and "precision " in said
 
 
-def test_a_network_of_any_size_is_told_of_without_making_it(capsys):
+def test_a_network_of_any_size_is_told_of_without_making_it(capsys, bfloat16):
     rows, _ = dry(capsys, "fit", "--config", "imagenet64_xl_pretrain", "--trainer.devices", "1")
     assert rows["network"].startswith("autoregressive, 60 layers, width 3072")
     assert rows["data"].endswith("not opened, since that would download or convert it")
@@ -59,7 +59,7 @@ def test_images_of_a_folder_are_counted_and_other_spellings_understood(capsys):
     assert "photos: 11 training, 1 validation images" in said and "4 images per step" in said
 
 
-def test_epochs_are_counted_in_steps(capsys):
+def test_epochs_are_counted_in_steps(capsys, bfloat16):
     words = ["--model.network", "igpt_tiny", "--model.pretrained", "null", "--trainer.limit_train_batches", "3"]
     rows, _ = dry(capsys, "fit", "--config", "digits_tiny_probe", *words)
     assert rows["length"].startswith("3 steps, ")

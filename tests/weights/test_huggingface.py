@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.modules import FineTuneModule
 from lightning_igpt.palette import Palette
 from lightning_igpt.sampling import complete
 from lightning_igpt.weights import load_pretrained, save_pretrained
@@ -99,6 +100,31 @@ def test_their_models_round_trip_bit_exactly(tmp_path, palette, biased, shape):
     assert list(again) == list(theirs.state_dict())
     for name, value in theirs.state_dict().items():
         assert torch.equal(value, again[name]), name
+
+
+def test_a_model_that_transformers_saved_alone(tmp_path, palette, caplog):
+    """``model.save_pretrained`` writes no processor, so the folder has no palette."""
+    their_model().save_pretrained(tmp_path / "20")
+    with pytest.raises(ValueError, match=r"network of 20 colors but no palette.*--palette"):
+        load_pretrained(tmp_path / "20")
+    assert load_pretrained(tmp_path / "20", palette=palette).palette == palette
+    palette.save(tmp_path / "mine.npy")
+    module = FineTuneModule(pretrained=str(tmp_path / "20"), palette=str(tmp_path / "mine.npy"), num_classes=3)
+    assert module.palette == palette
+    with pytest.raises(ValueError, match=r"network of 20 colors but a palette of 16"):
+        load_pretrained(tmp_path / "20", palette="gray:16")
+    assert not caplog.records
+    their_model(vocab_size=513).save_pretrained(tmp_path / "512")
+    (tmp_path / "512" / "preprocessor_config.json").write_text('{"do_resize": true}')  # a processor without clusters
+    assert load_pretrained(tmp_path / "512").palette == Palette.load("openai")
+    assert "assuming OpenAI's" in caplog.text
+
+
+def test_a_palette_must_be_that_of_the_weights(tmp_path, palette):
+    save_pretrained(tmp_path, random_network(), palette)
+    assert load_pretrained(tmp_path, palette=palette.to_list()).palette == palette
+    with pytest.raises(ValueError, match=rf"uses the palette {palette.sha256[:12]}.*given is .*\(20 colors\)"):
+        load_pretrained(tmp_path, palette="gray:20")
 
 
 @pytest.mark.parametrize("pickled", [False, True])
@@ -192,10 +218,12 @@ def test_another_palette_in_the_folder_is_noticed(tmp_path, palette):
     save_pretrained(tmp_path, random_network(), palette)
     other = Palette(-palette.colors)
     write_processor(tmp_path, other)
-    with pytest.raises(ValueError, match=rf"hash {other.sha256[:12]}, but .* hash {palette.sha256[:12]}"):
+    with pytest.raises(
+        ValueError, match=rf"uses the palette {palette.sha256[:12]}, but this one is {other.sha256[:12]}"
+    ):
         load_pretrained(tmp_path)
     write_processor(tmp_path, Palette.load("gray:16"))
-    with pytest.raises(ValueError, match=r"16 colours with the hash .* a network of 20 colours"):
+    with pytest.raises(ValueError, match=r"network of 20 colors but a palette of 16"):
         load_pretrained(tmp_path)
 
 
@@ -231,5 +259,5 @@ def test_wrong_folders_say_so(tmp_path, palette):
     with pytest.raises(ValueError, match=r"palette has 16 colours \(sha256 \w+\), the network 20"):
         save_pretrained(tmp_path / "b", random_network(), Palette.load("gray:16"))
     (tmp_path / "a" / "preprocessor_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):
+    with pytest.raises(ValueError, match=r"network of 20 colors but no palette.*load_pretrained\(source, palette="):
         load_pretrained(with_config())
