@@ -134,13 +134,13 @@ def sampling(_, precision="full", dtype=torch.float16):
     with pytest.MonkeyPatch.context() as patch:
         hold_weights_as(patch, dtype)
         drawn = {
-            "complete": igpt.complete(network, tokens[:, :24], n_samples=2, **options),
+            "complete": igpt.complete(network, tokens[:, :24], n_samples=20, **options),
             "complete, narrow": igpt.complete(network, tokens[:, :24], temperature=0.9, top_k=8, top_p=0.9, **options),
             "complete, greedy": igpt.complete(network, tokens[:, :1], temperature=0, **options),
             "inpaint": igpt.inpaint(network, tokens, known, **options),
             "inpaint, bert": igpt.inpaint(random_network(WIDE_BERT), tokens, known, **options),
         }
-    return {name: pixels.flatten().tolist() for name, pixels in drawn.items()}
+    return {name: describe(pixels) for name, pixels in drawn.items()}
 
 
 @torch.no_grad()
