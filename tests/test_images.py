@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from lightning_igpt.images import BadImageError, decode, to_rgb
-from tests.image_files import encoded, noise, picture
+from tests.image_files import encoded, noise
 
 
 def row(content, path=None):
@@ -38,11 +38,6 @@ def test_path_and_pil_images(tmp_path):
     noise().save(tmp_path / "a.png")
     assert same(decode(row(None, str(tmp_path / "a.png"))), noise())
     assert same(decode(noise()), noise())
-
-
-def test_first_frame_of_an_animation():
-    content = encoded(picture(10), "GIF", save_all=True, append_images=[picture(200), picture(90)])
-    assert decode(row(content)).getpixel((0, 0)) == picture(10).getpixel((0, 0))
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
@@ -227,14 +222,6 @@ def test_memory_of_large_images(tmp_path):
         assert float(found) < ideal + 2, (mode, found)
 
 
-def test_missing_images(tmp_path):
-    for value in (None, row(None), row(None, "")):
-        with pytest.raises(BadImageError, match="missing"):
-            decode(value)
-    with pytest.raises(BadImageError, match=r"no file .*gone\.png"):
-        decode(row(None, str(tmp_path / "gone.png")))
-
-
 def test_max_pixels():
     content = encoded(noise((12, 9)))
     assert decode(row(content), max_pixels=108).size == (12, 9)
@@ -335,15 +322,6 @@ def test_16_bits_round_to_the_nearest_of_8():
 def test_transparent_pngs_show_the_background(image, options, expected):
     result = np.asarray(to_rgb(through_png(image, **options)))
     assert result.tolist() == [[list(pixel) for pixel in row] for row in expected]
-
-
-def test_adobe_cmyk_jpeg_is_not_inverted():
-    file = io.BytesIO()
-    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(file, "JPEG", quality=100)
-    assert b"Adobe" in file.getvalue()  # the marker under which samples are stored inverted
-    image = Image.open(file)
-    assert image.mode == "CMYK"
-    assert np.abs(np.asarray(to_rgb(image)).astype(int) - (255, 0, 0)).max() <= 2
 
 
 @pytest.mark.parametrize("value", [-1, 65536])

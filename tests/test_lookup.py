@@ -70,14 +70,6 @@ def test_table_equals_brute_force_for_every_color(name):
             assert np.array_equal(table[r, g], np.argmin((red[r] + green[g]) + blue, axis=1)), (r, g)
 
 
-def test_the_lowest_id_wins_a_tie():
-    colors = np.array([[0.5, 0, 0], [-0.5, 0, 0], [0, 0.5, 0]], dtype=np.float32)
-    table = build_table(colors)
-    black, white = 0, N_COLORS - 1
-    assert table[black] == 1
-    assert table[white] == 0  # (1,1,1) is as far from 0 as from 2
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_IGPT_CACHE", str(tmp_path / "cache"))

@@ -52,17 +52,6 @@ def test_initial_values_are_the_published_ones():
     assert all((norm.weight == 1).all() for norm in network.modules() if isinstance(norm, RMSNorm))
 
 
-def test_first_loss_is_ln_k_exactly():
-    network, tokens = ImageGPT(SMALL), random_tokens()
-    assert next_pixel_loss(network(tokens), tokens).item() == pytest.approx(math.log(20), abs=1e-6)
-
-
-def test_no_biases_unless_asked_for():
-    assert not [name for name, _ in ImageGPT(SMALL).named_parameters() if name.endswith("bias")]
-    biased = ImageGPT(ImageGPTConfig(n_layer=1, n_head=1, n_embd=4, vocab_size=4, image_size=2, bias=True))
-    assert len([name for name, _ in biased.named_parameters() if name.endswith("bias")]) == 4
-
-
 # --- the ten facts ----------------------------------------------------------------------------------------------
 
 
@@ -103,16 +92,6 @@ def test_causality():
         moved = (network(changed) - logits).abs().amax((0, 2)) > 0
         assert not moved[: position + 1].any(), f"logits at or before pixel {position} saw it"
         assert moved[position + 1 :].all()
-
-
-def test_residual_stream_adds_to_the_unnormalised_input():
-    network = random_network()
-    block = network.h[0]
-    with torch.no_grad():
-        block.attn.c_proj.weight.zero_()
-        block.mlp.c_proj.weight.zero_()
-    x = torch.randn(2, 16, 32)
-    torch.testing.assert_close(block(x, True), x, rtol=0, atol=0)
 
 
 def test_bert_sees_both_sides_and_hides_what_is_masked():
@@ -257,26 +236,6 @@ def test_cached_logits_equal_uncached_at_every_position(prompt):
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="17 tokens"):
         network(tokens[:, -1:], cache=cache)
-
-
-def test_a_used_cache_takes_one_pixel_at_a_time():
-    network, tokens, cache = random_network(), random_tokens(), KVCache(SMALL, 2)
-    network(tokens[:, :3], cache=cache)
-    with pytest.raises(ValueError, match="one pixel at a time, not 2"):
-        network(tokens[:, 3:5], cache=cache)
-
-
-def test_wrong_length_names_both_numbers():
-    with pytest.raises(ValueError, match=r"9 tokens.*4 x 4 = 16"):
-        random_network()(torch.zeros(1, 9, dtype=torch.long))
-
-
-def test_dropout_acts_in_training_only():
-    config = ImageGPTConfig(**{**SMALL.to_dict(), "dropout": 0.5})
-    network, tokens = random_network(config), random_tokens()
-    torch.testing.assert_close(network(tokens), random_network()(tokens), rtol=0, atol=0)
-    network.train()
-    assert (network(tokens) - network(tokens)).abs().max() > 0
 
 
 def test_quick_gelu_and_its_gradient():

@@ -5,8 +5,7 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
@@ -71,17 +70,6 @@ def test_the_nearest_color_is_that_of_brute_force(colors, corner):
         winner[distance < best] = number  # strictly: the lowest number keeps a tie
         np.minimum(best, distance, out=best)
     assert np.array_equal(found, winner)
-
-
-@settings(law, max_examples=2)  # a table takes a second and 32 MB
-@given(hnp.arrays(np.uint8, st.tuples(st.integers(2, 40), st.just(3)), elements=st.integers(0, 255)))
-def test_colors_that_are_bytes_come_back(rgb):
-    rgb = np.unique(rgb, axis=0)
-    assume(len(rgb) >= 2)
-    palette = Palette(LEVELS[rgb])
-    tokens = torch.arange(len(rgb))
-    images = torch.from_numpy(rgb).T[None, :, None]
-    assert torch.equal(palette.rgb, torch.from_numpy(rgb)) and torch.equal(palette.quantize(images)[0], tokens)
 
 
 @law
