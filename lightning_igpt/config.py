@@ -32,7 +32,7 @@ class ImageGPTConfig:
         n_layer: Number of blocks.
         n_head: Attention heads per block; divides ``n_embd``.
         n_embd: Width of the residual stream.
-        vocab_size: Number of palette colours, which is the number of classes per pixel.
+        vocab_size: Number of palette colors, the classes of a pixel.
         image_size: Side of the square image in pixels; a sequence has ``image_size**2`` tokens.
         n_inner: Width of the MLP; ``None`` means ``4 * n_embd`` as in the paper.
         objective: ``autoregressive`` predicts the next pixel and has a start vector ``sos``; ``bert`` predicts masked

@@ -90,12 +90,12 @@ def choose_c(
         num_classes: C.
         grid: Values of c, as in fit_logistic, in any order.
         standardize: As in fit_logistic, with mean and variance of the kept rows.
-        max_iter: Upper bound on L-BFGS steps, for each value.
+        max_iter: As in fit_logistic, for each value.
         tolerance: As in fit_logistic.
         seed: Selects the held-out rows.
 
     Raises:
-        ValueError: As fit_logistic.
+        ValueError: As in fit_logistic.
     """
     _check(features, labels, num_classes, grid)
     grid = usable_grid(grid, len(features))

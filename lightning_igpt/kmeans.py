@@ -8,7 +8,6 @@ The paper says nothing about initialization or sample; those are this project's.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,8 +22,6 @@ from torch import Tensor
 from lightning_igpt.images import to_rgb
 from lightning_igpt.lookup import N_COLORS
 from lightning_igpt.palette import MAX_COLORS, Palette, check_images
-
-log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20  # pixels counted at a time, which bounds the memory
 _MAX_POINTS = 1 << 18  # above that, colors are merged before clustering
@@ -76,7 +73,6 @@ def fit_palette(
             "ask for fewer colors or give more images"
         )
     points, weights = _points(codes, counts[codes], n_colors)
-    log.info("k-means: %d colors for %d points, %d distinct colors", n_colors, len(points), codes.size)
     # Parallel sums would round in the order in which threads finish.
     with threadpool_limits(1):
         kmeans = KMeans(n_colors, init="k-means++", n_init=1, max_iter=max_iter, random_state=seed)

@@ -55,9 +55,8 @@ class MuonAdam(torch.optim.Optimizer):
     orthogonalized momentum of a matrix. The step is scaled to Adam's usual size, a root mean square of 0.2 of the
     learning rate per entry (Liu et al., 2025), so that both share one rate.
 
-    A packed matrix, such as that of queries, keys and values, is one parameter for autograd and in checkpoints, but its
-    parts are orthogonalized separately, which Jordan reports as better: orthogonalized together, the part with the
-    largest gradients would leave little of the step to the others.
+    The parts of a packed matrix, such as that of queries, keys and values, are orthogonalized separately: together, the
+    part with the largest gradients would leave little of the step to the others.
 
     Args:
         matrices: Parameters (rows, columns) for Muon; those without ``requires_grad`` are skipped.

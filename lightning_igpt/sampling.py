@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from lightning_igpt.decoding import Decoder, Precision, check_precision
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.objectives import pixel_nats
 
+Draw: TypeAlias = Callable[[Tensor], Tensor]  # logits (B, K) to colors (B,)
 Progress: TypeAlias = Callable[[Tensor, Tensor], None]  # tokens int64 (B, T), and which are decided, bool (B, T)
 COLD = 1e-6  # lower temperatures take the likeliest color, for logits divided by them may overflow
 
@@ -58,10 +60,13 @@ def complete(
     _check_prompt(network, prompt)
     _check_options(temperature, top_k, top_p, n_samples)
     check_precision(precision)
+    device, given, total = network.wte.weight.device, prompt.shape[1], network.config.n_positions
+    tokens = F.pad(prompt.to(device), (0, total - given)).repeat_interleave(n_samples, 0)  # (B * n_samples, T)
+    known = (torch.arange(total, device=device) < given).expand_as(tokens)
+    pick = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     with _evaluating(network):
-        tokens, known = _padded(network, prompt, n_samples)
-        tokens = _decode(network, tokens, known, temperature, top_k, top_p, precision, generator, on_progress)
-    return tokens.view(prompt.shape[0], n_samples, network.config.n_positions)
+        tokens = _decode(network, tokens, known, pick, precision, on_progress)
+    return tokens.view(len(prompt), n_samples, total)
 
 
 @contextmanager
@@ -76,23 +81,8 @@ def _evaluating(network: ImageGPT) -> Iterator[None]:
             module.training = training
 
 
-def _padded(network: ImageGPT, prompt: Tensor, n_samples: int) -> tuple[Tensor, Tensor]:
-    """Tokens (B * n_samples, T) that begin with the prompts, and which are known, bool of that shape."""
-    device, total = network.wte.weight.device, network.config.n_positions
-    tokens = F.pad(prompt.to(device), (0, total - prompt.shape[1])).repeat_interleave(n_samples, 0)
-    return tokens, (torch.arange(total, device=device) < prompt.shape[1]).expand_as(tokens)
-
-
 def _decode(
-    network: ImageGPT,
-    tokens: Tensor,
-    known: Tensor,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    precision: Precision | None = None,
-    generator: torch.Generator | None = None,
-    on_progress: Progress | None = None,
+    network: ImageGPT, tokens: Tensor, known: Tensor, pick: Draw, precision: Precision | None, report: Progress | None
 ) -> Tensor:
     """Draw the unknown pixels in raster order: one pass up to the first, then one step per pixel up to the last."""
     holes = (~known).any(0).nonzero().flatten().tolist()  # positions unknown in some row
@@ -103,10 +93,9 @@ def _decode(
     finite = torch.ones((), dtype=torch.bool, device=tokens.device)
     for position in range(holes[0], holes[-1] + 1):
         finite &= logits.isfinite().all()  # read at the end, since reading synchronizes the device
-        drawn = draw(logits, temperature, top_k, top_p, generator)
-        tokens[:, position] = torch.where(known[:, position], tokens[:, position], drawn)
-        if on_progress is not None and (position == holes[-1] or (position + 1) % network.config.image_size == 0):
-            on_progress(tokens, known | (torch.arange(tokens.shape[1], device=tokens.device) <= position))
+        tokens[:, position] = torch.where(known[:, position], tokens[:, position], pick(logits))
+        if report is not None and (position == holes[-1] or (position + 1) % network.config.image_size == 0):
+            report(tokens, known | (torch.arange(tokens.shape[1], device=tokens.device) <= position))
         if position < holes[-1]:
             logits = decoder.step(tokens[:, position : position + 1])
     _check_finite(finite, decoder.precision)
@@ -189,46 +178,34 @@ def inpaint(
     known = known.to(device=device, dtype=torch.bool)
     tokens = tokens.to(device).masked_fill(~known, 0)
     check_tokens(tokens, network.config.vocab_size)
+    pick = partial(draw, temperature=temperature, generator=generator)
     with _evaluating(network):
         if network.config.objective == "bert":
-            return _fill(network, tokens, known, steps, temperature, generator, on_progress)
-        return _decode(
-            network, tokens, known, temperature, precision=precision, generator=generator, on_progress=on_progress
-        )
+            return _fill(network, tokens, known, pick, steps, on_progress)
+        return _decode(network, tokens, known, pick, precision, on_progress)
 
 
-def _fill(
-    network: ImageGPT,
-    tokens: Tensor,
-    known: Tensor,
-    steps: int,
-    temperature: float,
-    generator: torch.Generator | None,
-    on_progress: Progress | None,
-) -> Tensor:
+def _fill(network: ImageGPT, tokens: Tensor, known: Tensor, pick: Draw, steps: int, report: Progress | None) -> Tensor:
     holes, finite = (~known).sum(1), torch.ones((), dtype=torch.bool, device=tokens.device)
     for step in range(1, steps + 1):
         logits = network(tokens, masked=~known)  # (B, T, K)
         finite &= logits.isfinite().all()
-        drawn = draw(logits.flatten(0, 1), temperature, generator=generator).view_as(tokens)
+        drawn = pick(logits.flatten(0, 1)).view_as(tokens)
         sure = F.log_softmax(logits.float(), -1).gather(-1, drawn[..., None])[..., 0]  # (B, T)
         left = (holes * math.cos(math.pi / 2 * step / steps)).floor().long() if step < steps else holes * 0
         order = sure.masked_fill(known, math.inf).argsort(-1, descending=True).argsort(-1)  # rank, known pixels first
         keep = order < (tokens.shape[1] - left)[:, None]
         tokens = torch.where(keep & ~known, drawn, tokens)
         known = known | keep
-        if on_progress is not None:
-            on_progress(tokens, known)
+        if report is not None:
+            report(tokens, known)
     _check_finite(finite, "full")
     return tokens
 
 
 def _check_finite(finite: Tensor, precision: str) -> None:
     if not finite:
-        raise ValueError(
-            f"the network's logits are not all finite with precision {precision!r}; check that its weights are finite, "
-            "or use precision='full'"
-        )
+        raise ValueError(f"logits are not all finite with precision {precision!r}; check the weights, or use 'full'")
 
 
 @torch.no_grad()

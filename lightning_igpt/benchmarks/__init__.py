@@ -10,10 +10,7 @@
 ======================  =====================================================================================
 
 Both sides of a comparison get the same weights and inputs, must agree before anything is timed, and are measured in one
-process in turns, so that a machine that slows down slows both. A figure is the median of its turns, printed with the
-fastest and the slowest; a ratio is the median over the turns of the ratio within a turn. The limit is what the machine
-reached in the same run on a large matrix product or a large copy. The last line is one JSON object.
-
-Times are wall-clock times, except in ``data``, which counts CPU time of one thread. Set OMP_NUM_THREADS and run nothing
-else at the same time. All but ``probe`` need the ``hf`` extra.
+process in turns. A figure is the median of its turns; a ratio is the median over the turns of the ratio within a turn.
+The limit is what the machine reached in the same run on a large matrix product or a large copy. The last line is one
+JSON object. Set OMP_NUM_THREADS and run nothing else at the same time. All but ``probe`` need the ``hf`` extra.
 """

@@ -180,12 +180,9 @@ def print_table(
 
 def as_json(rows: Mapping[str, Turns]) -> dict[str, dict[str, float]]:
     """Seconds of every side."""
-
-    def short(seconds: float) -> float:
-        return float(f"{seconds:.6g}")
-
+    figures = {"median_s": statistics.median, "min_s": min, "max_s": max}
     return {
-        name: {"median_s": short(turns.median), "min_s": short(min(turns.seconds)), "max_s": short(max(turns.seconds))}
+        name: {key: float(f"{figure(turns.seconds):.6g}") for key, figure in figures.items()}  # type: ignore[operator]
         for name, turns in rows.items()
     }
 
