@@ -78,8 +78,7 @@ def fit_palette(
         kmeans = KMeans(n_colors, init="k-means++", n_init=1, max_iter=max_iter, random_state=seed)
         centers: Floats = kmeans.fit(points, sample_weight=weights).cluster_centers_.clip(-1, 1)
     luminance = centers @ (0.299, 0.587, 0.114)  # ITU-R BT.601
-    order = np.lexsort((*centers.T[::-1], luminance))
-    return Palette(centers[order])
+    return Palette(centers[np.lexsort((*centers.T[::-1], luminance))])
 
 
 def _histogram(chunks: Iterable[Bytes]) -> Counts:

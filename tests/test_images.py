@@ -1,10 +1,7 @@
 import io
 import struct
-import subprocess
-import sys
 import time
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,13 +124,11 @@ INFLATED = zlib.compress(bytes(30_000_000))  # 30 MB in 30 kB
 TEXTS = [chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(900_000)))] * 99
 BOMBS = {
     "GIF screen": (gif(60_000, 60_000), "too large"),
-    "GIF frame": (gif(4, 4, (60_000, 60_000)), "too large"),
     "GIF above the limit": (gif(4, 4, (9_000, 9_000)), "9000 x 9000 = 81,000,000 pixels, more than the limit"),
     "WebP": (webp(16_384), "too large|could not create decoder"),  # the latter by Pillow 11
     "TIFF": (tiff(60_000, 60_000), "too large"),
     "TIFF samples": (tiff(4, 4, samples=65_535), "known format"),
     "BMP": (bmp(60_000, 60_000), "too large"),
-    "BMP upside down": (bmp(8, -(2**31)), "too large"),
     "BMP colors": (bmp(8, 8, colors=2**32 - 1), "Unsupported BMP Palette size"),
     "PNG iCCP": (png(chunk(b"iCCP", b"x\0\0" + INFLATED)), "Decompressed data too large"),
     "PNG zTXt": (png(chunk(b"zTXt", b"x\0\0" + INFLATED)), "Decompressed data too large"),
@@ -158,11 +153,9 @@ def test_bombs_are_refused_at_once(tmp_path, content, message, from_path):
 HARMLESS = {
     "TIFF whose directories go round": tiff(1, 1, samples=1, next_directory=8),
     "TIFF tags of any size": tiff(1, 1, samples=1, extra=[(60_000 + i, 1, 2**31, 8) for i in range(5000)]),
-    "PNG of endless frames": png(chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0))),
     "PNG with more pixels than it says": png().replace(
         chunk(b"IDAT", zlib.compress(bytes(4 * 13))), chunk(b"IDAT", INFLATED)
     ),
-    "GIF of many comments": encoded(noise(), "GIF", comment=b"a" * 400_000),
     "JPEG and ZIP": encoded(noise(), "JPEG") + b"PK\x03\x04" + bytes(1000) + b"PK\x05\x06" + bytes(18),
     "JPEG scans within the limit": repeated_scans((64, 64), 100),
 }
@@ -194,32 +187,6 @@ def test_other_formats_are_refused_whatever_their_name(tmp_path, monkeypatch, co
     for value in (row(content, "a.png"), row(None, str(tmp_path / "a.png"))):
         with pytest.raises(BadImageError, match="not an image of a known format"):
             decode(value)
-
-
-MEASURE = """
-import re, sys
-from pathlib import Path
-from lightning_igpt.images import decode
-def status(key): return 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-for path in sys.argv[1:]:
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, image = status("VmRSS"), decode({"path": path})
-    print((status("VmHWM") - before) / (image.width * image.height))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured through Linux's /proc")
-def test_memory_of_large_images(tmp_path):
-    """Bytes a pixel at the peak, of which RGB itself takes 4: conversions must add little."""
-    kinds = {"RGB": 4, "L": 5, "RGBA": 8, "LA": 8, "P": 5, "I;16": 9}
-    for mode in kinds:
-        image = Image.new(mode, (4000, 4000))
-        image.save(tmp_path / f"{mode.replace(';', '')}.png", **({"transparency": 0} if mode == "P" else {}))
-    paths = [str(tmp_path / f"{mode.replace(';', '')}.png") for mode in kinds]
-    done = subprocess.run([sys.executable, "-c", MEASURE, *paths], capture_output=True, text=True, check=True)
-    for (mode, ideal), found in zip(kinds.items(), done.stdout.split(), strict=True):
-        assert float(found) < ideal + 2, (mode, found)
 
 
 def test_max_pixels():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_igpt import lookup
-from lightning_igpt.lookup import N_COLORS, build_table, cache_folder, cached_table
+from lightning_igpt.lookup import N_COLORS, build_table, cached_table
 from lightning_igpt.palette import Palette
 
 RNG = np.random.default_rng(0)
@@ -143,14 +143,3 @@ def test_an_unusable_folder_is_only_a_warning(tmp_path, monkeypatch, palette, bu
     assert len(builds) == 1
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "LIGHTNING_IGPT_CACHE" in caplog.text
-
-
-def test_cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIGHTNING_IGPT_CACHE", str(tmp_path / "own"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache_folder() == tmp_path / "own"
-    monkeypatch.delenv("LIGHTNING_IGPT_CACHE")
-    assert cache_folder() == tmp_path / "shared" / "lightning_igpt"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == tmp_path / "home" / ".cache" / "lightning_igpt"

@@ -87,35 +87,6 @@ def test_a_state_that_is_put_back_goes_on_bit_for_bit(tmp_path):
         assert same(again, whole)
 
 
-def test_under_a_grad_scaler():
-    mine = [parameter(6, 4), parameter(4)]
-    twins = copy.deepcopy(mine)
-    step(twins, MuonAdam(twins[:1], twins[1:], **OPTIONS), numbers=[0])
-    optimizer, scaler = MuonAdam(mine[:1], mine[1:], **OPTIONS), torch.amp.GradScaler("cpu", init_scale=4.0)
-    for bad in (True, False):  # a step whose gradient is not finite is skipped, and halves the scale
-        for one, twin in zip(mine, twins, strict=True):
-            one.grad = scaler.scale(twin.grad) * (torch.inf if bad else 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-    assert same(mine, twins) and scaler.get_scale() == 2.0
-
-
-def test_closures_and_parameters_without_gradients():
-    matrix, gain, frozen = parameter(6, 4), parameter(4), parameter(6, 4).requires_grad_(False)
-    optimizer = MuonAdam([matrix, frozen], [gain], **OPTIONS)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = gain.square().sum()
-        loss.backward()
-        return loss
-
-    before = matrix.clone()
-    assert optimizer.step(closure) == parameter(4).square().sum()
-    assert torch.equal(matrix, before) and not torch.equal(gain, parameter(4))
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
-
-
 @pytest.mark.parametrize("config", [TINY, BERT, {**TINY.to_dict(), "bias": True}])
 def test_every_parameter_has_one_place(config):
     model = module(config, weight_decay=0.3)

@@ -63,11 +63,6 @@ def test_a_plain_batch(transform):
     assert batch["label"] is labels
 
 
-def test_large_batches_are_quantized_in_parts(transform, monkeypatch):
-    monkeypatch.setattr("lightning_igpt.palette._PIXELS", 2 * 64)
-    assert same(transform({"image": list(PICTURES)})["tokens"])
-
-
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
@@ -169,14 +164,6 @@ def test_map_leaves_images_that_stay_as_they_are(transform):
     for column in ("image", "thumb"):
         raw = mapped.cast_column(column, datasets.Image(decode=False))[column]
         assert [value["bytes"] for value in raw] == content
-
-
-@pytest.mark.parametrize("name", ["numpy", "python"])
-def test_map_over_a_formatted_data_set(transform, dataset, name):
-    mapped = dataset.with_format(name).map(transform, batched=True, remove_columns=["image"]).with_format("numpy")
-    assert same(mapped[:]["tokens"])
-    assert sorted(mapped.column_names) == ["label", "palette", "text", "tokens"]
-    assert mapped[:]["text"].tolist() == list("abcdef")
 
 
 def test_streams(transform, dataset):

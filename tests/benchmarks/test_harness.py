@@ -39,14 +39,6 @@ def test_the_last_line_is_one_json_object(capsys):
     assert {"device", "threads", "cores", "versions"} < set(result)
 
 
-def test_the_table_names_every_side(capsys):
-    rows = {"ours": Turns((0.5, 0.5)), "peer": Turns((1.0, 1.0))}
-    harness.print_table("title", rows, peer="peer", work={"ours": 1.0}, limit=4.0)
-    title, ours, peer = capsys.readouterr().out.strip().splitlines()
-    assert title.startswith("title") and ours.split() == ["ours", "500.00", "500.00..500.00", "2.00x", "50%"]
-    assert peer.split() == ["peer", "1,000.00", "1,000.00..1,000.00", "1.00x"]
-
-
 @pytest.mark.parametrize("words", [["--precision", "32-true"], ["--precision=32-true"], ["--prec", "32-true"]])
 def test_an_option_without_bearing_is_said_so(words, capsys):
     harness.say_unused([*words, "--batch-size", "3", "-h"], "precision", "compile")
