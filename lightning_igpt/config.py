@@ -12,13 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
-from lightning_igpt.spelling import there_is_no
-
 Objective = Literal["autoregressive", "bert"]
-
-
-# Far beyond any network of today: a damaged or hostile file must not make a process build forever.
-_MOST = {
+# Far beyond any network of today, so that a damaged or hostile file cannot make a process build forever.
+_MAXIMA = {
     "n_layer": 1000,
     "n_head": 1000,
     "n_embd": 65_536,
@@ -36,11 +32,11 @@ class ImageGPTConfig:
         n_layer: Number of blocks.
         n_head: Attention heads per block; divides ``n_embd``.
         n_embd: Width of the residual stream.
-        vocab_size: Number of palette colours, which is the number of classes per pixel.
+        vocab_size: Number of palette colors, the classes of a pixel.
         image_size: Side of the square image in pixels; a sequence has ``image_size**2`` tokens.
         n_inner: Width of the MLP; ``None`` means ``4 * n_embd`` as in the paper.
-        objective: ``autoregressive`` predicts the next pixel and owns a start vector ``sos``; ``bert`` predicts masked
-            pixels, sees both sides and has no ``sos``.
+        objective: ``autoregressive`` predicts the next pixel and has a start vector ``sos``; ``bert`` predicts masked
+            pixels from both sides and has no ``sos``.
         bias: Give the projections biases. The published networks have none; imported weights may.
         dropout: Probability of dropping an activation in training. The paper uses none.
 
@@ -59,12 +55,12 @@ class ImageGPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, most in _MOST.items():
+        for name, maximum in _MAXIMA.items():
             value, unset = getattr(self, name), ", or None for 4 * n_embd" if name == "n_inner" else ""
             if unset and value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-                raise ValueError(f"{name} is {_shown(value)}; it must be a whole number from 1 to {most:,}{unset}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= maximum:
+                raise ValueError(f"{name} is {_shown(value)}; it must be a whole number from 1 to {maximum:,}{unset}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if not isinstance(self.objective, str) or self.objective not in ("autoregressive", "bert"):
@@ -73,7 +69,7 @@ class ImageGPTConfig:
             raise ValueError(f"bias is {_shown(self.bias)}; it must be true or false")
         number = isinstance(self.dropout, int | float) and not isinstance(self.dropout, bool)
         if not number or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {_shown(self.dropout)}; it must be a number from 0 on and below 1")
+            raise ValueError(f"dropout is {_shown(self.dropout)}; it must be at least 0 and below 1")
 
     @property
     def n_positions(self) -> int:
@@ -86,7 +82,7 @@ class ImageGPTConfig:
         return self.n_inner or 4 * self.n_embd
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for YAML and for a checkpoint that opens with ``weights_only=True``."""
+        """Plain values, for YAML and for checkpoints that open with ``weights_only=True``."""
         return asdict(self)
 
     @classmethod
@@ -97,15 +93,17 @@ class ImageGPTConfig:
             network: A config, the name of a preset, or a mapping of config fields.
 
         Raises:
-            ValueError: The name is no preset, or a field does not exist; the message lists what does.
+            ValueError: There is no such preset or field; the message lists those that exist.
         """
         if isinstance(network, ImageGPTConfig):
             return network
         if not isinstance(network, (str, Mapping)):
-            raise ValueError(f"network is {_shown(network)}; name a preset or give the fields of an ImageGPTConfig")
+            raise ValueError(
+                f"network is {_shown(network)}; give the name of a preset or the fields of an ImageGPTConfig"
+            )
         if isinstance(network, str):
             if network not in PRESETS:
-                raise ValueError(there_is_no("preset", network[:200], PRESETS, f"Presets: {', '.join(PRESETS)}"))
+                raise ValueError(f"there is no preset {network[:200]!r}; the presets are {', '.join(PRESETS)}")
             return PRESETS[network]
         known = [field.name for field in fields(cls)]
         unknown = sorted(_shown(name) for name in set(network) - set(known))
@@ -115,7 +113,7 @@ class ImageGPTConfig:
 
 
 def _shown(value: Any) -> str:
-    """For messages: a damaged file may hold a number of a million digits, which Python refuses to write."""
+    """For messages: a damaged file may hold a number of a million digits, which Python refuses to print."""
     try:
         return reprlib.repr(value)[:200]
     except ValueError:

@@ -1,7 +1,7 @@
-"""One pixel at a time: prompts are read by the network as it is, steps by a lighter form of it.
+"""One step of cached sampling: the network processes the prompt, a lighter form of it one pixel at a time.
 
-A step reads all weights and the whole cache and computes little with them. So bytes are what it costs, 16 bits per
-value instead of 32, or 8 per weight; and, as the work is so small, every operation that does not read them.
+A step reads all weights and the whole cache and computes little with them. So its time depends on the bytes it reads
+(16 bits per value instead of 32, or 8 per weight) and on the number of operations.
 """
 
 from __future__ import annotations
@@ -15,42 +15,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_igpt.model import GELU_SLOPE, NORM_EPS, Block, ImageGPT, KVCache, RMSNorm
+from lightning_igpt.private import int8_product
 
 log = logging.getLogger(__name__)
 
 Precision: TypeAlias = Literal["full", "half", "int8"]
 Product: TypeAlias = Callable[[Tensor], Tensor]  # (B, in) to (B, out)
 
-FEW_ROWS = 4  # up to here x W^T is the faster way to write the product on a CPU, beyond it (W x^T)^T is
-INT8_WIDTH = 16  # torch's kernel reads past the end of rows whose length is no multiple of it
-WINDOWS = 8  # captured steps of one network; each reads a part of the cache, an eighth longer than the one before
+FEW_ROWS = 4  # up to this number x W^T is the faster product on a CPU, above it (W x^T)^T
+INT8_WIDTH = 16  # of whose multiples the int8 kernel needs its rows
+WINDOWS = 8  # captured steps of one network; each reads an eighth of the cache more than the previous
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether each process holds a part of the weights (FSDP2): then all must call the network together."""
+    """Whether each process holds a part of the weights (FSDP2), so that all must call the network together."""
     return hasattr(network, "unshard")
 
 
 def check_precision(precision: str | None) -> None:
-    """Raise where there is no such precision.
-
-    Raises:
-        ValueError: It is none of the three, nor None.
-    """
+    """Raise ValueError unless ``precision`` is None or one of the three."""
     if precision not in (None, "full", "half", "int8"):
         raise ValueError(f"precision is {precision!r}; it must be 'full', 'half' or 'int8'")
 
 
 class Decoder:
-    """Keys, values and steps of one batch of pictures.
+    """Keys, values and steps of one batch of images.
 
     Args:
-        network: An autoregressive network in evaluation mode; it stays as it is.
-        batch_size: Pictures side by side, B.
+        network: An autoregressive network in evaluation mode; not modified.
+        batch_size: Images decoded together, B.
         precision: ``full``: the network's own. ``half``: weights in 16 bits, float16 on x86 CPUs, else bfloat16.
             ``int8``: weights in 8 bits with a scale per row; on CPUs only. Keys and values have 16 bits in half
-            precision on a GPU; on a CPU they stay in float32, since converting them at every step costs more than
-            reading less of them saves. Default: half under autocast, else full.
+            precision on a GPU; on a CPU they stay in float32, since converting them at every step takes longer than
+            reading fewer bytes saves. Default: half under autocast, else full.
 
     Raises:
         ValueError: The precision is unknown, or the device has no kernel for it.
@@ -62,15 +59,15 @@ class Decoder:
             precision = "half" if torch.is_autocast_enabled(weight.device.type) else "full"
         check_precision(precision)
         if precision == "int8" and weight.device.type != "cpu":
-            raise ValueError(f"precision 'int8' is for CPUs, this network is on {weight.device}: take 'half'")
+            raise ValueError(f"precision 'int8' needs a CPU, but this network is on {weight.device}; use 'half'")
         if precision == "int8" and is_sharded(network):
-            raise ValueError("precision 'int8' needs whole weights, and this network is sharded: take 'half'")
+            raise ValueError("precision 'int8' needs whole weights, but this network is sharded; use 'half'")
         widens = precision == "full" or weight.dtype != torch.float32 or weight.device.type == "cpu"
         dtype = weight.dtype if widens else torch.bfloat16
         self.network, self.precision = network, precision
         self.cache = KVCache(network.config, batch_size, device=weight.device, dtype=dtype)
         self._step: Product
-        if is_sharded(network):  # the network alone gathers its weights, and is gathered anew for each step
+        if is_sharded(network):  # only calls of the network gather its weights
             self._step = lambda pixel: network(pixel, cache=self.cache)[:, -1]
         elif weight.device.type == "cpu":
             self._step = FlatSteps(network, self.cache, precision)
@@ -81,17 +78,17 @@ class Decoder:
             self._step = lambda pixel: light(pixel, cache=self.cache)[:, -1]
 
     def start(self, prompt: Tensor) -> Tensor:
-        """Logits (B, K) of the first pixel after a prompt, int64 (B, P), which may be empty; one pass for all of it."""
+        """Logits (B, K) of the first pixel after a prompt, int64 (B, P), which may be empty; one pass."""
         return self.network(prompt, cache=self.cache)[:, -1]  # type: ignore[no-any-return]
 
     def step(self, pixel: Tensor) -> Tensor:
-        """Logits (B, K) of the next pixel, given the one decided last, int64 (B, 1); valid until the next step."""
-        with torch.autocast(self.cache.k.device.type, enabled=False):  # it would convert everything in every step
+        """Logits (B, K) of the next pixel, given the previous pixel, int64 (B, 1); valid until the next step."""
+        with torch.autocast(self.cache.k.device.type, enabled=False):  # which would convert every weight in every step
             return self._step(pixel)
 
 
 def _in_type(network: ImageGPT, dtype: torch.dtype) -> ImageGPT:
-    """The network itself, or a copy whose weights have another type."""
+    """The network, or a copy with weights of another dtype."""
     if network.wte.weight.dtype == dtype:
         return network
     with torch.device("meta"):
@@ -106,9 +103,9 @@ def reads_float16() -> bool:
 
 
 def make_product(linear: nn.Module, rows: int, precision: Precision) -> Product:
-    """A linear layer for few rows, on a CPU: (rows, in) to (rows, out) in the type of the input.
+    """A linear layer for few rows, on a CPU: (rows, in) to (rows, out) in the dtype of the input.
 
-    A layer that is more than an nn.Linear, such as one with an adapter, is called as it is.
+    A subclass of nn.Linear, such as a layer with an adapter, is called unchanged.
     """
     if type(linear) is not nn.Linear:
         return linear
@@ -119,8 +116,8 @@ def make_product(linear: nn.Module, rows: int, precision: Precision) -> Product:
         if not reads_float16():
             narrow = weight.bfloat16()
             return _with_bias(lambda x: F.linear(x.bfloat16(), narrow).to(x.dtype), bias)
-        if weight.abs().max() <= torch.finfo(torch.float16).max:  # what float16 cannot hold stays as it is
-            packed = torch.ops.quantized.linear_prepack_fp16(weight.clone(), bias)  # it may clamp what it is given
+        if weight.abs().max() <= torch.finfo(torch.float16).max:  # larger weights stay in float32
+            packed = torch.ops.quantized.linear_prepack_fp16(weight.clone(), bias)  # may clamp its argument
             return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
     if rows > FEW_ROWS and weight.dtype == torch.float32:
         return _with_bias(lambda x: torch.mm(weight, x.t()).t().contiguous(), bias)
@@ -132,11 +129,11 @@ def _int8_product(weight: Tensor) -> Product:
     scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # (out,)
     missing = -weight.shape[1] % INT8_WIDTH
     rounded = F.pad((weight / scale[:, None]).round().to(torch.int8), (0, missing))
-    scale = scale.bfloat16()
+    scale, multiply = scale.bfloat16(), int8_product()
 
     def product(x: Tensor) -> Tensor:
         rows = x.bfloat16() if not missing else F.pad(x.bfloat16(), (0, missing))
-        return torch._weight_int8pack_mm(rows, rounded, scale).to(x.dtype)
+        return multiply(rows, rounded, scale).to(x.dtype)
 
     return product
 
@@ -146,16 +143,18 @@ def _with_bias(product: Product, bias: Tensor | None) -> Product:
 
 
 class FlatBlock:
-    """A block for one position per picture, on a CPU, written out: calls of modules would cost more than the work."""
+    """A block for one position per image, on a CPU, without calls of modules, which would take longer than the work."""
 
     def __init__(self, block: Block, rows: int, precision: Precision) -> None:
         self.gain_1, self.gain_2 = _doubled_gain(block.ln_1), _doubled_gain(block.ln_2)
         layers = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-        self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj = (make_product(one, rows, precision) for one in layers)
+        self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj = (
+            make_product(layer, rows, precision) for layer in layers
+        )
         self.n_head = block.attn.n_head
 
     def __call__(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
-        """(B, D) to (B, D); the position's own keys and values are written into those of the cache, (B, H, T, d)."""
+        """(B, D) to (B, D); writes the position's keys and values into those of the cache, (B, H, T, d)."""
         B, D = x.shape
         q, k, v = (
             self.c_attn(_norm(x, self.gain_1)).view(B, 3, self.n_head, 1, D // self.n_head).unbind(1)
@@ -170,7 +169,7 @@ class FlatBlock:
 
 
 class FlatSteps:
-    """All blocks as ``FlatBlock``, between embedding and colour head."""
+    """Embedding, all blocks as ``FlatBlock``, head."""
 
     def __init__(self, network: ImageGPT, cache: KVCache, precision: Precision) -> None:
         rows = cache.k.shape[1]
@@ -181,7 +180,7 @@ class FlatSteps:
         self.keys, self.values = cache.k.unbind(0), cache.v.unbind(0)
 
     def __call__(self, pixel: Tensor) -> Tensor:
-        """As ``Decoder.step``."""
+        """See ``Decoder.step``."""
         length = self.cache.length
         x = self.network.wte(pixel[:, 0]) + self.network.wpe.weight[length]  # (B, D)
         for block, keys, values in zip(self.blocks, self.keys, self.values, strict=True):
@@ -195,15 +194,15 @@ def _doubled_gain(norm: RMSNorm) -> Tensor:
 
 
 def _norm(x: Tensor, doubled_gain: Tensor) -> Tensor:
-    """RMSNorm as the LayerNorm of (x, -x), whose mean is 0: on a CPU four kernels instead of nine."""
+    """RMSNorm as the LayerNorm of (x, -x), whose mean is 0: four kernels on a CPU instead of nine."""
     return F.layer_norm(torch.cat([x, -x], -1), doubled_gain.shape, doubled_gain, None, NORM_EPS)[:, : x.shape[1]]
 
 
 class CapturedSteps:
     """Steps as CUDA graphs: one launch instead of hundreds, which would take longer than the work.
 
-    A graph reads a window of the cache, so there is one for each of a few windows. Where capturing fails, a warning
-    says so, and steps are launched one kernel at a time.
+    There is one graph for each of a few windows of the cache. If capturing fails, steps are launched one kernel at a
+    time, after a warning.
     """
 
     def __init__(self, network: ImageGPT, cache: KVCache) -> None:
@@ -215,11 +214,11 @@ class CapturedSteps:
         self.works = True
 
     def window(self) -> int:
-        """Positions that the step at hand reads: those seen and its own, rounded up to a multiple of the grain."""
+        """Positions that this step reads: those seen and its own, rounded up to a multiple of the grain."""
         return min(-(-(self.cache.length + 1) // self.grain) * self.grain, self.cache.k.shape[3])
 
     def __call__(self, pixel: Tensor) -> Tensor:
-        """As ``Decoder.step``."""
+        """See ``Decoder.step``."""
         window = self.window()
         if self.works and window not in self.graphs:
             self._capture(window)
@@ -235,25 +234,25 @@ class CapturedSteps:
         cache, length = self.cache, self.cache.length
         cache.window = window
         try:
-            beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):  # libraries prepare themselves, which cannot be captured
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # warm-up: libraries initialize, which cannot be captured
                 for _ in range(2):
                     self.network(self.pixel, cache=cache)
                     self._back_to(length)
-            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 logits = self.network(self.pixel, cache=cache)[:, -1]
             self.graphs[window] = graph, logits
         except RuntimeError as error:
-            log.warning("steps cannot be captured as a CUDA graph and are launched one by one: %s", error)
+            log.warning("steps cannot be captured as a CUDA graph; launching their kernels one by one: %s", error)
             self.works = False
         finally:
             cache.window = None
             self._back_to(length)
 
     def _back_to(self, length: int) -> None:
-        """What a step wrote beyond ``length`` is written anew by the next one."""
+        """The next step overwrites what was written beyond ``length``."""
         self.cache.length = length
         self.cache.position.fill_(length)

@@ -1,6 +1,6 @@
 """Logistic regression on pooled features, the linear probe of the paper (sections 2.4 and 3.4).
 
-The features themselves come from ``ImageGPT.features``; where they are kept is no matter of this file.
+The features are those of ``ImageGPT.features``.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-HISTORY = 10  # pairs that L-BFGS remembers, as in scikit-learn
+HISTORY = 10  # pairs that L-BFGS keeps, as in scikit-learn
 TRIES = 20  # lengths of one step
-FAR = 10  # times the tolerance; a gradient so far above it is told
+FAR = 10  # times the tolerance; a gradient above that is worth a warning
 ROUNDING = 1e-6  # of the loss
-CACHED = 2**18  # numbers that a core's cache holds beside all else, 1 MiB
-WIDEST = 4096  # features; for more, a guess of the curvature would cost more than it saves
-SAMPLE = 8  # rows for each feature, to guess the curvature from
+CACHED = 2**18  # numbers per core that fit in its cache, 1 MiB
+WIDEST = 4096  # features; with more, an estimate of the curvature would cost more than it saves
+SAMPLE = 8  # rows per feature from which the curvature is estimated
 RIDGE = 1e-4  # of each feature's own curvature; far above the rounding of a sum of products in float32
-C_GRID = (0.001, 0.01, 0.1, 1.0, 10.0)  # ours: the paper names no strength
-SELECT_PART = 10  # one row in so many is held out to choose c on
-SELECT_LEAST = 20  # rows; on fewer, one image would decide
+C_GRID = (0.001, 0.01, 0.1, 1.0, 10.0)  # this project's; the paper states no strength
+SELECT_PART = 10  # one row in ten is held out to choose c
+SELECT_LEAST = 20  # rows; with fewer, a single image would decide
 
 
 @torch.no_grad()
@@ -39,18 +39,18 @@ def fit_logistic(
     max_iter: int = 1000,
     tolerance: float = 1e-4,
 ) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression with an L2 penalty, minimised by L-BFGS.
+    """Multinomial logistic regression with an L2 penalty, minimized by L-BFGS.
 
-    The objective is scikit-learn's: mean cross-entropy + |weight|^2 / (2 c N); the bias is not penalised.
+    The objective is scikit-learn's: mean cross-entropy + |weight|^2 / (2 c N); the bias is not penalized.
 
     Args:
         features: Float (N, D).
         labels: int64 (N,), 0 to num_classes - 1.
         num_classes: C.
         c: Inverse strength of the penalty.
-        standardize: Scale each feature to mean 0 and variance 1 first. The scaling is folded into what is returned.
+        standardize: Scale each feature to mean 0 and variance 1 first. Weight and bias include the scaling.
         max_iter: Upper bound on L-BFGS steps.
-        tolerance: Stop when no entry of the gradient is larger.
+        tolerance: Stop when no entry of the gradient exceeds it.
 
     Returns:
         Weight (C, D) and bias (C,), so that ``features @ weight.T + bias`` are the logits of raw features.
@@ -61,12 +61,13 @@ def fit_logistic(
     """
     _check(features, labels, num_classes, [c])
     features, mean, scale = _scaled(features, standardize)
-    start = _zeros(features, num_classes)
-    weight, bias = _minimize(features, labels, start, c=c, max_iter=max_iter, tolerance=tolerance)
+    start = features.new_zeros(num_classes, features.shape[1] + 1)
+    weight, bias = _parts(_minimize(features, labels, start, c=c, max_iter=max_iter, tolerance=tolerance))
     weight = weight / scale
-    return weight, bias - (weight * mean).sum(1)  # no product, which autocast would round
+    return weight, bias - (weight * mean).sum(1)  # not a matrix product, which autocast would round
 
 
+@torch.no_grad()
 def choose_c(
     features: Tensor,
     labels: Tensor,
@@ -78,23 +79,23 @@ def choose_c(
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> float:
-    """The strength that classifies held-out rows best, the strongest penalty among equals.
+    """The value of c that classifies held-out training rows best; of equally good values the smallest.
 
-    Every value is fitted to the rows that ``split_rows`` keeps and measured on those that it holds out; give training
-    features only. Too few rows to hold out leave no choice, as in usable_grid.
+    Every value is fitted to the rows that ``split_rows`` keeps and evaluated on those that it holds out. With too few
+    rows ``usable_grid`` leaves one value.
 
     Args:
         features: Float (N, D).
         labels: int64 (N,), 0 to num_classes - 1.
         num_classes: C.
         grid: Values of c, as in fit_logistic, in any order.
-        standardize: As in fit_logistic; mean and variance are those of the rows kept.
-        max_iter: Upper bound on L-BFGS steps, for each value.
+        standardize: As in fit_logistic, with mean and variance of the kept rows.
+        max_iter: As in fit_logistic, for each value.
         tolerance: As in fit_logistic.
-        seed: Decides which rows are held out.
+        seed: Selects the held-out rows.
 
     Raises:
-        ValueError: As fit_logistic.
+        ValueError: As in fit_logistic.
     """
     _check(features, labels, num_classes, grid)
     grid = usable_grid(grid, len(features))
@@ -104,13 +105,14 @@ def choose_c(
     x, mean, scale = _scaled(features[kept.to(features.device)], standardize)
     x_held = (features[held.to(features.device)].float() - mean) / scale
     y, y_held = labels[kept.to(labels.device)], labels[held.to(labels.device)]
-    best, most, found = 0.0, -1, _zeros(x, num_classes)
-    for c in sorted(grid):  # from strong to weak, each starts where the one before has ended
-        found = _minimize(x, y, found, c=c, max_iter=max_iter, tolerance=tolerance)
-        right = int(((x_held @ found[0].T + found[1]).argmax(1) == y_held).sum())
-        log.debug("c=%g: %d of %d held-out images right", c, right, len(held))
-        if right > most:
-            best, most = c, right
+    best, most_correct, point = 0.0, -1, x.new_zeros(num_classes, x.shape[1] + 1)
+    for c in sorted(grid):  # from strong to weak penalty; each fit starts from the previous solution
+        point = _minimize(x, y, point, c=c, max_iter=max_iter, tolerance=tolerance)
+        weight, bias = _parts(point)
+        correct = int(((x_held @ weight.T + bias).argmax(1) == y_held).sum())
+        log.debug("c=%g: %d of %d held-out images correct", c, correct, len(held))
+        if correct > most_correct:
+            best, most_correct = c, correct
     return best
 
 
@@ -131,32 +133,28 @@ def _check(features: Tensor, labels: Tensor, num_classes: int, grid: Sequence[fl
 
 
 def usable_grid(grid: Sequence[float], n_rows: int) -> Sequence[float]:
-    """The grid or, with a warning, its value nearest to 1 where fewer than SELECT_LEAST rows would be held out."""
+    """The grid; with a warning only its value nearest to 1, where fewer than SELECT_LEAST rows would be held out."""
     n_held = n_rows // SELECT_PART
     if len(grid) == 1 or n_held >= SELECT_LEAST:
         return grid
     nearest = min(grid, key=lambda c: abs(math.log(c)))
     log.warning(
-        "%d training images leave %d to choose c on, fewer than %d: c is %g, the nearest of the grid to 1. "
-        "Set c= to fix another value",
+        "%d training images leave %d to choose c on, fewer than %d: c is %g, the value of the grid nearest to 1; "
+        "set c= to use another",
         *(n_rows, n_held, SELECT_LEAST, nearest),
     )
     return (nearest,)
 
 
 def split_rows(n_rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Numbers of the rows to fit to, and of the tenth (rounded down) to choose c on; int64 on the CPU, ascending."""
+    """Numbers of the rows to fit and of the tenth (rounded down) held out; int64 on the CPU, ascending."""
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
     n_held = n_rows // SELECT_PART
     return order[n_held:].sort().values, order[:n_held].sort().values
 
 
-def _zeros(features: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    return features.new_zeros(num_classes, features.shape[1]), features.new_zeros(num_classes)
-
-
 def _scaled(features: Tensor, standardize: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(features (N, D), mean (D,), scale (D,)), all float32; mean 0 and scale 1 where nothing is to be done."""
+    """(features (N, D), mean (D,), scale (D,)), all float32; mean 0 and scale 1 without ``standardize``."""
     features = features.float()
     if not standardize:
         return features, features.new_zeros(features.shape[1]), features.new_ones(features.shape[1])
@@ -165,39 +163,37 @@ def _scaled(features: Tensor, standardize: bool) -> tuple[Tensor, Tensor, Tensor
     return (features - mean).div_(scale), mean, scale
 
 
-@torch.no_grad()
-def _minimize(
-    features: Tensor, labels: Tensor, start: tuple[Tensor, Tensor], *, c: float, max_iter: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias for features as they are, from a starting point that stays as it is."""
+def _minimize(features: Tensor, labels: Tensor, start: Tensor, *, c: float, max_iter: int, tolerance: float) -> Tensor:
+    """The minimum (C, D + 1), its last column the bias, by L-BFGS from a starting point of that shape."""
     with torch.autocast(features.device.type, enabled=False):
-        return _descend(LogisticLoss(features, labels, c=c), start, max_iter=max_iter, tolerance=tolerance)
+        objective, point = LogisticLoss(features, labels, c=c), start
+        loss, gradient = objective(point)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} before the first step; features must be finite numbers")
+        memory = _Memory(_inverse_hessian(features, len(point), penalty=objective.penalty), gradient)
+        for _ in range(max_iter):
+            if float(gradient.abs().max()) <= tolerance:
+                break
+            step = _search(objective, point, loss, gradient, memory.direction(gradient))
+            if step is None:  # only rounding is left
+                left = float(gradient.abs().max())
+                if left > FAR * tolerance:
+                    log.warning(
+                        "the fit ends at a gradient of %.1e, not %.1e: no step lowers the loss", left, tolerance
+                    )
+                break
+            memory.add(step[0] - point, step[2] - gradient)
+            point, loss, gradient = step
+        return point
 
 
-def _descend(
-    objective: LogisticLoss, start: tuple[Tensor, Tensor], *, max_iter: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    point = torch.cat([start[0], start[1][:, None]], 1)
-    loss, gradient = objective(point)
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss} before the first step; features must be finite numbers")
-    memory = _Memory(_inverse_hessian(objective.features, len(point), penalty=objective.penalty), gradient)
-    for _ in range(max_iter):
-        if float(gradient.abs().max()) <= tolerance:
-            break
-        found = _search(objective, point, loss, gradient, memory.direction(gradient))
-        if found is None:  # what is left is rounding
-            left = float(gradient.abs().max())
-            if left > FAR * tolerance:
-                log.warning("the fit ends at a gradient of %.1e, not %.1e: no step lowers the loss", left, tolerance)
-            break
-        memory.add(found[0] - point, found[2] - gradient)
-        point, loss, gradient = found
+def _parts(point: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (C, D) and bias (C,) of a point (C, D + 1)."""
     return point[:, :-1].contiguous(), point[:, -1].contiguous()
 
 
 class LogisticLoss:
-    """The objective of ``fit_logistic`` and its gradient, each row of features read once for both.
+    """The objective of ``fit_logistic`` and its gradient in one pass over the features.
 
     Args:
         features: Float32 (N, D).
@@ -208,7 +204,7 @@ class LogisticLoss:
     def __init__(self, features: Tensor, labels: Tensor, *, c: float) -> None:
         self.features, self.penalty = features, 1 / (c * len(features))
         labels = labels.to(features.device)
-        # On a CPU, as many rows at a time as its cores' caches hold from the first product to the second.
+        # On a CPU, as many rows at a time as stay in the cores' caches from the first product to the second.
         cached = CACHED * torch.get_num_threads() // features.shape[1]
         rows = max(cached, 1) if features.device.type == "cpu" else len(features)
         self._parts = list(zip(torch.split(features, rows), torch.split(labels[None], rows, 1), strict=True))
@@ -216,10 +212,10 @@ class LogisticLoss:
 
     def __call__(self, point: Tensor) -> tuple[float, Tensor]:
         """Loss and gradient (C, D + 1) at a point (C, D + 1), whose last column is the bias."""
-        weight, bias = point[:, :-1].contiguous(), point[:, -1].contiguous()
+        weight, bias = _parts(point)
         by_weight, by_bias, chosen = torch.zeros_like(weight), torch.zeros_like(bias), []
         for x, y in self._parts:
-            # Classes first: with so few in a row, a softmax over rows would be slower than the products.
+            # Classes first: a softmax over rows of so few values would take longer than the products.
             log_p = torch.addmm(bias, x, weight.T).T.contiguous().log_softmax(0)  # (C, n)
             chosen.append(log_p.gather(0, y))
             error = log_p.exp_().scatter_add_(0, y, self._minus[:, : len(x)])
@@ -234,20 +230,20 @@ class LogisticLoss:
 
 
 class _Memory:
-    """What L-BFGS knows of the curvature: a first guess, and the last HISTORY steps."""
+    """L-BFGS's knowledge of the curvature: a first estimate and the last HISTORY steps."""
 
     def __init__(self, factor: Tensor | None, gradient: Tensor) -> None:
-        # Without a guess, a first step of length 1 at most: the gradient's own length has the wrong unit.
+        # Without an estimate the first step has length 1 at most: the gradient's own length has another unit.
         length = float(gradient.norm()) if factor is None else 1.0
         self._factor, self._scale = factor, 1 / max(length, 1.0)
         self._pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=HISTORY)
 
     def add(self, step: Tensor, change: Tensor) -> None:
-        """Learn that the gradient changed so along a step."""
+        """Record the change of the gradient along a step."""
         product = _dot(step, change)
         if product > 0:
             self._pairs.append((step, change, product))
-            self._scale = product / _dot(change, self._guess(change))
+            self._scale = product / _dot(change, self._estimate(change))
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The step to try (Nocedal's two loops)."""
@@ -255,19 +251,19 @@ class _Memory:
         for step, change, product in reversed(self._pairs):
             shares.append(_dot(step, direction) / product)
             direction = direction - shares[-1] * change
-        direction = self._scale * self._guess(direction)
+        direction = self._scale * self._estimate(direction)
         for (step, change, product), share in zip(self._pairs, reversed(shares), strict=True):
             direction = direction + (share - _dot(change, direction) / product) * step
         return direction
 
-    def _guess(self, vector: Tensor) -> Tensor:
+    def _estimate(self, vector: Tensor) -> Tensor:
         return vector if self._factor is None else vector @ self._factor.T @ self._factor
 
 
 def _search(
     objective: LogisticLoss, point: Tensor, loss: float, gradient: Tensor, direction: Tensor
 ) -> tuple[Tensor, float, Tensor] | None:
-    """(point, loss, gradient) after a step that pays, or None if no length of it does."""
+    """(point, loss, gradient) after a step that lowers the loss enough, or None if no step length does."""
     slope, length = _dot(gradient, direction), 1.0
     if not slope < 0:
         return None
@@ -278,18 +274,18 @@ def _search(
         if gain <= 1e-4 * length * slope:
             return new, new_loss, new_gradient
         if gain <= ROUNDING * loss and abs(_dot(new_gradient, direction)) <= 0.9 * -slope:
-            return new, new_loss, new_gradient  # the loss can no longer tell, but the gradient can
-        least = -slope * length**2 / (2 * (gain - slope * length))  # of the parabola through what is known
+            return new, new_loss, new_gradient  # too small a change for the loss, but not for the gradient
+        least = -slope * length**2 / (2 * (gain - slope * length))  # minimum of the parabola through the known values
         length = min(max(least, 0.1 * length), 0.5 * length) if math.isfinite(least) else 0.1 * length
     return None
 
 
 def _inverse_hessian(features: Tensor, num_classes: int, *, penalty: float) -> Tensor | None:
-    """F (D + 1, D + 1), so that F.T @ F is about the inverse Hessian of each class where all weights are zero.
+    """F (D + 1, D + 1) such that F.T @ F approximates the inverse Hessian of each class at zero weights.
 
-    There it is the covariance of the features over C, plus the penalty. Features of a network are so correlated that
-    L-BFGS needs hundreds of steps to find that out by itself. A sample of the rows is enough; None where the features
-    are too many, or the rows too few, for this to pay.
+    There the Hessian is the covariance of the features over C, plus the penalty. Features of a network are so
+    correlated that L-BFGS alone needs hundreds of steps to learn it. A sample of the rows suffices; None where
+    there are too many features or too few rows for the estimate to save time.
     """
     width = features.shape[1]
     if width > WIDEST or len(features) < width:

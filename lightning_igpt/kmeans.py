@@ -1,15 +1,13 @@
-"""Fit a palette to images: k-means on the histogram of their 24-bit colours.
+"""Fit a palette to images: k-means on the histogram of their 24-bit colors, by scikit-learn.
 
-The histogram makes the answer independent of the order, batching and number of images that hold the same pixels.
-Not here: reading data sets (``data/sources.py``), what a palette does (``palette.py``). scikit-learn clusters.
+The histogram makes the result independent of the order, batching and number of images that hold the same pixels.
 
-Source: Chen et al., "Generative Pretraining from Pixels" (ICML 2020), section 3.2, which says k-means with k = 512 on
-RGB values, and nothing of its start or sample; those are this project's.
+Source: Chen et al., "Generative Pretraining from Pixels" (ICML 2020), section 3.2: k-means with k = 512 on RGB values.
+The paper says nothing about initialization or sample; those are this project's.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,15 +19,12 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
+from lightning_igpt.images import to_rgb
 from lightning_igpt.lookup import N_COLORS
 from lightning_igpt.palette import MAX_COLORS, Palette, check_images
-from lightning_igpt.progress import working
-from lightning_igpt.rgb import to_rgb
-
-log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20  # pixels counted at a time, which bounds the memory
-_MAX_POINTS = 1 << 18  # more distinct colours than that are merged before clustering
+_MAX_POINTS = 1 << 18  # above that, colors are merged before clustering
 
 Bytes = NDArray[np.uint8]
 Counts = NDArray[np.int64]
@@ -44,51 +39,50 @@ def fit_palette(
     image_column: str | None = None,
     max_iter: int = 100,
 ) -> Palette:
-    """The palette that shows given images with least squared error, as far as k-means finds it.
+    """Fit a palette with small squared error on the given images.
 
-    Weighted k-means (k-means++ start, Lloyd's iterations) of the distinct colours. Beyond 2^18 of them, the colours
-    that agree in the upper 6 bits of each channel (7, or all 8, where that leaves fewer than 8 points per palette
-    colour) first become their weighted mean, which bounds the time. The clustering runs on one thread, so that the
-    number of cores changes nothing.
+    Weighted k-means (k-means++ start, Lloyd's iterations) of the distinct colors. More than 2^18 distinct colors are
+    merged first, which bounds the time: colors that agree in the upper 6 bits of each channel become their weighted
+    mean (7 bits, or no merging, where that leaves fewer than 8 points per palette color). Clustering uses one thread,
+    so that the number of cores does not change the result.
 
     Args:
         images: uint8 (N,3,H,W); or an iterable of PIL images of any mode, uint8 arrays (H,W,3) and uint8 tensors
-            (3,H,W) of any size; or of rows (mappings) that hold one, such as a split of a Hugging Face data set.
+            (3,H,W) of any size; or of rows (mappings) with such an image, such as a split of a Hugging Face
+            dataset.
         n_colors: Colours of the palette, K, 2 to 32,768.
-        seed: Decides the start of k-means.
-        image_column: Key of the image in a row; needed where not exactly one value is a PIL image.
+        seed: Seed of the k-means++ start.
+        image_column: Key of the image in a row; required unless exactly one value is a PIL image.
         max_iter: Upper bound of Lloyd's iterations.
 
     Returns:
-        K colours, sorted by luminance, then red, green, blue.
+        K colors, sorted by luminance, then red, green, blue.
 
     Raises:
-        TypeError: Something in ``images`` is no image of bytes.
-        ValueError: The images have fewer distinct colours than ``n_colors``, a shape is wrong, or the image of a row
-            is not clear.
+        TypeError: An item of ``images`` is not a uint8 image.
+        ValueError: The images have fewer distinct colors than ``n_colors``, a shape is wrong, or the image column is
+            ambiguous.
     """
     if not 2 <= n_colors <= MAX_COLORS:
-        raise ValueError(f"n_colors is {n_colors}; a palette has 2 to {MAX_COLORS} colours")
+        raise ValueError(f"n_colors is {n_colors}; a palette has 2 to {MAX_COLORS} colors")
     counts = _histogram(_pixels(images, image_column))
     codes = np.flatnonzero(counts)
     if codes.size < n_colors:
         raise ValueError(
-            f"the images have {codes.size} distinct colours, fewer than n_colors {n_colors}; "
-            "ask for fewer colours or give more images"
+            f"the images have {codes.size} distinct colors, fewer than n_colors {n_colors}; "
+            "ask for fewer colors or give more images"
         )
     points, weights = _points(codes, counts[codes], n_colors)
-    log.info("k-means: %d colours for %d points, %d distinct colours", n_colors, len(points), codes.size)
-    # Parallel sums would round in the order in which threads happen to finish.
-    with working("k-means"), threadpool_limits(1):
+    # Parallel sums would round in the order in which threads finish.
+    with threadpool_limits(1):
         kmeans = KMeans(n_colors, init="k-means++", n_init=1, max_iter=max_iter, random_state=seed)
-        centres: Floats = kmeans.fit(points, sample_weight=weights).cluster_centers_.clip(-1, 1)
-    luminance = centres @ (0.299, 0.587, 0.114)  # ITU-R BT.601
-    order = np.lexsort((*centres.T[::-1], luminance))
-    return Palette(centres[order])
+        centers: Floats = kmeans.fit(points, sample_weight=weights).cluster_centers_.clip(-1, 1)
+    luminance = centers @ (0.299, 0.587, 0.114)  # ITU-R BT.601
+    return Palette(centers[np.lexsort((*centers.T[::-1], luminance))])
 
 
 def _histogram(chunks: Iterable[Bytes]) -> Counts:
-    """(n,3) pixels, chunk after chunk -> (2^24,) counts by ``red << 16 | green << 8 | blue``."""
+    """(n,3) pixels, in chunks -> (2^24,) counts by ``red << 16 | green << 8 | blue``."""
     counts = np.zeros(N_COLORS, dtype=np.int64)
     for pixels in chunks:
         red, green, blue = pixels.astype(np.int32).T
@@ -113,14 +107,14 @@ def _points(codes: Counts, counts: Counts, n_colors: int) -> tuple[Floats, Float
 
 
 def _pixels(images: Tensor | NDArray[Any] | Iterable[Any], image_column: str | None) -> Iterator[Bytes]:
-    """The pixels (n,3) of all images, in pieces."""
+    """The pixels (n,3) of all images, in chunks."""
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images)
     if isinstance(images, Tensor):
         check_images(images)
         images = torch.split(images, max(1, _CHUNK // max(1, images.shape[2] * images.shape[3])))
     elif isinstance(images, str | Mapping):
-        raise TypeError(f"images is a {type(images).__name__}; give images, or one split of a data set")
+        raise TypeError(f"images is a {type(images).__name__}; give images, or one split of a dataset")
     for item in images:
         yield _colors(_image_in(item, image_column) if isinstance(item, Mapping) else item)
 
@@ -128,7 +122,9 @@ def _pixels(images: Tensor | NDArray[Any] | Iterable[Any], image_column: str | N
 def _image_in(row: Mapping[str, Any], image_column: str | None) -> Any:
     names = [image_column] if image_column else [name for name in row if isinstance(row[name], Image.Image)]
     if len(names) != 1 or names[0] not in row:
-        raise ValueError(f"image_column is {image_column!r} and the rows have {list(row)}; name the one with images")
+        raise ValueError(
+            f"image_column is {image_column!r} and the rows have {list(row)}; set it to the column of images"
+        )
     return row[names[0]]
 
 
@@ -142,7 +138,7 @@ def _colors(image: object) -> Bytes:
     else:
         shape = f" {tuple(image.shape)} of {image.dtype}" if isinstance(image, Tensor | np.ndarray) else ""
         raise TypeError(
-            f"cannot take colours from a {type(image).__name__}{shape}; an image is a PIL image, a uint8 array "
+            f"cannot take colors from a {type(image).__name__}{shape}; an image is a PIL image, a uint8 array "
             "(H, W, 3) or a uint8 tensor (3, H, W)"
         )
     return pixels.reshape(-1, 3)

@@ -1,9 +1,9 @@
 """The network of Image GPT, read downward: norm, attention, MLP, block, cache, network.
 
 Follows ``src/model.py`` of github.com/openai/image-gpt and section 2 of Chen et al., "Generative Pretraining from
-Pixels" (ICML 2020). It sees tokens only; colours, images and losses live elsewhere. Parameter names are GPT-2's.
+Pixels" (ICML 2020). It sees tokens only. Parameter names are GPT-2's.
 
-Shapes: B batch, T tokens, D width (n_embd), H heads, d head width, K colours (vocab_size), L blocks (n_layer).
+Shapes: B batch, T tokens, D width (n_embd), H heads, d head width, K colors (vocab_size), L blocks (n_layer).
 """
 
 from __future__ import annotations
@@ -20,29 +20,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.private import attention_kernels
 
 NORM_EPS = 1e-5  # inside the root, as published
 GELU_SLOPE = 1.702
 
 Recomputing = Literal["none", "selective", "full"]
-# What scaled_dot_product_attention runs where it is one kernel, on whatever device.
-ATTENTION_KERNELS = [
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-]
+ATTENTION_KERNELS = attention_kernels()
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * gain: no centring, no bias."""
+    """x / sqrt(mean(x^2) + eps) * gain: no centering, no bias."""
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
         self.weight: nn.Parameter = nn.Parameter(torch.ones(n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Sharded in bf16-mixed, the gain is narrower than the residual stream; the fused kernel takes one type.
+        # Sharded in bf16-mixed, the gain is bfloat16 and x float32; the fused kernel needs one dtype.
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), NORM_EPS)
 
 
@@ -62,16 +57,16 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, H, T, d)
         p, seen = self.dropout if self.training else 0.0, None
         if cache is not None:
-            held = cache.append(layer, k, v)
-            if T == 1:  # later queries see what the cache holds, in its type; the first ones see themselves alone
-                (k, v, seen), q, causal = held, q.to(held[0].dtype), False  # k, v (B, H, seen + 1, d)
+            cached = cache.append(layer, k, v)
+            if T == 1:  # later queries attend to the cache, in its dtype; a prompt attends to itself
+                (k, v, seen), q, causal = cached, q.to(cached[0].dtype), False  # k, v (B, H, seen + 1, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=p, is_causal=causal)
         y = y.transpose(1, 2).reshape(B, T, D).to(qkv.dtype)
         return F.dropout(self.c_proj(y), p, self.training)
 
 
 class QuickGELU(torch.autograd.Function):
-    """x sigmoid(1.702 x), the sigmoid approximation of GELU; of it autograd keeps x alone."""
+    """x sigmoid(1.702 x), the sigmoid approximation of GELU; saves only x for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -81,10 +76,10 @@ class QuickGELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted, which the fused kernel has not
+        if torch.is_grad_enabled():  # for a second derivative, which the fused kernel lacks
             share = torch.sigmoid(x * GELU_SLOPE)
             return grad * share * (1 + x * GELU_SLOPE * (1 - share))  # type: ignore[no-any-return]
-        # The slope cancels: d/dx silu(a x) / a = silu'(a x). Autograd by itself would pass over the tensor once more.
+        # The slope cancels, d/dx silu(a x) / a = silu'(a x), which saves one pass over the tensor.
         return torch.ops.aten.silu_backward(grad, x * GELU_SLOPE)  # type: ignore[no-any-return]
 
 
@@ -104,10 +99,10 @@ class MLP(nn.Module):
 
 
 def _uncached_autocast(device_type: str) -> Any:
-    """Autocast as it is, without its cache of cast weights.
+    """The current autocast without its cache of cast weights.
 
-    The cache would hold those of all blocks until the forward pass is over, and where one is hit the operations in the
-    forward pass are not those in the backward pass, which torch takes for a mistake.
+    The cache would hold the weights of all blocks until the forward pass ends, and a hit would make the operations of
+    the recomputed forward pass differ from the first, which torch reports as an error.
     """
     if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return nullcontext()
@@ -117,7 +112,7 @@ def _uncached_autocast(device_type: str) -> Any:
 class Block(nn.Module):
     """Pre-norm residual block: attention, then MLP."""
 
-    recompute: Recomputing = "none"  # how a run trains it, no part of the network: in no config and no checkpoint
+    recompute: Recomputing = "none"  # a setting of the run, not of the network: not in config or checkpoint
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()
@@ -130,7 +125,7 @@ class Block(nn.Module):
         if self.recompute == "none" or cache is not None or not (self.training and torch.is_grad_enabled()):
             return self._computed(x, causal, cache, layer)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self.attn.dropout > 0}
-        # A kernel that is not run again draws none of its random numbers, and the dropout after it would draw others.
+        # A kernel that is not run again would not draw its random numbers, and later dropout would draw others.
         if self.recompute == "selective" and not self.attn.dropout:
             options["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)
         with _uncached_autocast(x.device.type):
@@ -146,14 +141,14 @@ class Block(nn.Module):
 class KVCache:
     """Keys and values of the positions already seen, preallocated for a whole image.
 
-    Position 0 is ``sos``; pixel t is fed at position t + 1. The position is a tensor on the device, so that it can
-    enter a captured step; ``length`` is the same number on the host, where no device has to be asked for it.
+    Position 0 is ``sos``; pixel t is fed at position t + 1. ``position`` is a tensor on the device for captured steps;
+    ``length`` is the same number on the host, which needs no synchronization.
 
     Args:
         config: The network's shape.
-        batch_size: Sequences decoded side by side.
-        device: Where keys and values live.
-        dtype: Their type.
+        batch_size: Sequences decoded together.
+        device: Device of keys and values.
+        dtype: Their dtype.
     """
 
     def __init__(
@@ -170,14 +165,14 @@ class KVCache:
         self.v: Tensor = torch.zeros(shape, device=device, dtype=dtype)
         self.position: Tensor = torch.zeros((), device=device, dtype=torch.long)
         self.length: int = 0
-        self.window: int | None = None  # a captured step reads so many positions, whatever the length
+        self.window: int | None = None  # number of positions that a captured step reads
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store new keys and values (B, H, T, d) of one layer.
 
         Returns:
-            Keys and values of the positions seen, these included, (B, H, seen + T, d); with a window (B, H, window, d)
-            and, third, which of them count, bool (1, window).
+            Keys and values of all positions so far, (B, H, seen + T, d); with a window (B, H, window, d) and, third, a
+            mask of the valid ones, bool (1, window).
         """
         if self.window is not None:
             index = self.position[None]
@@ -191,7 +186,7 @@ class KVCache:
         return self.k[layer, :, :, :stop], self.v[layer, :, :, :stop], None
 
     def advance(self, n: int) -> None:
-        """Move on by ``n`` positions, once every layer has appended them."""
+        """Advance by ``n`` positions after every layer has appended them."""
         self.position += n
         self.length += n
 
@@ -212,7 +207,7 @@ class ImageGPT(nn.Module):
         self.sos: nn.Parameter | None = nn.Parameter(torch.empty(config.n_embd)) if autoregressive else None
         self.h: nn.ModuleList = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f: RMSNorm = RMSNorm(config.n_embd)
-        self.lm_head: nn.Linear = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # untied
+        self.lm_head: nn.Linear = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # not tied to wte
         self.init_weights()
 
     @torch.no_grad()
@@ -235,13 +230,13 @@ class ImageGPT(nn.Module):
                 nn.init.ones_(parameter)
 
     def blocks(self) -> list[Block]:
-        """The blocks in order, typed."""
+        """The blocks in order."""
         return [block for block in self.h if isinstance(block, Block)]
 
     def set_recompute(self, how: Recomputing) -> None:
-        """What the blocks keep of a training step for its backward pass; the rest they compute once more there.
+        """Which activations the blocks save for the backward pass; they recompute the others there.
 
-        Loss and gradients stay the same, bit for bit. Neither config nor checkpoints hold anything of it.
+        Loss and gradients stay the same, bit for bit. The setting is not part of config or checkpoints.
 
         Args:
             how: ``none``: all is kept. ``selective``: a block's input and the output of attention's kernel. With
@@ -259,20 +254,20 @@ class ImageGPT(nn.Module):
         """Logits for every pixel.
 
         Args:
-            tokens: Palette indices, int64 (B, T) in raster order. With a fresh cache (B, P), the prompt, which may be
-                empty; with a used one (B, 1), the pixel decided last.
-            masked: For BERT networks: bool (B, T), true where the pixel is hidden. Position t then predicts pixel t
-                from both sides.
-            cache: For autoregressive networks: what was computed for earlier pixels.
+            tokens: Palette ids, int64 (B, T) in raster order. With an empty cache the prompt, (B, P), which may be
+                empty; with a cache in use the previous pixel, (B, 1).
+            masked: For BERT networks: bool (B, T), true where the pixel is hidden. Position t predicts pixel t from
+                both sides.
+            cache: For autoregressive networks: keys and values of earlier pixels.
 
         Returns:
-            Float (B, T, K): at index t the logits of pixel t given pixels before t. With a fresh cache (B, P + 1, K),
-            the last row predicting the first pixel after the prompt; with a used one (B, 1, K).
+            Float (B, T, K): at index t the logits of pixel t given pixels before t. With an empty cache (B, P + 1, K),
+            of which the last row predicts the first pixel after the prompt; with a cache in use (B, 1, K).
         """
         return self.lm_head(self.hidden(tokens, masked=masked, cache=cache))  # type: ignore[no-any-return]
 
     def hidden(self, tokens: Tensor, *, masked: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """The final norm's output, (B, T, D): what the colour head and a classifier's head read."""
+        """The output of the final norm, (B, T, D): the input of ``lm_head`` and of a classifier's head."""
         x = self._embed(tokens, masked, cache)  # (B, T, D)
         for layer, block in enumerate(self.h):
             x = block(x, masked is None, cache, layer)
@@ -281,7 +276,7 @@ class ImageGPT(nn.Module):
         return self.ln_f(x)  # type: ignore[no-any-return]
 
     def features(self, tokens: Tensor, layers: Sequence[int], *, masked: Tensor | None = None) -> Tensor:
-        """Pooled taps for probing, all in one pass that stops at the deepest layer asked for.
+        """Pooled taps for probing, in one pass that stops at the deepest layer of ``layers``.
 
         Tap l is the mean over positions of the norm-ed input of block l; tap L is that of the final norm (paper,
         sections 2.2 to 2.4).
@@ -292,15 +287,15 @@ class ImageGPT(nn.Module):
             masked: For BERT networks: bool (B, T).
 
         Returns:
-            Float (B, len(layers), D) in the order asked for.
+            Float (B, len(layers), D) in the order of ``layers``.
 
         Raises:
-            ValueError: No layer is named, or one does not exist.
+            ValueError: ``layers`` is empty, or a layer does not exist.
         """
         depth = self.config.n_layer
         wrong = [layer for layer in layers if not 0 <= layer <= depth]
         if wrong or not layers:
-            raise ValueError(f"layers {list(layers)}: name one or more from 0 to {depth}")
+            raise ValueError(f"layers is {list(layers)}; it must be one or more numbers from 0 to {depth}")
         x = self._embed(tokens, masked, None)
         norms = [block.ln_1 for block in self.blocks()] + [self.ln_f]
         taps: dict[int, Tensor] = {}
@@ -314,9 +309,11 @@ class ImageGPT(nn.Module):
     def _embed(self, tokens: Tensor, masked: Tensor | None, cache: KVCache | None) -> Tensor:
         if masked is not None:
             if cache is not None:
-                raise ValueError("a cache holds only the past; a network with masked= sees both sides, so drop one")
+                raise ValueError(
+                    "masked= and cache= exclude each other: a cache holds only earlier pixels; drop one of them"
+                )
             self._check_length(tokens.shape[1], exact=True)
-            x = self.wte(tokens) * ~masked[:, :, None]  # a hidden pixel leaves only its position
+            x = self.wte(tokens) * ~masked[:, :, None]  # a hidden pixel keeps only its position
             return self._drop(x + self.wpe.weight)
         if self.sos is None:
             raise ValueError("this is a BERT network: it needs masked=, a bool (B, T) that marks hidden pixels")
@@ -324,7 +321,7 @@ class ImageGPT(nn.Module):
             self._check_length(tokens.shape[1], exact=True)
             return self._drop(self._after_sos(tokens[:, :-1]) + self.wpe.weight)
         if cache.length and tokens.shape[1] != 1:
-            raise ValueError(f"a cache in use takes one pixel at a time, not {tokens.shape[1]}")
+            raise ValueError(f"a cache in use takes one pixel at a time, not {tokens.shape[1]}; use a new cache")
         x = self.wte(tokens) if cache.length else self._after_sos(tokens)
         self._check_length(cache.length + x.shape[1], exact=False)
         return self._drop(x + self.wpe(cache.position + torch.arange(x.shape[1], device=x.device)))

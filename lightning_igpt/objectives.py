@@ -1,6 +1,6 @@
-"""The two losses of the paper (section 2.1), in nats per pixel, and the random numbers of masking.
+"""The two losses of the paper (section 2.1), in nats per pixel, and counter-based random masks.
 
-A pixel is one palette token. Divide by ln 2 for bits; that is not the bits per dimension of RGB models.
+A pixel is one palette token. Nats divided by ln 2 are bits per pixel, not the bits per dimension of RGB models.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def nats_to_bits(nats: Tensor | float) -> Tensor | float:
 
 
 def pixel_nats(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Surprise of every pixel: logits (B, T, K) and tokens int64 (B, T) give float32 or wider (B, T), in nats."""
+    """Nats of every pixel, float32 or wider (B, T), from logits (B, T, K) and int64 tokens (B, T)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
 
 
 def next_pixel_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean surprise over all B * T pixels, the first one included.
+    """Mean nats over all B * T pixels, including the first.
 
     Args:
         logits: Float (B, T, K); index t predicts pixel t.
@@ -37,12 +37,12 @@ def next_pixel_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def masked_pixel_loss(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
-    """Mean surprise over the hidden pixels of each image, then over the images that hide any.
+    """Mean nats over the masked pixels of each image, then over the images with masked pixels.
 
     Args:
         logits: Float (B, T, K).
         tokens: int64 (B, T).
-        masked: Bool (B, T), true where the pixel was hidden.
+        masked: Bool (B, T), true where the pixel was hidden from the network.
     """
     hidden = masked.sum(1)  # (B,)
     per_image = (pixel_nats(logits, tokens) * masked).sum(1) / hidden.clamp(min=1)
@@ -50,15 +50,15 @@ def masked_pixel_loss(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
 
 
 def draw_mask(samples: Tensor, n_positions: int, *, seed: int, ratio: float = MASK_RATIO) -> Tensor:
-    """Independent masks, each a pure function of the seed and the sample's number.
+    """Independent masks, each a function of the seed and the sample's number alone.
 
-    So a mask depends neither on device, rank and worker nor on what was drawn before, and a resumed run repeats it.
+    A mask does not depend on device, rank, worker or earlier draws, so a resumed run repeats it.
 
     Args:
         samples: int64 (B,), the number of each sample.
         n_positions: T.
         seed: Any integer.
-        ratio: Probability that a pixel is hidden.
+        ratio: Probability that a pixel is masked.
 
     Returns:
         Bool (B, T).
@@ -67,11 +67,11 @@ def draw_mask(samples: Tensor, n_positions: int, *, seed: int, ratio: float = MA
 
 
 def majority_vote(votes: Tensor, samples: Tensor, num_classes: int, *, seed: int) -> Tensor:
-    """The class that most votes name; a tie falls to one of the tied classes at random (paper, section 4.6).
+    """The class with most votes; a tie is broken at random (paper, section 4.6).
 
     Args:
         votes: int64 (M, B), one class per mask and sample.
-        samples: int64 (B,), the number of each sample; decides its ties together with the seed.
+        samples: int64 (B,), the number of each sample, which together with the seed breaks its ties.
         num_classes: C.
         seed: Any integer.
 
@@ -79,13 +79,13 @@ def majority_vote(votes: Tensor, samples: Tensor, num_classes: int, *, seed: int
         int64 (B,).
     """
     counts = F.one_hot(votes, num_classes).sum(0)  # (B, C)
-    return (counts + counter_uniform(samples, num_classes, seed=seed).double()).argmax(-1)  # it lies below 1
+    return (counts + counter_uniform(samples, num_classes, seed=seed).double()).argmax(-1)  # below 1
 
 
 def counter_uniform(counters: Tensor, n: int, *, seed: int) -> Tensor:
     """Uniform numbers in [0, 1) without a generator: float32 (B, n) from int64 counters (B,).
 
-    The mixing function is SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014), applied twice.
+    The mixing function is SplitMix64's finalizer (Steele, Lea and Flood, OOPSLA 2014), applied twice.
     """
     golden = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
     stream = _mix(counters.to(torch.int64) * golden + seed)  # (B,)
@@ -101,5 +101,5 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Logical shift; torch's own keeps the sign."""
+    """Logical shift; that of torch keeps the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

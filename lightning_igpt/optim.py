@@ -1,6 +1,6 @@
-"""The paper's optimiser and schedule (sections 3.4 and A.1): Adam, linear warm-up, cosine to zero.
+"""The paper's optimizer and schedule (sections 3.4 and A.1): Adam, linear warm-up, cosine to zero.
 
-Not the paper's: layer-wise decay of the learning rate, for fine-tuning; Muon for the matrices.
+Not in the paper: layer-wise decay of the learning rate for fine-tuning; Muon for the matrices.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def make_adam(
 ) -> torch.optim.AdamW:
     """Adam with decoupled weight decay on matrices only; gains, biases and the start vector are never decayed.
 
-    Every group notes what a resumed run needs to set its rate and decay anew: ``lr_scale``, by which its rate is
-    smaller than ``lr``, and ``decayed``, whether weight decay is for it.
+    Every group stores what a resumed run needs to set a new rate and decay: ``lr_scale``, the group's rate divided by
+    ``lr``, and ``decayed``, whether weight decay applies to it.
 
     Args:
-        parameters: What to train; those that need no gradient are left out.
+        parameters: Parameters to train; those without ``requires_grad`` are skipped.
         lr: Peak learning rate.
-        betas: Decay of the two moments; the paper uses 0.9 and 0.95, as 0.999 gave loss spikes.
-        weight_decay: The paper uses 0, which makes this plain Adam.
-        below: More parameters to train, layer by layer, from the one under ``parameters`` down to the input.
+        betas: Decay of the two moments; 0.9 and 0.95 in the paper, where 0.999 gave loss spikes.
+        weight_decay: 0 in the paper, which is plain Adam.
+        below: Further parameters to train, layer by layer, from the layer below ``parameters`` down to the input.
         layer_decay: The k-th entry of ``below``, counted from 1, trains at ``lr * layer_decay**k``. Layer-wise decay
-            is that of ELECTRA (Clark et al., 2020); the exponents are those of BEiT (Bao et al., 2022).
+            follows ELECTRA (Clark et al., 2020); the exponents follow BEiT (Bao et al., 2022).
     """
     groups: list[dict[str, Any]] = []
     for depth, layer in enumerate([parameters, *below]):
@@ -49,28 +49,27 @@ def make_adam(
 
 
 class MuonAdam(torch.optim.Optimizer):
-    """torch's Muon for some matrices, and for all else Adam as :func:`make_adam` has it, in one optimiser.
+    """torch's Muon for some matrices and the Adam of :func:`make_adam` for the other parameters, in one optimizer.
 
-    One, since Lightning's automatic optimisation takes no two. Muon (Jordan et al., 2024) steps along the orthogonal
-    matrix next to the running mean of a matrix's gradient. That step is scaled to the size that Adam's usually have,
-    0.2 of the learning rate per entry in root mean square (Liu et al., 2025), so that one rate is for both.
+    Lightning's automatic optimization supports a single optimizer. Muon (Jordan et al., 2024) steps along the
+    orthogonalized momentum of a matrix. The step is scaled to Adam's usual size, a root mean square of 0.2 of the
+    learning rate per entry (Liu et al., 2025), so that both share one rate.
 
-    A matrix that packs several, such as those of queries, keys and values, is one for autograd and in checkpoints, but
-    its parts are made orthogonal one by one, as three layers would be, which Jordan found better: taken as a whole, the
+    The parts of a packed matrix, such as that of queries, keys and values, are orthogonalized separately: together, the
     part with the largest gradients would leave little of the step to the others.
 
     Args:
-        matrices: Parameters (rows, columns) for Muon; those that need no gradient are left out.
+        matrices: Parameters (rows, columns) for Muon; those without ``requires_grad`` are skipped.
         parameters: All others.
         lr: Peak learning rate.
         betas: Adam's; Muon's momentum is torch's default, 0.95.
         weight_decay: Decoupled, on matrices only.
-        packed: How many matrices, one below the other, are in a parameter of ``matrices``; 1 where it is not named.
+        packed: Number of matrices stacked in a parameter of ``matrices``; 1 by default.
 
     Raises:
-        RuntimeError: This torch is without Muon.
-        ValueError: None of ``matrices`` is to be trained, one of them is no whole matrix, or its rows cannot be shared
-            by those packed in it.
+        RuntimeError: This torch has no Muon.
+        ValueError: None of ``matrices`` is to be trained, one of them is sharded or not a matrix, or its rows are not
+            divisible by the number of packed matrices.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class MuonAdam(torch.optim.Optimizer):
         packed: Mapping[nn.Parameter, int] | None = None,
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
-            raise RuntimeError(f"torch {torch.__version__} is without Muon, which came with 2.9; update it or use adam")
+            raise RuntimeError(f"torch {torch.__version__} has no Muon, which came with 2.9; update torch or use adam")
         by_parts: dict[int, list[nn.Parameter]] = {}
         for matrix in matrices:
             parts = (packed or {}).get(matrix, 1)
@@ -92,38 +91,33 @@ class MuonAdam(torch.optim.Optimizer):
             if matrix.requires_grad:
                 by_parts.setdefault(parts, []).append(matrix)
         if not by_parts:
-            raise ValueError("there is no matrix for Muon: all are frozen, or a strategy has wrapped them; use adam")
-        noted = {"lr_scale": 1.0, "decayed": True}
-        groups = [{"params": chosen, "parts": parts, **noted} for parts, chosen in sorted(by_parts.items())]
-        # These two hold the same groups as this one, hence every default.
+            raise ValueError("there is no matrix for Muon: all are frozen or wrapped by a strategy; use adam")
+        groups = [
+            {"params": chosen, "parts": parts, "lr_scale": 1.0, "decayed": True}
+            for parts, chosen in sorted(by_parts.items())
+        ]
+        # This optimizer shares the groups of these two, which fill in their defaults.
         self._muon = torch.optim.Muon(groups, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self._adam = make_adam(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
         super().__init__([*self._muon.param_groups, *self._adam.param_groups], {})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step of both.
-
-        Args:
-            closure: Computes the loss and its gradients, if given.
-
-        Returns:
-            What the closure returned.
-        """
+        """One step of both; returns the loss of ``closure``, if given."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        # Loading a state replaced groups and state.
+        # load_state_dict replaces groups and state.
         self._adam.param_groups = [group for group in self.param_groups if "parts" not in group]
         self._adam.state = self.state
         self._adam.step()
         self._muon.param_groups = [self._unpacked(group) for group in self.param_groups if "parts" in group]
         self._muon.step()  # type: ignore[no-untyped-call]
-        self._muon.param_groups.clear()  # with the state they would keep the gradients
+        self._muon.param_groups.clear()  # groups and state would keep the gradients alive
         self._muon.state.clear()
         return loss
 
     def _unpacked(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A group as Muon shall see it: its parts as matrices of their own, all of them views."""
+        """A group for Muon in which every part is a matrix of its own, as a view."""
         pieces: list[Tensor] = []
         for matrix in group["params"]:
             if matrix.grad is None:
@@ -136,18 +130,17 @@ class MuonAdam(torch.optim.Optimizer):
                 piece.grad = gradient
                 self._muon.state[piece] = {"momentum_buffer": momentum}
                 pieces.append(piece)
-        return self._muon.defaults | group | {"params": pieces}  # a state of another torch may lack settings
+        return self._muon.defaults | group | {"params": pieces}  # a state saved by another torch may lack settings
 
 
 def _check_matrix(matrix: nn.Parameter, parts: int) -> None:
-    whole = isinstance(matrix, nn.Parameter) and not hasattr(matrix, "full_tensor")  # which a DTensor has
-    if matrix.ndim != 2 or not whole:
+    if matrix.ndim != 2 or not isinstance(matrix, nn.Parameter) or hasattr(matrix, "full_tensor"):  # a DTensor
         raise ValueError(
-            f"Muon is for whole matrices, but here is a {type(matrix).__name__} of shape {tuple(matrix.shape)}; use "
-            "adam, or a strategy that does not shard the weights, such as ddp"
+            f"Muon needs whole matrices, not a {type(matrix).__name__} of shape {tuple(matrix.shape)}; use adam, or a "
+            "strategy that does not shard the weights, such as ddp"
         )
     if len(matrix) % parts:
-        raise ValueError(f"a matrix of {len(matrix)} rows cannot be {parts} matrices of the same height")
+        raise ValueError(f"a matrix of {len(matrix)} rows cannot be split into {parts} matrices of equal height")
 
 
 def warmup_cosine(
@@ -173,11 +166,11 @@ def warmup_cosine(
 
 
 def warmup_constant(optimizer: torch.optim.Optimizer, *, warmup_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Rise linearly over ``warmup_steps``, then stay."""
+    """Rise linearly over ``warmup_steps``, then stay constant."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
 
 
 def default_warmup(total_steps: int, steps_per_epoch: int | None) -> int:
-    """One epoch as in the paper, but never more than a tenth of the run (the paper's runs last 100 epochs)."""
+    """Warm-up steps: one epoch as in the paper, at most a tenth of the run (the paper's runs last 100 epochs)."""
     tenth = max(1, total_steps // 10)
     return tenth if steps_per_epoch is None else max(1, min(steps_per_epoch, tenth))

@@ -1,18 +1,19 @@
-"""A palette: K colours, and the exact way from pictures to palette ids and back.
+"""A palette: K colors, and the exact mapping between images and palette ids.
 
-Not here: fitting a palette to images (``kmeans.py``), other image modes (``rgb.py``), the search for the
-nearest colours (``lookup.py``).
-
-Source: Chen et al., "Generative Pretraining from Pixels" (ICML 2020), section 2.1 (9-bit palette, raster
-order); ``src/utils.py`` and ``src/run.py`` of github.com/openai/image-gpt (nearest centre, decoding).
+Source: Chen et al., "Generative Pretraining from Pixels" (ICML 2020), section 2.1 (9-bit palette, raster order);
+``src/utils.py`` and ``src/run.py`` of github.com/openai/image-gpt (nearest center, decoding).
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from math import isqrt
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,303 +23,328 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from lightning_igpt.images import decode_form, resize_center_crop
 from lightning_igpt.lookup import cached_table
-from lightning_igpt.palette_files import read_colors, write_colors
 from lightning_igpt.pictures import to_pil
-from lightning_igpt.tokenizing import PaletteTransform, TokenRows, kind_of, side_of, token_rows
 
 MAX_COLORS = 32768  # ids fit into int16
+PALETTE_COLUMN = "palette"
 _OPENAI = Path(__file__).parent / "assets" / "openai_512.npy"
+_HF_FILE = "preprocessor_config.json"
+_MAX_BYTES = 8_000_000  # of a file of colors; the largest palette takes 4 MB as JSON
+_PIXELS = 1 << 22  # quantized at a time, which bounds the memory of large batches
 
 Colors: TypeAlias = Sequence[Sequence[float]] | NDArray[Any] | Tensor
+TokenRows: TypeAlias = Tensor | NDArray[Any] | Sequence[Any]
 
 
 class Palette:
-    """K colours. Immutable, equal and hashable by their float32 bytes; a pickle holds the colours alone.
+    """K colors. Immutable; compared and hashed by their float32 bytes; a pickle holds only the colors.
 
     Args:
-        colors: (K,3) array, tensor or nested list of red, green and blue in [-1,1], 2 <= K <= 32,768; kept as
-            float32. No colour may occur twice: ties go to the lowest id, so the second could never be used.
+        colors: (K,3) array, tensor or nested list in [-1,1], red, green, blue, 2 <= K <= 32,768; stored as float32.
 
     Raises:
-        ValueError: The shape, the number of colours or a value is not as above, or a colour occurs twice.
+        ValueError: The colors are not as above, or a color occurs twice, so that its second id could never be used.
     """
 
-    __slots__ = ("_array", "_bytes", "_sha256")
+    __slots__ = ("_array", "_sha256")
 
     def __init__(self, colors: Colors) -> None:
         self._array = _checked(colors)  # (K, 3) float32, read-only
-        self._bytes = self._array.astype("<f4").tobytes()
-        self._sha256 = hashlib.sha256(self._bytes).hexdigest()
+        self._sha256 = hashlib.sha256(self._array.astype("<f4").tobytes()).hexdigest()
 
     @classmethod
     def load(cls, spec: Palette | str | Path | Colors) -> Palette:
-        """Turn what a user may write for ``palette`` into a palette.
+        """The palette for a name, a file, a hub id or colors.
 
         Args:
-            spec: A palette; ``"openai"`` (the 512 released colours); ``"gray:K"`` (K even steps from black to
-                white); (K,3) colours in [-1,1]; a ``.npy`` file of such; a Hugging Face folder, or its
-                ``preprocessor_config.json``, with ``clusters``; a hub id ``owner/name`` of such a folder. A
-                path that exists wins over a hub id. The names win over a path: write ``./openai`` for that.
+            spec: A palette; ``"openai"`` (the 512 released colors); ``"gray:K"`` (K even steps from black to white);
+                (K,3) colors in [-1,1]; a ``.npy`` file of these; a Hugging Face folder or its
+                ``preprocessor_config.json`` with ``clusters``, or the hub id ``owner/name`` of such a folder. Names
+                take precedence over paths, and paths over hub ids.
 
         Raises:
-            FileNotFoundError: It looks like a path, but nothing is there.
-            ValueError: It is none of these, or holds no valid colours.
+            FileNotFoundError: A path does not exist.
+            ValueError: ``spec`` is none of these, or the colors are not valid.
         """
         if isinstance(spec, Palette):
             return spec
-        if isinstance(spec, Path) or (isinstance(spec, str) and spec != "openai" and not _is_gray(spec)):
-            return _from_file(str(spec))
-        if not isinstance(spec, str):
-            return cls(spec)
-        return _openai() if spec == "openai" else cls(_gray(int(spec.removeprefix("gray:"))))
+        if isinstance(spec, str) and re.fullmatch(r"openai|gray:\d{1,5}", spec):
+            return _named(spec)
+        return _from_file(str(spec)) if isinstance(spec, str | Path) else cls(spec)
 
     @property
     def colors(self) -> Tensor:
-        """(K,3) float32 in [-1,1], red, green, blue; a fresh copy."""
+        """(K,3) float32 in [-1,1], red, green, blue; a copy."""
         return torch.from_numpy(self._array.copy())
 
     @property
     def rgb(self) -> Tensor:
-        """(K,3) uint8, ``rint(127.5 * (c + 1))``: the bytes of each colour in a picture; a fresh copy."""
+        """(K,3) uint8, ``rint(127.5 * (c + 1))``: the bytes of each color in an image; a copy."""
         return torch.from_numpy(np.rint(127.5 * (self._array.astype(np.float64) + 1)).clip(0, 255).astype(np.uint8))
 
     @property
     def sha256(self) -> str:
-        """Hex digest of the little-endian float32 bytes of the colours, row by row, without a file header."""
+        """Hex digest of the little-endian float32 bytes of the colors, row by row."""
         return self._sha256
 
     @property
     def spec(self) -> str | list[list[float]]:
-        """A plain value for hyperparameters and YAML; :meth:`load` turns it back into this very palette."""
-        if self == _openai():
-            return "openai"
-        if np.array_equal(self._array, _gray(len(self))):
-            return f"gray:{len(self)}"
-        return self.to_list()
+        """A plain value for hyperparameters and YAML; :meth:`load` returns an equal palette for it."""
+        return next((name for name in ("openai", f"gray:{len(self)}") if _named(name) == self), self.to_list())
 
     def to_list(self) -> list[list[float]]:
-        """K rows of three Python floats; float32 gives the same bytes back."""
-        return [[float(value) for value in row] for row in self._array]
+        """K rows of three Python floats, exact."""
+        return self._array.tolist()  # type: ignore[no-any-return]
 
     def save(self, path: str | Path) -> None:
-        """Write the (K,3) float32 colours to a ``.npy`` file, creating its folder.
-
-        A checksum follows them in the file, where :meth:`load` looks and NumPy does not.
-
-        Raises:
-            ValueError: The name does not end in ``.npy``.
-        """
+        """Write the (K,3) float32 colors to a file that ends in ``.npy``; create its folder if necessary."""
         path = Path(path)
         if path.suffix != ".npy":
             raise ValueError(f"a palette is saved as a .npy file, not as {path.name!r}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_colors(path, self._array)
+        np.save(path, self._array)
 
     def quantize(self, images: Tensor) -> Tensor:
-        """The id of the nearest colour of every pixel.
+        """The id of the color nearest to every pixel.
 
-        Nearest in squared Euclidean distance between ``byte / 127.5 - 1`` and the colours, in float64; the
-        lowest id wins a tie. The answers come from a table of all 2^24 colours, built once, cached on disk.
+        Nearest in squared Euclidean distance between ``byte / 127.5 - 1`` and the colors, in float64; the lowest id
+        wins a tie. Looked up in a table of all 2^24 colors, which is built once and cached on disk.
 
         Args:
-            images: uint8 (B,3,H,W) on any device.
+            images: uint8 (B,3,H,W) on any device; anything else is a TypeError or ValueError.
 
         Returns:
             int64 (B,H*W) on the same device, in raster order.
-
-        Raises:
-            TypeError: Not a tensor of bytes.
-            ValueError: Not of shape (B,3,H,W).
         """
         check_images(images)
         red, green, blue = images.unbind(1)  # (B, H, W)
         codes = red.int().bitwise_left_shift_(8).bitwise_or_(green).bitwise_left_shift_(8).bitwise_or_(blue)
         table: Tensor = _table(self, images.device)
-        ids = table.index_select(0, codes.flatten())  # (B*H*W,) int16; of torch's gathers the fastest by far
+        ids = table.index_select(0, codes.flatten())  # (B*H*W,) int16; by far the fastest of torch's gathers
         return ids.long().view(codes.shape).flatten(1)
 
     def dequantize(self, tokens: Tensor, size: int | None = None) -> Tensor:
-        """The picture that ids stand for.
+        """The images of palette ids.
 
         Args:
             tokens: (B,T) of any integer type, ids below K, T = size * size in raster order.
-            size: Side of the picture in pixels; the square root of T by default.
+            size: Side of the images in pixels; the square root of T by default.
 
         Returns:
             uint8 (B,3,size,size) on the same device.
 
         Raises:
-            TypeError: The tokens are not integers.
-            ValueError: T is not ``size * size``, or an id is outside 0..K-1. On a CUDA device the ids are not
-                inspected, which would wait for the device; there a wrong id trips a device-side assertion.
+            TypeError, ValueError: The tokens are not integers, T is not ``size * size``, or an id is outside 0..K-1 (on
+                CUDA devices not checked, which would synchronize; there a device-side assertion fails).
         """
         size = side_of(tokens, size)
         tokens = tokens.long()
         if tokens.device.type != "cuda" and tokens.numel():
             low, high = (int(value) for value in tokens.aminmax())
             if low < 0 or high >= len(self):
-                raise ValueError(
-                    f"tokens reach from {low} to {high}, but {len(self)} colours have ids 0..{len(self) - 1}"
-                )
-        rgb: Tensor = _rgb(self, tokens.device)
-        pixels = rgb.index_select(0, tokens.flatten())  # (B*T, 3)
+                raise ValueError(f"tokens run from {low} to {high}; the {len(self)} colors have ids 0..{len(self) - 1}")
+        pixels = self.rgb.to(tokens.device).index_select(0, tokens.flatten())  # (B*T, 3)
         return pixels.view(tokens.shape[0], size, size, 3).permute(0, 3, 1, 2).contiguous()
 
     def to_images(self, tokens: TokenRows, size: int | None = None) -> list[Image.Image]:
-        """The pictures that ids stand for, as :meth:`dequantize`, whose errors it raises.
-
-        Args:
-            tokens: (B,T) or a single row (T,) of integers: a tensor, an array or lists.
-            size: Side of the pictures in pixels; the square root of T by default.
-
-        Returns:
-            B images of mode RGB; one for a single row.
-        """
+        """:meth:`dequantize` to PIL images of mode RGB; ``tokens`` (B,T) or (T,) may also be an array or lists."""
         return [to_pil(image) for image in self.dequantize(token_rows(tokens), size).cpu()]
 
     def transform(self, image_column: str = "image", size: int = 32) -> PaletteTransform:
-        """:meth:`quantize` for ``with_transform`` and ``map(batched=True)`` of a Hugging Face data set.
-
-        Args:
-            image_column: Column of images.
-            size: Side of the pictures in pixels, at least 1.
-        """
+        """:meth:`quantize` for ``with_transform`` and ``map(batched=True)`` of a Hugging Face dataset."""
         return PaletteTransform(self, image_column, size)
 
     def rmse(self, images: Tensor) -> float:
-        """What the palette costs: root mean square error per channel of ``dequantize(quantize(images))``, in 0..255.
-
-        Args:
-            images: uint8 (B,3,H,W).
-
-        Raises:
-            TypeError, ValueError: As :meth:`quantize`.
-        """
-        check_images(images)
-        pixels = images.movedim(1, 0).reshape(1, 3, 1, -1)
-        rgb: Tensor = _rgb(self, images.device)
-        error = rgb.index_select(0, self.quantize(pixels)[0]).T.float() - pixels[0, :, 0].float()  # (3, B*H*W)
+        """Root mean square error per channel, in 0..255, of ``dequantize(quantize(images))`` for uint8 (B,3,H,W)."""
+        shown = self.rgb.to(images.device)[self.quantize(images)]  # (B, H*W, 3)
+        error = shown.float() - images.flatten(2).transpose(1, 2).float()
         return float(error.square().mean(dtype=torch.float64).sqrt())
 
     def __len__(self) -> int:
         return int(self._array.shape[0])
 
     def __eq__(self, other: object) -> bool:
-        return self._bytes == other._bytes if isinstance(other, Palette) else NotImplemented
+        return self.sha256 == other.sha256 if isinstance(other, Palette) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self._bytes)
+        return hash(self.sha256)
 
     def __repr__(self) -> str:
-        return f"Palette({len(self)} colours, sha256 {self._sha256[:12]})"
+        return f"Palette({len(self)} colors, sha256 {self._sha256[:12]})"
 
     def __reduce__(self) -> tuple[type[Palette], tuple[NDArray[np.float32]]]:
         return Palette, (self._array,)
 
 
-# A traced build could round differently, and the cache would keep its table.
+# Compiled, the build could round differently, and the cache would keep its table.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=8)
 def _table(palette: Palette, device: torch.device) -> Tensor:
-    """(2^24,) int16: shared by equal palettes, one copy per device."""
-    if device.type == "cpu":
-        return torch.from_numpy(cached_table(palette._array, palette.sha256))
-    table: Tensor = _table(palette, torch.device("cpu"))
-    return table.to(device)
+    """(2^24,) int16, shared by equal palettes; one copy per device."""
+    return torch.from_numpy(cached_table(palette._array, palette.sha256)).to(device)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=8)
-def _rgb(palette: Palette, device: torch.device) -> Tensor:
-    return palette.rgb.to(device)
-
-
-@lru_cache(maxsize=1)
-def _openai() -> Palette:
-    return Palette(np.load(_OPENAI, allow_pickle=False))
+def _named(name: str) -> Palette:
+    if name == "openai":
+        return Palette(np.load(_OPENAI))
+    return Palette(np.linspace(-1, 1, int(name.removeprefix("gray:")))[:, None].repeat(3, axis=1))
 
 
 def _from_file(spec: str) -> Palette:
-    stored = read_colors(spec)
+    path = _path_of(spec)
+    if path.suffix not in (".npy", ".json") or path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path} is not a palette: neither a .npy file nor Hugging Face's {_HF_FILE} of a few MB")
     try:
-        palette = Palette(stored.colors)
-    except ValueError as error:
-        raise ValueError(f"{stored.where} holds no palette: {error}") from error
-    if stored.sha256 not in (None, palette.sha256):
-        raise ValueError(
-            f"{stored.where} is damaged: its colours have the hash {palette.sha256[:12]}, but it was written with "
-            f"{str(stored.sha256)[:12]}; copy or download it again"
-        )
-    return palette
+        if path.suffix == ".npy":
+            return Palette(np.load(path, allow_pickle=False))
+        return Palette(json.loads(path.read_text("utf-8"))["clusters"])
+    except Exception as error:  # NumPy and json each have many errors for damage
+        raise ValueError(f"{path} is not a palette: {type(error).__name__}: {str(error)[:300]}") from error
 
 
-def _is_gray(spec: str) -> bool:
-    return re.fullmatch(r"gray:\d{1,5}", spec) is not None
+def _path_of(spec: str) -> Path:
+    """The file that a path, a folder or a hub id refers to."""
+    path = Path(spec).expanduser()
+    path = path / _HF_FILE if path.is_dir() else path
+    if path.is_file():
+        return path
+    is_path = path.suffix in (".npy", ".json") or spec.startswith((".", "/", "~"))
+    if is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+        forms = "a palette is 'openai', 'gray:K', a .npy file, a Hugging Face folder, a hub id 'owner/name' or colors"
+        raise (FileNotFoundError if is_path else ValueError)(f"there is no palette {str(path)!r}; {forms}")
+    from huggingface_hub import hf_hub_download
 
-
-def _gray(count: int) -> NDArray[np.float32]:
-    return np.repeat(np.linspace(-1, 1, count)[:, None], 3, axis=1).astype(np.float32)
+    try:
+        return Path(hf_hub_download(spec, _HF_FILE))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"there is no folder {spec!r}, and {_HF_FILE} is not on the hub: {error}") from error
 
 
 def _checked(colors: Colors) -> NDArray[np.float32]:
-    """The colours as a read-only (K,3) float32 copy."""
-    if isinstance(colors, str):
-        raise ValueError(f"Palette takes colours; write Palette.load({colors!r}) for a name or a path")
-    if isinstance(colors, Tensor | np.ndarray):
-        _check_shape(tuple(colors.shape))  # before anything is copied: the tensors of a file may claim any size
-        if colors.is_complex() if isinstance(colors, Tensor) else np.iscomplexobj(colors):
-            raise ValueError("colours are real numbers, but these are complex")
+    """The colors as a read-only (K,3) float32 copy."""
     try:
-        values = colors.detach().cpu().double().numpy() if isinstance(colors, Tensor) else colors
-        with np.errstate(over="ignore"):  # infinite then, and refused
-            array: NDArray[np.float32] = np.array(values, dtype=np.float32, order="C")
+        shape = tuple(np.shape(colors))  # before a copy: a tensor from a file may claim any size
+        if len(shape) != 2 or shape[1] != 3 or not 2 <= shape[0] <= MAX_COLORS:
+            raise ValueError(f"their shape is {shape}")
+        if isinstance(colors, Tensor):
+            colors = (colors.double() if colors.is_floating_point() else colors).detach().cpu().numpy()
+        with np.errstate(over="ignore"):  # becomes infinite, an error below
+            array: NDArray[np.float32] = np.asarray(colors).astype(np.float32, order="C", casting="same_kind")
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"colours must be K rows of three numbers: {error}") from error
-    array = array + np.float32(0)  # makes one zero of -0 and 0
-    _check_shape(array.shape)
-    if not np.isfinite(array).all():
-        raise ValueError(f"colour {int(np.argmin(np.isfinite(array).all(axis=1)))} is not finite")
-    if array.min() < -1 or array.max() > 1:
-        raise ValueError(
-            f"colours must lie in [-1, 1], but these reach from {array.min():g} to {array.max():g}; "
-            "bytes become colours by array / 127.5 - 1"
-        )
-    _, first, counts = np.unique(array, axis=0, return_index=True, return_counts=True)
+        raise ValueError(f"colors must be real numbers (K, 3), 2 <= K <= {MAX_COLORS}: {error}") from error
+    array = array + np.float32(0)  # turns -0 into 0
+    if not (np.abs(array) <= 1).all():  # NaN, too
+        low, high = array.min(), array.max()
+        raise ValueError(f"colors must lie in [-1, 1], not [{low:g}, {high:g}]; convert bytes by array / 127.5 - 1")
+    first = np.unique(array, axis=0, return_index=True)[1]
     if len(first) < len(array):
-        again = np.flatnonzero((array == array[first[counts > 1][0]]).all(axis=1))
-        raise ValueError(f"colours {again[0]} and {again[1]} are the same, so id {again[1]} could never be used")
+        second = np.setdiff1d(np.arange(len(array)), first)[0]
+        raise ValueError(f"color {second}, {array[second].tolist()}, occurs before, so this id could never be used")
     array.flags.writeable = False
     return array
 
 
-def _check_shape(shape: tuple[int, ...]) -> None:
-    if len(shape) != 2 or shape[1] != 3:
-        raise ValueError(f"colours must have shape (K, 3), not {shape}")
-    if not 2 <= shape[0] <= MAX_COLORS:
-        raise ValueError(f"a palette has 2 to {MAX_COLORS} colours, not {shape[0]}")
-
-
 def check_images(images: object) -> None:
-    """Insist on uint8 (B,3,H,W), and say how to get there.
+    """Raise TypeError unless ``images`` is a uint8 tensor, and ValueError unless its shape is (B,3,H,W)."""
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        cure = "; convert values in [0, 1] by (images * 255).round().to(torch.uint8)"
+        raise TypeError(f"images must be a uint8 tensor (B, 3, H, W), not {kind_of(images)}{cure}")
+    if images.ndim != 4 or images.shape[1] != 3:
+        cure = "; use images[None] for one image, images.expand(-1, 3, -1, -1) for gray ones"
+        raise ValueError(f"images must have shape (B, 3, H, W), not {tuple(images.shape)}{cure}")
 
-    Raises:
-        TypeError: Not a tensor of bytes.
-        ValueError: Another shape.
+
+@dataclass(frozen=True)
+class PaletteTransform:
+    """Batches of images to palette ids, for ``with_transform``, ``set_transform`` and ``map(batched=True)``.
+
+    Equal transforms have equal pickles, so the cache of ``map`` recognizes them, in other processes too.
+
+    Args:
+        palette: Quantizes the pixels.
+        image_column: Column of images. Each is a PIL image, ``{"bytes", "path"}`` as ``Image(decode=False)`` returns
+            it, the bytes of an image file, a path, or a uint8 array (H,W) or (H,W,3).
+        size: Side of the images in pixels, at least 1; others are cropped to their center square and resized.
+        tokens_column: Name of the new column of ids.
     """
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a uint8 tensor (B, 3, H, W), not {kind_of(images)}")
-    if images.dtype != torch.uint8:
-        cure = "; if they lie in [0, 1]: (images * 255).round().to(torch.uint8)" if images.is_floating_point() else ""
-        raise TypeError(f"images must be bytes (torch.uint8), not {images.dtype}{cure}")
-    shape = tuple(images.shape)
-    if len(shape) == 4 and shape[1] == 3:
-        return
-    cure = ""
-    if len(shape) == 3:
-        cure = "; one image becomes a batch by images[None]"
-    elif len(shape) == 4 and shape[3] == 3:
-        cure = "; put the channels second: images.permute(0, 3, 1, 2)"
-    elif len(shape) == 4 and shape[1] == 1:
-        cure = "; grey becomes RGB by images.expand(-1, 3, -1, -1)"
-    raise ValueError(f"images must have shape (B, 3, H, W), not {shape}{cure}")
+
+    palette: Palette
+    image_column: str = "image"
+    size: int = 32
+    tokens_column: str = "tokens"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size is {self.size}; an image has a side of at least 1 pixel")
+
+    def __call__(self, batch: Mapping[str, Any], rows: Sequence[int] | None = None) -> dict[str, Any]:
+        """Tokenize one batch: lists of equal length by column.
+
+        A ``dict`` (from ``with_transform`` and streams) is changed in place and returned: the new columns replace the
+        images. For any other mapping (from ``Dataset.map``) only the new columns are returned, which ``map`` adds:
+        ``tokens``, uint16 array (B, size * size) in raster order; ``palette``, for each row the palette's SHA-256.
+        ``rows`` are row numbers for messages, as ``map(with_indices=True)`` passes them.
+
+        Raises:
+            BadImageError, TypeError: An image cannot be used; the message names its position and path.
+            ValueError: The image column is missing, or the batch is already tokenized.
+        """
+        images = self._images(batch)
+        pixels = np.empty((len(images), self.size, self.size, 3), dtype=np.uint8)
+        for place, value in enumerate(images):
+            where = f"image {place} of the batch" if rows is None else f"the image in row {rows[place]}"
+            pixels[place] = np.asarray(resize_center_crop(decode_form(value, where), self.size))
+        columns = {self.tokens_column: self._quantize(pixels), PALETTE_COLUMN: [self.palette.sha256] * len(pixels)}
+        if not isinstance(batch, dict):
+            return columns
+        del batch[self.image_column]
+        batch.update(columns)
+        return batch
+
+    def _images(self, batch: Mapping[str, Any]) -> Sequence[Any]:
+        if taken := {self.tokens_column, PALETTE_COLUMN} & set(batch):
+            raise ValueError(f"the batch already has the columns {sorted(taken)}; rename them or omit this transform")
+        if self.image_column not in batch:
+            raise ValueError(f"there is no image column {self.image_column!r}; the batch has {list(batch)}")
+        # A lazy batch of datasets records that a column was decoded, and map would then encode its images again.
+        images = copy.copy(batch)[self.image_column]
+        if images is None or isinstance(images, Image.Image | Mapping | bytes | str):
+            raise TypeError(f"column {self.image_column!r} holds one image, not a batch; use map(..., batched=True)")
+        return images  # type: ignore[no-any-return]
+
+    def _quantize(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint16]:
+        # map(num_proc=...) forks, and OpenMP's thread pool does not survive a fork: a parallel loop in the child would
+        # wait forever for threads that only the parent has.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            parts = torch.split(torch.from_numpy(pixels).permute(0, 3, 1, 2), max(1, _PIXELS // self.size**2))
+            return torch.cat([self.palette.quantize(part).short() for part in parts]).numpy().view(np.uint16)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def token_rows(tokens: TokenRows) -> Tensor:
+    """Ids as ``datasets`` may return them, (B,T) or a single row (T,), as one tensor (B,T) with unchanged dtype."""
+    if not isinstance(tokens, Tensor):
+        array = np.array(tokens)  # a copy: arrays of datasets are read-only
+        tokens = torch.from_numpy(array if array.size else array.astype(np.int64))
+    return tokens if tokens.ndim != 1 else tokens[None] if len(tokens) else tokens.view(0, 0)
+
+
+def side_of(tokens: object, size: int | None = None) -> int:
+    """The side in pixels of the images that (B,T) ids fill; TypeError or ValueError where they fill none."""
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise TypeError(f"tokens must be an integer tensor, not {kind_of(tokens)}")
+    size = isqrt(tokens.shape[-1]) if size is None and tokens.ndim else size or 0
+    if tokens.ndim != 2 or size * size != tokens.shape[1]:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not (B, T) with T = {size} * {size} pixels")
+    return size
+
+
+def kind_of(value: object) -> str:
+    """The type of a value, for messages."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else type(value).__name__

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -21,3 +22,24 @@ def multiplies_bfloat16(device: torch.device | str) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return False
+
+
+def attention_kernels() -> list[Any]:
+    """What ``scaled_dot_product_attention`` runs where it is one kernel, on any device.
+
+    ``torch.ops.aten._scaled_dot_product_*_attention``: torch 2.7 to 2.14.
+    """
+    import torch
+
+    names = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+    return [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
+
+
+def int8_product() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The product of bfloat16 rows (B, in) and int8 weights (out, in) with scales (out,), on a CPU: (B, out).
+
+    It reads past the end of rows whose length is no multiple of 16. ``torch._weight_int8pack_mm``: torch 2.7 to 2.14.
+    """
+    import torch
+
+    return torch._weight_int8pack_mm

@@ -1,13 +1,11 @@
-"""Uses of a trained network as a density: complete a picture, fill holes in it, tell how surprising it is.
-
-Everything here speaks of tokens; colours are the palette's business.
-"""
+"""Uses of a trained network as a density of tokens: complete images, inpaint them, score them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -17,10 +15,10 @@ from torch import Tensor
 from lightning_igpt.decoding import Decoder, Precision, check_precision
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.objectives import pixel_nats
-from lightning_igpt.progress import track
 
-Progress: TypeAlias = Callable[[Tensor, Tensor], None]  # of tokens, int64 (B, T), and which are decided, bool (B, T)
-COLD = 1e-6  # temperature below which only the likeliest colour is left, and logits over it may overflow
+Draw: TypeAlias = Callable[[Tensor], Tensor]  # logits (B, K) to colors (B,)
+Progress: TypeAlias = Callable[[Tensor, Tensor], None]  # tokens int64 (B, T), and which are decided, bool (B, T)
+COLD = 1e-6  # lower temperatures take the likeliest color, for logits divided by them may overflow
 
 
 @torch.no_grad()
@@ -36,43 +34,44 @@ def complete(
     generator: torch.Generator | None = None,
     on_progress: Progress | None = None,
 ) -> Tensor:
-    """Draw the rest of each picture, pixel by pixel in raster order, with cached keys and values.
+    """Draw the remaining pixels of each image in raster order, with cached keys and values.
 
     Args:
         network: An autoregressive network.
-        prompt: int64 (B, P), the first P < T pixels; P = 0 draws whole pictures.
+        prompt: int64 (B, P), the first P < T pixels; P = 0 draws whole images.
         n_samples: Completions of each prompt.
-        temperature: Divides the logits; 1 is the model's own distribution, 0 takes the likeliest colour.
-        top_k: Draw among the k likeliest colours only.
-        top_p: Draw among the fewest colours that together have at least this probability.
-        precision: What a step reads: ``full``, the network as it is; ``half``, weights, keys and values in 16 bits;
-            ``int8``, weights in 8 bits with a scale per row and the rest in 16, on CPUs only. The prompt is read by the
-            network as it is. docs/how-to/sampling.md says what each costs in nats and time. Default: half under
-            autocast, else full.
-        generator: Source of randomness, on the network's device. The same seed gives the same pictures.
+        temperature: Divides the logits; 1 keeps the model's distribution, 0 takes the likeliest color.
+        top_k: Draw only among the k likeliest colors.
+        top_p: Draw only among the likeliest colors whose total probability reaches this.
+        precision: Of a step, see :class:`lightning_igpt.decoding.Decoder`: ``full``, ``half`` or ``int8``. The prompt
+            is always processed in the network's own. docs/how-to/sampling.md states the cost of each in nats and time.
+            Default: half under autocast, else full.
+        generator: Source of randomness, on the network's device. Equal seeds give equal images.
         on_progress: Called after each row of pixels with the tokens, int64 (B * n_samples, T), and which of them are
-            decided, bool of that shape; both are for reading only, and tokens change afterwards. What it raises ends
-            the drawing. It changes no draw.
+            decided, bool of that shape; read-only, and the tokens change afterwards. An exception ends the drawing.
 
     Returns:
         int64 (B, n_samples, T); the first P tokens are the prompt.
 
     Raises:
-        ValueError: The prompt is as long as the image, holds an unknown colour, an option is out of range, or logits
-            are not finite.
+        ValueError: The prompt is as long as the image or has an unknown color, an option is out of range, or logits are
+            not finite.
     """
     _check_prompt(network, prompt)
     _check_options(temperature, top_k, top_p, n_samples)
     check_precision(precision)
+    device, given, total = network.wte.weight.device, prompt.shape[1], network.config.n_positions
+    tokens = F.pad(prompt.to(device), (0, total - given)).repeat_interleave(n_samples, 0)  # (B * n_samples, T)
+    known = (torch.arange(total, device=device) < given).expand_as(tokens)
+    pick = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     with _evaluating(network):
-        tokens, known = _padded(network, prompt, n_samples)
-        tokens = _decode(network, tokens, known, temperature, top_k, top_p, precision, generator, on_progress)
-    return tokens.view(prompt.shape[0], n_samples, network.config.n_positions)
+        tokens = _decode(network, tokens, known, pick, precision, on_progress)
+    return tokens.view(len(prompt), n_samples, total)
 
 
 @contextmanager
 def _evaluating(network: ImageGPT) -> Iterator[None]:
-    """Evaluation mode; afterwards every part is in the mode it was in."""
+    """Evaluation mode; afterwards every module is restored to its own mode."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -82,40 +81,24 @@ def _evaluating(network: ImageGPT) -> Iterator[None]:
             module.training = training
 
 
-def _padded(network: ImageGPT, prompt: Tensor, n_samples: int) -> tuple[Tensor, Tensor]:
-    """Tokens (B * n_samples, T) that begin with the prompts, and which of them are known, bool of that shape."""
-    device, total = network.wte.weight.device, network.config.n_positions
-    tokens = F.pad(prompt.to(device), (0, total - prompt.shape[1])).repeat_interleave(n_samples, 0)
-    return tokens, (torch.arange(total, device=device) < prompt.shape[1]).expand_as(tokens)
-
-
 def _decode(
-    network: ImageGPT,
-    tokens: Tensor,
-    known: Tensor,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    precision: Precision | None = None,
-    generator: torch.Generator | None = None,
-    on_progress: Progress | None = None,
+    network: ImageGPT, tokens: Tensor, known: Tensor, pick: Draw, precision: Precision | None, report: Progress | None
 ) -> Tensor:
-    """Draw the unknown pixels in raster order. One pass covers all before the first hole; none follows the last."""
-    holes = (~known).any(0).nonzero().flatten().tolist()  # positions that some row lacks
+    """Draw the unknown pixels in raster order: one pass up to the first, then one step per pixel up to the last."""
+    holes = (~known).any(0).nonzero().flatten().tolist()  # positions unknown in some row
     if not holes:
         return tokens
     decoder, tokens = Decoder(network, len(tokens), precision), tokens.clone()
     logits = decoder.start(tokens[:, : holes[0]])  # (B, K)
     finite = torch.ones((), dtype=torch.bool, device=tokens.device)
-    for position in track(range(holes[0], holes[-1] + 1), "drawing pixels"):
-        finite &= logits.isfinite().all()  # looked at in the end, not to wait for the device now
-        drawn = draw(logits, temperature, top_k, top_p, generator)
-        tokens[:, position] = torch.where(known[:, position], tokens[:, position], drawn)
-        if on_progress is not None and (position == holes[-1] or (position + 1) % network.config.image_size == 0):
-            on_progress(tokens, known | (torch.arange(tokens.shape[1], device=tokens.device) <= position))
+    for position in range(holes[0], holes[-1] + 1):
+        finite &= logits.isfinite().all()  # read at the end, since reading synchronizes the device
+        tokens[:, position] = torch.where(known[:, position], tokens[:, position], pick(logits))
+        if report is not None and (position == holes[-1] or (position + 1) % network.config.image_size == 0):
+            report(tokens, known | (torch.arange(tokens.shape[1], device=tokens.device) <= position))
         if position < holes[-1]:
             logits = decoder.step(tokens[:, position : position + 1])
-    _refuse_noise(finite, decoder.precision)
+    _check_finite(finite, decoder.precision)
     return tokens
 
 
@@ -126,7 +109,7 @@ def draw(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One colour per row of logits (B, K): int64 (B,)."""
+    """One color per row of logits (B, K): int64 (B,)."""
     if temperature < COLD:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -135,7 +118,7 @@ def draw(
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p is not None and top_p < 1:
         logits = _nucleus(logits, top_p)
-    # An exponential race picks index i with probability p_i and never asks the device for a number.
+    # An exponential race picks index i with probability p_i and does not synchronize the device.
     race = torch.empty_like(logits).exponential_(generator=generator)
     return (F.softmax(logits, -1) / race).argmax(-1)
 
@@ -143,7 +126,7 @@ def draw(
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     ordered, index = logits.sort(-1, descending=True)
     probability = F.softmax(ordered, -1)
-    before = probability.cumsum(-1) - probability  # mass of likelier colours; 0 for the first, which always stays
+    before = probability.cumsum(-1) - probability  # mass of likelier colors; 0 for the likeliest, which always stays
     drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
     return logits.masked_fill(drop, -math.inf)
 
@@ -160,34 +143,32 @@ def inpaint(
     generator: torch.Generator | None = None,
     on_progress: Progress | None = None,
 ) -> Tensor:
-    """Fill the unknown pixels of each picture, wherever they lie.
+    """Fill the unknown pixels of each image, wherever they are.
 
-    A BERT network sees all known pixels. In each of a few steps every unknown pixel is drawn in parallel, and the share
-    of draws that the network holds most probable is kept (the schedule of MaskGIT, Chang et al., CVPR 2022: the unknown
-    share falls as a cosine).
+    A BERT network sees all known pixels. In each step all unknown pixels are drawn in parallel and the most probable
+    draws are kept, so that the unknown share falls as a cosine (MaskGIT, Chang et al., CVPR 2022).
 
-    An autoregressive network goes through the picture in raster order: known pixels are written as they are, each
-    unknown one is drawn given all pixels before it, ``p(x_t | x_<t)``. It cannot look ahead, so known pixels after a
-    hole do not influence it, this is no draw from the true conditional, and seams at the lower and right edges of a
-    hole are to be expected. A mask that keeps the first pixels and no others gives what ``complete`` gives.
+    An autoregressive network visits the pixels in raster order: it keeps known pixels and draws each unknown pixel
+    given all pixels before it, ``p(x_t | x_<t)``. Known pixels after a hole do not influence it, so this is not a draw
+    from the true conditional, and seams at the lower and right edges of a hole are to be expected. With only the first
+    pixels known, the result is that of ``complete``.
 
     Args:
         network: Of either objective.
-        tokens: int64 (B, T); values at unknown pixels do not matter.
-        known: Bool (B, T), true where the pixel is given; each picture may have a mask of its own.
-        steps: Passes of a BERT network over the picture; one pixel at a time would need as many as there are holes.
-            An autoregressive network ignores it: it takes one small step per pixel from the first hole to the last.
-        temperature: Divides the logits; 0 takes the likeliest colour.
-        precision: As in ``complete``; a BERT network ignores it.
-        generator: Source of randomness, on the network's device. The same seed gives the same pictures.
-        on_progress: As in ``complete``, with tokens (B, T); a BERT network calls it after each step.
+        tokens: int64 (B, T); values at unknown pixels are ignored.
+        known: Bool (B, T), true where the pixel is given; masks may differ between images.
+        steps: Passes of a BERT network over the image; ignored by an autoregressive network.
+        temperature: Divides the logits; 0 takes the likeliest color.
+        precision: As in ``complete``; ignored by a BERT network.
+        generator: Source of randomness, on the network's device. Equal seeds give equal images.
+        on_progress: As in ``complete``, with tokens (B, T); after each step of a BERT network.
 
     Returns:
-        int64 (B, T) on the network's device; known pixels as they were.
+        int64 (B, T) on the network's device; known pixels unchanged.
 
     Raises:
-        ValueError: Shapes differ or are not the network's, a known colour is none of the palette's, or an option is out
-            of range.
+        ValueError: Shapes differ or are not the network's, a known token is not in the palette, or an option is out of
+            range.
     """
     _check_mask(network, tokens, known)
     check_precision(precision)
@@ -197,51 +178,39 @@ def inpaint(
     known = known.to(device=device, dtype=torch.bool)
     tokens = tokens.to(device).masked_fill(~known, 0)
     check_tokens(tokens, network.config.vocab_size)
+    pick = partial(draw, temperature=temperature, generator=generator)
     with _evaluating(network):
         if network.config.objective == "bert":
-            return _fill(network, tokens, known, steps, temperature, generator, on_progress)
-        return _decode(
-            network, tokens, known, temperature, precision=precision, generator=generator, on_progress=on_progress
-        )
+            return _fill(network, tokens, known, pick, steps, on_progress)
+        return _decode(network, tokens, known, pick, precision, on_progress)
 
 
-def _fill(
-    network: ImageGPT,
-    tokens: Tensor,
-    known: Tensor,
-    steps: int,
-    temperature: float,
-    generator: torch.Generator | None,
-    on_progress: Progress | None,
-) -> Tensor:
+def _fill(network: ImageGPT, tokens: Tensor, known: Tensor, pick: Draw, steps: int, report: Progress | None) -> Tensor:
     holes, finite = (~known).sum(1), torch.ones((), dtype=torch.bool, device=tokens.device)
-    for step in track(range(1, steps + 1), "filling holes"):
+    for step in range(1, steps + 1):
         logits = network(tokens, masked=~known)  # (B, T, K)
         finite &= logits.isfinite().all()
-        drawn = draw(logits.flatten(0, 1), temperature, generator=generator).view_as(tokens)
+        drawn = pick(logits.flatten(0, 1)).view_as(tokens)
         sure = F.log_softmax(logits.float(), -1).gather(-1, drawn[..., None])[..., 0]  # (B, T)
         left = (holes * math.cos(math.pi / 2 * step / steps)).floor().long() if step < steps else holes * 0
-        order = sure.masked_fill(known, math.inf).argsort(-1, descending=True).argsort(-1)  # rank, known ones first
+        order = sure.masked_fill(known, math.inf).argsort(-1, descending=True).argsort(-1)  # rank, known pixels first
         keep = order < (tokens.shape[1] - left)[:, None]
         tokens = torch.where(keep & ~known, drawn, tokens)
         known = known | keep
-        if on_progress is not None:
-            on_progress(tokens, known)
-    _refuse_noise(finite, "full")
+        if report is not None:
+            report(tokens, known)
+    _check_finite(finite, "full")
     return tokens
 
 
-def _refuse_noise(finite: Tensor, precision: str) -> None:
+def _check_finite(finite: Tensor, precision: str) -> None:
     if not finite:
-        raise ValueError(
-            f"the network's logits are not all finite numbers (precision {precision!r}), so what was drawn means "
-            "nothing: see whether its weights are finite, and take precision='full'"
-        )
+        raise ValueError(f"logits are not all finite with precision {precision!r}; check the weights, or use 'full'")
 
 
 @torch.no_grad()
 def score(network: ImageGPT, tokens: Tensor, *, batch_size: int = 64) -> Tensor:
-    """How surprised an autoregressive network is by each pixel given those before it.
+    """Negative log-likelihood of each pixel given the pixels before it, under an autoregressive network.
 
     Args:
         network: An autoregressive network.
@@ -252,45 +221,36 @@ def score(network: ImageGPT, tokens: Tensor, *, batch_size: int = 64) -> Tensor:
         Float32 (N, T) in nats on the network's device; the mean over T is an image's nats per pixel.
 
     Raises:
-        ValueError: The network is a BERT network, or the tokens are no images of its size and palette.
+        ValueError: The network is a BERT network, or the tokens are not images of its size and palette.
     """
     check_has_likelihood(network)
     check_tokens(tokens, network.config.vocab_size)
     device = network.wte.weight.device
     with _evaluating(network):
-        batches = track(torch.split(tokens.to(device), batch_size), "scoring batches of images")
-        parts = [pixel_nats(network(part), part) for part in batches]
+        parts = [pixel_nats(network(part), part) for part in torch.split(tokens.to(device), batch_size)]
     return torch.cat(parts).float()
 
 
 def check_has_likelihood(network: ImageGPT) -> None:
-    """Raise where ``score`` would, before images have been read for nothing.
-
-    Raises:
-        ValueError: The network is a BERT network.
-    """
+    """Raise ValueError for a BERT network, which ``score`` cannot use."""
     if network.config.objective != "autoregressive":
-        raise ValueError("score() needs the chain rule; a BERT network has no likelihood of a whole picture")
+        raise ValueError("score() needs an autoregressive network; a BERT network has no likelihood of a whole image")
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Raise where a token is no colour of the palette.
-
-    Raises:
-        ValueError: Not an int64 (B, T), or a value outside 0 .. vocab_size - 1.
-    """
+    """Raise ValueError unless ``tokens`` is int64 (B, T) with values in 0 .. vocab_size - 1."""
     if tokens.ndim != 2 or tokens.dtype != torch.long:
         raise ValueError(f"tokens must be int64 (B, T); got {tokens.dtype} {tuple(tokens.shape)}")
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         low, high = int(tokens.min()), int(tokens.max())
         raise ValueError(
-            f"tokens run from {low} to {high}; this network has {vocab_size} colours, 0 to {vocab_size - 1}"
+            f"tokens run from {low} to {high}; this network has {vocab_size} colors, 0 to {vocab_size - 1}"
         )
 
 
 def _check_prompt(network: ImageGPT, prompt: Tensor) -> None:
     if network.config.objective != "autoregressive":
-        raise ValueError("complete() continues in raster order; a BERT network fills holes with inpaint()")
+        raise ValueError("complete() needs an autoregressive network; use inpaint() with a BERT network")
     check_tokens(prompt, network.config.vocab_size)
     total = network.config.n_positions
     if prompt.shape[1] >= total:
@@ -311,6 +271,6 @@ def _check_options(temperature: float, top_k: int | None, top_p: float | None, n
     if not temperature >= 0:  # catches NaN too
         raise ValueError(f"temperature is {temperature}; it must be at least 0")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1, or None for all colours")
+        raise ValueError(f"top_k is {top_k}; it must be at least 1, or None for all colors")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1, or None for all colours")
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1, or None for all colors")

@@ -7,7 +7,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from lightning_igpt import features
-from lightning_igpt import features as module
 from lightning_igpt.features import LogisticLoss, choose_c, fit_logistic, split_rows, usable_grid
 
 
@@ -34,20 +33,6 @@ def test_equals_scikit_learn(digits, standardize, c):
     assert (found.argmax(1) == y_test).mean() == pytest.approx(
         theirs.score(scaler.transform(x_test), y_test), abs=0.002
     )
-
-
-def test_a_constant_feature_does_no_harm(digits):
-    x, y, *_ = digits
-    assert (x[:, 0] == 0).all()
-    weight, bias = fit_logistic(torch.from_numpy(x), torch.from_numpy(y), 10)
-    assert weight.isfinite().all() and bias.isfinite().all()
-    assert weight[:, 0].abs().max() == 0
-
-
-def test_a_class_without_examples_is_never_predicted():
-    x = torch.tensor([[0.0], [1.0], [0.1], [0.9]])
-    weight, bias = fit_logistic(x, torch.tensor([0, 2, 0, 2]), 3, c=100.0)
-    assert (x @ weight.T + bias).argmax(1).tolist() == [0, 2, 0, 2]
 
 
 @pytest.mark.parametrize("standardize", [False, True])
@@ -132,29 +117,3 @@ def test_wrong_arguments_are_named(features, labels, c, message):
         fit_logistic(features, labels, 2, c=c)
     with pytest.raises(ValueError, match=message.replace(r"\]", r", 1.0\]")):
         choose_c(features, labels, 2, grid=[c, 1.0])
-
-
-def test_fewer_rows_than_features_of_a_large_scale():
-    """Where the first step is the gradient, its length has the wrong unit; scikit-learn separates these."""
-    x, y = torch.randn(400, 500, generator=torch.manual_seed(0)) * 1e4, torch.arange(400) % 3
-    weight, bias = fit_logistic(x, y, 3, standardize=False)
-    assert ((x @ weight.T + bias).argmax(1) == y).all()
-
-
-def test_the_context_of_the_call_changes_nothing():
-    x, y = torch.randn(60, 5, generator=torch.manual_seed(0)), torch.arange(60) % 2
-    expected = fit_logistic(x, y, 2)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = fit_logistic(x.clone().requires_grad_(), y, 2)
-    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(found, expected, strict=True))
-
-
-def test_a_fit_that_ends_far_from_its_tolerance_says_so(caplog, monkeypatch):
-    monkeypatch.setattr(module, "_search", lambda *_: None)
-    fit_logistic(torch.randn(60, 5), torch.arange(60) % 2, 2)
-    assert "no step lowers the loss" in caplog.text
-
-
-def test_what_cannot_be_fitted_is_refused():
-    with pytest.raises(ValueError, match="finite"):
-        fit_logistic(torch.tensor([[0.0], [torch.inf]]), torch.tensor([0, 1]), 2)

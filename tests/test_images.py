@@ -1,19 +1,14 @@
 import io
-import pickle
 import struct
-import subprocess
-import sys
 import time
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from torch._utils import ExceptionWrapper
 
-from lightning_igpt.images import BadImageError, decode
-from tests.image_files import encoded, noise, picture
+from lightning_igpt.images import BadImageError, decode, to_rgb
+from tests.image_files import encoded, noise
 
 
 def row(content, path=None):
@@ -42,17 +37,6 @@ def test_path_and_pil_images(tmp_path):
     assert same(decode(noise()), noise())
 
 
-def test_transparency_and_background():
-    content = encoded(Image.new("RGBA", (2, 2), (10, 20, 30, 0)))
-    assert decode(row(content)).getpixel((0, 0)) == (255, 255, 255)
-    assert decode(row(content), background=(1, 2, 3)).getpixel((0, 0)) == (1, 2, 3)
-
-
-def test_first_frame_of_an_animation():
-    content = encoded(picture(10), "GIF", save_all=True, append_images=[picture(200), picture(90)])
-    assert decode(row(content)).getpixel((0, 0)) == picture(10).getpixel((0, 0))
-
-
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation(orientation, format):
@@ -60,16 +44,6 @@ def test_orientation(orientation, format):
     exif[0x0112] = orientation
     content = encoded(noise(), format, exif=exif)
     assert same(decode(row(content)), ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
-
-
-def test_broken_exif_is_not_fatal():
-    for broken in (
-        b"Exif\x00\x00garbage",
-        b"Exif\x00\x00II*\x00\xff\xff\xff\x7f",
-        b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff",
-    ):
-        content = encoded(noise(), "PNG", exif=broken)
-        assert same(decode(row(content)), noise())
 
 
 def chunk(kind, data):
@@ -150,14 +124,12 @@ INFLATED = zlib.compress(bytes(30_000_000))  # 30 MB in 30 kB
 TEXTS = [chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(900_000)))] * 99
 BOMBS = {
     "GIF screen": (gif(60_000, 60_000), "too large"),
-    "GIF frame": (gif(4, 4, (60_000, 60_000)), "too large"),
     "GIF above the limit": (gif(4, 4, (9_000, 9_000)), "9000 x 9000 = 81,000,000 pixels, more than the limit"),
     "WebP": (webp(16_384), "too large|could not create decoder"),  # the latter by Pillow 11
     "TIFF": (tiff(60_000, 60_000), "too large"),
     "TIFF samples": (tiff(4, 4, samples=65_535), "known format"),
     "BMP": (bmp(60_000, 60_000), "too large"),
-    "BMP upside down": (bmp(8, -(2**31)), "too large"),
-    "BMP colours": (bmp(8, 8, colors=2**32 - 1), "Unsupported BMP Palette size"),
+    "BMP colors": (bmp(8, 8, colors=2**32 - 1), "Unsupported BMP Palette size"),
     "PNG iCCP": (png(chunk(b"iCCP", b"x\0\0" + INFLATED)), "Decompressed data too large"),
     "PNG zTXt": (png(chunk(b"zTXt", b"x\0\0" + INFLATED)), "Decompressed data too large"),
     "PNG iTXt": (png(chunk(b"iTXt", b"x\0\1\0\0\0" + INFLATED)), "Decompressed data too large"),
@@ -181,11 +153,9 @@ def test_bombs_are_refused_at_once(tmp_path, content, message, from_path):
 HARMLESS = {
     "TIFF whose directories go round": tiff(1, 1, samples=1, next_directory=8),
     "TIFF tags of any size": tiff(1, 1, samples=1, extra=[(60_000 + i, 1, 2**31, 8) for i in range(5000)]),
-    "PNG of endless frames": png(chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0))),
     "PNG with more pixels than it says": png().replace(
         chunk(b"IDAT", zlib.compress(bytes(4 * 13))), chunk(b"IDAT", INFLATED)
     ),
-    "GIF of many comments": encoded(noise(), "GIF", comment=b"a" * 400_000),
     "JPEG and ZIP": encoded(noise(), "JPEG") + b"PK\x03\x04" + bytes(1000) + b"PK\x05\x06" + bytes(18),
     "JPEG scans within the limit": repeated_scans((64, 64), 100),
 }
@@ -202,17 +172,10 @@ def test_odd_files_cost_nothing(content):
 OTHERS = ["ICO", "ICNS", "PCX", "PPM", "TGA", "JPEG2000", "DDS", "SGI", "PDF", "EPS"]
 POLYGLOTS = {
     **{name: encoded(noise((64, 64)), name) for name in OTHERS},
-    "EPS by another name": b"\xc5\xd0\xd3\xc6" + bytes(100),
-    "PDF": b"%PDF-1.4\n1 0 obj\n",
     "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-    "HTML": b"<!DOCTYPE html><script>alert(1)</script>",
-    "ZIP": b"PK\x03\x04" + bytes(100),
     "PSD": b"8BPS\0\1" + bytes(100),
     "WMF": b"\xd7\xcd\xc6\x9a" + bytes(100),
-    "EMF": b"\x01\0\0\0" + bytes(36) + b" EMF" + bytes(100),
     "script": b"#!/bin/sh\ntouch executed\n",
-    "program": b"\x7fELF" + bytes(60),
-    "pickle": b"\x80\x04\x95",
     "JavaScript that begins like a GIF": b"GIF89a=1;/*" + bytes(3000) + b"*/alert(1)",
 }
 
@@ -226,40 +189,6 @@ def test_other_formats_are_refused_whatever_their_name(tmp_path, monkeypatch, co
             decode(value)
 
 
-MEASURE = """
-import re, sys
-from pathlib import Path
-from lightning_igpt.images import decode
-def status(key): return 1024 * int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-for path in sys.argv[1:]:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, image = status("VmRSS"), decode({"path": path})
-    print((status("VmHWM") - before) / (image.width * image.height))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured through Linux's /proc")
-def test_memory_of_large_images(tmp_path):
-    """Bytes a pixel at the peak, of which RGB itself takes 4: what conversions add must be small beside the image."""
-    kinds = {"RGB": 4, "L": 5, "RGBA": 8, "LA": 8, "P": 5, "I;16": 9}
-    for mode in kinds:
-        image = Image.new(mode, (4000, 4000))
-        image.save(tmp_path / f"{mode.replace(';', '')}.png", **({"transparency": 0} if mode == "P" else {}))
-    paths = [str(tmp_path / f"{mode.replace(';', '')}.png") for mode in kinds]
-    done = subprocess.run([sys.executable, "-c", MEASURE, *paths], capture_output=True, text=True, check=True)
-    for (mode, ideal), found in zip(kinds.items(), done.stdout.split(), strict=True):
-        assert float(found) < ideal + 2, (mode, found)
-
-
-def test_missing_images(tmp_path):
-    for value in (None, row(None), row(None, "")):
-        with pytest.raises(BadImageError, match="missing"):
-            decode(value)
-    with pytest.raises(BadImageError, match=r"no file .*gone\.png"):
-        decode(row(None, str(tmp_path / "gone.png")))
-
-
 def test_max_pixels():
     content = encoded(noise((12, 9)))
     assert decode(row(content), max_pixels=108).size == (12, 9)
@@ -269,15 +198,100 @@ def test_max_pixels():
         decode(noise((12, 9)), max_pixels=107)
 
 
-def test_error_survives_the_way_from_a_worker():
-    try:
-        raise BadImageError("row 3")
-    except BadImageError:
-        wrapped = ExceptionWrapper(where="in a worker")
-    with pytest.raises(BadImageError, match="row 3"):
-        pickle.loads(pickle.dumps(wrapped)).reraise()
+# Modes
+
+PALETTE = [10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120]
+COLORS = [[(10, 20, 30), (40, 50, 60)], [(70, 80, 90), (100, 110, 120)]]
 
 
-def test_sixteen_bits_do_not_clip():
-    grey = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16))
-    assert np.asarray(decode(row(encoded(grey))))[0, :, 0].tolist() == [0, 1, 255]
+def image_of(mode, values, size=(2, 2)):
+    image = Image.new(mode, size)
+    image.putdata(values)
+    return image
+
+
+def indexed(mode="P"):
+    image = image_of(mode, [0, 1, 2, 3] if mode == "P" else [(0, 255), (1, 255), (2, 0), (3, 255)])
+    image.putpalette(PALETTE)
+    return image
+
+
+def through_png(image, **options):
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return Image.open(file)
+
+
+def gray(rows):
+    return [[(value,) * 3 for value in row] for row in rows]
+
+
+def word(order):
+    return np.array([0, 257, 128, 65535], dtype=f"{order}u2").tobytes()
+
+
+WHITE = (255, 255, 255)
+GOLDEN = {
+    "RGB": (image_of("RGB", COLORS[0] + COLORS[1]), COLORS),
+    "L": (image_of("L", [0, 1, 128, 255]), gray([[0, 1], [128, 255]])),
+    "1": (image_of("1", [0, 255, 255, 0]), gray([[0, 255], [255, 0]])),
+    "P": (indexed(), COLORS),
+    "PA": (indexed("PA"), [COLORS[0], [WHITE, COLORS[1][1]]]),
+    "LA": (image_of("LA", [(0, 255), (0, 0), (0, 128), (200, 128)]), gray([[0, 255], [127, 227]])),
+    "RGBA": (
+        image_of("RGBA", [(200, 100, 0, 128), (1, 2, 3, 0), (1, 2, 3, 255), (0, 0, 0, 51)]),
+        [[(227, 177, 127), WHITE], [(1, 2, 3), (204, 204, 204)]],
+    ),
+    "RGBa": (image_of("RGBa", [(100, 50, 0, 128)] * 4), [[(227, 177, 127)] * 2] * 2),
+    "CMYK": (
+        image_of("CMYK", [(0, 0, 0, 0), (0, 255, 255, 0), (51, 0, 102, 127), (0, 0, 0, 255)]),
+        [[WHITE, (255, 0, 0)], [(102, 128, 77), (0, 0, 0)]],
+    ),
+    "YCbCr": (image_of("YCbCr", [(76, 85, 255), (0, 128, 128), (255, 128, 128), (100, 128, 128)]),
+              [[(254, 0, 0), (0, 0, 0)], [WHITE, (100, 100, 100)]]),
+    "HSV": (image_of("HSV", [(0, 255, 255), (0, 0, 7), (85, 255, 255), (0, 0, 255)]),
+            [[(255, 0, 0), (7, 7, 7)], [(0, 255, 0), WHITE]]),
+    "I": (image_of("I", [0, 257, 128, 65535]), gray([[0, 1], [0, 255]])),
+    "I;16": (Image.frombytes("I;16", (2, 2), word("<")), gray([[0, 1], [0, 255]])),
+    "I;16L": (Image.frombytes("I;16L", (2, 2), word("<")), gray([[0, 1], [0, 255]])),
+    "I;16B": (Image.frombytes("I;16B", (2, 2), word(">")), gray([[0, 1], [0, 255]])),
+    "I;16N": (Image.frombytes("I;16N", (2, 2), word("=")), gray([[0, 1], [0, 255]])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", GOLDEN)
+def test_every_mode_has_its_rule(mode):
+    image, expected = GOLDEN[mode]
+    before = image.tobytes()
+    result = to_rgb(image)
+    assert image.mode == mode
+    assert result.mode == "RGB"
+    assert np.asarray(result).tolist() == [[list(pixel) for pixel in row] for row in expected]
+    assert image.tobytes() == before
+
+
+def test_16_bits_round_to_the_nearest_of_8():
+    values = np.arange(65536, dtype="<u2")
+    result = np.asarray(to_rgb(Image.frombytes("I;16", (256, 256), values.tobytes())))[..., 0].reshape(-1)
+    assert (result == np.rint(values / 257)).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "expected"),
+    [
+        (indexed(), {"transparency": 2}, [COLORS[0], [WHITE, COLORS[1][1]]]),
+        (indexed(), {"transparency": b"\xff\x00\xff\xff"}, [[COLORS[0][0], WHITE], COLORS[1]]),
+        (image_of("L", [0, 1, 128, 255]), {"transparency": 1}, gray([[0, 255], [128, 255]])),
+        (image_of("RGB", COLORS[0] + COLORS[1]), {"transparency": (10, 20, 30)}, [[WHITE, COLORS[0][1]], COLORS[1]]),
+    ],
+    ids=["P index", "P alphas", "L key", "RGB key"],
+)
+def test_transparent_pngs_show_the_background(image, options, expected):
+    result = np.asarray(to_rgb(through_png(image, **options)))
+    assert result.tolist() == [[list(pixel) for pixel in row] for row in expected]
+
+
+@pytest.mark.parametrize("value", [-1, 65536])
+def test_values_beyond_16_bits_are_refused(value):
+    with pytest.raises(ValueError, match=rf"{value}.*65535"):
+        to_rgb(image_of("I", [0, 0, 0, value]))

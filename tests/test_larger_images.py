@@ -6,7 +6,7 @@ import pytest
 
 from lightning_igpt.callbacks.recompute import decide
 from lightning_igpt.config import PRESETS
-from lightning_igpt.planning import ACTIVATION_BYTES, RECOMPUTE, forward_flops_per_token, largest_batch, training_bytes
+from lightning_igpt.planning import RECOMPUTE, forward_flops_per_token, largest_batch, training_bytes
 from lightning_igpt.planning.devices import find_device
 from lightning_igpt.planning.runs import PAPER, Run, usual_mfu
 from tests.docs.pages import PAGES, table
@@ -34,23 +34,6 @@ def test_a_row_of_the_table(row):
         ),
         f"{run.device_seconds / 3600:,.0f}",
     ]
-
-
-def test_the_table_has_three_networks_at_three_sizes_and_its_text_the_numbers_behind_it():
-    assert [row[0] for row in ROWS] == [f"{size}, {side} px" for size in "SML" for side in (32, 48, 64)]
-    assert [SMALL_GPU.memory, LARGE_GPU.memory] == [24 * 2**30, 80 * 2**30]
-    shares = [usual_mfu(PRESETS[f"igpt_{size}"]) for size in "sml"]
-    said = "at {:.0%} (S), {:.0%} (M) or {:.0%} (L)".format(*shares).replace("%", " %")
-    assert said in " ".join(PAGES[PAGE].split())
-    config = replace(PRESETS["igpt_l"], n_layer=1000)
-    per_unit = 1000 * config.n_embd * config.n_positions
-    kept = [training_bytes(config, 1, recompute=how)["activations"] / per_unit for how in RECOMPUTE]
-    assert [round(value) for value in kept] == [
-        int(row[1].split(":")[0]) for row in table(PAGE, "`(none|select|full).*")
-    ]
-    assert f"{ACTIVATION_BYTES['bf16-mixed']} bytes per token" in PAGES[PAGE]
-    compiled = training_bytes(config, 1, compiled=True)["activations"] / per_unit
-    assert f"({compiled:.0f} compiled)" in PAGES[PAGE]
 
 
 @pytest.mark.parametrize("name", ["imagenet48_s_pretrain", "imagenet64_s_pretrain", "imagenet64_m_pretrain"])

@@ -2,7 +2,6 @@
 
 import copy
 import re
-import weakref
 
 import pytest
 import torch
@@ -88,44 +87,6 @@ def test_a_state_that_is_put_back_goes_on_bit_for_bit(tmp_path):
         assert same(again, whole)
 
 
-def test_gradients_are_let_go():
-    mine = [parameter(6, 4), parameter(4)]
-    optimizer = MuonAdam(mine[:1], mine[1:], **OPTIONS)
-    step(mine, optimizer)
-    gradients = [weakref.ref(one.grad.untyped_storage()) for one in mine] + [weakref.ref(one.grad) for one in mine]
-    optimizer.zero_grad()
-    assert not any(gradient() is not None for gradient in gradients)
-
-
-def test_under_a_grad_scaler():
-    mine = [parameter(6, 4), parameter(4)]
-    twins = copy.deepcopy(mine)
-    step(twins, MuonAdam(twins[:1], twins[1:], **OPTIONS), numbers=[0])
-    optimizer, scaler = MuonAdam(mine[:1], mine[1:], **OPTIONS), torch.amp.GradScaler("cpu", init_scale=4.0)
-    for bad in (True, False):  # a step whose gradient is not finite is skipped, and halves the scale
-        for one, twin in zip(mine, twins, strict=True):
-            one.grad = scaler.scale(twin.grad) * (torch.inf if bad else 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-    assert same(mine, twins) and scaler.get_scale() == 2.0
-
-
-def test_closures_and_parameters_without_gradients():
-    matrix, gain, frozen = parameter(6, 4), parameter(4), parameter(6, 4).requires_grad_(False)
-    optimizer = MuonAdam([matrix, frozen], [gain], **OPTIONS)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = gain.square().sum()
-        loss.backward()
-        return loss
-
-    before = matrix.clone()
-    assert optimizer.step(closure) == parameter(4).square().sum()
-    assert torch.equal(matrix, before) and not torch.equal(gain, parameter(4))
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
-
-
 @pytest.mark.parametrize("config", [TINY, BERT, {**TINY.to_dict(), "bias": True}])
 def test_every_parameter_has_one_place(config):
     model = module(config, weight_decay=0.3)
@@ -169,35 +130,21 @@ def test_a_resumed_run_follows_new_settings(tmp_path):
         }
 
 
-def test_a_run_goes_on_with_its_own_optimiser_alone(tmp_path):
-    quiet_trainer(tmp_path, max_steps=1).fit(module(optimizer="adam"), loader())
-    path = find_checkpoint(tmp_path)
-    refused = "optimizer is muon, but the run to continue has adam; keep adam"
-    with pytest.raises(ValueError, match=refused):
-        quiet_trainer(tmp_path, max_steps=2).fit(module(), loader(), ckpt_path=path)
-    with pytest.raises(ValueError, match=refused):
-        find_checkpoint(tmp_path, module())
-    quiet_trainer(tmp_path).validate(module(), loader(), ckpt_path=path, verbose=False)
-    checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["hyper_parameters"]["optimizer"]  # as in 0.1
-    module(optimizer="adam").check_checkpoint(checkpoint)
-
-
 def test_matrices_that_are_sharded_are_refused(tmp_path, process_group):
-    with pytest.raises(ValueError, match=r"Muon is for whole matrices, but here is .*; use adam, or a strategy"):
+    with pytest.raises(ValueError, match=r"Muon needs whole matrices, not a .*; use adam, or a strategy"):
         trainer(tmp_path, "fsdp2").fit(FullySharded(TINY, "gray:8", optimizer="muon"), loader())
 
 
 def test_wrong_settings_are_named(monkeypatch):
     with pytest.raises(ValueError, match="optimizer is 'sgd'; it must be adam or muon"):
         module(optimizer="sgd")
-    with pytest.raises(ValueError, match=r"whole matrices, but here is a Parameter of shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"whole matrices, not a Parameter of shape \(4,\)"):
         MuonAdam([parameter(4)], [], **OPTIONS)
     with pytest.raises(ValueError, match="there is no matrix for Muon: all are frozen"):
         MuonAdam([parameter(4, 4).requires_grad_(False)], [parameter(4)], **OPTIONS)
     matrix = parameter(4, 4)
-    with pytest.raises(ValueError, match="a matrix of 4 rows cannot be 3 matrices"):
+    with pytest.raises(ValueError, match="a matrix of 4 rows cannot be split into 3 matrices"):
         MuonAdam([matrix], [], packed={matrix: 3}, **OPTIONS)
     monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(RuntimeError, match=r"torch .* is without Muon, which came with 2\.9"):
+    with pytest.raises(RuntimeError, match=r"torch .* has no Muon, which came with 2\.9"):
         MuonAdam([matrix], [], **OPTIONS)

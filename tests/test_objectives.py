@@ -8,7 +8,6 @@ from lightning_igpt.objectives import (
     draw_mask,
     majority_vote,
     masked_pixel_loss,
-    nats_to_bits,
     next_pixel_loss,
     pixel_nats,
 )
@@ -51,13 +50,6 @@ def test_masked_loss_averages_per_image_first():
     assert masked_pixel_loss(logits, tokens, torch.zeros_like(masked)).item() == 0
 
 
-def test_bf16_logits_are_summed_in_fp32():
-    logits, tokens = some()
-    loss = next_pixel_loss(logits.bfloat16(), tokens)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, next_pixel_loss(logits.bfloat16().float(), tokens))
-
-
 def test_masks_depend_on_seed_and_sample_alone():
     samples = torch.tensor([5, 9, 5])
     masks = draw_mask(samples, 256, seed=1)
@@ -83,10 +75,6 @@ def test_masks_are_pinned():
     """A changed generator would silently change every resumed BERT run."""
     mask = draw_mask(torch.tensor([0, 1]), 32, seed=0)
     assert mask.nonzero().tolist() == [[0, 2], [0, 4], [1, 5], [1, 11], [1, 12], [1, 19], [1, 26]]
-
-
-def test_bits():
-    assert nats_to_bits(math.log(512)) == pytest.approx(9)
 
 
 def test_majority_vote_counts_and_breaks_ties_by_seed():

@@ -1,7 +1,5 @@
-import copy
 import hashlib
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +27,7 @@ def tiles():
     return small[:, :, :192].unfold(2, 32, 32).unfold(3, 32, 32).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 32, 32)
 
 
-# The released colours
+# The released colors
 
 
 def test_openai_palette_is_the_published_one(openai):
@@ -53,7 +51,7 @@ def test_openai_decodes_as_published(openai):
 def test_tokens_equal_those_of_transformers(openai, tiles):
     transformers = pytest.importorskip("transformers")
     processor = transformers.ImageGPTImageProcessorPil(clusters=openai.to_list(), do_resize=False)
-    some = tiles[::3]  # it compares every pixel with every colour
+    some = tiles[::3]  # it compares every pixel with every color
     expected = processor(list(some.permute(0, 2, 3, 1).numpy()), input_data_format="channels_last")["input_ids"]
     assert np.array_equal(openai.quantize(some).numpy(), np.stack(expected))
 
@@ -67,7 +65,7 @@ def test_a_palette_is_a_value(openai):
     assert hash(Palette(COLORS)) == hash(same)
     assert Palette(COLORS) != Palette(COLORS[::-1])
     assert Palette(COLORS) != "openai"
-    assert "3 colours" in repr(same)
+    assert "3 colors" in repr(same)
     assert same.sha256[:12] in repr(same)
     with pytest.raises(AttributeError):
         same.colors = torch.zeros(3, 3)
@@ -76,38 +74,28 @@ def test_a_palette_is_a_value(openai):
     assert same.to_list() == np.array(COLORS, dtype=np.float32).tolist()
 
 
-def test_minus_zero_is_zero():
-    assert Palette([[-0.0, 1, 1], [0, 0, 0]]) == Palette([[0.0, 1, 1], [0, 0, 0]])
-
-
-def test_a_pickle_holds_the_colours_alone(openai, tiles):
-    openai.quantize(tiles[:1])
-    content = pickle.dumps(openai)
-    assert len(content) < 512 * 12 + 1000
-    assert pickle.loads(content) == openai
-    assert copy.deepcopy(openai) == openai
-
-
 @pytest.mark.parametrize(
     ("colors", "message"),
     [
-        (np.zeros((4, 4)), r"shape \(K, 3\), not \(4, 4\)"),
-        ([[0, 0, 0]], "2 to 32768 colours, not 1"),
-        (np.random.default_rng(0).uniform(-1, 1, (32769, 3)), "2 to 32768 colours, not 32769"),
-        ([[0, 0, 0], [0, float("nan"), 0]], "colour 1 is not finite"),
-        ([[0, 0, 0], [0, 255, 128]], r"from 0 to 255; .*/ 127.5 - 1"),
-        ([[0, 0, 0], [1, 1, 1], [0, 0, 0]], "colours 0 and 2 are the same"),
-        ([[0, 0, 0], [1, 1]], "K rows of three numbers"),
-        (np.array([[{}, 1, 2], [1, 2, 3]], dtype=object), "K rows of three numbers"),
-        ("openai", r"Palette.load\('openai'\)"),
+        (np.zeros((4, 4)), r"shape is \(4, 4\)"),
+        ([[0, 0, 0]], r"shape is \(1, 3\)"),
+        (np.random.default_rng(0).uniform(-1, 1, (32769, 3)), r"shape is \(32769, 3\)"),
+        ([[0, 0, 0], [0, float("nan"), 0]], r"in \[-1, 1\], not \[nan, nan\]"),
+        ([[0, 0, 0], [0, 255, 128]], r"not \[0, 255\]; convert bytes by array / 127.5 - 1"),
+        ([[0, 0, 0], [1, 1, 1], [-0.0, 0, 0]], r"color 2, \[0.0, 0.0, 0.0\], occurs before"),
+        ([[0, 0, 0], [1, 1]], "real numbers"),
+        (np.array([[{}, 1, 2], [1, 2, 3]], dtype=object), "real numbers"),
+        (torch.zeros(2, 3, dtype=torch.complex64), "real numbers"),
+        (torch.zeros(1).expand(10**12, 3), "shape is"),
+        ("openai", "real numbers"),
     ],
 )
-def test_wrong_colours_are_refused(colors, message):
+def test_wrong_colors_are_refused(colors, message):
     with pytest.raises(ValueError, match=message):
         Palette(colors)
 
 
-# Pictures to tokens and back
+# Images to tokens and back
 
 
 def test_tokens_follow_the_raster(openai):
@@ -116,22 +104,6 @@ def test_tokens_follow_the_raster(openai):
     result = openai.quantize(images)
     assert result.dtype == torch.int64
     assert torch.equal(result, tokens)
-
-
-def test_strange_strides_change_nothing(openai, tiles):
-    expected = openai.quantize(tiles[:4])
-    assert torch.equal(openai.quantize(tiles[:4].to(memory_format=torch.channels_last)), expected)
-    wide = torch.zeros(4, 3, 32, 64, dtype=torch.uint8)
-    wide[..., ::2] = tiles[:4]
-    assert torch.equal(openai.quantize(wide[..., ::2]), expected)
-
-
-def test_what_came_back_once_stays(openai, tiles):
-    once = openai.dequantize(openai.quantize(tiles))
-    assert once.dtype == torch.uint8
-    assert once.shape == tiles.shape
-    assert once.is_contiguous()
-    assert torch.equal(openai.dequantize(openai.quantize(once)), once)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64])
@@ -154,43 +126,18 @@ def test_images_of_tokens_give_the_tokens_back(spec):
     assert palette.to_images([]) == palette.to_images(tokens[:0]) == []
 
 
-@pytest.mark.parametrize(
-    ("tokens", "error", "message"),
-    [
-        ([[0, 1, 2]], ValueError, "3 tokens do not fill"),
-        ([0.5, 1, 1, 1], TypeError, "torch.float64"),
-        ([[0, 1, 2, 512]], ValueError, "from 0 to 512"),
-        (torch.zeros(1, 1, 4, dtype=torch.int64), ValueError, r"\(B, T\)"),
-    ],
-)
-def test_tokens_that_are_no_pictures_are_refused(openai, tokens, error, message):
-    with pytest.raises(error, match=message):
-        openai.to_images(tokens)
-
-
 def test_an_empty_batch_stays_empty(openai):
     tokens = openai.quantize(torch.zeros(0, 3, 4, 6, dtype=torch.uint8))
     assert tokens.shape == (0, 24)
     assert openai.dequantize(tokens[:, :16]).shape == (0, 3, 4, 4)
 
 
-def test_rmse_is_the_error_of_the_round_trip(openai, tiles):
-    difference = openai.dequantize(openai.quantize(tiles)).double() - tiles.double()
-    assert openai.rmse(tiles) == pytest.approx(float((difference**2).mean().sqrt()), rel=1e-6)
-    assert Palette.load("gray:2").rmse(torch.tensor([0, 3, 255], dtype=torch.uint8).expand(1, 3, 1, 3)) == (
-        pytest.approx(3**0.5)
-    )
-
-
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        (torch.zeros(1, 3, 2, 2), TypeError, r"torch.float32; .*\* 255\).round\(\)"),
-        (torch.zeros(1, 3, 2, 2, dtype=torch.int64), TypeError, "uint8.*torch.int64"),
-        (np.zeros((1, 3, 2, 2), dtype=np.uint8), TypeError, "not a ndarray"),
-        (torch.zeros(3, 2, 2, dtype=torch.uint8), ValueError, r"images\[None\]"),
-        (torch.zeros(1, 2, 2, 3, dtype=torch.uint8), ValueError, r"permute\(0, 3, 1, 2\)"),
-        (torch.zeros(1, 1, 2, 2, dtype=torch.uint8), ValueError, r"expand\(-1, 3, -1, -1\)"),
+        (torch.zeros(1, 3, 2, 2), TypeError, r"torch.float32 \(1, 3, 2, 2\); .*\* 255\).round\(\)"),
+        (np.zeros((1, 3, 2, 2), dtype=np.uint8), TypeError, "uint8 tensor"),
+        (torch.zeros(3, 2, 2, dtype=torch.uint8), ValueError, r"\(3, 2, 2\); use images\[None\]"),
         (torch.zeros(1, 4, 2, 2, dtype=torch.uint8), ValueError, r"\(1, 4, 2, 2\)"),
     ],
 )
@@ -202,11 +149,12 @@ def test_wrong_images_are_refused(openai, images, error, message):
 @pytest.mark.parametrize(
     ("tokens", "size", "error", "message"),
     [
-        (torch.full((1, 4), 512), None, ValueError, r"from 512 to 512, but 512 colours have ids 0\.\.511"),
+        (torch.full((1, 4), 512), None, ValueError, r"from 512 to 512; the 512 colors have ids 0\.\.511"),
         (torch.tensor([[0, -1, 3, 3]]), None, ValueError, "from -1 to 3"),
-        (torch.zeros(1, 5, dtype=torch.int64), None, ValueError, "5 tokens .* 2 x 2"),
-        (torch.zeros(1, 4, dtype=torch.int64), 3, ValueError, "4 tokens .* 3 x 3"),
-        (torch.zeros(4, dtype=torch.int64), None, ValueError, r"\(B, T\), not \(4,\)"),
+        (torch.zeros(1, 5, dtype=torch.int64), None, ValueError, r"\(1, 5\) .* 2 \* 2"),
+        (torch.zeros(1, 4, dtype=torch.int64), 3, ValueError, r"\(1, 4\) .* 3 \* 3"),
+        (torch.zeros(4, dtype=torch.int64), None, ValueError, r"\(4,\)"),
+        (torch.tensor(0), None, ValueError, r"\(\)"),
         (torch.zeros(1, 4), None, TypeError, "torch.float32"),
         (torch.zeros(1, 4, dtype=torch.bool), None, TypeError, "torch.bool"),
     ],
@@ -216,14 +164,12 @@ def test_wrong_tokens_are_refused(openai, tokens, size, error, message):
         openai.dequantize(tokens, size)
 
 
-def test_equal_palettes_share_one_table(monkeypatch):
-    loaded = []
-    load = palette_module.cached_table
-    monkeypatch.setattr(palette_module, "cached_table", lambda *args: (loaded.append(1), load(*args))[1])
-    images = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
-    for _ in range(3):
-        Palette(COLORS[:2]).quantize(images)
-    assert len(loaded) == 1
+def test_rmse_is_the_error_of_the_round_trip(openai, tiles):
+    difference = openai.dequantize(openai.quantize(tiles)).double() - tiles.double()
+    assert openai.rmse(tiles) == pytest.approx(float((difference**2).mean().sqrt()), rel=1e-6)
+    assert Palette.load("gray:2").rmse(torch.tensor([0, 3, 255], dtype=torch.uint8).expand(1, 3, 1, 3)) == (
+        pytest.approx(3**0.5)
+    )
 
 
 @pytest.mark.slow
@@ -252,12 +198,6 @@ def test_spec_loads_the_same_palette(spec):
     assert Palette.load(json.loads(json.dumps(palette.spec))) == palette
     assert palette.spec == (spec if isinstance(spec, str) else palette.to_list())
     assert Palette.load(palette) is palette
-
-
-def test_a_shuffled_openai_palette_has_no_name(openai):
-    shuffled = Palette(openai.colors.flip(0))
-    assert shuffled.spec == shuffled.to_list()
-    assert shuffled.sha256 != openai.sha256
 
 
 def test_gray_steps_are_even():
@@ -294,54 +234,42 @@ def test_hub_ids_give_the_palette(tmp_path, monkeypatch):
     assert Palette.load("owner/name") == Palette(COLORS)
 
 
-def test_hub_errors_are_told(monkeypatch):
-    def offline(repository, name):
-        raise ConnectionError("Cannot reach the hub: offline mode is enabled.")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(ValueError, match=r"no file or folder 'owner/name'.*offline mode") as caught:
-        Palette.load("owner/name")
-    assert "give the folder" in str(caught.value)
-
-
 @pytest.mark.parametrize(
-    ("spec", "error", "message"),
+    ("spec", "error"),
     [
-        ("opnai", ValueError, "did you mean 'openai'"),
-        ("grey:16", ValueError, "did you mean 'gray:16'"),
-        ("something", ValueError, r"no palette 'something'\. A palette is 'openai', 'gray:K'"),
-        ("gray:1", ValueError, "2 to 32768 colours, not 1"),
-        ("gray:99999", ValueError, "2 to 32768 colours, not 99999"),
-        ("https://example.com/p.npy", ValueError, "not downloaded"),
-        ("nowhere.npy", FileNotFoundError, "nowhere.npy"),
-        ("./nowhere", FileNotFoundError, "./nowhere"),
-        ("a/b/c", FileNotFoundError, "a/b/c"),
-        (None, ValueError, r"shape \(K, 3\)"),
+        ("opnai", ValueError),
+        ("gray:1", ValueError),
+        ("gray:99999", ValueError),
+        ("https://example.com/p.npy", FileNotFoundError),
+        ("./nowhere", FileNotFoundError),
+        ("a/b/c", ValueError),
+        ("owner/missing", ValueError),
+        (None, ValueError),
     ],
 )
-def test_wrong_names_are_explained(spec, error, message):
-    with pytest.raises(error, match=message):
+def test_other_names_are_refused(spec, error, monkeypatch):
+    def offline(repository, name):
+        raise ConnectionError("offline mode is enabled")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    with pytest.raises(error):
         Palette.load(spec)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "error", "message"),
+    ("name", "content"),
     [
-        ("preprocessor_config.json", b'{"size": 32}', ValueError, "no 'clusters'"),
-        ("preprocessor_config.json", b"[1]", ValueError, "no 'clusters'"),
-        ("preprocessor_config.json", b"{", ValueError, "cannot be read"),
-        ("p.npy", b"", ValueError, "cannot be read"),
-        ("p.npy", b"garbage", ValueError, "cannot be read"),
-        ("p.txt", b"0 0 0", ValueError, r"ends in \.npy"),
+        ("preprocessor_config.json", b'{"size": 32}'),
+        ("preprocessor_config.json", b"[1]"),
+        ("preprocessor_config.json", b"{"),
+        ("p.npy", b""),
+        ("p.npy", b"garbage"),
+        ("p.txt", b"0 0 0"),
     ],
 )
-def test_damaged_files_are_explained(tmp_path, name, content, error, message):
+def test_damaged_files_are_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(error, match=message) as caught:
+    with pytest.raises(ValueError, match=name):
         Palette.load(tmp_path / name)
-    assert name in str(caught.value)
-
-
-def test_a_folder_without_a_palette_is_explained(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json"):
-        Palette.load(tmp_path)
+        Palette.load(tmp_path.parent)

@@ -1,22 +1,19 @@
-"""Laws that hold for every input: palettes, orders, colours of images, configs."""
+"""Laws that hold for every input: palettes, colors of images, configs."""
 
 import json
 import math
-from itertools import chain
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from lightning_igpt.config import PRESETS, ImageGPTConfig
-from lightning_igpt.data.order import MIX_BLOCK, EndlessOrder, EvalOrder, MixedOrder, mix_quotas
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.images import to_rgb
 from lightning_igpt.lookup import _SPLIT, _Cells, _fill, _prune, _split
 from lightning_igpt.palette import Palette
-from lightning_igpt.rgb import to_rgb
 
 LEVELS = np.arange(256) / 127.5 - 1
 law = settings(max_examples=40, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
@@ -34,7 +31,7 @@ channels = st.one_of(exact, halves, anywhere, near)
 
 
 def clusters(size=12):
-    """Colours, some of them a few roundings from each other."""
+    """Colors, some of them a few roundings from each other."""
     colors = st.lists(st.tuples(channels, channels, channels), min_size=2, max_size=size)
     return colors.map(lambda rows: np.unique(np.array(rows, dtype=np.float32) + np.float32(0), axis=0))
 
@@ -48,21 +45,21 @@ palettes = clusters().filter(lambda rows: len(rows) >= 2).flatmap(shuffled)
 
 def part_of_table(colors, corner):
     """What build_table does for one of its 64 large cells, (64, 64, 64)."""
-    centres, everyone = np.ascontiguousarray(colors.T, dtype=np.float64), np.arange(len(colors))
+    centers, all_ids = np.ascontiguousarray(colors.T, dtype=np.float64), np.arange(len(colors))
     table = np.empty(1 << 24, dtype=np.int16)
     leaves = table.reshape(64, 4, 64, 4, 64, 4).transpose(0, 2, 4, 1, 3, 5)
     corner = _SPLIT[:, corner] * 64
-    cells = _prune(_Cells(corner[:, None], np.array([everyone.size]), everyone), centres, 64)
+    cells = _prune(_Cells(corner[:, None], np.array([all_ids.size]), all_ids), centers, 64)
     for edge in (16, 4):
-        cells = _prune(_split(cells, edge), centres, edge)
-    _fill(leaves, cells, centres)
+        cells = _prune(_split(cells, edge), centers, edge)
+    _fill(leaves, cells, centers)
     part = tuple(slice(low, low + 64) for low in corner)
     return table.reshape(256, 256, 256)[part], part
 
 
 @law
 @given(palettes, st.integers(0, 63))
-def test_the_nearest_colour_is_that_of_brute_force(colors, corner):
+def test_the_nearest_color_is_that_of_brute_force(colors, corner):
     found, part = part_of_table(colors, corner)
     red, green, blue = (
         (LEVELS[channel][:, None] - colors[:, i].astype(np.float64)) ** 2 for i, channel in enumerate(part)
@@ -73,44 +70,6 @@ def test_the_nearest_colour_is_that_of_brute_force(colors, corner):
         winner[distance < best] = number  # strictly: the lowest number keeps a tie
         np.minimum(best, distance, out=best)
     assert np.array_equal(found, winner)
-
-
-@settings(law, max_examples=2)  # a table takes a second and 32 MB
-@given(palettes.filter(lambda rows: len(rows) >= 4))
-def test_tokens_are_those_of_brute_force(colors):
-    palette = Palette(colors)
-    own = palette.rgb.numpy()
-    others = np.random.default_rng(len(colors)).integers(0, 256, (500, 3), dtype=np.uint8)
-    pixels = np.concatenate([own, np.clip(own.astype(int) + 1, 0, 255).astype(np.uint8), others])
-    red, green, blue = ((LEVELS[pixels][:, None] - colors.astype(np.float64)) ** 2).transpose(2, 0, 1)
-    distances = (red + green) + blue
-    tokens = palette.quantize(torch.from_numpy(pixels.T.copy())[None, :, None])
-    assert tokens[0].tolist() == np.argmin(distances, axis=1).tolist()
-
-
-@settings(law, max_examples=2)  # a table takes a second and 32 MB
-@given(hnp.arrays(np.uint8, st.tuples(st.integers(2, 40), st.just(3)), elements=st.integers(0, 255)))
-def test_colours_that_are_bytes_come_back(rgb):
-    rgb = np.unique(rgb, axis=0)
-    assume(len(rgb) >= 2)
-    palette = Palette(LEVELS[rgb])
-    tokens = torch.arange(len(rgb))
-    images = torch.from_numpy(rgb).T[None, :, None]
-    assert torch.equal(palette.rgb, torch.from_numpy(rgb)) and torch.equal(palette.quantize(images)[0], tokens)
-
-
-@law
-@given(palettes, st.randoms(use_true_random=False))
-def test_another_colour_or_order_is_another_palette(colors, random):
-    palette = Palette(colors)
-    row, channel = random.randrange(len(colors)), random.randrange(3)
-    changed = colors.copy()
-    changed[row, channel] = np.nextafter(changed[row, channel], np.float32(-changed[row, channel] or 0.5))
-    moved = np.roll(colors, 1, axis=0)
-    for other in (changed, moved):
-        if len(np.unique(other, axis=0)) == len(other) and np.abs(other).max() <= 1:
-            assert Palette(other) != palette and Palette(other).sha256 != palette.sha256
-    assert Palette(colors.copy()).sha256 == palette.sha256 and hash(Palette(colors.copy())) == hash(palette)
 
 
 @law
@@ -125,117 +84,12 @@ def test_palettes_survive_every_way_of_writing_them(tmp_path_factory, colors):
 
 @law
 @given(palettes)
-def test_a_colour_twice_is_refused(colors):
-    with pytest.raises(ValueError, match=f"colours 0 and {len(colors)} are the same"):
+def test_a_color_twice_is_refused(colors):
+    with pytest.raises(ValueError, match=f"color {len(colors)}, .* occurs before"):
         Palette(np.concatenate([colors, colors[:1]]))
 
 
-# Orders
-
-sizes = st.integers(1, 60)
-
-
-@st.composite
-def orders(draw):
-    """(options of an order, devices): all of them valid."""
-    world = draw(st.sampled_from([1, 2, 3, 4]))
-    global_batch = world * draw(st.integers(1, 5))
-    rows = global_batch + draw(st.integers(0, 60))
-    return {"n_images": rows, "global_batch": global_batch, "seed": draw(st.integers(0, 2**31))}, world
-
-
-@law
-@given(orders(), st.integers(0, 3))
-def test_a_pass_takes_each_row_once_but_for_the_rest(drawn, number_of_pass):
-    options, _ = drawn
-    order = EndlessOrder(**options, length=1)
-    per_pass = options["n_images"] // options["global_batch"]
-    first = number_of_pass * per_pass
-    draws = list(chain(*(order.batch(number) for number in range(first, first + per_pass))))
-    rows = [row for row, _ in draws]
-    assert len(set(rows)) == len(rows) == per_pass * options["global_batch"] and set(rows) <= set(
-        range(options["n_images"])
-    )
-    assert len({sample for _, sample in draws}) == len(draws)
-    assert all(sample // options["n_images"] == number_of_pass for _, sample in draws)
-
-
-@law
-@given(orders(), st.lists(st.integers(0, 500), min_size=1, max_size=6))
-def test_any_batch_is_the_same_for_any_history_and_number_of_devices(drawn, numbers):
-    options, world = drawn
-    ranks = [EndlessOrder(**options, length=1, rank=rank, world_size=world) for rank in range(world)]
-    for number in numbers:
-        whole = EndlessOrder(**options, length=1).batch(number)
-        assert list(chain(*(rank.batch(number) for rank in ranks))) == whole
-
-
-@law
-@given(orders(), st.integers(0, 200), st.integers(1, 9))
-def test_a_run_goes_on_from_any_batch(drawn, done, length):
-    options, _ = drawn
-    resumed = EndlessOrder(**options, length=length, batches_done=lambda: done)
-    fresh = EndlessOrder(**options, length=done + length)
-    assert list(resumed) == list(fresh)[done:] and len(resumed) == length
-
-
-@st.composite
-def mixes(draw):
-    world = draw(st.sampled_from([1, 2, 4]))
-    sizes = draw(st.lists(st.integers(1, 400), min_size=2, max_size=4))
-    weights = draw(st.lists(st.floats(0.01, 1), min_size=len(sizes), max_size=len(sizes)))
-    global_batch = world * draw(st.integers(1, 25))
-    assume(sum(sizes) >= global_batch)
-    return {
-        "sizes": sizes,
-        "weights": weights,
-        "global_batch": global_batch,
-        "seed": draw(st.integers(0, 2**31)),
-    }, world
-
-
-@settings(law, max_examples=20)
-@given(mixes(), st.integers(0, 3))
-def test_a_mix_keeps_its_shares_and_reads_each_source_in_passes(drawn, block):
-    options, _ = drawn
-    order = MixedOrder(**options, length=1)
-    quotas = mix_quotas(options["weights"])
-    starts = [sum(options["sizes"][:i]) for i in range(len(quotas))]
-    last = (block + 1) * MIX_BLOCK
-    draws = [draw for number in range(-(-last // options["global_batch"])) for draw in order.batch(number)][:last]
-    assert [sample for _, sample in draws] == list(range(last))
-    rows = np.array([row for row, _ in draws])
-    for start, size, quota in zip(starts, options["sizes"], quotas, strict=True):
-        mine = (rows >= start) & (rows < start + size)
-        assert all(part.sum() == quota for part in np.split(mine, block + 1))
-        own = rows[mine] - start
-        for first in range(0, len(own) - size + 1, size):
-            assert len(set(own[first : first + size])) == size
-    ideal = np.array(options["weights"]) / sum(options["weights"]) * MIX_BLOCK
-    assert sum(quotas) == MIX_BLOCK and np.abs(np.array(quotas) - ideal).max() < 1
-
-
-@settings(law, max_examples=20)
-@given(mixes(), st.lists(st.integers(0, 300), min_size=1, max_size=5))
-def test_any_batch_of_a_mix_is_the_same_for_any_history_and_number_of_devices(drawn, numbers):
-    options, world = drawn
-    ranks = [MixedOrder(**options, length=1, rank=rank, world_size=world) for rank in range(world)]
-    for number in numbers:
-        whole = MixedOrder(**options, length=1).batch(number)
-        assert list(chain(*(rank.batch(number) for rank in ranks))) == whole
-
-
-@law
-@given(sizes, st.integers(1, 70), st.integers(1, 5))
-def test_evaluation_takes_each_row_once(rows, batch_size, world):
-    assume(rows >= world)
-    ranks = [EvalOrder(rows, batch_size=batch_size, rank=rank, world_size=world) for rank in range(world)]
-    batches = [list(rank) for rank in ranks]
-    assert [row for row, _ in chain(*chain(*batches))] == list(range(rows))
-    assert {len(found) for found in batches} == {len(ranks[0])} and all(chain(*batches))
-
-
-# Colours of images
+# Colors of images
 
 MODES = [
     *("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "RGBX", "RGBa", "La"),
@@ -273,15 +127,6 @@ def test_every_image_becomes_rgb_of_its_size(image, background):
     assert np.asarray(result).shape == (image.height, image.width, 3) and np.asarray(result).dtype == np.uint8
 
 
-@law
-@given(images(["RGB"]))
-def test_opaque_rgb_stays(image):
-    image.info.clear()
-    assert to_rgb(image) is image
-    opaque = image.convert("RGBA")
-    assert to_rgb(opaque, background=(1, 2, 3)).tobytes() == image.tobytes()
-
-
 @settings(law, max_examples=100)
 @given(images(["RGBA", "LA"]), st.tuples(*[st.integers(0, 255)] * 3))
 def test_transparency_is_the_formula(image, background):
@@ -302,7 +147,7 @@ def test_large_images_are_those_of_their_parts(mode, monkeypatch):
         image.putpalette(pixels[:768])
         image.info["transparency"] = pixels[1000:1256]
     whole = to_rgb(image).tobytes()
-    monkeypatch.setattr("lightning_igpt.rgb._STRIP", 97 * 10)
+    monkeypatch.setattr("lightning_igpt.images._STRIP", 97 * 10)
     assert to_rgb(image).tobytes() == whole
 
 
@@ -337,19 +182,3 @@ def test_a_config_is_sound_or_names_the_field(good, changes):
     again = json.loads(json.dumps(config.to_dict()))
     assert ImageGPTConfig.resolve(again) == config and ImageGPTConfig.resolve(config) is config
     assert config.n_embd % config.n_head == 0 and config.n_positions == config.image_size**2
-
-
-@law
-@given(st.dictionaries(st.one_of(st.text(max_size=8), st.integers(), st.none()), plain, min_size=1, max_size=3))
-def test_unknown_fields_are_named(fields):
-    assume(not set(fields) & set(FIELDS))
-    with pytest.raises(ValueError, match="unknown network fields"):
-        ImageGPTConfig.resolve(fields)
-
-
-@law
-@given(anything)
-def test_what_is_no_config_says_so(value):
-    assume(value not in list(PRESETS) and value != {})
-    with pytest.raises(ValueError, match="network"):
-        ImageGPTConfig.resolve(value if not isinstance(value, str) else [value])

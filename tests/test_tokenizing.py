@@ -1,4 +1,3 @@
-import dataclasses
 import pickle
 import subprocess
 import sys
@@ -9,18 +8,16 @@ import numpy as np
 import pytest
 import torch
 from datasets.fingerprint import Hasher
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.images import BadImageError, decode, resize_center_crop
 from lightning_igpt.modules.batches import read_batch
-from lightning_igpt.palette import MAX_COLORS, Palette
-from lightning_igpt.tokenizing import PaletteTransform, side_of, token_rows
+from lightning_igpt.palette import Palette, PaletteTransform, token_rows
 from tests.image_files import encoded, noise, picture, rows
 
 ROOT = Path(__file__).parents[1]
-# Eight far colours, so that the tokens of noise differ.
+# Eight far colors, so that the tokens of noise differ.
 CORNERS = Palette([[r, g, b] for r in (-1, 1) for g in (-1, 1) for b in (-1, 1)])
 SIZES = [(8, 8), (12, 9), (5, 30), (40, 40), (8, 8), (33, 8)]
 PICTURES = [noise(size, seed) for seed, size in enumerate(SIZES)]
@@ -66,79 +63,15 @@ def test_a_plain_batch(transform):
     assert batch["label"] is labels
 
 
-def test_every_form_of_an_image(transform, tmp_path):
-    image, gray = PICTURES[1], PICTURES[0].convert("L")
-    image.save(tmp_path / "a.png")
-    forms = [
-        image,
-        np.array(image),
-        encoded(image),
-        str(tmp_path / "a.png"),
-        tmp_path / "a.png",
-        {"bytes": encoded(image), "path": None},
-        {"bytes": None, "path": str(tmp_path / "a.png")},
-    ]
-    tokens = transform({"image": forms})["tokens"]
-    assert np.array_equal(tokens, by_hand([image]).expand(len(forms), -1).numpy())
-    tokens = transform({"image": [gray, np.array(gray), encoded(gray)]})["tokens"]
-    assert np.array_equal(tokens, by_hand([gray]).expand(3, -1).numpy())
-
-
-def test_columns_may_have_other_names():
-    batch = PaletteTransform(CORNERS, image_column="img", size=8, tokens_column="ids")({"img": PICTURES})
-    assert list(batch) == ["ids", "palette"]
-    assert same(batch["ids"])
-
-
-def test_an_empty_batch(transform):
-    assert transform({"image": []})["tokens"].shape == (0, 64)
-
-
-def test_large_batches_are_quantised_in_parts(transform, monkeypatch):
-    monkeypatch.setattr("lightning_igpt.tokenizing._PIXELS", 2 * 64)
-    assert same(transform({"image": list(PICTURES)})["tokens"])
-
-
-class Highest:
-    """Anything with these two names serves as a palette."""
-
-    sha256 = "0" * 64
-
-    def quantize(self, images):
-        return torch.full((len(images), images[0, 0].numel()), MAX_COLORS - 1)
-
-
-def test_the_highest_id_fits():
-    batch = PaletteTransform(Highest(), size=2)({"image": [picture()]})
-    assert batch["tokens"].tolist() == [[MAX_COLORS - 1] * 4]
-    assert batch["palette"] == ["0" * 64]
-
-
-def test_torch_keeps_its_threads(transform):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        transform({"image": list(PICTURES)})
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
-        ({"img": [], "label": []}, ValueError, r"no image column 'image'; the batch has the columns 'img', 'label'$"),
-        ({"tokens": [], "palette": []}, ValueError, "tokenised already: it has the columns 'tokens', 'palette'"),
-        ({"image": [], "tokens": []}, ValueError, "tokenised already.*remove 'tokens' and 'palette'"),
-        ({"image": [], "palette": []}, ValueError, "'palette' of its own"),
+        ({"img": [], "label": []}, ValueError, r"no image column 'image'; the batch has \['img', 'label'\]"),
+        ({"image": [], "tokens": []}, ValueError, r"already has the columns \['tokens'\]"),
         ({"image": picture()}, TypeError, r"holds one image, .* map\(..., batched=True\)"),
-        ([picture()], TypeError, "not a list; leave out input_columns"),
-        ({"image": [picture(), 3]}, TypeError, "image 1 of the batch is a int; images are PIL"),
-        ({"image": [torch.zeros(3, 4, 4)]}, TypeError, r"image 0 .* torch.float32; .*with_format\(None\)"),
-        ({"image": [np.zeros((4, 4))]}, TypeError, r"image 0 .* float64 \(4, 4\); arrays must be uint8"),
-        ({"image": [np.zeros((3, 4, 4), np.uint8)]}, TypeError, r"uint8 \(3, 4, 4\); .*\(H, W, 3\)"),
+        ({"image": [picture(), 3]}, TypeError, "image 1 of the batch is a int"),
+        ({"image": [np.zeros((4, 4))]}, TypeError, "image 0 .* ndarray"),
         ({"image": [picture(), None]}, BadImageError, "image 1 of the batch: the image is missing"),
-        ({"image": [b""]}, BadImageError, "image 0 of the batch: the image file is empty"),
         ({"image": ["no.png"]}, BadImageError, r"image 0 of the batch \(no.png\): there is no file"),
         ({"image": [{"bytes": b"junk", "path": "x.jpg"}]}, BadImageError, r"image 0 of the batch \(x.jpg\): the file"),
     ],
@@ -150,28 +83,21 @@ def test_wrong_batches_are_explained(transform, batch, error, message):
     assert list(batch) == before
 
 
-def test_rows_are_named_where_they_are_known(transform):
-    with pytest.raises(BadImageError, match="the image in row 41: the image is missing"):
-        transform({"image": [picture(), None]}, [40, 41])
-
-
-def test_size_is_checked():
-    with pytest.raises(ValueError, match="size is 0"):
-        CORNERS.transform(size=0)
+def test_every_form_of_an_image(transform, tmp_path):
+    image, gray = PICTURES[1], PICTURES[0].convert("L")
+    image.save(tmp_path / "a.png")
+    path = {"bytes": None, "path": str(tmp_path / "a.png")}
+    forms = [image, np.array(image), encoded(image), path["path"], tmp_path / "a.png", path, {"bytes": encoded(image)}]
+    assert np.array_equal(transform({"image": forms})["tokens"], by_hand([image]).expand(len(forms), -1).numpy())
+    tokens = transform({"image": [gray, np.array(gray), encoded(gray)]})["tokens"]
+    assert np.array_equal(tokens, by_hand([gray]).expand(3, -1).numpy())
 
 
 # As a value
 
 
-def test_a_transform_is_a_value(transform):
-    assert pickle.loads(pickle.dumps(transform)) == transform == Palette(CORNERS.colors).transform(size=8)
-    assert hash(transform) == hash(CORNERS.transform(size=8))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        transform.size = 3
-
-
 def test_equal_transforms_have_one_fingerprint(transform):
-    columns = np.asfortranarray(CORNERS.colors.numpy())  # the same colours in another order of memory
+    columns = np.asfortranarray(CORNERS.colors.numpy())  # the same colors in another order of memory
     others = [Palette(CORNERS.to_list()), Palette(columns), Palette(columns.astype(np.float64))]
     fingerprints = {Hasher.hash(palette.transform(size=8)) for palette in others}
     CORNERS.quantize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))
@@ -183,16 +109,6 @@ def test_equal_transforms_have_one_fingerprint(transform):
         PaletteTransform(CORNERS, size=8, tokens_column="ids"),
     ]
     assert len({Hasher.hash(other) for other in different} | fingerprints) == 5
-
-
-@pytest.mark.slow
-def test_processes_agree_on_the_fingerprint():
-    program = (
-        "from datasets.fingerprint import Hasher; from lightning_igpt.palette import Palette;"
-        "print(Hasher.hash(Palette.load('openai').transform()))"
-    )
-    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert told.stdout.strip() == Hasher.hash(Palette.load("openai").transform())
 
 
 # with_transform
@@ -211,13 +127,6 @@ def test_with_transform(transform, dataset, decoded):
     assert same(np.stack([row["tokens"] for row in dataset]))
 
 
-def test_set_transform_with_chosen_columns(transform, dataset):
-    dataset.set_transform(transform, columns=["image"], output_all_columns=True)
-    assert sorted(dataset[0]) == ["label", "palette", "text", "tokens"]
-    assert same(dataset[:]["tokens"])
-    assert dataset["label"][:] == [0, 1, 1, 0, 1, 0]
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_data_loader_makes_batches_that_modules_read(transform, dataset, workers):
     loader = DataLoader(dataset.with_transform(transform), batch_size=4, num_workers=workers)
@@ -227,17 +136,6 @@ def test_a_data_loader_makes_batches_that_modules_read(transform, dataset, worke
     read = [read_batch(batch, CORNERS, config) for batch in batches]
     assert torch.equal(torch.cat([batch.tokens for batch in read]), TOKENS)
     assert torch.cat([batch.labels for batch in read]).tolist() == [0, 1, 1, 0, 1, 0]
-
-
-def test_orientation_is_applied_once(transform):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    content = encoded(noise((12, 9)), "PNG", exif=exif)
-    features = datasets.Features({"image": datasets.Image()})
-    dataset = datasets.Dataset.from_dict({"image": [{"bytes": content, "path": None}]}, features=features)
-    turned = by_hand([noise((12, 9)).transpose(Image.Transpose.ROTATE_270)])
-    for part in (dataset, dataset.cast_column("image", datasets.Image(decode=False))):
-        assert np.array_equal(part.with_transform(transform)[:]["tokens"], turned.numpy())
 
 
 # map
@@ -255,12 +153,6 @@ def test_map_puts_tokens_in_the_place_of_images(transform, dataset):
     assert set(mapped["palette"]) == {CORNERS.sha256}
 
 
-def test_map_removes_what_it_is_told(transform, dataset):
-    mapped = dataset.map(transform, batched=True, remove_columns=dataset.column_names)
-    assert mapped.column_names == ["tokens", "palette"]
-    assert same(mapped.with_format("numpy")[:]["tokens"])
-
-
 def test_map_leaves_images_that_stay_as_they_are(transform):
     content = [encoded(image, "JPEG") for image in PICTURES]
     features = datasets.Features({"image": datasets.Image(), "thumb": datasets.Image()})
@@ -272,24 +164,6 @@ def test_map_leaves_images_that_stay_as_they_are(transform):
     for column in ("image", "thumb"):
         raw = mapped.cast_column(column, datasets.Image(decode=False))[column]
         assert [value["bytes"] for value in raw] == content
-
-
-@pytest.mark.parametrize("name", ["numpy", "python"])
-def test_map_over_a_formatted_data_set(transform, dataset, name):
-    mapped = dataset.with_format(name).map(transform, batched=True, remove_columns=["image"]).with_format("numpy")
-    assert same(mapped[:]["tokens"])
-    assert sorted(mapped.column_names) == ["label", "palette", "text", "tokens"]
-    assert mapped[:]["text"].tolist() == list("abcdef")
-
-
-def test_map_in_its_wrong_modes_is_explained(transform, dataset):
-    with pytest.raises(TypeError, match="batched=True"):
-        dataset.map(transform)
-    with pytest.raises(TypeError, match="leave out input_columns"):
-        dataset.map(transform, batched=True, input_columns=["image"])
-    mapped = dataset.map(transform, batched=True, remove_columns=["image"])
-    with pytest.raises(ValueError, match="tokenised already"):
-        mapped.map(transform, batched=True)
 
 
 def test_streams(transform, dataset):
@@ -304,7 +178,7 @@ def test_streams(transform, dataset):
 
 @pytest.mark.slow
 def test_map_in_several_processes():
-    # Torch's threads are up before datasets forks: without care a process would wait for them for ever.
+    # Torch's threads are up before datasets forks: without care a process would wait for them forever.
     program = """
 import datasets, numpy, torch
 from lightning_igpt.palette import Palette
@@ -341,11 +215,5 @@ def test_token_rows(transform, dataset):
     assert token_rows(forms[2]).dtype == torch.uint16
     assert token_rows(TOKENS[0]).shape == token_rows(TOKENS[0].tolist()).shape == (1, 64)
     assert token_rows([]).shape == (0, 0)
-    with pytest.raises(ValueError, match="same length"):
+    with pytest.raises(ValueError):
         token_rows([[1, 2], [3]])
-
-
-def test_side_of():
-    assert side_of(TOKENS) == side_of(TOKENS, 8) == 8
-    with pytest.raises(ValueError, match=r"64 tokens .* 7 x 7"):
-        side_of(TOKENS, 7)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,16 +19,15 @@ from torch import Tensor
 from lightning_igpt.config import PRESETS
 
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
-MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the product that stands for the arithmetic limit
+MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrix product that measures the arithmetic limit
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far beyond any cache
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the machine did, in the same run, with nothing in its way."""
+class Limits(NamedTuple):
+    """What the machine reached in the same run."""
 
     flops_per_second: float
-    bytes_per_second: float  # the faster of reading alone, and copying (read and written bytes)
+    bytes_per_second: float  # the faster of reading alone and copying (read and written bytes)
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,11 @@ class Turns:
 
     @property
     def median(self) -> float:
-        """The figure that counts."""
+        """The figure to compare."""
         return statistics.median(self.seconds)
 
     def ratio_to(self, other: Turns) -> float:
-        """How many times as fast as ``other``: the median over the turns, which share the machine's moods."""
+        """Speed relative to ``other``: the median over the turns of the ratio within a turn."""
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
@@ -56,39 +55,24 @@ def options_parser(
     repeats: int = 5,
     precisions: Sequence[str] = tuple(PRECISIONS),
 ) -> argparse.ArgumentParser:
-    """The options that every benchmark takes, in the same words.
-
-    Args:
-        name: The module's last name.
-        about: The module's docstring, shown by ``--help``.
-        preset: Default of ``--preset``.
-        batch_size: Default of ``--batch-size``.
-        repeats: Default of ``--repeats``.
-        precisions: Choices of ``--precision``.
-    """
+    """The options of all benchmarks; ``about`` is the module's docstring, the others are defaults and choices."""
     parser = argparse.ArgumentParser(
         prog=f"python -m lightning_igpt.benchmarks.{name}",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--preset", choices=sorted(PRESETS), default=preset, help=f"network (default {preset})")
     parser.add_argument("--batch-size", type=positive, default=batch_size, help=f"images (default {batch_size})")
     parser.add_argument("--precision", choices=precisions, help="default: see above")
-    parser.add_argument("--compile", action="store_true", help="measure ours compiled, too")
-    parser.add_argument(
-        "--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
-    )
+    parser.add_argument("--compile", action="store_true", help="also measure ours compiled")
+    parser.add_argument("--device", default=device, help="cpu or cuda")
     parser.add_argument("--repeats", type=positive, default=repeats, help=f"turns of each side (default {repeats})")
     return parser
 
 
 def say_unused(words: Sequence[str] | None, *names: str) -> None:
-    """Print one line for each of these options that the user gave, but that changes nothing here.
-
-    Args:
-        words: What the program was called with; None for the command line.
-        names: Options without their dashes.
-    """
+    """Print a line for each of these options that was given (in ``words`` or on the command line) but has no effect."""
     given = [word.split("=")[0] for word in (sys.argv[1:] if words is None else words) if word.startswith("--")]
     for name in names:
         if any(f"--{name}".startswith(word) for word in given):
@@ -96,49 +80,31 @@ def say_unused(words: Sequence[str] | None, *names: str) -> None:
 
 
 def positive(text: str) -> int:
-    """An option's number, 1 or more."""
+    """The value of an option, at least 1."""
     value = int(text) if text.lstrip("-").isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
     return value
 
 
-def usable_device(text: str) -> str:
-    """An option's device: cpu, or cuda (also cuda:1) where there is one."""
-    kind, _, number = text.partition(":")
-    if kind not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text} must be cpu or cuda")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text} is not to be had: {torch.cuda.device_count()} CUDA devices are here")
-    return text
-
-
-def wait_for(device: str) -> None:
-    """Return when the device has done all it was given."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
-    """Wall-clock seconds of one call, the device's work included."""
-    wait_for(device)
+    """Wall-clock seconds of one call, including the device's work."""
+
+    def wait() -> None:
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
     start = time.perf_counter()
     run()
-    wait_for(device)
+    wait()
     return time.perf_counter() - start
 
 
 def in_turns(
     sides: Mapping[str, Callable[[], object]], *, repeats: int, device: str = "cpu", warm_up: int = 1
 ) -> dict[str, Turns]:
-    """Call all sides one after the other, again and again, so that a machine that slows down slows all of them.
-
-    Args:
-        sides: What to call, by name.
-        repeats: Turns that count.
-        device: Where they run.
-        warm_up: Turns before, that do not.
-    """
+    """Time all sides one after the other, ``repeats`` times, after ``warm_up`` rounds that do not count."""
     for _ in range(warm_up):
         for run in sides.values():
             run()
@@ -158,9 +124,9 @@ def machine_limits(device: str = "cpu", dtype: torch.dtype = torch.float32, repe
         "copy": lambda: target.copy_(source),
         "sum": source.sum,
     }
-    found = {name: min(turns.seconds) for name, turns in in_turns(sides, repeats=repeats, device=device).items()}
+    best = {name: min(turns.seconds) for name, turns in in_turns(sides, repeats=repeats, device=device).items()}
     size = source.numel() * source.element_size()
-    return Limits(2 * side**3 / found["product"], max(2 * size / found["copy"], size / found["sum"]))
+    return Limits(2 * side**3 / best["product"], max(2 * size / best["copy"], size / best["sum"]))
 
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:
@@ -170,32 +136,20 @@ def largest_difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def require(agrees: bool, what: str) -> None:
-    """Stop where two sides do not compute the same: their times would mean nothing.
-
-    Raises:
-        RuntimeError: They do not.
-    """
+    """RuntimeError where two sides do not compute the same."""
     if not agrees:
         raise RuntimeError(f"the sides disagree, so comparing their speed means nothing: {what}")
 
 
-def device_name(device: str) -> str:
-    """What ran it, in words."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def conditions(device: str, *libraries: Any) -> dict[str, Any]:
     """Device, threads and versions, for the JSON line."""
+    name = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "device": device_name(device),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else name,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "versions": {
-            "python": platform.python_version(),
-            **{library.__name__: library.__version__ for library in (torch, *libraries)},
-        },
+        "versions": {"python": platform.python_version()}
+        | {one.__name__: one.__version__ for one in (torch, *libraries)},
     }
 
 
@@ -209,16 +163,10 @@ def print_table(
     per: float = 1.0,
     unit: str = "ms",
 ) -> None:
-    """For people: median, spread, ratio to the peer, fraction of the limit.
+    """Print median, spread, ratio to the row ``peer`` and fraction of the limit.
 
-    Args:
-        title: Heads the first column.
-        rows: What was measured.
-        peer: The row that ratios refer to.
-        work: Operations or bytes of one turn, in the limit's unit times seconds; one number, or one by row. 0: none.
-        limit: Operations or bytes per second.
-        per: Divides the times, such as by the number of steps of one turn.
-        unit: ``ms`` or ``s``.
+    ``work`` is the operations or bytes of one turn (one number, or one per row; 0 for none), ``limit`` those of a
+    second; ``per`` divides the times; ``unit`` is ms or s.
     """
     scale = {"ms": 1e3, "s": 1.0}[unit] / per
     print(f"\n{title:<50}{unit:>10}   {'fastest..slowest':<20}{'x peer':>8}{'of limit':>10}")
@@ -232,20 +180,15 @@ def print_table(
 
 def as_json(rows: Mapping[str, Turns]) -> dict[str, dict[str, float]]:
     """Seconds of every side."""
+    figures = {"median_s": statistics.median, "min_s": min, "max_s": max}
     return {
-        name: {
-            "median_s": float(f"{turns.median:.6g}"),
-            "min_s": float(f"{min(turns.seconds):.6g}"),
-            "max_s": float(f"{max(turns.seconds):.6g}"),
-        }
+        name: {key: float(f"{figure(turns.seconds):.6g}") for key, figure in figures.items()}  # type: ignore[operator]
         for name, turns in rows.items()
     }
 
 
 def print_json(name: str, *, ratio_vs_peer: float | None, fraction_of_limit: float | None, **rest: Any) -> None:
-    """The last line: one JSON object. None where there is no peer or no limit."""
-    short = {
-        key: None if value is None else float(f"{value:.4g}")
-        for key, value in (("ratio_vs_peer", ratio_vs_peer), ("fraction_of_limit", fraction_of_limit))
-    }
+    """Print the last line, one JSON object; None where there is no peer or no limit."""
+    ratios = {"ratio_vs_peer": ratio_vs_peer, "fraction_of_limit": fraction_of_limit}
+    short = {key: None if value is None else float(f"{value:.4g}") for key, value in ratios.items()}
     print(json.dumps({"benchmark": name, **short, **rest}))

@@ -1,4 +1,4 @@
-"""The same network twice: ours, and ``transformers``' with the same weights."""
+"""The same network twice: ours, and that of ``transformers`` with the same weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def both_networks(config: ImageGPTConfig, device: str) -> tuple[ImageGPT, Any]:
     """A network with random weights, and an ``ImageGPTForCausalImageModeling`` with the same, in evaluation mode."""
     torch.manual_seed(0)
     network = ImageGPT(config)
-    torch.nn.init.normal_(network.lm_head.weight, std=0.02)  # zero at first, which would agree with anything
+    torch.nn.init.normal_(network.lm_head.weight, std=0.02)  # initially zero, which would agree with anything
     with TemporaryDirectory() as folder:
         save_pretrained(Path(folder), network, Palette.load("openai"))
         theirs = transformers.ImageGPTForCausalImageModeling.from_pretrained(folder)

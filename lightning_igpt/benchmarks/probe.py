@@ -1,22 +1,21 @@
-"""How long the linear probe of all layers takes, beside scikit-learn's ``LogisticRegression``.
+"""The time of the linear probe of all layers, compared with scikit-learn's ``LogisticRegression``.
 
-Both minimise the same objective by L-BFGS from zero, to the same bound on the gradient, on the same standardised
-float32 features; accuracy on held-out rows must be equal within 0.002.
+Both minimize the same objective by L-BFGS from zero, to the same bound on the gradient, on the same standardized
+float32 features; their accuracies on held-out rows must agree within 0.002.
 
-The features are made here, and realistic in what makes a fit slow: every layer has class-dependent means in a space
-whose variances fall as 1 / rank, turned at random (so that all features are correlated), with scales over some orders
-of magnitude before they are standardised. Layers in the middle separate the classes best, as those of Image GPT do; at
-the default size accuracy is between about 0.6 and 0.8.
+The features are synthetic and slow to fit as real ones are: every layer has class-dependent means in a space whose
+variances fall as 1 / rank, rotated at random (so that all features are correlated), with scales over some orders of
+magnitude before they are standardized. Middle layers separate the classes best, as in Image GPT.
 
-Layers are made one after the other, so memory holds one; each side's time is that of all layers together. A side of its
-own is one evaluation of loss and gradient. Its limit: 4 N D C operations at the speed of a large matrix product or, if
-that takes longer, one pass over the features at the speed of memory.
+Layers are made one after the other; each side's time is that of all layers together. A third side is one evaluation of
+loss and gradient. Its limit: 4 N D C operations at the speed of a large matrix product or, if that takes longer, one
+pass over the features at the speed of memory.
 """
 
 from __future__ import annotations
 
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 
 import sklearn
@@ -24,30 +23,20 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from lightning_igpt.benchmarks.harness import (
-    Turns,
-    as_json,
-    conditions,
-    in_turns,
-    machine_limits,
-    options_parser,
-    positive,
-    print_json,
-    print_table,
-    require,
-    say_unused,
-)
+from lightning_igpt.benchmarks import harness
+from lightning_igpt.benchmarks.harness import Turns
 from lightning_igpt.features import LogisticLoss, fit_logistic
 
 C, TOLERANCE, MAX_ITER = 1.0, 1e-4, 1000
-HELD_OUT = 5  # one row for so many to fit to
+HELD_OUT = 5  # rows to fit for each row held out
 EQUAL = 0.002  # accuracy
 EVALUATIONS = 3  # of loss and gradient, timed together
+SIZES = {"rows": 50_000, "width": 512, "layers": 25, "classes": 10}
 OURS, PEER, EVALUATION = "lightning_igpt", "scikit-learn", "one loss and gradient"
 
 
 def make_layer(layer: int, options: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Standardised features (N, D) and labels (N,) to fit to, and to measure on."""
+    """Standardized features (N, D) and labels (N,) to fit, and to measure on."""
     generator = torch.Generator().manual_seed(layer)
     width, rows = options.width, options.rows + options.rows // HELD_OUT
     middle = math.sin(math.pi * layer / max(options.layers - 1, 1)) if options.layers > 1 else 0.5
@@ -75,7 +64,7 @@ def fit_theirs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(classifier: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> float:
-    """Share of rows that are classified right."""
+    """Share of rows that are classified correctly."""
     weight, bias = (part.cpu() for part in classifier)
     return float(((x @ weight.T + bias).argmax(1) == y).float().mean())
 
@@ -85,20 +74,18 @@ def measure_layer(layer: int, options: Namespace) -> tuple[dict[str, Turns], dic
     x, y, x_held, y_held = make_layer(layer, options)
     placed, labels = x.to(options.device), y.to(options.device)
     loss, point = LogisticLoss(placed, labels, c=C), placed.new_zeros(options.classes, x.shape[1] + 1)
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    fits: dict[str, tuple[Tensor, Tensor]] = {}
     sides = {
-        OURS: lambda: found.update({OURS: fit_ours(placed, labels, options.classes)}),
-        PEER: lambda: found.update({PEER: fit_theirs(x, y)}),
+        OURS: lambda: fits.update({OURS: fit_ours(placed, labels, options.classes)}),
+        PEER: lambda: fits.update({PEER: fit_theirs(x, y)}),
         EVALUATION: lambda: [loss(point) for _ in range(EVALUATIONS)],
     }
-    turns = in_turns(sides, repeats=options.repeats, device=options.device, warm_up=0)
+    turns = harness.in_turns(sides, repeats=options.repeats, device=options.device, warm_up=0)
     turns[EVALUATION] = Turns(tuple(seconds / EVALUATIONS for seconds in turns[EVALUATION].seconds))
-    reached = {name: accuracy(classifier, x_held, y_held) for name, classifier in found.items()}
-    words = f"layer {layer}: " + ", ".join(
-        f"{name} {reached[name]:.4f} in {turns[name].median:.2f} s" for name in (OURS, PEER)
-    )
+    reached = {name: accuracy(classifier, x_held, y_held) for name, classifier in fits.items()}
+    words = f"layer {layer}: " + ", ".join(f"{name} {reached[name]:.4f} in {turns[name].median:.2f} s" for name in fits)
     print(words, flush=True)
-    require(abs(reached[OURS] - reached[PEER]) <= EQUAL, f"accuracy on held-out rows, {words}")
+    harness.require(abs(reached[OURS] - reached[PEER]) <= EQUAL, f"accuracy on held-out rows, {words}")
     return turns, reached
 
 
@@ -107,40 +94,33 @@ def together(layers: Sequence[dict[str, Turns]], name: str) -> Turns:
     return Turns(tuple(map(sum, zip(*(turns[name].seconds for turns in layers), strict=True))))
 
 
-def with_sizes(parser: ArgumentParser) -> ArgumentParser:
-    """The options of this benchmark alone."""
-    parser.add_argument("--rows", type=positive, default=50_000, help="rows to fit to (default 50000)")
-    parser.add_argument("--width", type=positive, default=512, help="features of a layer (default 512)")
-    parser.add_argument("--layers", type=positive, default=25, help="layers (default 25)")
-    parser.add_argument("--classes", type=positive, default=10, help="classes (default 10)")
-    return parser
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, compare, print."""
-    parser = with_sizes(options_parser("probe", __doc__, preset="igpt_s", batch_size=1, repeats=1))
+    parser = harness.options_parser("probe", __doc__, preset="igpt_s", batch_size=1, repeats=1)
+    for name, default in SIZES.items():
+        parser.add_argument(f"--{name}", type=harness.positive, default=default, help=f"default {default}")
     options = parser.parse_args(words)
     if options.classes < 2 or options.rows < 10 * options.classes:
-        parser.error(f"--rows {options.rows} and --classes {options.classes}: take 2 classes or more, 10 rows for each")
-    say_unused(words, "preset", "batch-size", "precision", "compile")
+        parser.error(f"--rows {options.rows} --classes {options.classes}: use 2 or more classes, 10 rows for each")
+    harness.say_unused(words, "preset", "batch-size", "precision", "compile")
     measured = [measure_layer(layer, options) for layer in range(options.layers)]
     layers, reached = [turns for turns, _ in measured], [values for _, values in measured]
     rows = {name: together(layers, name) for name in (OURS, PEER)}
-    limits, numbers = machine_limits(options.device), options.rows * options.width
+    limits, numbers = harness.machine_limits(options.device), options.rows * options.width
     least = max(4 * numbers * options.classes / limits.flops_per_second, 4 * numbers / limits.bytes_per_second)
     evaluation = Turns(tuple(seconds for turns in layers for seconds in turns[EVALUATION].seconds))
     size = f"{options.rows:,} x {options.width}, {options.classes} classes"
-    print_table(f"{options.layers} layers", rows, peer=PEER, work=0, limit=1, unit="s")
-    print_table(size, {EVALUATION: evaluation}, peer=EVALUATION, work=least, limit=1)
+    harness.print_table(f"{options.layers} layers", rows, peer=PEER, work=0, limit=1, unit="s")
+    harness.print_table(size, {EVALUATION: evaluation}, peer=EVALUATION, work=least, limit=1)
     means = {name: sum(values[name] for values in reached) / len(reached) for name in (OURS, PEER)}
-    print_json(
+    harness.print_json(
         "probe",
         ratio_vs_peer=rows[OURS].ratio_to(rows[PEER]),
         fraction_of_limit=least / evaluation.median,
         accuracy={name: round(value, 4) for name, value in means.items()},
-        size={name: getattr(options, name) for name in ("rows", "width", "layers", "classes")},
-        sides=as_json(rows | {EVALUATION: evaluation}),
-        **conditions(options.device, sklearn),
+        size={name: getattr(options, name) for name in SIZES},
+        sides=harness.as_json(rows | {EVALUATION: evaluation}),
+        **harness.conditions(options.device, sklearn),
     )
 
 

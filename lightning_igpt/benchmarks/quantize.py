@@ -1,51 +1,38 @@
-"""How fast pixels become palette ids, beside the processor of ``transformers`` and a plain search in torch.
+"""The speed of pixels to palette ids, compared with the processor of ``transformers`` and a plain search in torch.
 
-All sides get the same pictures, smooth colours with some grain, and must give the same ids. The peers are so slow that
-they get ``--peer-images`` of them; their times are scaled to a whole batch. A side of its own gets bytes drawn at
-random, whose ids lie all over the table: no real picture is as bad for the caches. Ours takes another of 8 batches
-each turn, as a training run would.
+All sides get the same images, smooth colors with some grain, and must give the same ids. The slow peers get
+``--peer-images`` of them; their times are scaled to a whole batch. A further side gets random bytes, whose ids are all
+over the table, which no real image is. Ours gets another of 8 batches each turn, as in training.
 
 The limit: every pixel is read (3 bytes), looked up (2 bytes) and written (8 bytes, int64) at the speed at which the
-device copies large tensors. Below the tables: how long it takes to build the table of all 2^24 colours, without the
-cache on disk.
+device copies large tensors. Below the table: the time to build the table of all 2^24 colors, without the cache on disk.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_igpt.benchmarks.harness import (
-    Turns,
-    as_json,
-    conditions,
-    in_turns,
-    machine_limits,
-    options_parser,
-    positive,
-    print_json,
-    print_table,
-    require,
-    say_unused,
-)
+from lightning_igpt.benchmarks import harness
+from lightning_igpt.benchmarks.harness import Turns
 from lightning_igpt.benchmarks.peers import transformers
-from lightning_igpt.lookup import N_COLORS, build_table
+from lightning_igpt.lookup import build_table
 from lightning_igpt.palette import Palette
 
 BATCHES = 8
 BYTES_PER_PIXEL = 3 + 2 + 8
-CHECKED_COLORS = 20_000  # of the table, against a search over all centres
+TABLE = "table from nothing"
 OURS, NOISE, PEER, SEARCH = "lightning_igpt", "lightning_igpt, random bytes", "transformers", "distances in torch"
 
 
 def pictures(count: int, size: int, seed: int) -> Tensor:
-    """uint8 (count, 3, size, size): smooth colours and grain."""
+    """uint8 (count, 3, size, size): smooth colors and grain."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 3, 3, generator=generator) * 255
     smooth = F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)
@@ -54,7 +41,7 @@ def pictures(count: int, size: int, seed: int) -> Tensor:
 
 
 def noise(count: int, size: int, seed: int) -> Tensor:
-    """uint8 (count, 3, size, size): every byte drawn for itself."""
+    """uint8 (count, 3, size, size): independent random bytes."""
     shape = (count, 3, size, size)
     return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
@@ -72,104 +59,80 @@ def processor_tokens(palette: Palette, images: Tensor) -> Callable[[], Tensor]:
 
 
 def search_tokens(palette: Palette, images: Tensor) -> Callable[[], Tensor]:
-    """The distances of all pixels to all colours, and the least of each."""
+    """A search over the distances of all pixels to all colors."""
     colors = palette.colors.to(images.device)  # (K, 3)
     squares = colors.square().sum(1)
 
     def run() -> Tensor:
         pixels = images.permute(0, 2, 3, 1).reshape(-1, 3) / 127.5 - 1
-        # |pixel|^2 is the same for all colours.
+        # |pixel|^2 is the same for all colors.
         return torch.addmm(squares, pixels, colors.T, alpha=-2).argmin(1).view(len(images), -1)
 
     return run
 
 
-def each_turn_another(run: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Callable[[], Tensor]:
-    """``run`` on one batch after the other, round and round."""
-    endless = itertools.cycle(batches)
-    return lambda: run(next(endless))
-
-
-def for_all(turns: Turns, images: int, wanted: int) -> Turns:
-    """The times that ``wanted`` images would take."""
-    return Turns(tuple(seconds * wanted / images for seconds in turns.seconds))
-
-
 def check_agreement(palette: Palette, images: Tensor, processor: Tensor, search: Tensor) -> float:
-    """Insist on the processor's ids; the share of ids that the search in float32 gives, too."""
+    """Check for the processor's ids; return the share of ids equal to those of the search in float32."""
     ours = palette.quantize(images)
     same = float((ours.cpu() == processor).float().mean())
-    require(same == 1, f"{same:.4%} of the ids are those of transformers")
-    found = float((ours == search).float().mean())
-    require(found >= 0.999, f"{found:.4%} of the ids are those of a search over all distances")
-    return found
+    harness.require(same == 1, f"{same:.4%} of the ids are those of transformers")
+    share = float((ours == search).float().mean())
+    harness.require(share >= 0.999, f"{share:.4%} of the ids are those of a search over all distances")
+    return share
 
 
-def check_table(palette: Palette, table: np.ndarray[Any, np.dtype[np.int16]]) -> None:
-    """Insist on the rule of ``Palette.quantize`` for colours drawn at random."""
-    codes = np.random.default_rng(0).integers(N_COLORS, size=CHECKED_COLORS)
-    values = np.stack([codes >> 16, codes >> 8 & 255, codes & 255]) / 127.5 - 1  # (3, N)
-    squares = np.square(values[:, :, None] - palette.colors.double().numpy().T[:, None])  # (3, N, K)
-    nearest = (squares[0] + squares[1] + squares[2]).argmin(1)
-    require(bool((table[codes] == nearest).all()), "the table holds an id that is not the nearest")
-
-
-def table_turns(palette: Palette, repeats: int) -> Turns:
-    """Seconds to build the table of a palette from nothing."""
-    colors = palette.colors.numpy()
-    built = []
-    turns = in_turns({"table": lambda: built.append(build_table(colors))}, repeats=repeats, warm_up=0)["table"]
-    check_table(palette, built[0])
-    return turns
-
-
-def measure(options: Any) -> tuple[dict[str, Turns], float]:
-    """Turns of every side for a whole batch, and the share of ids that the search in float32 gives, too."""
+def measure(options: Namespace) -> tuple[dict[str, Turns], float]:
+    """Turns of every side for a whole batch, and the share of ids equal to those of the search in float32."""
     palette, batch, few = Palette.load("openai"), options.batch_size, min(options.peer_images, options.batch_size)
-    batches = [pictures(batch, options.size, seed).to(options.device) for seed in range(BATCHES)]
-    drawn = [noise(batch, options.size, seed).to(options.device) for seed in range(BATCHES)]
-    images = batches[0][:few]
+    batches, drawn = (
+        itertools.cycle([make(batch, options.size, seed).to(options.device) for seed in range(BATCHES)])
+        for make in (pictures, noise)
+    )
+    images = pictures(batch, options.size, 0)[:few].to(options.device)
     sides = {
-        OURS: each_turn_another(palette.quantize, batches),
-        NOISE: each_turn_another(palette.quantize, drawn),
+        OURS: lambda: palette.quantize(next(batches)),
+        NOISE: lambda: palette.quantize(next(drawn)),
         PEER: processor_tokens(palette, images),
         SEARCH: search_tokens(palette, images),
     }
-    found = check_agreement(palette, images, sides[PEER](), sides[SEARCH]())
-    turns = in_turns(sides, repeats=options.repeats, device=options.device)
-    return turns | {name: for_all(turns[name], few, batch) for name in (PEER, SEARCH)}, found
+    share = check_agreement(palette, images, sides[PEER](), sides[SEARCH]())
+    turns = harness.in_turns(sides, repeats=options.repeats, device=options.device)
+    for name in (PEER, SEARCH):
+        turns[name] = Turns(tuple(seconds * batch / few for seconds in turns[name].seconds))
+    return turns, share
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, compare, print."""
-    parser = options_parser("quantize", __doc__, preset="igpt_s", batch_size=128, repeats=15)
-    parser.add_argument("--size", type=positive, default=32, help="side of the pictures (default 32)")
-    parser.add_argument("--peer-images", type=positive, default=8, help="pictures for the peers (default 8)")
-    parser.add_argument("--table-repeats", type=positive, default=3, help="times to build the table (default 3)")
+    parser = harness.options_parser("quantize", __doc__, preset="igpt_s", batch_size=128, repeats=15)
+    parser.add_argument("--size", type=harness.positive, default=32, help="side of the images (default 32)")
+    parser.add_argument("--peer-images", type=harness.positive, default=8, help="images for the peers (default 8)")
+    parser.add_argument("--table-repeats", type=harness.positive, default=3, help="builds of the table (default 3)")
     options = parser.parse_args(words)
-    say_unused(words, "preset", "precision", "compile")
-    rows, found = measure(options)
-    table = table_turns(Palette.load("openai"), options.table_repeats)
-    limit = machine_limits(options.device).bytes_per_second
+    harness.say_unused(words, "preset", "precision", "compile")
+    rows, share = measure(options)
+    colors = Palette.load("openai").colors.numpy()
+    built = harness.in_turns({TABLE: lambda: build_table(colors)}, repeats=options.table_repeats, warm_up=0)
+    limit = harness.machine_limits(options.device).bytes_per_second
     pixels = options.batch_size * options.size**2
-    title = f"{options.batch_size} pictures of {options.size} x {options.size}"
+    title = f"{options.batch_size} images of {options.size} x {options.size}"
     work = {name: BYTES_PER_PIXEL * pixels for name in (OURS, NOISE)}
-    print_table(title, rows, peer=PEER, work=work, limit=limit)
+    harness.print_table(title, rows, peer=PEER, work=work, limit=limit)
     speeds = {name: round(pixels / turns.median / 1e6, 3) for name, turns in rows.items()}
     print("\nMpx/s: " + ", ".join(f"{name} {speed:,.3g}" for name, speed in speeds.items()))
-    print(f"the table of 2^24 colours from nothing: {table.median:.2f} s")
-    print_json(
+    print(f"the table of 2^24 colors from nothing: {built[TABLE].median:.2f} s")
+    harness.print_json(
         "quantize",
         ratio_vs_peer=rows[OURS].ratio_to(rows[PEER]),
         fraction_of_limit=BYTES_PER_PIXEL * pixels / limit / rows[OURS].median,
         ratio_vs_peer_random_bytes=round(rows[NOISE].ratio_to(rows[PEER]), 1),
         bytes_per_pixel=BYTES_PER_PIXEL,
         mpx_per_s=speeds,
-        same_ids_as_float32_search=found,
+        same_ids_as_float32_search=share,
         batch_size=options.batch_size,
         size=options.size,
-        sides=as_json(rows | {"table from nothing": table}),
-        **conditions(options.device, np, transformers),
+        sides=harness.as_json(rows | built),
+        **harness.conditions(options.device, np, transformers),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_igpt.data.columns import class_names_of, encode_labels, find_image_column, find_label_column
 from lightning_igpt.data.locations import Rows, as_stream, open_location, quiet
 from lightning_igpt.data.tokenize import TOKENS_COLUMN, TokenMark, is_tokenised, marked_palette
-from lightning_igpt.tokenizing import PALETTE_COLUMN
+from lightning_igpt.palette import PALETTE_COLUMN
 
 if TYPE_CHECKING:
     OneSource: TypeAlias = (

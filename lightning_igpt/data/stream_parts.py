@@ -18,7 +18,7 @@ from PIL import Image
 from lightning_igpt.data.bad_images import BadImage
 from lightning_igpt.data.transforms import Resize
 from lightning_igpt.images import BadImageError, decode
-from lightning_igpt.tokenizing import PALETTE_COLUMN
+from lightning_igpt.palette import PALETTE_COLUMN
 
 _HASH_RANGE = 2**32
 _BLOCK = 100  # rows that are read together where they are not shuffled

@@ -24,8 +24,7 @@ from lightning_igpt.data.stream_progress import PlacedOrder, StreamProgress, res
 from lightning_igpt.data.streams import StreamBatches, StreamOnce
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
 from lightning_igpt.images import BadImageError
-from lightning_igpt.palette import Palette
-from lightning_igpt.tokenizing import PALETTE_COLUMN
+from lightning_igpt.palette import PALETTE_COLUMN, Palette
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 The column ``tokens`` holds a picture's ids; the column ``palette`` names the colours, by their SHA-256.
 
-Not here: the function over one batch (``tokenizing.py``).
+Not here: the function over one batch (``palette.py``).
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import datasets
 import torch
 
 from lightning_igpt.data.columns import find_image_column
-from lightning_igpt.palette import Colors, Palette
-from lightning_igpt.tokenizing import PALETTE_COLUMN
+from lightning_igpt.palette import PALETTE_COLUMN, Colors, Palette
 
 TOKENS_COLUMN = "tokens"
 

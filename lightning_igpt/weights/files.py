@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import zipfile
@@ -22,10 +23,10 @@ from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.palette_files import MAX_BYTES, npy_layout
 from lightning_igpt.weights.intact import check_storages, check_stored, tensor_sums
 
 TELLING = ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight")  # their shapes tell those of all others
+MAX_BYTES = 8_000_000  # of a file of settings
 PIECES = 16  # a network is put together in about as many steps; one step's tensors are in memory twice
 SMALLEST_PIECE = 1 << 20  # values; every step opens the file anew, which a small network would do for nothing
 
@@ -270,12 +271,24 @@ def check_head(head: Any, n_embd: int, where: str) -> Tensor:
     return copy
 
 
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
 def _npy_shape(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[int, ...]:
     """The shape of an array whose header promises what its entry holds."""
     if not entry.filename.endswith(".npy"):
         raise ValueError(f"{entry.filename} in it is no array as numpy.savez writes it")
     with archive.open(entry) as file:
-        shape, size = npy_layout(file)  # type: ignore[arg-type]
+        version = np.lib.format.read_magic(file)
+        if version not in _NPY_HEADERS:
+            raise ValueError(f"{entry.filename} in it is of the .npy version {version}; save it with numpy.savez")
+        shape, _, dtype = _NPY_HEADERS[version](file)
+        size = file.tell() + math.prod(shape) * dtype.itemsize
+    if dtype.hasobject:
+        raise ValueError(f"{entry.filename} in it holds Python objects, which could run code")
     if size != entry.file_size:
         raise ValueError(f"{entry.filename} in it has {entry.file_size:,} bytes, but its header promises {size:,}")
     return shape

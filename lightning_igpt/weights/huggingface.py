@@ -18,7 +18,6 @@ from torch import Tensor
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import NORM_EPS, ImageGPT
 from lightning_igpt.palette import Palette
-from lightning_igpt.palette_files import SHA256
 from lightning_igpt.weights.files import (
     Ingredient,
     ShardedFile,
@@ -164,7 +163,7 @@ def to_processor(palette: Palette, image_size: int) -> dict[str, Any]:
     return {
         "image_processor_type": "ImageGPTImageProcessor",
         "clusters": palette.to_list(),
-        SHA256: palette.sha256,
+        "palette_sha256": palette.sha256,
         "do_color_quantize": True,
         "do_normalize": True,
         "do_resize": True,

@@ -24,17 +24,6 @@ def test_sides_take_turns():
     assert all(seconds >= 0 for turns in found.values() for seconds in turns.seconds)
 
 
-def test_the_machine_has_limits():
-    limits = harness.machine_limits(repeats=2)
-    assert limits.flops_per_second > 0 and limits.bytes_per_second > 0
-
-
-def test_sides_that_disagree_are_refused():
-    harness.require(True, "nothing")
-    with pytest.raises(RuntimeError, match=r"disagree.*: a is not b"):
-        harness.require(False, "a is not b")
-
-
 def test_the_largest_difference_is_a_share():
     assert harness.largest_difference(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0])) == 0.25
     assert harness.largest_difference(torch.zeros(2), torch.zeros(2)) == 0
@@ -50,21 +39,7 @@ def test_the_last_line_is_one_json_object(capsys):
     assert {"device", "threads", "cores", "versions"} < set(result)
 
 
-def test_the_table_names_every_side(capsys):
-    rows = {"ours": Turns((0.5, 0.5)), "peer": Turns((1.0, 1.0))}
-    harness.print_table("title", rows, peer="peer", work={"ours": 1.0}, limit=4.0)
-    title, ours, peer = capsys.readouterr().out.strip().splitlines()
-    assert title.startswith("title") and ours.split() == ["ours", "500.00", "500.00..500.00", "2.00x", "50%"]
-    assert peer.split() == ["peer", "1,000.00", "1,000.00..1,000.00", "1.00x"]
-
-
 @pytest.mark.parametrize("words", [["--precision", "32-true"], ["--precision=32-true"], ["--prec", "32-true"]])
 def test_an_option_without_bearing_is_said_so(words, capsys):
     harness.say_unused([*words, "--batch-size", "3", "-h"], "precision", "compile")
     assert capsys.readouterr().out == "--precision has no bearing on this benchmark\n"
-
-
-def test_options_are_the_same_everywhere():
-    options = harness.options_parser("x", None, preset="igpt_tiny", batch_size=4).parse_args([])
-    assert set(vars(options)) == {"preset", "batch_size", "precision", "compile", "device", "repeats"}
-    assert options.preset == "igpt_tiny" and options.batch_size == 4 and options.precision is None

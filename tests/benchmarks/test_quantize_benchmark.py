@@ -1,8 +1,6 @@
 import json
 
-import numpy as np
 import pytest
-import torch
 
 from lightning_igpt.benchmarks import quantize
 from lightning_igpt.palette import Palette
@@ -37,19 +35,3 @@ def test_a_wrong_id_is_refused(monkeypatch):
     monkeypatch.setattr(Palette, "quantize", wrong)
     with pytest.raises(RuntimeError, match=r"disagree.*transformers"):
         quantize.main(WORDS)
-
-
-def test_a_wrong_table_is_refused(monkeypatch):
-    table = np.zeros(2**24, dtype=np.int16)  # every colour is the first
-    monkeypatch.setattr(quantize, "build_table", lambda colors: table)
-    with pytest.raises(RuntimeError, match="not the nearest"):
-        quantize.table_turns(Palette.load("openai"), 1)
-
-
-def test_pictures_are_seeded_and_smooth():
-    images = quantize.pictures(2, 32, seed=1)
-    assert images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
-    assert torch.equal(images, quantize.pictures(2, 32, seed=1)) and not torch.equal(images[0], images[1])
-    drawn = quantize.noise(2, 32, seed=1)
-    steps = [float(x.float().diff(dim=-1).abs().mean()) for x in (images, drawn)]
-    assert steps[0] < steps[1] / 3

@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from lightning_igpt.benchmarks import sample
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.decoding import Decoder
 
 WORDS = ["--preset", "igpt_tiny", "--batch-size", "2", "--repeats", "2", "--steps", "3", "--device", "cpu"]
 KEYS = {"benchmark", "ratio_vs_peer", "fraction_of_limit", "device", "threads", "cores", "versions", "sides"}
@@ -25,26 +27,22 @@ def test_the_last_line_is_json_with_every_side(capsys):
     assert "--compile" in printed and "without a cache" in printed
 
 
-def test_other_logits_are_refused(monkeypatch):
-    right = sample.Theirs.logits
-    monkeypatch.setattr(sample.Theirs, "logits", lambda self, pixel: 1.01 * right(self, pixel))
-    with pytest.raises(RuntimeError, match=r"disagree.*logits of transformers, cached differ"):
-        sample.main(WORDS)
+@pytest.mark.parametrize(("name", "factor"), [("theirs", 1.01), ("ours", 1.0001)])
+def test_other_logits_are_refused(monkeypatch, name, factor):
+    make = getattr(sample, name)
 
+    def wrong(*given):
+        side = make(*given)
+        return replace(side, logits=lambda pixel: factor * side.logits(pixel))
 
-def test_wrong_steps_of_ours_are_refused(monkeypatch):
-    right = sample.Ours.logits
-    monkeypatch.setattr(sample.Ours, "logits", lambda self, pixel: 1.0001 * right(self, pixel))
-    with pytest.raises(RuntimeError, match=r"disagree.*logits of full differ"):
+    monkeypatch.setattr(sample, name, wrong)
+    with pytest.raises(RuntimeError, match=r"disagree.*logits of"):
         sample.main(WORDS)
 
 
 def test_every_turn_begins_at_the_same_position(monkeypatch):
-    lengths = []
-    right = sample.Ours.logits
-    monkeypatch.setattr(
-        sample.Ours, "logits", lambda self, pixel: lengths.append(self.decoder.cache.length) or right(self, pixel)
-    )
+    lengths, step = [], Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, pixel: lengths.append(self.cache.length) or step(self, pixel))
     sample.main(WORDS)
     assert set(lengths) == {7, 8, 9}  # sos and 6 pixels given, of 16
 

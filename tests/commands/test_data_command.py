@@ -393,7 +393,7 @@ class TestMistakes:
             ([*config, "--limit", -1], "limit is -1; it must be at least 0"),
             ([*config, "--n_images", 0], "n_images is 0; it must be at least 1"),
             ([*config, "--image_size", 0], "image_size is 0; it must be at least 1"),
-            ([*config, "--palette", "opnai"], "there is no palette 'opnai'; did you mean 'openai'"),
+            ([*config, "--palette", "opnai"], "there is no palette 'opnai'; a palette is 'openai'"),
             ([photos, "--data", "ProbeDataModule"], "has no labels"),
             ([photos, "--data.train_split", "tarin"], "train_split is 'tarin', but"),
             (["--data", "lightning.pytorch.demos.boring_classes.BoringDataModule"], "BoringDataModule is not a data"),

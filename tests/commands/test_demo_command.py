@@ -199,7 +199,7 @@ def test_too_much_is_refused_before_it_is_read(port):
 
 WRONG = [
     ({"tokens": [0] * 63}, "63 pixels; this network reads 8 x 8 = 64"),
-    ({"tokens": [16] * 64}, "this network has 16 colours"),
+    ({"tokens": [16] * 64}, "this network has 16 colors"),
     ({"n_samples": 9}, "n_samples is 9"),
     ({"n_samples": 0}, "n_samples is 0"),
     ({"keep_rows": 8}, "keep_rows is 8; it must be from 0 to 7"),

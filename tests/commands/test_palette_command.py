@@ -65,7 +65,7 @@ def test_nothing_is_overwritten_by_chance(folder, tmp_path):
     [
         ("p.bin", {}, r"saved as a \.npy file"),
         ("p.npy", {"split": "trian"}, "no split 'trian'; it has train"),
-        ("p.npy", {"n_colors": 5}, "4 distinct colours, fewer than n_colors 5"),
+        ("p.npy", {"n_colors": 5}, "4 distinct colors, fewer than n_colors 5"),
     ],
 )
 def test_mistakes_are_explained(folder, tmp_path, out, options, message):

@@ -6,8 +6,7 @@ import datasets
 import pytest
 
 from lightning_igpt.data import PretrainDataModule, ProbeDataModule
-from lightning_igpt.palette import Palette
-from lightning_igpt.tokenizing import PALETTE_COLUMN
+from lightning_igpt.palette import PALETTE_COLUMN, Palette
 from tests.data.streams import FEATURES, FILES, parquet, pictures, webdataset
 from tests.data.test_base import ready
 from tests.image_files import picture, rows, save_images, tiny

@@ -171,7 +171,7 @@ def test_a_second_call_reads_the_cache(on_disk, monkeypatch):
     first = tokenize(on_disk, CORNERS, size=8)
     assert first.cache_files
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_igpt.tokenizing.decode", None)  # whatever decodes fails
+        patch.setattr("lightning_igpt.images.decode", None)  # whatever decodes fails
         second = tokenize(on_disk, Palette(CORNERS.to_list()), size=8)
         assert tokenize(on_disk, CORNERS, size=8, num_proc=2).cache_files == first.cache_files
     assert second.cache_files == first.cache_files
@@ -186,7 +186,7 @@ def test_a_second_call_reads_the_cache(on_disk, monkeypatch):
 def test_another_process_reads_the_cache(on_disk, tmp_path):
     first = tokenize(on_disk, "gray:8", size=8)
     program = (
-        "import datasets, lightning_igpt; import lightning_igpt.tokenizing as t; t.decode = None\n"
+        "import datasets, lightning_igpt; import lightning_igpt.images as t; t.decode = None\n"
         f"print(lightning_igpt.tokenize(datasets.load_from_disk({str(tmp_path / 'images')!r}), 'gray:8', size=8)"
         ".cache_files)"
     )

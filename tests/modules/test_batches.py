@@ -70,7 +70,7 @@ def test_bytes_survive_a_normalisation_that_was_undone():
         ({"image": [IMAGES[0]]}, TypeError, "stack them"),
         ("cat.png", TypeError, "got str"),
         ({"tokens": torch.zeros(2, 9, dtype=torch.long)}, ValueError, r"\(B, 16\).*image_size=4"),
-        ({"tokens": torch.full((2, 16), 8)}, ValueError, "run from 8 to 8; this network has 8 colours"),
+        ({"tokens": torch.full((2, 16), 8)}, ValueError, "run from 8 to 8; this network has 8 colors"),
         (
             {"tokens": torch.zeros(2, 16).long(), "palette": ["f" * 64] * 2},
             ValueError,

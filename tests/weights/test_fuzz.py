@@ -31,7 +31,6 @@ CASES = [
     ("classifier", "model.safetensors"),
     ("classifier", "lm_head.safetensors"),
     ("pickled", "pytorch_model.bin"),
-    ("p.npy", "p.npy"),
 ]
 IDS = [f"{source}-{name}" if source != name else source for source, name in CASES]
 
@@ -54,13 +53,10 @@ def files(tmp_path_factory):
         save_pretrained(root / name, network, PALETTE, head=head_of)
     (root / "pickled" / "model.safetensors").unlink()
     torch.save(to_state_dict(network), root / "pickled" / "pytorch_model.bin")
-    PALETTE.save(root / "p.npy")
     return root
 
 
 def load(source):
-    if source.suffix == ".npy":
-        return [Palette.load(source)]
     loaded = load_pretrained(source)
     values = [*loaded.network.state_dict().values(), *([] if loaded.head is None else [loaded.head])]
     # A folder's config.json is the user's to edit, save what says which network and palette these are.
