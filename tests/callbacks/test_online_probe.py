@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_igpt import cli
 from lightning_igpt.callbacks import OnlineProbe
-from lightning_igpt.callbacks.online_probe import OnlineHead
+from lightning_igpt.callbacks.online_head import OnlineHead
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule
 from lightning_igpt.modules import PretrainModule
 from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
@@ -27,10 +27,7 @@ if __name__ == "__main__":
     devices, out = int(sys.argv[1]), sys.argv[2]
     torch.manual_seed(0)
     network = igpt.ImageGPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=16, image_size=8)
-    images = torch.randint(256, (3, 8, 3, 8, 8), dtype=torch.uint8)
-    uneven = [(batch, torch.arange(8)) for batch in images]
-    uneven = uneven[: 1 + int(os.environ.get("LOCAL_RANK", 0))]  # the processes run dry at other times
-    probes = [OnlineProbe(), OnlineProbe(0, loader=uneven), OnlineProbe(2, data=igpt.FineTuneDataModule("digits"))]
+    probes = [OnlineProbe(), OnlineProbe(2, data=igpt.FineTuneDataModule("digits"))]
     trainer = igpt.make_trainer(
         max_steps=5, default_root_dir=out, accelerator="cpu", devices=devices, logger=False, precision="32-true",
         strategy="ddp" if devices > 1 else "auto", enable_progress_bar=False, enable_model_summary=False,
@@ -87,7 +84,7 @@ def test_it_learns_the_classes_beside_pretraining(tmp_path, config):
 
 @pytest.mark.parametrize(
     ("source", "precision"),
-    [("batches", "32-true"), ("batches", "bf16-mixed"), ("loader", "32-true"), ("data", "32-true")],
+    [("batches", "32-true"), ("batches", "bf16-mixed"), ("data", "32-true")],
 )
 def test_training_is_the_same_to_the_last_bit(tmp_path, source, precision):
     """Also where dropout and the order of the images draw from the global generator, as the labelled loader does."""
@@ -104,7 +101,6 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, source, precision):
     labelled = Augmented()
     options = {
         "batches": {},
-        "loader": {"loader": DataLoader(labelled, batch_size=8, shuffle=True)},
         "data": {"data": LightningDataModule.from_datasets(labelled, labelled, batch_size=8)},
     }[source]
     losses, weights, modes = fit([])
@@ -116,8 +112,9 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, source, precision):
 
 def test_the_labelled_loader_draws_anew_beside_a_run_that_draws_nothing(tmp_path):
     labelled = Augmented()
-    probe = OnlineProbe(num_classes=3, loader=DataLoader(labelled, batch_size=8, shuffle=True))
-    quiet_trainer(tmp_path, max_steps=8, callbacks=[probe]).fit(module(), loader(64))
+    data = LightningDataModule.from_datasets(labelled, labelled, batch_size=8)
+    probe = OnlineProbe(num_classes=3, data=data)
+    quiet_trainer(tmp_path, max_steps=8, limit_val_batches=0, callbacks=[probe]).fit(module(), loader(64))
     rows = [row for row, _ in labelled.read]
     assert sorted(rows[:32]) == sorted(rows[32:]) == list(range(32)) and rows[:32] != rows[32:]
     assert len({drawn for _, drawn in labelled.read}) == 64
@@ -149,12 +146,12 @@ def test_mean_and_variance_follow_the_features():
     head, generator = OnlineHead(4, 2), torch.Generator().manual_seed(0)
     batches = [torch.randn(8, 4, generator=generator) * 0.01 + 5 for _ in range(10)]
     for batch in batches:
-        head.follow(batch)
+        head.follow(batch, torch.Tensor.clone)
     together = torch.cat(batches)
     torch.testing.assert_close(head.mean, together.mean(0))
     torch.testing.assert_close(head.variance, together.var(0, correction=0), rtol=1e-2, atol=0)
     for _ in range(100):
-        head.follow(torch.randn(64, 4, generator=generator) * 3 - 1)
+        head.follow(torch.randn(64, 4, generator=generator) * 3 - 1, torch.Tensor.clone)
     assert (head.mean + 1).abs().max() < 0.5 and (head.variance.sqrt() - 3).abs().max() < 0.5
 
 
@@ -230,8 +227,6 @@ def test_checkpoints_load_with_and_without_the_callback(tmp_path):
     probe = OnlineProbe(num_classes=3)
     fit(4, [probe], without)
     assert probe.state_dict()["head"]["count"] == 2
-    with pytest.raises(ValueError, match="OnlineProbe has 3 classes, this one has 4"):
-        fit(5, [OnlineProbe(num_classes=4)], with_probe)
 
 
 @pytest.mark.marathon
@@ -286,15 +281,9 @@ trainer:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 3}, "layer is 3; name one from 0 to 2"),
-        ({"num_classes": None}, "num_classes is unknown"),
+        ({"layer": 3}, r"layers \[3\]: name one or more from 0 to 2"),
+        ({"num_classes": None}, "set num_classes"),
         ({"num_classes": 2}, "labels run from 0 to 2, but num_classes is 2"),
-        ({"loader": unlabelled()}, "this batch has none: give it labelled images with data="),
-        ({"loader": []}, "the labelled loader yields no batch"),
-        (
-            {"data": FineTuneDataModule("digits", val_fraction=0.0, pad=0)},
-            "reads one loader of validation images; FineTuneDataModule gives 0: let it hold some out",
-        ),
     ],
 )
 def test_what_cannot_be_probed_is_refused(tmp_path, options, message):
@@ -305,19 +294,6 @@ def test_what_cannot_be_probed_is_refused(tmp_path, options, message):
 
 def test_images_without_labels_are_refused_before_training(tmp_path):
     trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[OnlineProbe(num_classes=3)])
-    with pytest.raises(ValueError, match="this batch has none"):
+    with pytest.raises(ValueError, match="no labels"):
         trainer.fit(module(), unlabelled(), unlabelled())
     assert trainer.global_step == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"every_n_steps": 0}, "every_n_steps is 0; it must be at least 1"),
-        ({"lr": 0.0}, "lr is 0.0; it must be above 0"),
-        ({"data": LightningDataModule(), "loader": []}, "both given"),
-    ],
-)
-def test_settings_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        OnlineProbe(**options)

@@ -4,6 +4,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
 
 from lightning_igpt.callbacks import CompileBlocks, OnlineProbe, Recompute
 from lightning_igpt.callbacks.recompute import RecomputeDecision, decide
@@ -11,8 +12,7 @@ from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.microbatch import MemoryMeter
 from lightning_igpt.model import ATTENTION_KERNELS
 from lightning_igpt.modules import PretrainModule, ProbeModule
-from lightning_igpt.planning import training_bytes
-from lightning_igpt.planning.devices import usable_bytes
+from lightning_igpt.planning import training_bytes, usable_bytes
 from tests.modules.helpers import BERT, TINY, loader, quiet_trainer
 
 GIB = 2**30
@@ -58,7 +58,7 @@ def test_a_run_ends_with_the_same_weights_and_leaves_nothing_behind(tmp_path, co
     look, callback = Look(), Recompute(how)
     module = pretrain(tmp_path, callback, OnlineProbe(num_classes=3), look, config=config)
     assert look.seen == {how} and modes(module) == {"none"}
-    assert callback.decision == RecomputeDecision(how, "as told")
+    assert callback.decision == RecomputeDecision(how, "as set")
     assert same_weights(module, pretrain(tmp_path, OnlineProbe(num_classes=3), config=config))
     assert "recompute" not in str(torch.load(tmp_path / "part.ckpt", weights_only=True).keys())
     resumed = PretrainModule(config, "gray:8", lr=0.01, warmup_steps=0)
@@ -79,19 +79,8 @@ def test_nothing_of_it_remains_after_an_error(tmp_path):
         assert modes(module) == {before}
 
 
-def test_it_can_be_told_later_and_says_why(tmp_path, caplog):
-    callback, look = Recompute(), Look()
-    callback.tell("selective", "74 GiB are few")
-    with caplog.at_level("INFO", "lightning_igpt"):
-        pretrain(tmp_path, callback, look)
-    assert look.seen == {"selective"} and "recompute selective (74 GiB are few)" in caplog.messages
-    for wrong in ("some", None):
-        with pytest.raises(ValueError, match=f"recompute is {wrong!r}; it must be auto, none, selective, full"):
-            Recompute(wrong)
-
-
 def test_auto_on_a_cpu_leaves_all_as_it_is(tmp_path):
-    for by_hand, reason in (("none", "memory is not reckoned on cpu"), ("full", "as the network is set")):
+    for by_hand, reason in (("none", "memory is not planned on cpu"), ("full", "as the network is set")):
         callback, look = Recompute(), Look()
         module = pretrain(tmp_path, callback, look, set_by_hand=by_hand)
         assert callback.decision == RecomputeDecision(by_hand, reason)
@@ -116,7 +105,7 @@ def test_auto_takes_the_least_that_fits():
         for how in ("none", "selective", "full"):
             assert decide(config, 32, needed(how, **options), **options).how == how
         nothing = decide(config, 32, needed("full", **options) - 1, **options)
-        assert nothing.how == "full" and "which does not fit; a batch_size of 31 would" in nothing.reason
+        assert nothing.how == "full" and "which does not fit; 31 images at once would" in nothing.reason
     decision = decide(config, 32, 74 * GIB)
     takes = [f"{needed(how) / GIB:.1f}" for how in ("none", "selective")]
     assert str(decision) == f"recompute selective (about {takes[1]} of 74.0 GiB; none would take {takes[0]})"
@@ -182,13 +171,19 @@ def test_inductor_computes_again(tmp_path, how):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_other_words_are_refused():
+    for wrong in ("some", None):
+        with pytest.raises(ValueError, match=f"recompute is {wrong!r}; it must be auto, none, selective, full"):
+            Recompute(wrong)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch_size", [8, 10_000_000])
-def test_auto_on_a_gpu_reckons_with_its_memory(tmp_path, batch_size):
+def test_auto_on_a_gpu_plans_with_its_memory(tmp_path, batch_size):
     class Data(lightning.LightningDataModule):
         def train_dataloader(self):
             self.batch_size = batch_size  # which is not true of what follows
-            return loader()
+            return DataLoader(list(loader()), batch_size=None)
 
     callback, module = Recompute(), PretrainModule(TINY, "gray:8")
     trainer = quiet_trainer(tmp_path, accelerator="gpu", max_steps=1, callbacks=[callback], limit_val_batches=0)

@@ -179,7 +179,7 @@ def test_it_needs_neither_logger_nor_progress_bar(tmp_path, logger):
     trainer.validate(trainer.lightning_module, loader(), verbose=False)
 
 
-def test_it_rests_beside_other_modules(tmp_path):
+def test_it_is_idle_for_other_modules(tmp_path):
     trainer = quiet_trainer(tmp_path, max_steps=2, log_every_n_steps=1, callbacks=[Throughput()])
     trainer.fit(BoringModel())
     assert not [name for name in trainer.logged_metrics if name.startswith("throughput")]
