@@ -17,8 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
-FILE, METRICS = "run.json", "metrics.csv"
-RECORD = "run_record"  # key in a checkpoint
+FILE, METRICS, RECORD = "run.json", "metrics.csv", "run_record"  # the last is a key in checkpoints
 LIBRARIES = ("lightning-igpt", "torch", "lightning", "datasets", "numpy", "pillow")
 TRAINER = ("precision", "max_steps", "max_epochs", "accumulate_grad_batches", "world_size")
 
@@ -132,8 +131,8 @@ def describe(trainer: Trainer, module: Any) -> dict[str, Any]:
 
 def comparable(record: Mapping[str, Any]) -> dict[str, Any]:
     """What of an entry a resumed run should share with the run that it continues."""
-    names = ("palette_sha256", "data_fingerprint", "module_seed", "data_seed")
-    return dict(record.get("versions", {})) | {name: record[name] for name in names if name in record}
+    names = {"palette_sha256", "data_fingerprint", "module_seed", "data_seed"} & record.keys()
+    return dict(record.get("versions", {})) | {name: record[name] for name in names}
 
 
 def _hparams(owner: Any) -> dict[str, Any]:

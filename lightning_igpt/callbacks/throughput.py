@@ -29,9 +29,6 @@ class Throughput(Callback):
     Args:
         peak_tflops: Peak of one device in 10^12 operations per second, for dense matrices at the run's precision.
             Default: that of the devices in ``planning``; where it is not known, ``throughput/mfu`` is left out.
-
-    Raises:
-        ValueError: ``peak_tflops`` is not above 0.
     """
 
     def __init__(self, peak_tflops: float | None = None) -> None:
@@ -128,8 +125,7 @@ def run_flops(trainer: Trainer, module: Any) -> float | None:
 
 def images_at_once(trainer: Trainer) -> int | None:
     """Images that one device computes at once; None where neither loader nor data module says."""
-    size = getattr(trainer.train_dataloader, "batch_size", None)
-    if isinstance(size, int):
+    if isinstance(size := getattr(trainer.train_dataloader, "batch_size", None), int):
         return size
     size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)  # images per optimizer step
     return max(1, size // (trainer.world_size * trainer.accumulate_grad_batches)) if isinstance(size, int) else None
