@@ -1,20 +1,15 @@
 import copy
-import shutil
 
 import lightning
 import pytest
 import torch
-from lightning.pytorch.demos.boring_classes import BoringModel
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.data import DataLoader
 
 from lightning_igpt.callbacks import CompileBlocks, CompletionGrid, OnlineProbe
 from lightning_igpt.callbacks.compile import Decision, decide
-from lightning_igpt.callbacks.throughput import run_flops
 from lightning_igpt.data import PretrainDataModule
-from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
-from lightning_igpt.planning import train_flops_per_token
+from lightning_igpt.modules import PretrainModule
 from lightning_igpt.sampling import complete
 from lightning_igpt.weights import load_pretrained
 from tests.modules.helpers import BERT, TINY, loader, quiet_trainer
@@ -80,15 +75,6 @@ def test_only_steps_of_training_run_compiled(tmp_path):
     assert backend.frame_count == 1  # for the smaller last batch, whatever its size
 
 
-def test_a_second_fit_does_not_compile_again(tmp_path):
-    backend = counting()
-    module, _ = pretrain(tmp_path, CompileBlocks(True, backend=backend))
-    first = backend.frame_count
-    trainer = quiet_trainer(tmp_path, callbacks=[CompileBlocks(True, backend=backend)], max_epochs=1)
-    trainer.fit(module, loader(24), loader(12))
-    assert backend.frame_count == first
-
-
 def test_nothing_of_it_remains(tmp_path):
     look = Look()
     module, _ = pretrain(tmp_path, look, CompileBlocks(True, backend="aot_eager"))
@@ -101,19 +87,6 @@ def test_nothing_of_it_remains(tmp_path):
     prompt = torch.zeros(2, 8, dtype=torch.int64)
     same = [complete(one, prompt, n_samples=2, generator=torch.manual_seed(0)) for one in (loaded, module.network)]
     assert torch.equal(*same)
-
-
-def test_nothing_of_it_remains_after_an_error(tmp_path):
-    class Broken(lightning.pytorch.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            raise RuntimeError("out of luck")
-
-    module = PretrainModule(TINY, "gray:8")
-    callbacks = [CompileBlocks(True, backend="aot_eager"), Broken()]
-    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=callbacks, enable_checkpointing=False)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        trainer.fit(module, loader())
-    assert not any(map(is_on, module.network.blocks()))
 
 
 def broken(*args):
@@ -144,61 +117,11 @@ def test_trying_the_compiler_leaves_gradients_and_random_numbers_alone(tmp_path)
     assert torch.equal(state["plain"][1], state["compiled"][1])
 
 
-def test_it_compiles_where_set(tmp_path):
-    for when in (True, False):
-        callback, look = CompileBlocks(when, backend="aot_eager"), Look()
-        pretrain(tmp_path, look, callback, max_epochs=1)
-        assert callback.decision == Decision(when, "as set") and look.was_on == when
-    with pytest.raises(ValueError, match="when is 'maybe'; it must be true, false or auto"):
-        CompileBlocks("maybe")
-
-
-def test_it_rests_where_no_block_is_trained(tmp_path):
-    for module, batches in (
-        (ProbeModule(network=TINY, palette="gray:8", num_classes=3), loader()),
-        (BoringModel(), None),
-    ):
-        callback = CompileBlocks(True)
-        quiet_trainer(tmp_path, max_epochs=1, callbacks=[callback]).fit(module, batches)
-        assert callback.decision == Decision(False, "no block of an ImageGPT is trained")
-
-
 def test_compiling_pays_in_long_runs():
     assert decide("cpu", 3e14) == Decision(False, "about 50 minutes of work at 0.1 TFLOP/s")
     assert decide("cpu", 4e14) == Decision(True, "about 67 minutes of work at 0.1 TFLOP/s")
     assert decide("cuda", 4e16) == Decision(False, "about 7 minutes of work at 100 TFLOP/s")
     assert decide("cuda", 4e18).compile and not decide("cuda", None).compile and not decide("mps", 1e30).compile
-
-
-def flops_of(folder, options, module=None, batches=None, **fit):
-    """What a run is reckoned to take, when it starts."""
-    found = []
-
-    class Ask(lightning.pytorch.Callback):
-        def on_train_start(self, trainer, pl_module):
-            found.append(run_flops(trainer, pl_module))
-
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            trainer.should_stop = True
-
-    trainer = quiet_trainer(folder, callbacks=[Ask()], **options)
-    trainer.fit(module or PretrainModule(TINY, "gray:8"), batches or loader(28), **fit)
-    return found[0]
-
-
-def test_operations_of_a_run(tmp_path):
-    image = 16 * train_flops_per_token(TINY)
-    assert flops_of(tmp_path, {"max_epochs": 3, "accumulate_grad_batches": 2}) == 3 * 2 * 2 * 8 * image
-    assert flops_of(tmp_path, {"max_steps": 5, "max_epochs": -1}) == 5 * 8 * image
-    whole = {"max_steps": 4, "max_epochs": -1, "accumulate_grad_batches": 3}
-    digits = dict(network={**TINY.to_dict(), "image_size": 8}, palette="gray:8")
-    data = PretrainDataModule("digits", batch_size=16)
-    found = flops_of(tmp_path, whole | {"accumulate_grad_batches": 1}, PretrainModule(**digits), data)
-    assert found == 4 * 16 * 64 * train_flops_per_token(PretrainModule(**digits).config)
-    batches = DataLoader(list(loader()), batch_size=None)  # does not tell how large they are
-    assert flops_of(tmp_path, {"max_epochs": 1}, batches=batches) is None
-    tuned = FineTuneModule(num_classes=3, network=TINY, palette="gray:8")
-    assert flops_of(tmp_path, {"max_epochs": -1}, tuned) is None
 
 
 @pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_steps": 30}], ids=["epochs", "steps"])
@@ -220,13 +143,3 @@ def test_a_resumed_run_decides_as_its_first_part_did(tmp_path, length):
         trainer.fit(PretrainModule(network, "gray:8"), PretrainDataModule("digits", batch_size=64), ckpt_path=path)
         reasons.append(callback.decision)
     assert reasons[0] == reasons[1] and "of work" in reasons[0].reason
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor_trains_the_same(tmp_path):
-    _, want = pretrain(tmp_path)
-    callback = CompileBlocks(True)
-    module, found = pretrain(tmp_path, callback)
-    assert callback.decision.compile and found == pytest.approx(want, rel=1e-4)
-    assert torch.isfinite(complete(module.network, torch.zeros(1, 8, dtype=torch.int64)).float()).all()

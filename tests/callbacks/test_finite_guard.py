@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_igpt.callbacks import DiskCheck, FiniteGuard
 from lightning_igpt.callbacks.finite_guard import NonFiniteError
-from lightning_igpt.data import PretrainDataModule, ProbeDataModule
-from lightning_igpt.modules import PretrainModule, ProbeModule
+from lightning_igpt.data import PretrainDataModule
+from lightning_igpt.modules import PretrainModule
 from tests.image_files import tiny
-from tests.modules.helpers import loader, quiet_trainer
+from tests.modules.helpers import quiet_trainer
 
 NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size": 4}
 SOURCE = tiny(22)  # 20 to train on, 5 batches of 4 per pass
@@ -109,16 +109,6 @@ def test_all_micro_batches_are_named_and_numbers_are_those_of_the_step(tmp_path)
     assert ", 34, 35, so" in message
 
 
-def test_loaders_need_not_number_their_samples(tmp_path):
-    class Broken(PretrainModule):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx) * NAN
-
-    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[FiniteGuard()])
-    with pytest.raises(NonFiniteError, match="step 1 has loss nan and gradient norm nan, so"):
-        trainer.fit(Broken({**NETWORK, "vocab_size": 8}, "gray:8"), loader())
-
-
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}], ids=["", "more"])
 def test_a_good_run_is_what_it_would_be_without(tmp_path, options):
     runs = [make_run(tmp_path, *callbacks, **options) for callbacks in ([], [FiniteGuard()])]
@@ -176,14 +166,6 @@ class Overflow(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient * INF
-
-
-def test_it_is_idle_for_modules_that_optimize_manually(tmp_path):
-    network = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size": 8}
-    module = ProbeModule(network=network, palette="gray:4", c=1.0)
-    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[FiniteGuard()])
-    trainer.fit(module, ProbeDataModule("digits", batch_size=128))
-    assert module.results
 
 
 SCRIPT = """

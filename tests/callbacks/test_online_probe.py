@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_igpt import cli
 from lightning_igpt.callbacks import OnlineProbe
 from lightning_igpt.callbacks.online_head import OnlineHead
-from lightning_igpt.data import FineTuneDataModule, PretrainDataModule
+from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.modules import PretrainModule
 from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
 
@@ -46,10 +45,6 @@ if __name__ == "__main__":
 def module(config=TINY, **options):
     torch.manual_seed(0)
     return PretrainModule(config, "gray:8", **options)
-
-
-def unlabelled():
-    return DataLoader(labelled_images()[0], batch_size=8)
 
 
 def state_of(probe):
@@ -110,16 +105,6 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, source, precision):
         assert name == other_name and torch.equal(mine, other), name
 
 
-def test_the_labelled_loader_draws_anew_beside_a_run_that_draws_nothing(tmp_path):
-    labelled = Augmented()
-    data = LightningDataModule.from_datasets(labelled, labelled, batch_size=8)
-    probe = OnlineProbe(num_classes=3, data=data)
-    quiet_trainer(tmp_path, max_steps=8, limit_val_batches=0, callbacks=[probe]).fit(module(), loader(64))
-    rows = [row for row, _ in labelled.read]
-    assert sorted(rows[:32]) == sorted(rows[32:]) == list(range(32)) and rows[:32] != rows[32:]
-    assert len({drawn for _, drawn in labelled.read}) == 64
-
-
 def test_a_step_is_adam_on_standardised_features(tmp_path):
     """The second step too, when the first has moved mean and variance."""
     probe, model = OnlineProbe(layer=2, num_classes=3, lr=0.05), module()
@@ -142,29 +127,6 @@ def test_a_step_is_adam_on_standardised_features(tmp_path):
     torch.testing.assert_close(head["bias"], bias.detach(), rtol=1e-3, atol=1e-5)
 
 
-def test_mean_and_variance_follow_the_features():
-    head, generator = OnlineHead(4, 2), torch.Generator().manual_seed(0)
-    batches = [torch.randn(8, 4, generator=generator) * 0.01 + 5 for _ in range(10)]
-    for batch in batches:
-        head.follow(batch, torch.Tensor.clone)
-    together = torch.cat(batches)
-    torch.testing.assert_close(head.mean, together.mean(0))
-    torch.testing.assert_close(head.variance, together.var(0, correction=0), rtol=1e-2, atol=0)
-    for _ in range(100):
-        head.follow(torch.randn(64, 4, generator=generator) * 3 - 1, torch.Tensor.clone)
-    assert (head.mean + 1).abs().max() < 0.5 and (head.variance.sqrt() - 3).abs().max() < 0.5
-
-
-@pytest.mark.parametrize(
-    ("options", "every", "expected"),
-    [({}, 1, 6), ({}, 3, 2), ({"accumulate_grad_batches": 2}, 1, 6), ({"accumulate_grad_batches": 2}, 4, 1)],
-)
-def test_steps_are_the_networks(tmp_path, options, every, expected):
-    probe = OnlineProbe(num_classes=3, every_n_steps=every)
-    quiet_trainer(tmp_path, max_steps=6, callbacks=[probe], **options).fit(module(), loader(128))
-    assert probe.state_dict()["head"]["count"] == expected
-
-
 def test_accuracy_is_over_all_validation_images(tmp_path):
     probe, model = OnlineProbe(layer=2, num_classes=3, lr=0.01), module()
     trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[probe])
@@ -181,13 +143,6 @@ def test_accuracy_is_over_all_validation_images(tmp_path):
     assert trainer.callback_metrics["online_probe/layer_2/accuracy"].item() == pytest.approx(hits)
     trainer.validate(model, DataLoader(rows, batch_size=21), verbose=False)
     assert trainer.callback_metrics["online_probe/layer_2/accuracy"].item() == pytest.approx(hits)
-
-
-def test_labelled_data_teach_where_the_images_of_the_run_have_no_labels(tmp_path):
-    probe = OnlineProbe(data=FineTuneDataModule("digits", batch_size=8, val_fraction=0.02, pad=0, flip=False))
-    trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[probe])
-    trainer.fit(module(), unlabelled(), unlabelled())
-    assert len(probe.state_dict()["head"]["bias"]) == 10 and NAME in trainer.callback_metrics
 
 
 def test_a_resumed_run_ends_with_its_twins_classifier(tmp_path):
@@ -212,23 +167,6 @@ def test_a_resumed_run_ends_with_its_twins_classifier(tmp_path):
     assert fit(path, lr=0.01)[0].state_dict()["optimizer"]["param_groups"][0]["lr"] == 0.01
 
 
-def test_checkpoints_load_with_and_without_the_callback(tmp_path):
-    def fit(max_steps, callbacks, ckpt_path=None):
-        trainer = quiet_trainer(tmp_path / str(max_steps), max_steps=max_steps, callbacks=callbacks)
-        trainer.fit(module(), loader(128), ckpt_path=ckpt_path)
-        return trainer.checkpoint_callback.best_model_path
-
-    with_probe = fit(1, [OnlineProbe(num_classes=3), OnlineProbe(layer=0, num_classes=3)])
-    checkpoint = torch.load(with_probe, weights_only=True)
-    probes = {key: value for key, value in checkpoint["callbacks"].items() if "OnlineProbe" in key}
-    assert [value["head"]["count"].item() for value in probes.values()] == [1, 1]
-    assert checkpoint["state_dict"].keys() == module().state_dict().keys()
-    without = fit(2, [], with_probe)
-    probe = OnlineProbe(num_classes=3)
-    fit(4, [probe], without)
-    assert probe.state_dict()["head"]["count"] == 2
-
-
 @pytest.mark.marathon
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
@@ -248,36 +186,6 @@ def test_two_processes_equal_one(tmp_path):
     assert two["accuracy"] == pytest.approx(one["accuracy"], abs=0.01)
 
 
-def test_a_recipe_can_name_it_with_data_of_its_own(tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"""
-model:
-  class_path: PretrainModule
-  init_args:
-    network: {{n_layer: 2, n_head: 2, n_embd: 8, vocab_size: 16, image_size: 8}}
-    palette: gray:16
-data:
-  class_path: PretrainDataModule
-  init_args: {{source: digits, batch_size: 16}}
-trainer:
-  max_steps: 2
-  accelerator: cpu
-  limit_val_batches: 1
-  enable_progress_bar: false
-  default_root_dir: {tmp_path}
-  callbacks:
-    - class_path: OnlineProbe
-    - class_path: OnlineProbe
-      init_args:
-        layer: 2
-        data:
-          class_path: FineTuneDataModule
-          init_args: {{source: digits, batch_size: 16}}
-""")
-    metrics = cli.run(["fit", "--config", str(recipe)]).trainer.callback_metrics
-    assert {NAME, "online_probe/layer_2/accuracy"} <= set(metrics)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -290,10 +198,3 @@ def test_what_cannot_be_probed_is_refused(tmp_path, options, message):
     trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[OnlineProbe(**{"num_classes": 3, **options})])
     with pytest.raises(ValueError, match=message):
         trainer.fit(module(), loader(), loader())
-
-
-def test_images_without_labels_are_refused_before_training(tmp_path):
-    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[OnlineProbe(num_classes=3)])
-    with pytest.raises(ValueError, match="no labels"):
-        trainer.fit(module(), unlabelled(), unlabelled())
-    assert trainer.global_step == 0

@@ -5,18 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import lightning_igpt as igpt
 from lightning_igpt.callbacks import Preempt
-from tests.test_resume import CASES, ENDLESS, ENDLESS_3, EPOCHS, assert_resumes, fit, pretraining, probing
+from tests.test_resume import CASES, ENDLESS, ENDLESS_3, EPOCHS, assert_resumes, fit, pretraining
 
 
 class Scheduler(Callback):
@@ -68,24 +66,6 @@ def test_a_window_of_accumulation_is_finished(case, at, tmp_path):
 def test_a_validation_is_finished_first(make, options, tmp_path):
     path = stopped(make, options, tmp_path, "on_validation_batch_start", 1)  # the sanity check has one batch
     assert resumes(make, options, path) == (3 if options is ENDLESS else 5)
-
-
-def test_averaged_weights_are_not_saved_in_the_place_of_others(tmp_path):
-    """WeightAveraging exchanges the weights for the time of a validation."""
-
-    def run(*callbacks, **more):
-        options = ENDLESS | {"default_root_dir": tmp_path}
-        return fit(pretraining, options, callbacks=[EMAWeightAveraging(decay=0.5), *callbacks], **more)
-
-    twin, state, _ = run()
-    with pytest.raises(SystemExit):
-        run(Scheduler("on_validation_batch_start", 1), Preempt())
-    path = tmp_path / "preempted.ckpt"
-    assert torch.load(path, weights_only=True)["global_step"] == 3
-    again, state_again, _ = run(ckpt=path)
-    assert again.losses == {batch: loss for batch, loss in twin.losses.items() if batch >= 3}
-    assert again.validations == {6: twin.validations[6]}
-    assert all(torch.equal(value, state_again[name]) for name, value in state.items())
 
 
 def test_features_that_lbfgs_collects_are_not_saved_for_training(tmp_path):
@@ -154,22 +134,6 @@ def test_handlers_are_put_back(tmp_path):
         assert signal.getsignal(signal.SIGTERM) is term
     finally:
         signal.signal(signal.SIGUSR1, mine)
-
-
-def test_in_another_thread_it_says_so():
-    with pytest.warns(UserWarning, match="reach the main thread"):
-        thread = threading.Thread(target=fit, args=(probing, EPOCHS), kwargs={"callbacks": [Preempt()]})
-        thread.start()
-        thread.join()
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [({"signals": ("SIGNONE",)}, "SIGNONE"), ({"signals": ("SIGKILL",)}, "SIGKILL"), ({"exit_status": 0}, "is 0")],
-)
-def test_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
-        Preempt(**options)
 
 
 class FakeSlurm:
