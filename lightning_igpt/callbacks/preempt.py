@@ -31,8 +31,8 @@ class Preempt(Callback):
     finished first, so that the resumed run owes none; a run in its last step ends as planned. A test, a prediction or
     a validation outside of ``fit`` ends at once.
 
-    Under SLURM, SIGUSR1 saves ``hpc_ckpt_<n>.ckpt`` instead, from which Lightning resumes without being asked, and has
-    the job requeued.
+    Under SLURM, a signal other than SIGTERM saves ``hpc_ckpt_<n>.ckpt`` instead, from which Lightning resumes without
+    being asked, and has the job requeued.
 
     Args:
         signals: Names of the signals, such as SIGTERM.
@@ -93,7 +93,7 @@ class Preempt(Callback):
         """Save and exit on all processes, if a signal came to any of them."""
         if not trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False) or _ends_anyway(trainer):
             return
-        under_slurm = self._asked == "SIGUSR1" and SLURMEnvironment.detect()
+        under_slurm = self._asked not in ("", "SIGTERM") and SLURMEnvironment.detect()
         requeue = trainer.strategy.reduce_boolean_decision(under_slurm, all=False)
         message = f"{self._asked or 'a signal to another process'} after step {trainer.global_step}"
         if trainer.global_step == self._first_step:
