@@ -113,18 +113,6 @@ def test_bytes_kept_are_the_formulas(dtype):
         assert peak[how] <= kept[how] + block + gradients
 
 
-@pytest.mark.parametrize(("how", "again"), {"none": 0, "selective": 0, "full": 3}.items())
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_how_often_the_kernel_of_attention_runs(how, again, dtype):
-    loss = None
-    with Kernels() as forward:
-        loss = loss_of(network(how), dtype)
-    assert forward.runs == 3
-    with Kernels() as backward:
-        loss.backward()
-    assert backward.runs == again
-
-
 @pytest.mark.parametrize("how", HOW)
 def test_only_training_computes_again(how):
     made, plain = network(how), network()

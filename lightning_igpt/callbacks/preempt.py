@@ -100,7 +100,7 @@ class Preempt(Callback):
             message += ": nothing was trained yet, so nothing is saved"
         else:
             path = Path(trainer.strategy.broadcast(_requeue_path(trainer) if requeue else _folder(trainer) / FILE))
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             message += f": saved {path}; resume with --resume auto or ckpt_path"
         if trainer.is_global_zero:
             log.warning(message)

@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from lightning_igpt.callbacks import ClassificationReport, classification
-from lightning_igpt.modules import FineTuneModule, PretrainModule
+from lightning_igpt.modules import FineTuneModule
 from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
 
 FILES = ["confusion.csv", "confusion.png", "worst.png"]
@@ -80,16 +80,3 @@ def test_the_worst_images_are_those_of_the_highest_loss(tmp_path, monkeypatch, n
         names = [module.class_names[index] for index in (labels[row], said)]
         assert caption == [f"{names[0]} -> {names[1]} ({probabilities[row, said]:.2f})"]
     assert (np.array(Image.open(tmp_path / "worst.png").convert("RGB")) < 255).any()
-
-
-def test_it_rests_where_there_is_no_classification(tmp_path):
-    class Other(FineTuneModule):
-        tokens_of = property()
-
-    images = loader()
-    for module in (PretrainModule(TINY, "gray:8"), Other(num_classes=3, network=TINY, palette="gray:8")):
-        quiet_trainer(tmp_path, callbacks=[ClassificationReport()]).test(module, images, verbose=False)
-    quiet_trainer(tmp_path, fast_dev_run=True, callbacks=[ClassificationReport()]).test(classifier(), images)
-    options = {"max_epochs": 1, "enable_checkpointing": False, "callbacks": [ClassificationReport()]}
-    quiet_trainer(tmp_path, **options).fit(classifier(), images, images)  # with its sanity check
-    assert written(tmp_path) == []

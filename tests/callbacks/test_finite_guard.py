@@ -150,22 +150,11 @@ def test_under_a_grad_scaler_losses_alone_count(tmp_path):
     def options():
         return {"plugins": MixedPrecision("16-mixed", "cpu", scaler=Scaler()), "max_steps": 8}
 
-    _, start = make_run(tmp_path, FiniteGuard(), poison={26: lambda loss: Overflow.apply(loss)}, **options())
-    start()  # the scaler skips the step
+    trainer, start = make_run(tmp_path, FiniteGuard(), poison={26: times(1e30)}, **options())
+    start()  # the gradient overflows, and the scaler skips the step
+    assert trainer.precision_plugin.scaler.get_scale() < 2.0**10
     message, _ = fails(tmp_path, FiniteGuard(), poison={26: plus(INF)}, **options())
     assert message.startswith("optimizer step 7 has loss inf, samples 24")
-
-
-class Overflow(torch.autograd.Function):
-    """A finite loss whose gradient is not."""
-
-    @staticmethod
-    def forward(ctx, loss):
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * INF
 
 
 SCRIPT = """

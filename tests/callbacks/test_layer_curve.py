@@ -8,7 +8,7 @@ from PIL import Image
 
 from lightning_igpt.callbacks import LayerCurve
 from lightning_igpt.callbacks.layer_curve import layer_figure
-from lightning_igpt.modules import PretrainModule, ProbeModule
+from lightning_igpt.modules import ProbeModule
 from tests.modules.helpers import TINY, loader, quiet_trainer
 
 ROWS = [
@@ -84,14 +84,3 @@ def test_a_probes_layers_reach_log_files_and_tensorboard(tmp_path, caplog):
     assert len(tables) == 2 and "test" not in tables[0] and "test" in tables[1]
     events = EventAccumulator(trainer.log_dir).Reload()
     assert len(events.Images("probe_by_layer")) == 2
-
-
-def test_sanity_checks_and_pretraining_draw_nothing(tmp_path):
-    pretraining = quiet_trainer(tmp_path, max_steps=4, callbacks=[LayerCurve()])
-    pretraining.fit(PretrainModule(TINY, "gray:8"), loader(), loader())
-    assert not drawn(tmp_path)
-    module, seen = probe(), []
-    module.on_train_start = lambda: seen.extend(drawn(tmp_path))
-    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[LayerCurve()])
-    trainer.fit(module, loader(), loader())
-    assert not seen and drawn(tmp_path)

@@ -99,19 +99,6 @@ def test_with_workers(tmp_path):
     assert resumes(pretraining, ENDLESS, path) == 4
 
 
-def test_it_moves_behind_all_other_callbacks(tmp_path):
-    """What they do after a step, as OnlineProbe does, belongs into the checkpoint."""
-    order = []
-
-    class Other(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            order.append([type(callback).__name__ for callback in trainer.callbacks])
-
-    options = {"max_steps": 3, "limit_val_batches": 0, "default_root_dir": tmp_path}
-    fit(pretraining, options, callbacks=[Preempt(), Other()])
-    assert order[0][-2:] == ["Other", "Preempt"]
-
-
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_an_evaluation_ends_at_once(verb):
     module, data = pretraining()
