@@ -49,7 +49,7 @@ class OnlineProbe(Callback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(layer=self.layer)
+        return f"{type(self).__qualname__}{ {'layer': self.layer}!r}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the labeled data and make the classifier; a ValueError says what is missing."""
