@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_igpt import callbacks, data, modules
-from lightning_igpt.callbacks.disk_check import check_folder
+from lightning_igpt.callbacks.finite_guard import check_folder
 from lightning_igpt.checkpointing import check_resumable, find_checkpoint, standing
 from lightning_igpt.commands import dry_run, recipes
 from lightning_igpt.commands.arguments import check_seed, one_line_errors
@@ -134,7 +134,6 @@ class IGPTCLI(LightningCLI):
             )
         if resume:
             options["ckpt_path"] = self._found(resume)
-            self.trainer.callbacks.append(callbacks.SameCheckpoint(options["ckpt_path"]))  # type: ignore[attr-defined]
         elif path and path not in CHECKPOINT_WORDS and "://" not in path and not Path(standing(path)).exists():
             raise FileNotFoundError(f"ckpt_path {path} is no file; it names the checkpoint of a run to continue")
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_igpt.callbacks.compile import compile_blocks
 from lightning_igpt.model import Recomputing
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.optim import make_adam
@@ -257,7 +256,8 @@ class _Trial:
         self.module.log = lambda *args, **options: None  # type: ignore[method-assign]  # there is no trainer to log to
         self.module.network.set_recompute(recompute)
         if compiled:
-            compile_blocks(self.module)
+            for block in self.module.network.blocks():
+                block.compile()
         self.optimizer = make_adam(self.module.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
 
     def peak(self, size: int, *, accumulates: bool) -> int | None:

@@ -23,7 +23,6 @@ from lightning_igpt.callbacks import (
     Preempt,
     Recompute,
     RunRecord,
-    TensorBoardOverview,
     Throughput,
 )
 from lightning_igpt.callbacks.throughput import is_frozen
@@ -37,7 +36,6 @@ ALWAYS: tuple[type[Callback], ...] = (
     LayerCurve,
     ClassificationReport,
     RunRecord,
-    TensorBoardOverview,
     Throughput,
     DiskCheck,
     FiniteGuard,
@@ -95,9 +93,9 @@ def make_trainer(
         monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy (higher is better) or
             val/nats_per_pixel (lower is better), beside the newest.
         callbacks: Added to the ones chosen here, which are ModelCheckpoint, LearningRateMonitor, LayerCurve,
-            ClassificationReport, RunRecord, TensorBoardOverview, Throughput, CompileBlocks, Recompute, DiskCheck,
-            FiniteGuard, Preempt and, on CUDA, a progress bar that asks the GPU for the loss at every 20th step only;
-            one of such a class among them replaces ours.
+            ClassificationReport, RunRecord, Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and,
+            on CUDA, a progress bar that asks the GPU for the loss at every 20th step only; one of such a class among
+            them replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         strategy: Default: nothing special on one device, DDP on several, and FSDP2 where the network with its optimiser
             does not fit on each. ``fsdp2`` asks for the last; ``ddp``, ``fsdp``, ``deepspeed_stage_2`` and so on are

@@ -77,7 +77,7 @@ def test_a_state_that_is_put_back_goes_on_bit_for_bit(tmp_path):
     mine, optimizer = make()
     step(mine, optimizer, numbers=range(2))
     torch.save([optimizer.state_dict(), [one.detach() for one in mine]], tmp_path / "state.pt")
-    step(mine, optimizer, numbers=[7])  # to be undone, as FiniteGuard's rewind does
+    step(mine, optimizer, numbers=[7])  # to be undone
     for again, target in ((mine, optimizer), make()):
         state, values = torch.load(tmp_path / "state.pt", weights_only=True)
         target.load_state_dict(state)

@@ -4,16 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.microbatch import MemoryMeter
-from lightning_igpt.model import ATTENTION_KERNELS, ImageGPT, KVCache
+from lightning_igpt.model import ATTENTION_KERNELS, KVCache
 from lightning_igpt.objectives import masked_pixel_loss, next_pixel_loss
 from lightning_igpt.planning import ACTIVATION_BYTES
+from tests.memory_meter import MemoryMeter
 from tests.networks import SMALL, SMALL_BERT, random_network, random_tokens
 
 HOW = ["selective", "full"]
@@ -80,21 +78,6 @@ def test_loss_gradients_and_random_numbers_are_the_same_bits(case, dtype, how):
         assert not same(step(network(how, config), dtype, seed=8), want)
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_two_passes_under_one_autocast(how):
-    """Its cache would serve the second pass, whose operations were then other ones than those in backward."""
-
-    def twice(made, **options):
-        tokens = random_tokens(made.config)
-        with torch.autocast("cpu", torch.bfloat16, **options):
-            loss = made(tokens).float().square().mean() + made(tokens.flip(1)).float().square().mean()
-        loss.backward()
-        step(made, torch.bfloat16)  # adds its gradients
-        return [p.grad for p in made.h.parameters()]
-
-    assert same(twice(network(how)), twice(network(), cache_enabled=False))
-
-
 def bytes_of_blocks(how, dtype, config, batch):
     """What the blocks alone keep for backward, their output aside, and the most that is alive in both passes."""
     made = network(how, config)
@@ -130,37 +113,6 @@ def test_bytes_kept_are_the_formulas(dtype):
         assert peak[how] <= kept[how] + block + gradients
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_what_autograd_itself_keeps_are_the_blocks_inputs(dtype):
-    for how in HOW:
-        made, saved = network(how), {}
-
-        def keep(tensor, saved=saved):
-            saved[tensor.untyped_storage()._cdata] = tensor
-            return tensor
-
-        x = torch.randn(2, 16, 32, requires_grad=True)
-        weights = {parameter.untyped_storage()._cdata for parameter in made.parameters()}
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept)
-        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            for block in made.blocks():
-                x = block(x, True)
-        kept = [tensor.shape for key, tensor in saved.items() if key not in weights and tensor.numel()]
-        assert kept == 3 * [(2, 16, 32)]  # torch 2.10 keeps empty tensors, too
-
-
-@pytest.mark.parametrize(("how", "again"), {"none": 0, "selective": 0, "full": 3}.items())
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_how_often_the_kernel_of_attention_runs(how, again, dtype):
-    loss = None
-    with Kernels() as forward:
-        loss = loss_of(network(how), dtype)
-    assert forward.runs == 3
-    with Kernels() as backward:
-        loss.backward()
-    assert backward.runs == again
-
-
 @pytest.mark.parametrize("how", HOW)
 def test_only_training_computes_again(how):
     made, plain = network(how), network()
@@ -176,50 +128,6 @@ def test_only_training_computes_again(how):
     with Kernels() as kernels:
         loss_of(made.eval()).backward()
     assert kernels.runs == 3
-
-
-@pytest.mark.parametrize("how", HOW)
-def test_second_derivatives_where_attention_has_them(how):
-    def twice(made):
-        parameters = list(made.parameters())
-        with sdpa_kernel(SDPBackend.MATH):
-            first = torch.autograd.grad(loss_of(made), parameters, create_graph=True)
-            return torch.autograd.grad(sum(part.square().sum() for part in first), parameters)
-
-    want = twice(network().double())
-    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(twice(network(how).double()), want, strict=True))
-
-
-def test_it_belongs_to_the_run_and_not_to_the_network():
-    made, plain = network("full"), network()
-    assert list(made.state_dict()) == list(plain.state_dict()) and made.config == plain.config
-    other = ImageGPT(made.config)
-    other.load_state_dict(made.state_dict())
-    assert {block.recompute for block in other.h} == {"none"}
-    with pytest.raises(ValueError, match="recompute is 'some'; it must be one of none, selective, full"):
-        made.set_recompute("some")
-
-
-@pytest.mark.parametrize("how", HOW)
-def test_under_ddp_and_fully_shard(how, group_of_one):
-    want = step(network(), torch.float32)[:-1]
-    ddp = DistributedDataParallel(network(how), static_graph=True, gradient_as_bucket_view=True)
-    ddp.config = SMALL
-    for _ in range(2):  # a static graph is learnt in the first
-        ddp.zero_grad()
-        assert same(step(ddp)[:-1], want)
-    made = network(how)
-    for part in (*made.h, made):
-        fully_shard(part, mesh=group_of_one)
-    loss, *gradients = step(made)[:-1]
-    assert same([loss, *(gradient.full_tensor() for gradient in gradients)], want)
-
-
-@pytest.fixture
-def group_of_one(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield torch.distributed.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.gpu

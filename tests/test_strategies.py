@@ -118,7 +118,7 @@ def test_the_choice_is_told(tmp_path, caplog):
         )
         trainer.fit(PretrainModule(TINY, "gray:8"), loader())
     assert isinstance(trainer.strategy, SingleDeviceStrategy)
-    told = "strategy SingleDeviceStrategy (one device), recompute none (memory is not reckoned on cpu)"
+    told = "strategy SingleDeviceStrategy (one device), recompute none (memory is not planned on cpu)"
     assert caplog.messages.count(told) == 1
 
 

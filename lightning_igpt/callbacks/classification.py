@@ -1,7 +1,4 @@
-"""What a classifier confuses, and the images it is most wrong about, drawn when a test ends.
-
-Not here: the metrics, which the modules log themselves.
-"""
+"""The classes that a classifier confuses and its worst images, drawn when a test ends."""
 
 from __future__ import annotations
 
@@ -19,111 +16,85 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor
 
-from lightning_igpt.pictures import image_grid, save_png
+from lightning_igpt.pictures import contact_sheet, save_png
 
 _READABLE = 100  # classes; beyond that a picture holds neither counts nor every name
 _CELL = 192  # least width in pixels of a worst image, for its caption
 
 
 class _Cases(NamedTuple):
-    """Test images with what was said of them."""
+    """Test images with the classes predicted for them."""
 
     loss: Tensor  # float32 (N,), in nats
     label: Tensor  # int64 (N,)
-    said: Tensor  # int64 (N,)
-    confidence: Tensor  # float32 (N,), the probability of the class said
+    predicted: Tensor  # int64 (N,)
+    confidence: Tensor  # float32 (N,), the probability of the predicted class
     tokens: Tensor  # int64 (N, T)
 
 
 class ClassificationReport(Callback):
-    """Draw what a test found, in the trainer's log folder and in TensorBoard.
+    """Draw the confusions of a test and its worst images, in the trainer's log folder and in TensorBoard.
 
     ``confusion.png`` and ``confusion.csv`` hold the counts, a row for each true class, of all test images and
-    processes; ``worst.png`` holds the images with the highest loss, captioned "true -> said (probability of said)" and
-    coloured with the palette, as the network sees them. Does nothing beside a module without ``tokens_of`` and
-    ``palette``, or whose ``test_step`` does not return a mapping with ``probabilities`` (B, C) and ``label`` (B,). What
-    it said is ``prediction`` (B,) if that is there too, else the likeliest class.
+    processes; ``worst.png`` holds the images with the highest loss in the palette's colors, captioned "true ->
+    predicted (probability of predicted)". Idle for modules without ``tokens_of`` and ``palette``, and where
+    ``test_step`` does not return a mapping with ``probabilities`` (B, C), ``label`` (B,) and perhaps ``prediction``.
 
     Args:
         n_worst: Images in ``worst.png``; 0 leaves it out.
-
-    Raises:
-        ValueError: ``n_worst`` is below 0.
     """
 
     def __init__(self, n_worst: int = 16) -> None:
-        if n_worst < 0:
-            raise ValueError(f"n_worst is {n_worst}; it must be 0 or more")
         self.n_worst = n_worst
         self._counts: Tensor | None = None  # int64 (C, C)
         self._worst: _Cases | None = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier test."""
         self._counts = self._worst = None
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Count, and keep the worst so far; nothing here waits for the device."""
-        if not (isinstance(outputs, Mapping) and {"probabilities", "label"} <= set(outputs)):
-            return
-        if not (hasattr(pl_module, "tokens_of") and hasattr(pl_module, "palette")):
+    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        """Count, and keep the worst images; nothing here waits for the device."""
+        is_classified = isinstance(outputs, Mapping) and {"probabilities", "label"} <= set(outputs)
+        if not (is_classified and hasattr(pl_module, "tokens_of") and hasattr(pl_module, "palette")):
             return
         probabilities, label = outputs["probabilities"], outputs["label"]
-        said = outputs.get("prediction", probabilities.argmax(1))
-        self._counts = _counted(self._counts, label, said, probabilities.shape[1])
-        if self.n_worst:
-            rows = torch.arange(len(label), device=label.device)
-            loss, tokens = -probabilities[rows, label].log(), pl_module.tokens_of(batch)  # type: ignore[operator]
-            cases = _Cases(loss, label, said, probabilities[rows, said], tokens)
-            self._worst = _hardest([cases] if self._worst is None else [self._worst, cases], self.n_worst)
+        predicted, n_classes = outputs.get("prediction", probabilities.argmax(1)), probabilities.shape[1]
+        if self._counts is None:
+            self._counts = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=label.device)
+        self._counts.view(-1).index_add_(0, label * n_classes + predicted, torch.ones_like(label))
+        rows = torch.arange(len(label), device=label.device)
+        loss, tokens = -probabilities[rows, label].log(), pl_module.tokens_of(batch)
+        cases = _Cases(loss, label, predicted, probabilities[rows, predicted], tokens)
+        self._worst = _hardest([cases] if self._worst is None else [self._worst, cases], self.n_worst)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather what the processes counted; the first one draws."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Gather the counts of all processes; the first one draws."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call
+        mine = None if self._worst is None else [column.cpu() for column in (self._counts, *self._worst)]  # type: ignore[union-attr]
+        parts: list[Any] = [mine] * trainer.world_size
+        if trainer.world_size > 1:  # objects, as a process without a batch knows no shapes
+            torch.distributed.all_gather_object(parts, mine)
+        parts = [part for part in parts if part]
+        if not parts or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks every process, as does the next line
-        found = [part for part in _gathered(trainer, self._on_cpu()) if part is not None]
-        self._counts = self._worst = None
-        if not found or not trainer.is_global_zero:
-            return
-        counts = torch.stack([counts for counts, _ in found]).sum(0)
-        worst = [cases for _, cases in found if cases is not None]
+        counts = torch.stack([part[0] for part in parts]).sum(0)
         given = list(getattr(pl_module, "class_names", None) or [])[: len(counts)]
         names = given + [str(number) for number in range(len(given), len(counts))]
         folder.mkdir(parents=True, exist_ok=True)
         write_confusion(counts, names, folder / "confusion.csv")
         pictures = {"confusion": draw_confusion(counts, names)}
-        if worst:
-            pictures["worst"] = _worst_grid(_hardest(worst, self.n_worst), names, pl_module.palette)
+        if self.n_worst:
+            worst = _hardest([_Cases(*part[1:]) for part in parts], self.n_worst)
+            pictures["worst"] = _worst_grid(worst, names, pl_module.palette)
         for name, picture in pictures.items():
             save_png(picture, folder / f"{name}.png")
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_image(f"test/{name}", picture, trainer.global_step)
 
-    def _on_cpu(self) -> tuple[Tensor, _Cases | None] | None:
-        """What this process found, or None if it saw no classified batch."""
-        if self._counts is None:
-            return None
-        return self._counts.cpu(), None if self._worst is None else _Cases(*(part.cpu() for part in self._worst))
-
 
 def write_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
-    """Write a confusion matrix as CSV.
-
-    Args:
-        counts: int64 (C, C), a row for each true class, a column for each class said.
-        names: C class names.
-        path: The file to write.
-    """
+    """Write a confusion matrix as CSV: counts int64 (C, C), a row for each true class, and C class names."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["true", *names])
@@ -131,15 +102,7 @@ def write_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
 
 
 def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
-    """Draw a confusion matrix: counts in the cells, coloured by their share of the true class.
-
-    Args:
-        counts: int64 (C, C), a row for each true class, a column for each class said.
-        names: C class names.
-
-    Returns:
-        uint8 (3, h, w).
-    """
+    """Draw a confusion matrix as uint8 (3, h, w): counts in the cells, colored by their share of the true class."""
     n, total = len(counts), int(counts.sum())
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)  # (C, C), 0..1
     side = min(24.0, max(3.5, 0.4 * n))  # inches
@@ -150,11 +113,11 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
     image = axes.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.04, aspect=30, shrink=0.9)
     ticks = range(0, n, ceil(n / _READABLE))
-    labels = [_shortened(names[tick], 24) for tick in ticks]
+    labels = [names[tick][:24] for tick in ticks]
     style: dict[str, Any] = {"fontsize": font, "parse_math": False}  # a dollar sign in a name starts no formula
     axes.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 3 else 0, **style)
     axes.set_yticks(ticks, labels, **style)
-    axes.set(xlabel="said", ylabel="true")
+    axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(f"accuracy {int(counts.trace()) / max(1, total):.3f} on {total:,} images", fontsize=10)
     figure.draw_without_rendering()  # lays out, going through all there is to draw: so before thousands of counts
     figure.set_layout_engine("none")
@@ -167,13 +130,6 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _counted(counts: Tensor | None, label: Tensor, said: Tensor, n_classes: int) -> Tensor:
-    if counts is None:
-        counts = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=label.device)
-    counts.view(-1).index_add_(0, label * n_classes + said, torch.ones_like(label))
-    return counts
-
-
 def _hardest(parts: Sequence[_Cases], n: int) -> _Cases:
     """The n cases with the highest loss, the highest first."""
     joined = _Cases(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
@@ -181,33 +137,11 @@ def _hardest(parts: Sequence[_Cases], n: int) -> _Cases:
     return _Cases(*(column[order] for column in joined))
 
 
-def _gathered(trainer: Trainer, mine: Any) -> list[Any]:
-    """What every process found. Objects, because one without a batch knows no shapes."""
-    if trainer.world_size == 1 or not torch.distributed.is_initialized():
-        return [mine]
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
-
-
 def _worst_grid(cases: _Cases, names: Sequence[str], palette: Any) -> Tensor:
-    """The images in a near-square grid, each under its caption: uint8 (3, h, w)."""
+    """The images in a near-square grid, each below its caption: uint8 (3, h, w)."""
     images = palette.dequantize(cases.tokens)  # (N, 3, S, S)
-    triples = zip(cases.label.tolist(), cases.said.tolist(), cases.confidence.tolist(), strict=True)
-    captions = [
-        f"{_shortened(names[true], 11)} -> {_shortened(names[said], 11)} ({p:.2f})" for true, said, p in triples
-    ]
-    columns = ceil(sqrt(len(images)))
-    missing = -len(images) % columns
-    images = torch.cat([images, images.new_full((missing, *images.shape[1:]), 255)])
-    captions += [""] * missing
     scale = ceil(_CELL / images.shape[-1])
-    rows = [
-        image_grid([images[start : start + columns]], scale=scale, captions=captions[start : start + columns])
-        for start in range(0, len(images), columns)
-    ]
-    return torch.cat(rows, 1)
-
-
-def _shortened(name: str, length: int) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+    cells = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    rows = zip(cases.label.tolist(), cases.predicted.tolist(), cases.confidence.tolist(), strict=True)
+    captions = [[f"{names[true]} -> {names[predicted]} ({p:.2f})"] for true, predicted, p in rows]
+    return contact_sheet(cells, captions, columns=ceil(sqrt(len(images))))

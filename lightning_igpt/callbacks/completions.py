@@ -1,4 +1,4 @@
-"""Pictures of what the network makes of half an image."""
+"""Grids of completions: half an image as prompt, samples of the rest, the truth."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from lightning_igpt.pictures import image_grid, save_png
 from lightning_igpt.sampling import complete, inpaint
 
 log = logging.getLogger(__name__)
-
-HIDDEN = (88, 118, 166)  # what the network did not see: a blue, as grey could be part of the picture
+HIDDEN = (88, 118, 166)  # hidden pixels: a blue, since gray could be part of the picture
 
 
 def completion_rows(
@@ -35,11 +34,11 @@ def completion_rows(
     precision: Precision | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """For each image: what was given, completions of it, and the truth, side by side.
+    """The prompt, completions of it and the truth of each image, side by side.
 
     Args:
-        network: Autoregressive, or BERT, which fills the same pixels by inpainting.
-        palette: The network's palette.
+        network: Autoregressive, or BERT, which inpaints the same pixels.
+        palette: Its palette.
         tokens: int64 (B, T), whole images.
         n_samples: Completions per image.
         keep_rows: Rows of pixels given; default half of them.
@@ -64,7 +63,7 @@ def completion_rows(
     options: dict[str, Any] = {"temperature": temperature, "precision": precision, "generator": generator}
     if network.config.objective == "bert":
         if top_k is not None or top_p is not None:
-            raise ValueError("top_k and top_p are for autoregressive networks; a BERT network inpaints without them")
+            raise ValueError("top_k and top_p are for autoregressive networks; leave them out for a BERT network")
         known = (torch.arange(side * side, device=tokens.device) < given).expand(len(tokens) * n_samples, -1)
         repeated = tokens.repeat_interleave(n_samples, 0)
         samples = inpaint(network, repeated, known, **options)
@@ -83,14 +82,14 @@ def captions(n_samples: int) -> list[str]:
 
 
 class CompletionGrid(Callback):
-    """Complete a few validation images after each validation; log the grid to TensorBoard and save it as PNG.
+    """Complete validation images after each validation; log the grid to TensorBoard and save it as PNG.
 
     Args:
         n_images: Images, taken from the first validation batch.
         n_samples: Completions of each.
-        temperature: Divides the logits; 1 is the model's own distribution.
-        seed: Of the draws; the same at every validation, so that grids can be compared.
-        every_n_validations: Skip validations in between; sampling costs one step per pixel.
+        temperature: Divides the logits.
+        seed: Of the draws; the same at every validation.
+        every_n_validations: Skip validations in between.
     """
 
     def __init__(
@@ -102,12 +101,10 @@ class CompletionGrid(Callback):
         every_n_validations: int = 1,
     ) -> None:
         self.n_images, self.n_samples, self.temperature, self.seed = n_images, n_samples, temperature, seed
-        self.every_n_validations = every_n_validations
-        self._validations = 0
+        self.every_n_validations, self._validations = every_n_validations, 0
         self._tokens: Tensor | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse modules that cannot complete pictures, before any work is lost."""
         if not hasattr(pl_module, "tokens_of"):
             raise TypeError(
                 f"CompletionGrid needs a PretrainModule; {type(pl_module).__name__} has no tokens_of(batch)"
@@ -122,16 +119,14 @@ class CompletionGrid(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first images as tokens."""
         if batch_idx == 0 and dataloader_idx == 0:
             self._tokens = pl_module.tokens_of(batch)[: self.n_images]  # type: ignore[operator]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the grid."""
-        folder = trainer.log_dir  # asks every process, so before the others leave
+        folder = trainer.log_dir  # a collective call
         tokens, self._tokens = self._tokens, None
         network: Any = pl_module.network
-        together = is_sharded(network)  # then all processes draw the pictures, and the first one keeps them
+        together = is_sharded(network)  # then all processes sample, and the first one saves
         if together:
             mine = None if tokens is None else tokens.cpu()
             shared = trainer.strategy.broadcast(mine)
@@ -141,18 +136,15 @@ class CompletionGrid(Callback):
         self._validations += 1
         if (self._validations - 1) % self.every_n_validations:
             return
-        palette: Any = pl_module.palette
-        options: dict[str, Any] = {"n_samples": self.n_samples, "temperature": self.temperature, "seed": self.seed}
+        options = {"n_samples": self.n_samples, "temperature": self.temperature, "seed": self.seed}
         try:
-            rows = completion_rows(network, palette, tokens, **options)
-        except ValueError as error:  # one process raising would leave the others waiting for it
+            rows = completion_rows(network, pl_module.palette, tokens, **options)  # type: ignore[arg-type]
+        except ValueError as error:  # raised by one process, it would leave the others waiting
             log.warning("no completions are drawn: %s", error)
             return
-        if not trainer.is_global_zero:
-            return
         grid = image_grid(rows.cpu(), captions=captions(self.n_samples))  # (3, h, w)
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("completions", grid, trainer.global_step)
-        if folder is not None:
+        if folder is not None and trainer.is_global_zero:
             save_png(grid, Path(folder) / "completions" / f"step-{trainer.global_step:07d}.png")

@@ -1,7 +1,4 @@
-"""The result of a linear probe: accuracy against layer, as table, CSV file and picture (paper, figure 2).
-
-Not here: the probing itself, nor what a trained run's report draws.
-"""
+"""The result of a linear probe: accuracy against layer, as table, CSV file and picture (paper, figure 2)."""
 
 from __future__ import annotations
 
@@ -16,17 +13,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 COLUMNS = ("layer", "c", "val_accuracy", "test_accuracy")
-BLUE, GREY, ORANGE = "#0b6bcb", "#8a929c", "#c65102"  # told apart by lightness too
+BLUE, GRAY, ORANGE = "#0b6bcb", "#8a929c", "#c65102"  # of different lightness too
 
 Row = Mapping[str, Any]
 
 
 class LayerCurve(Callback):
-    """After validation and test of a probe, show what each layer reached.
+    """After validation and test of a probe, show the accuracy of each layer.
 
     Prints a table, writes ``probe_by_layer.csv`` and ``probe_by_layer.png`` into the trainer's log folder, and adds the
     picture to TensorBoard. Reads the module's ``results``, a list of rows with the keys layer, c, val_accuracy and
-    test_accuracy, or else its ``accuracy_by_layer``, a mapping from layer to accuracy. Idle beside other modules.
+    test_accuracy, or else its ``accuracy_by_layer``, a mapping from layer to accuracy. Idle for other modules.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -38,18 +35,13 @@ class LayerCurve(Callback):
 
 
 def layer_rows(module: Any, column: str) -> list[Row]:
-    """What a module says of its layers; empty if it says nothing or knows nothing yet.
+    """A module's results by layer, rows with the keys of ``COLUMNS``; empty if it has none.
 
-    Args:
-        module: A probe, or any other module.
-        column: Where the numbers of ``accuracy_by_layer`` belong.
-
-    Returns:
-        Rows with the keys of ``COLUMNS``; None where a number is unknown. ``layer`` is an int, or a name such as
-        "8-12" for layers that are read together.
+    ``layer`` is an int, or a name such as "8-12" for layers that are probed together; None stands for an unknown
+    number. ``column`` is that of the numbers in ``accuracy_by_layer``.
     """
     rows: Any = getattr(module, "results", None)
-    if not _is_table(rows):
+    if not (isinstance(rows, list) and all(isinstance(row, Mapping) and "layer" in row for row in rows)):
         by_layer = getattr(module, "accuracy_by_layer", None)
         rows = (
             [{"layer": layer, column: by_layer[layer]} for layer in by_layer] if isinstance(by_layer, Mapping) else []
@@ -59,14 +51,14 @@ def layer_rows(module: Any, column: str) -> list[Row]:
 
 
 def best_row(rows: Sequence[Row]) -> tuple[Row, str]:
-    """The best single layer and the column that tells so: validation if it is known, else test."""
+    """The best single layer and the column that it is chosen by: validation if it is known, else test."""
     single = _single(rows)
     column = next(name for name in COLUMNS[2:] if any(row[name] is not None for row in single))
     return max((row for row in single if row[column] is not None), key=lambda row: row[column]), column
 
 
 def table_text(rows: Sequence[Row]) -> str:
-    """The rows as aligned text, without the columns that nothing is known of; the best layer is marked."""
+    """The rows as aligned text, without empty columns; the best layer is marked."""
     columns = [name for name in COLUMNS if any(row[name] is not None for row in rows)]
     best, _ = best_row(rows)
     cells = [[name.removesuffix("_accuracy") for name in columns] + [""]]
@@ -89,7 +81,7 @@ def layer_figure(rows: Sequence[Row]) -> matplotlib.figure.Figure:
     figure = matplotlib.figure.Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
     single = _single(rows)
-    looks = {"val_accuracy": ("validation", GREY, "s"), "test_accuracy": ("test", BLUE, "o")}
+    looks = {"val_accuracy": ("validation", GRAY, "s"), "test_accuracy": ("test", BLUE, "o")}
     for column, (label, color, marker) in looks.items():
         points = sorted((row["layer"], row[column]) for row in single if row[column] is not None)
         if points:
@@ -109,14 +101,14 @@ def layer_figure(rows: Sequence[Row]) -> matplotlib.figure.Figure:
     axes.grid(color="#e4e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # no corner of the axes is free for sure
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # any corner of the axes may hold a curve
     return figure
 
 
 def _show(trainer: Trainer, rows: Sequence[Row]) -> None:
     if not rows:
         return
-    folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks every process, so before the others leave
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call
     if not trainer.is_global_zero:
         return
     rank_zero_info(f"accuracy by layer\n{table_text(rows)}")
@@ -129,11 +121,6 @@ def _show(trainer: Trainer, rows: Sequence[Row]) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure("probe_by_layer", figure, trainer.global_step)
-
-
-def _is_table(rows: Any) -> bool:
-    """Some other module's ``results`` may be anything."""
-    return isinstance(rows, list) and all(isinstance(row, Mapping) and "layer" in row for row in rows)
 
 
 def _single(rows: Sequence[Row]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Keep less of a training step for its backward pass, where the device's memory asks for it."""
+"""Keep less of a training step for its backward pass, where the device's memory requires it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_igpt.callbacks.compile import CompileBlocks, blocks_of, images_at_once
-from lightning_igpt.callbacks.throughput import is_frozen
+from lightning_igpt.callbacks.compile import CompileBlocks, blocks_of
+from lightning_igpt.callbacks.throughput import images_at_once, is_frozen
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import Block, Recomputing
-from lightning_igpt.planning import ACTIVATION_BYTES, largest_batch, training_bytes
-from lightning_igpt.planning.devices import usable_bytes
+from lightning_igpt.planning import ACTIVATION_BYTES, largest_batch, training_bytes, usable_bytes
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +21,7 @@ GIB = 2**30
 
 
 class RecomputeDecision(NamedTuple):
-    """What is computed again, and why."""
+    """What is recomputed, and why."""
 
     how: Recomputing
     reason: str
@@ -32,16 +31,16 @@ class RecomputeDecision(NamedTuple):
 
 
 class Recompute(Callback):
-    """Activation checkpointing: compute a part of each block once more in the backward pass instead of keeping it.
+    """Activation checkpointing: recompute a part of each block in the backward pass instead of keeping it.
 
     Loss and gradients stay the same, bit for bit. It holds for training; checkpoints hold nothing of it, and after the
     fit the network is as it was. With ``full`` a step computes the forward pass of the blocks twice, a third more in
-    all; ``selective`` keeps what attention's kernel gave, and leaves that out. With dropout it is ``full``.
+    all; ``selective`` keeps the output of attention's kernel, which then runs once. With dropout it is ``full``.
 
     Args:
         when: ``none``, ``selective``, ``full``; or ``auto``: on a CUDA device the first of them whose step fits into
-            its memory, reckoned from network, batch size, precision and strategy, not measured; elsewhere none. What
-            was set on the network by hand stays.
+            its memory, computed from network, batch size, precision and strategy; elsewhere none. What was set on the
+            network before the fit stays.
 
     Raises:
         ValueError: ``when`` is something else.
@@ -50,27 +49,13 @@ class Recompute(Callback):
     decision: RecomputeDecision | None = None  # of the last fit
 
     def __init__(self, when: Literal["auto", "none", "selective", "full"] = "auto") -> None:
-        self.told: RecomputeDecision | None = None
+        if when not in ("auto", *get_args(Recomputing)):
+            raise ValueError(f"recompute is {when!r}; it must be auto, {', '.join(get_args(Recomputing))}")
+        self.told = None if when == "auto" else RecomputeDecision(when, "as set")
         self._before: list[tuple[Block, Recomputing]] = []
-        if when != "auto":
-            self.tell(when)
-
-    def tell(self, how: Recomputing, reason: str = "as told") -> None:
-        """Decide for it, from the next fit on.
-
-        Args:
-            how: ``none``, ``selective`` or ``full``.
-            reason: For the log.
-
-        Raises:
-            ValueError: It is none of these.
-        """
-        if how not in get_args(Recomputing):
-            raise ValueError(f"recompute is {how!r}; it must be auto, {', '.join(get_args(Recomputing))}")
-        self.told = RecomputeDecision(how, reason)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._take_off()
+        self._restore()
         self.decision = self._decide(trainer, pl_module)
         log.info("%s", self.decision)
         for block in blocks_of(pl_module):
@@ -78,20 +63,19 @@ class Recompute(Callback):
             block.recompute = self.decision.how
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._take_off()
+        self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._take_off()
+        self._restore()
 
-    def _take_off(self) -> None:
+    def _restore(self) -> None:
         for block, before in self._before:
             block.recompute = before
         self._before = []
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> RecomputeDecision:
-        blocks = blocks_of(pl_module)
-        config = getattr(pl_module, "config", None)
-        if not isinstance(config, ImageGPTConfig) or all(is_frozen(block) for block in blocks):
+        blocks, config = blocks_of(pl_module), getattr(pl_module, "config", None)
+        if not isinstance(config, ImageGPTConfig) or all(map(is_frozen, blocks)):
             return RecomputeDecision("none", "no block of an ImageGPT is trained")
         if self.told is not None:
             return self.told
@@ -100,9 +84,11 @@ class Recompute(Callback):
             return RecomputeDecision(by_hand, "as the network is set")
         device, batch_size = trainer.strategy.root_device, images_at_once(trainer)
         if device.type != "cuda":
-            return RecomputeDecision("none", f"memory is not reckoned on {device.type}")
+            return RecomputeDecision("none", f"memory is not planned on {device.type}")
         if batch_size is None:
-            return RecomputeDecision("none", "how large a batch is, nobody says")
+            return RecomputeDecision("none", "the batch size is not known")
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        compiling = (callback.decision for callback in callbacks if isinstance(callback, CompileBlocks))
         precision = str(trainer.precision)
         return decide(
             config,
@@ -111,7 +97,7 @@ class Recompute(Callback):
             precision=precision if precision in ACTIVATION_BYTES else "32-true",  # which takes most
             devices=trainer.world_size,
             sharded=not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)),
-            compiled=_is_compiled(trainer),
+            compiled=any(decision is not None and decision.compile for decision in compiling),
         )
 
 
@@ -132,7 +118,7 @@ def decide(config: ImageGPTConfig, batch_size: int, usable: int, **options: Any)
         if needed[how] <= usable:
             return RecomputeDecision(how, _reason(needed, usable))
     most = largest_batch(config, usable, recompute="full", **options)
-    cure = f"a batch_size of {most} would" if most else "not even one image does: spread the state over devices (FSDP)"
+    cure = f"{most} images at once would" if most else "not even one image does: shard the state over devices (FSDP2)"
     return RecomputeDecision("full", f"{_reason(needed, usable)}, which does not fit; {cure}")
 
 
@@ -140,9 +126,3 @@ def _reason(needed: dict[Recomputing, int], usable: int) -> str:
     *others, last = needed
     text = f"about {needed[last] / GIB:.1f} of {usable / GIB:.1f} GiB"
     return "; ".join([text, *(f"{how} would take {needed[how] / GIB:.1f}" for how in others)])
-
-
-def _is_compiled(trainer: Trainer) -> bool:
-    """Whether this fit runs compiled, as far as CompileBlocks has decided before this callback."""
-    decisions = [one.decision for one in trainer.callbacks if isinstance(one, CompileBlocks)]  # type: ignore[attr-defined]
-    return any(decision is not None and decision.compile for decision in decisions)

@@ -5,7 +5,7 @@ from PIL import Image
 
 from lightning_igpt.callbacks import CompletionGrid, captions, completion_rows
 from lightning_igpt.callbacks.completions import HIDDEN
-from lightning_igpt.modules import FineTuneModule, PretrainModule
+from lightning_igpt.modules import PretrainModule
 from lightning_igpt.palette import Palette
 from tests.modules.helpers import BERT, TINY, loader, quiet_trainer
 from tests.networks import random_network
@@ -34,16 +34,6 @@ def test_rows_hold_prompt_samples_and_truth(config, keep_rows):
     assert len(captions(3)) == rows.shape[1]
 
 
-def test_a_bert_network_takes_no_top_k():
-    with pytest.raises(ValueError, match="top_k and top_p are for autoregressive"):
-        completion_rows(random_network(BERT), PALETTE, torch.zeros(1, 16, dtype=torch.long), top_k=3)
-
-
-def test_all_rows_kept_is_refused():
-    with pytest.raises(ValueError, match="keep_rows is 4; an image of 4 rows can keep 0 to 3"):
-        completion_rows(random_network(TINY), PALETTE, torch.zeros(1, 16, dtype=torch.long), keep_rows=4)
-
-
 def test_grids_reach_tensorboard_and_files(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -69,12 +59,3 @@ def test_sampling_does_not_disturb_training(tmp_path):
         trainer.fit(module, loader(), loader())
         weights.append(torch.cat([parameter.flatten() for parameter in module.parameters()]))
     assert torch.equal(*weights)
-
-
-def test_modules_that_do_not_complete_are_refused_before_training(tmp_path):
-    class Other(FineTuneModule):
-        tokens_of = property()
-
-    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[CompletionGrid()])
-    with pytest.raises(TypeError, match="needs a PretrainModule; Other"):
-        trainer.fit(Other(num_classes=3, network=TINY, palette="gray:8"), loader())

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from lightning_igpt.callbacks import LayerCurve
-from lightning_igpt.callbacks.layer_curve import layer_figure, layer_rows, table_text
-from lightning_igpt.modules import PretrainModule, ProbeModule
+from lightning_igpt.callbacks.layer_curve import layer_figure
+from lightning_igpt.modules import ProbeModule
 from tests.modules.helpers import TINY, loader, quiet_trainer
 
 ROWS = [
@@ -52,18 +52,6 @@ def drawn(folder):
     return sorted(path.name for path in folder.rglob("probe_by_layer.*"))
 
 
-def test_the_table_is_aligned_and_marks_the_best_layer():
-    assert table_text(ROWS) == (
-        "layer     c    val   test\n"
-        "    0  0.01  0.250\n"
-        "    1    10  0.750  0.500  best\n"
-        "    2     1  0.500  0.625\n"
-        "  1-2     1         0.875"
-    )
-    untested = [{"layer": 5, "c": None, "val_accuracy": 1.0, "test_accuracy": None}]
-    assert table_text(untested) == "layer    val\n    5  1.000  best"
-
-
 def test_the_picture_shows_both_curves_and_the_best_on_validation():
     assert lines_of(layer_figure(ROWS)) == {
         "validation": ([0, 1, 2], [0.25, 0.75, 0.5]),
@@ -75,13 +63,6 @@ def test_the_picture_shows_both_curves_and_the_best_on_validation():
     figure = layer_figure(tested)
     assert "best on test: layer 48 (0.800)" in lines_of(figure)
     assert len(figure.axes[0].get_xticks()) <= 14
-
-
-@pytest.mark.parametrize("stage", ["val", "test"])
-def test_a_module_without_rows_gives_its_accuracy_by_layer(stage):
-    rows = layer_rows(Results(accuracy_by_layer={3: 0.5, 7: 0.25}), f"{stage}_accuracy")
-    assert [row[f"{stage}_accuracy"] for row in rows] == [0.5, 0.25] and [row["layer"] for row in rows] == [3, 7]
-    assert all(row["c"] is None for row in rows)
 
 
 def test_a_probes_layers_reach_log_files_and_tensorboard(tmp_path, caplog):
@@ -103,28 +84,3 @@ def test_a_probes_layers_reach_log_files_and_tensorboard(tmp_path, caplog):
     assert len(tables) == 2 and "test" not in tables[0] and "test" in tables[1]
     events = EventAccumulator(trainer.log_dir).Reload()
     assert len(events.Images("probe_by_layer")) == 2
-
-
-@pytest.mark.parametrize("attributes", [{}, {"results": [3.0]}, {"results": []}, {"results": None}])
-def test_other_modules_and_empty_results_draw_nothing(tmp_path, attributes, caplog):
-    trainer = quiet_trainer(tmp_path, callbacks=[LayerCurve()])
-    with caplog.at_level("INFO"):
-        trainer.validate(Results(**attributes), loader(8), verbose=False)
-        trainer.test(Results(accuracy_by_layer={}, **attributes), loader(8), verbose=False)
-    assert not drawn(tmp_path) and "by layer" not in caplog.text
-
-
-def test_sanity_checks_and_pretraining_draw_nothing(tmp_path):
-    pretraining = quiet_trainer(tmp_path, max_steps=4, callbacks=[LayerCurve()])
-    pretraining.fit(PretrainModule(TINY, "gray:8"), loader(), loader())
-    assert not drawn(tmp_path)
-    module, seen = probe(), []
-    module.on_train_start = lambda: seen.extend(drawn(tmp_path))
-    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[LayerCurve()])
-    trainer.fit(module, loader(), loader())
-    assert not seen and drawn(tmp_path)
-
-
-def test_a_development_run_leaves_no_files(tmp_path):
-    quiet_trainer(tmp_path, callbacks=[LayerCurve()], fast_dev_run=True).test(Results(results=ROWS), loader(8))
-    assert not drawn(tmp_path)

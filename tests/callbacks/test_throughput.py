@@ -1,18 +1,14 @@
 import lightning
 import pytest
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch.utils.data import DataLoader
 
 from lightning_igpt.callbacks import Throughput, throughput
-from lightning_igpt.callbacks.throughput import batch_size_of, flops_per_image, peak_tflops
-from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
+from lightning_igpt.callbacks.throughput import batch_size_of, flops_per_image
+from lightning_igpt.modules import PretrainModule, ProbeModule
 from lightning_igpt.planning import forward_flops_per_token, train_flops_per_token
-from lightning_igpt.planning.devices import DEVICES
-from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
+from tests.modules.helpers import BERT, TINY, loader, quiet_trainer
 
 
 class Clock:
@@ -144,14 +140,6 @@ def test_mfu_is_operations_by_the_peak(tmp_path, clock, config):
     assert list(log.of("throughput/mfu").values()) == pytest.approx(want)
 
 
-def test_all_processes_count_for_images_and_one_for_mfu(tmp_path, clock, monkeypatch):
-    _, log, passed = fit(tmp_path, clock, callback=Throughput(peak_tflops=1e-6), log_every_n_steps=8)
-    monkeypatch.setattr(lightning.Trainer, "world_size", 4)
-    _, more, _ = fit(tmp_path, clock, callback=Throughput(peak_tflops=1e-6), log_every_n_steps=8)
-    assert more.of("throughput/images_per_second")[7] == pytest.approx(4 * expected(passed, [8])[0])
-    assert more.of("throughput/mfu") == log.of("throughput/mfu")
-
-
 @pytest.mark.parametrize("solver", ["lbfgs", "sgd"])
 def test_a_probe_takes_the_forward_pass_up_to_the_deepest_layer(tmp_path, clock, solver):
     module = ProbeModule(network=TINY, palette="gray:8", num_classes=3, layers=[0, 1], solver=solver, lr=0.01)
@@ -161,60 +149,3 @@ def test_a_probe_takes_the_forward_pass_up_to_the_deepest_layer(tmp_path, clock,
     rates = log.of("throughput/images_per_second")
     assert [rates[2], rates[5]] == pytest.approx(expected(passed, [3, 6]))
     assert set(rates.values()) == {rates[2], rates[5]}  # the last batch, in which L-BFGS fits, is not measured
-
-
-def test_operations_of_finetuning():
-    head = 2 * TINY.vocab_size * TINY.n_embd
-    joint = FineTuneModule(num_classes=3, network=TINY, palette="gray:8")
-    alone = FineTuneModule(num_classes=3, network=TINY, palette="gray:8", generative_weight=0)
-    assert flops_per_image(joint) == 16 * train_flops_per_token(TINY)
-    assert flops_per_image(joint) - flops_per_image(alone) == 3 * 16 * head
-
-
-@pytest.mark.parametrize("logger", [True, False])
-def test_it_needs_neither_logger_nor_progress_bar(tmp_path, logger):
-    trainer = quiet_trainer(tmp_path, max_epochs=1, log_every_n_steps=1, logger=logger, callbacks=[Throughput()])
-    trainer.fit(PretrainModule(TINY, "gray:8"), loader())
-    assert trainer.callback_metrics["throughput/images_per_second"] > 0
-    trainer.validate(trainer.lightning_module, loader(), verbose=False)
-
-
-def test_it_rests_beside_other_modules(tmp_path):
-    trainer = quiet_trainer(tmp_path, max_steps=2, log_every_n_steps=1, callbacks=[Throughput()])
-    trainer.fit(BoringModel())
-    assert not [name for name in trainer.logged_metrics if name.startswith("throughput")]
-
-
-def test_every_form_of_a_batch_is_counted(tmp_path, clock):
-    images, labels = labelled_images(16)
-    tokens = torch.zeros(16, 16, dtype=torch.int16)
-    for batches in (
-        DataLoader(images, batch_size=4),
-        DataLoader(list(zip(images, labels, strict=True)), batch_size=4),
-        DataLoader([{"label": 0, "tokens": one} for one in tokens], batch_size=4),
-        DataLoader([{"label": 0, "image": one} for one in images], batch_size=4),
-    ):
-        _, log, _ = fit(tmp_path, clock, batches=batches, log_every_n_steps=4)
-        assert log.of("throughput/images_per_second") == {3: pytest.approx(12 / (2 + 3 + 4))}
-    assert batch_size_of(["a"]) == batch_size_of({}) == batch_size_of(None) == 0
-
-
-def test_peaks_of_devices(monkeypatch):
-    assert peak_tflops("NVIDIA H200", "bf16-mixed") == 989.4
-    assert peak_tflops("NVIDIA H100 80GB HBM3", "bf16-true") == 989.4
-    assert peak_tflops("NVIDIA H100 PCIe", "16-mixed") == 756
-    assert peak_tflops("NVIDIA H100 NVL", "bf16-mixed") == 835
-    assert peak_tflops("NVIDIA A100-SXM4-80GB", "bf16-mixed") == 312
-    assert peak_tflops("NVIDIA L40S", "bf16-mixed") == 362
-    for name in ("", "NVIDIA RTX A1000", "NVIDIA A40", "NVIDIA H20", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
-        assert peak_tflops(name, "bf16-mixed") is None
-    assert peak_tflops("NVIDIA H100 80GB HBM3", "64-true") is None
-    for setting, peak in {"highest": 19.5, "high": 156, "medium": 156}.items():
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda setting=setting: setting)
-        assert peak_tflops("NVIDIA A100-SXM4-40GB", "32-true") == peak
-        assert peak_tflops("Tesla T4", "32-true") == DEVICES["t4"].tflops_32
-
-
-def test_a_peak_must_be_above_zero():
-    with pytest.raises(ValueError, match="peak_tflops is 0; it must be above 0"):
-        Throughput(peak_tflops=0)
