@@ -127,7 +127,7 @@ def on_the_hub(folder):
 
 
 def opener(load, hub):
-    """``datasets.load_dataset`` that finds one of these data sets under every hub id."""
+    """``datasets.load_dataset`` that finds one of these datasets under every hub id."""
 
     def load_dataset(path, name=None, *, revision=None, **options):
         if Path(path).exists() or not HUB_ID.fullmatch(str(path)):
