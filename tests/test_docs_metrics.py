@@ -15,7 +15,7 @@ VALUES = {  # of expressions between braces in a logged name
     "layer": ["<l>"],
     "self._layer": ["<l>"],
     "prefix": ["probe", "test"],
-    "throughput/{name}": ["images_per_second", "mfu"],
+    "throughput/{name}": ["images_per_second", "tokens_per_second", "mfu"],
 }
 
 
