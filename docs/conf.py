@@ -1,6 +1,6 @@
 """Sphinx configuration. The build needs no network: sphinx-build -W --keep-going -b html docs docs/_build/html.
 
-Before it starts, ``_ext/generated.py`` writes the pages of the command line and of the recipes from the code.
+``_ext/generated.py`` first writes the pages of options, recipes and costs from the code.
 """
 
 import sys
@@ -16,7 +16,7 @@ author = "The lightning_igpt developers"
 copyright = f"2026, {author}"
 release = version = __version__
 
-extensions = ["generated", "dark_pictures", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["generated", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "_ext", "_static"]
 html_theme = "furo"
 html_title = f"lightning_igpt {__version__}"
@@ -25,7 +25,6 @@ html_css_files = ["site.css"]
 html_show_sourcelink = False
 smartquotes = False  # would make one dash of the two of an option
 
-myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # Lightning's docstrings for its hooks are written for another project

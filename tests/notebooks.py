@@ -1,6 +1,6 @@
-"""Runs the notebooks of the documentation. ``python -m tests.notebooks docs/notebooks/*.ipynb`` renews their outputs.
+"""Runs the notebooks of the documentation. ``python -m tests.notebooks docs/notebooks/*.ipynb`` updates their outputs.
 
-Outputs carry the digest of the code that they came from, so that a test sees when one was changed without the other.
+A notebook stores the digest of the code that made its outputs, so that a test notices a change of the code alone.
 """
 
 import hashlib
@@ -23,14 +23,15 @@ def digest(notebook):
 
 
 def execute(path, folder, *, changes=""):
-    """The notebook after a run with ``folder`` as current directory, ``changes`` made behind the parameters' cell."""
+    """The notebook after a run in ``folder``, with ``changes`` appended to the cell tagged parameters."""
     notebook = nbformat.read(path, as_version=4)
-    marked = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    assert len(marked) == 1, f"{path} has {len(marked)} cells with the tag parameters"
-    marked[0].source += "\n" + changes
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    source = parameters.source
+    parameters.source += f"\n{changes}"
     places = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     client = NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}})
     client.execute(env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))})
+    parameters.source = source
     return notebook
 
 
@@ -43,10 +44,8 @@ def main():
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
             for output in cell.get("outputs", []):
-                output.get("data", {}).pop("image/jpeg", None)  # beside the same as PNG
+                output.get("data", {}).pop("image/jpeg", None)  # a copy of the PNG
                 output.get("data", {}).pop("text/plain", None) if "image/png" in output.get("data", {}) else None
-        marked = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-        marked[0].source = marked[0].source.rstrip("\n")
         notebook.metadata[DIGEST] = digest(notebook)
         nbformat.write(notebook, path)
         print(path, path.stat().st_size, "bytes")

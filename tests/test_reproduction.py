@@ -1,79 +1,34 @@
-"""The status page names recipes that exist, and its numbers are those of the recipes, the journal and ``plan``."""
+"""The status page: its costs are those of planning, its results those of the recipes and the journal."""
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
-from lightning_igpt.__main__ import main
 from lightning_igpt.commands import recipes
-from lightning_igpt.commands.report_paper import DENSITY, FINETUNE, FINETUNE_BERT, LOW_DATA, PROBE
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.planning import find_device, parameter_count, train_flops_per_token
+from tests.docs.pages import PAGES, table
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
-JOURNAL = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-RECIPES = {path.stem: path for path in recipes.folder().glob("*.yaml")}
-ROWS = [
-    [cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| ")
-]  # of all tables
-COSTS = [row for row in ROWS if re.fullmatch(r"`\w+`", row[0])]
-STATES = {"small", "not run", "no", "done"}
-
-
-def result(name):
-    """A recipe's own words on what it gave."""
-    return next(line for line in RECIPES[name].read_text().splitlines() if line.startswith("# Result:"))
+PAGE = "docs/reproduction.md"
+MFU = ((200e6, 0.33), (900e6, 0.45), (1e12, 0.50))  # docs/reference/planning.md
 
 
 def row(start):
-    return next(row for row in ROWS if row[0].startswith(start))
+    return table(PAGE, f"{re.escape(start)}.*")[0]
 
 
-def test_every_recipe_named_exists_and_every_paper_recipe_is_named():
-    named = set(re.findall(r"`((?:cifar10|imagenet\d+|digits|photos)_\w+)`", PAGE))
-    assert named <= set(RECIPES)
-    of_the_paper = {name for name in RECIPES if "The paper\n# has no" not in RECIPES[name].read_text()}
-    assert of_the_paper - named == set()
-
-
-def test_every_row_has_a_status_and_only_what_was_run_has_a_result():
-    rated = [row for row in ROWS if len(row) >= 4 and row[0] != "what" and not set(row[0]) <= {"-"}]
-    assert len(rated) > 30 and {row[2] for row in rated} <= STATES
-    for row in rated:
-        if len(row) == 5:
-            assert bool(row[3]) == (row[2] == "small") or row[2] == "no", row
-
-
-@pytest.mark.parametrize("cost", COSTS, ids=lambda row: row[0].strip("`"))
-def test_costs_are_those_of_plan(cost, capsys):
-    recipe = cost[0].strip("`")
-    assert main(["plan", "--config", recipe, "--format", "json"]) == 0
-    found = json.loads(capsys.readouterr().out)["run"]
-    hours = found["device_seconds"] / 3600
-    assert cost[1:] == [f"{found['flops']:.1e}", f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"]
-    claimed = re.search(r"it takes (\S+) floating-point", RECIPES[recipe].read_text())
-    assert claimed is None or claimed[1] == cost[1]
-
-
-def test_costs_are_given_for_every_recipe_that_trains_and_is_not_tiny():
-    trained = {name for name in RECIPES if not re.search(r"_tiny_|_probe$", name)}
-    assert trained - {row[0].strip("`") for row in COSTS} == {
-        "imagenet48_s_pretrain", "imagenet64_s_pretrain", "imagenet64_m_pretrain"  # the paper has none of these
-    }  # fmt: skip
-
-
-def test_the_papers_numbers_are_those_of_the_report():
-    assert [row(letter)[1] for letter in "SML"] == [f"{value} (README)" for value in DENSITY.values()]
-    for data, (value, where) in PROBE.items():
-        assert row(f"{data}, L ({where})")[1] == str(value)
-    for labels, (mean, sd) in LOW_DATA.items():
-        assert [row[1] for row in ROWS if row[0] == str(labels)] == [f"{mean} ± {sd}"]
-    for data, (value, where) in FINETUNE.items():
-        assert [row[1] for row in ROWS if row[0] == f"{data}, L ({where})"][-1] == str(value)
-    for data, (value, _) in FINETUNE_BERT.items():
-        assert row(f"{data}, fine-tuned")[1] == str(value)
+@pytest.mark.parametrize("cost", [row for row in table(PAGE, r"`\w+`") if len(row) == 3], ids=lambda cost: cost[0])
+def test_costs_are_those_of_planning(cost):
+    recipe = yaml.safe_load(recipes.find(cost[0].strip("`")).read_text(encoding="utf-8"))
+    options, trainer = recipe["model"]["init_args"], recipe["trainer"]
+    config = ImageGPTConfig.resolve(options["network"])
+    config = ImageGPTConfig(**config.to_dict() | {"objective": options.get("objective", config.objective)})
+    images = 64 * 2_000_000 if "_xl_" in cost[0] else 128 * trainer["max_steps"]
+    flops = train_flops_per_token(config) * config.n_positions * images
+    share = next(share for size, share in MFU if parameter_count(config) <= size)
+    hours = flops / share / find_device("h100").peak("bf16-mixed") / 3600
+    assert cost[1:] == [f"{flops:.1e}", f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"]
 
 
 def test_results_are_those_of_the_recipes():
@@ -84,29 +39,18 @@ def test_results_are_those_of_the_recipes():
         "digits_tiny_probe": row("digits, fine-tuned")[3],
     }
     for name, text in shown.items():
-        value = re.search(r"(?:nats_per_pixel|accuracy) (\d\.\d+)", result(name))[1]
-        assert value in text, name
+        header = recipes.find(name).read_text(encoding="utf-8")
+        assert re.search(r"^# Result: \S+/(?:nats_per_pixel|accuracy) (\d\.\d+)", header, re.MULTILINE)[1] in text, name
 
 
 def test_results_at_small_size_are_those_of_the_journal():
-    """Accuracies stand there as shares of 1, and here in %."""
+    """Accuracies are fractions of 1 in the journal and % on this page."""
     seeds = {
         "CIFAR-10, L (Table 1)": ["0.406", "0.386", "0.378", "0.453"],
         "CIFAR-10, L (section 4.5)": ["0.388", "0.386", "0.324", "0.325"],
         "likelihood and probe": ["2.845", "0.424", "2.646", "0.453"],
-        "generative loss": ["0.388", "0.406"],
     }
     for start, values in seeds.items():
         for value in values:
-            shown = value if value[0] != "0" else f"{100 * float(value):.1f}"
-            assert value in JOURNAL and shown in row(start)[3], (start, value)
-    for labels in LOW_DATA:
-        mean = next(row[3] for row in ROWS if row[0] == str(labels))
-        assert re.search(rf"^\| {labels} \| {mean} \|", JOURNAL, re.MULTILINE)
-
-
-def test_the_commands_of_the_cheap_reproductions_exist():
-    lines = re.findall(r"^lightning-igpt .*$", PAGE, re.MULTILINE)
-    assert len(lines) == 4
-    for recipe in re.findall(r"--config (\w+)", "\n".join(lines)):
-        assert yaml.safe_load(RECIPES[recipe].read_text())["model"]["init_args"]["pretrained"]
+            assert value in PAGES["docs/experiments.md"], value
+            assert (value if value[0] != "0" else f"{100 * float(value):.1f}") in row(start)[3], (start, value)

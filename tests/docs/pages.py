@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-GENERATED = ("docs/reference/cli/", "docs/reference/recipes/")  # by the documentation's build, from the code itself
-FENCE = re.compile(r"^( *)(`{3,}|~{3,}|:{3,}) *(\{[^}]*\}|[\w+-]*)(.*)$")
+GENERATED = tuple(f"docs/reference/{name}.md" for name in ("costs", "help", "recipes"))  # by the documentation's build
+FENCE = re.compile(r"^( *)(`{3,})([^\n]*)\n(.*?)^\1\2$", re.MULTILINE | re.DOTALL)
 
 
 def read_pages():
     paths = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
     names = {path.relative_to(ROOT).as_posix(): path for path in paths if "_build" not in path.parts}
-    return {name: path.read_text(encoding="utf-8") for name, path in names.items() if not name.startswith(GENERATED)}
+    return {name: path.read_text(encoding="utf-8") for name, path in names.items() if name not in GENERATED}
 
 
 PAGES = read_pages()
@@ -21,51 +21,27 @@ PAGES = read_pages()
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, the number of its first line of text, the text, and what it is the output of."""
+    """A fenced block: its page, its language, the number of its first line, and its text."""
 
     page: str
     language: str
     line: int
     text: str
-    above: int = 1_000_000  # lines between it and the block before
 
     @property
     def name(self):
-        """The file that the block shows, if its first line is a comment of nothing but the name."""
-        found = re.match(r"# ([\w./-]+\.(?:py|ya?ml|sh|toml))$", self.text.partition("\n")[0])
-        return found and found[1]
+        """The file that the block shows, if its first line is a comment with nothing but the name."""
+        match = re.match(r"# ([\w./-]+\.(?:py|ya?ml))$", self.text.partition("\n")[0])
+        return match and match[1]
 
 
-def blocks(page, *languages, text=None):
-    """The fenced blocks of a page in their order, those in directives and lists among them.
-
-    Raises:
-        AssertionError: A block does not name its language, or has no end.
-    """
-    found, around, last = [], [], -1_000_000
-    lines = iter(enumerate((PAGES[page] if text is None else text).splitlines(), 1))
-    for number, line in lines:
-        opened = FENCE.match(line)
-        if not opened:
-            continue
-        _, fence, language, rest = opened.groups()
-        if not language and not rest.strip() and fence in around:
-            del around[around.index(fence) :]
-        elif language.startswith("{"):
-            around.append(fence)
-        else:
-            assert language, f"{page}:{number}: a block without its language; output is ```text"
-            inside = []
-            for _, within in lines:
-                if re.match(rf" *{fence}[`~:]* *$", within):
-                    break
-                inside.append(within)
-            else:
-                raise AssertionError(f"{page}:{number}: the block has no end")
-            shown = textwrap.dedent("\n".join(inside) + "\n")
-            found.append(Block(page, language, number + 1, shown, number - last - 1))
-            last = number + len(inside) + 1
-    return [block for block in found if not languages or block.language in languages]
+def blocks(page):
+    """The fenced blocks of a page in their order, without Sphinx's directives."""
+    text = PAGES[page]
+    for match in FENCE.finditer(text):
+        if not match[3].startswith("{"):
+            line = text.count("\n", 0, match.start()) + 2
+            yield Block(page, match[3], line, textwrap.dedent(match[4]))
 
 
 def table(page, first_cell):

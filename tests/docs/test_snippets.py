@@ -1,7 +1,7 @@
 """Every snippet of README and documentation runs.
 
-A page runs from top to bottom in a folder of its own, see ``workplace.py``: Python in one namespace, commands in this
-process, the heavy ones at toy size. Pages with heavy commands do so among the slow tests; here these are parsed.
+A page runs from top to bottom in its own folder, see ``workplace.py``: Python in one namespace, commands in this
+process, the heavy ones at toy size. Pages with heavy commands run in the slow tests; the fast tests parse the commands.
 """
 
 import os
@@ -10,25 +10,17 @@ import warnings
 import datasets
 import pytest
 
-from tests.docs import workplace
+from tests.docs import pages, workplace
 from tests.docs.pages import PAGES, blocks
-from tests.docs.running import LANGUAGES, Page
-from tests.docs.shell import commands
+from tests.docs.running import LANGUAGES, Page, heavy
 
-PYTHON_ALONE = {"README.md"}  # its Python reads nothing that its commands write, and is tried with every change
-
-
-def heavy(page):
-    return [command for block in blocks(page, "bash", "console") for command in commands(block) if command.heavy]
-
-
-def run_by_parts(page):
-    return page in PYTHON_ALONE and heavy(page)
+RUN = ("bash", "python", "yaml")
+PYTHON_ALONE = ("README.md",)  # its Python does not read what its commands write
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """What is found under hub ids: data sets, and weights."""
+    """Datasets and weights under hub ids."""
     folder = tmp_path_factory.mktemp("hub")
     workplace.weights(folder / "weights")
     return workplace.on_the_hub(folder)
@@ -36,7 +28,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture
 def page_of(tmp_path, tmp_path_factory, monkeypatch, hub):
-    """Makes a page that is to run in a folder with images, without a network and with nobody to warn."""
+    """Makes a page that runs in a folder with images, without a network."""
     monkeypatch.setattr("huggingface_hub.HfApi", workplace.Uploads)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: str(hub / "weights"))
     monkeypatch.setattr(datasets, "load_dataset", workplace.opener(datasets.load_dataset, hub))
@@ -51,30 +43,28 @@ def page_of(tmp_path, tmp_path_factory, monkeypatch, hub):
     os.environ.update(before)
 
 
-def kinds(page):
-    return {block.language for block in blocks(page)} - {"text", "bibtex"}
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if kinds(page) and not heavy(page)])
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if {b.language for b in blocks(page)} & {*RUN} and not heavy(page)]
+)
 def test_page_runs(page, page_of):
-    page_of(page).run()
+    page_of(page).run(*RUN)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if heavy(page) and not run_by_parts(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if heavy(page) and page not in PYTHON_ALONE])
 def test_heavy_page_runs(page, page_of):
-    page_of(page).run()
+    page_of(page).run(*RUN)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if run_by_parts(page)])
+@pytest.mark.parametrize("page", PYTHON_ALONE)
 def test_python_runs_alone(page, page_of):
     page_of(page).run("python")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if run_by_parts(page)])
+@pytest.mark.parametrize("page", PYTHON_ALONE)
 def test_commands_run_alone(page, page_of):
-    page_of(page).run(*(language for language in LANGUAGES if language != "python"))
+    page_of(page).run("bash", "yaml")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if heavy(page)])
@@ -83,5 +73,22 @@ def test_heavy_commands_parse(page, page_of):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_block_is_of_a_known_kind(page):
-    assert {block.language for block in blocks(page)} <= set(LANGUAGES)
+def test_every_block_names_a_known_language(page):
+    assert {block.language for block in blocks(page)} <= {*LANGUAGES}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```bash\nlightning-igpt recipes show no\n```\n",
+        "```bash\nlightning-igpt fit --config digits_tiny_pretrain --model.no 1 --print_config\n```\n",
+        "```bash\nmake it\n```\n",
+        "```bash\npip install numpyy\n```\n",
+        "```python\nassert False\n```\n",
+        "```yaml\nmodel: {class_path: No}\n```\n",
+    ],
+)
+def test_a_wrong_snippet_fails(text, page_of, monkeypatch):
+    monkeypatch.setitem(pages.PAGES, "page.md", text)
+    with pytest.raises(AssertionError):
+        page_of("page.md").run(*RUN)

@@ -6,7 +6,6 @@ import types
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -17,7 +16,6 @@ from lightning_igpt.modules import PretrainModule
 from lightning_igpt.palette import Palette
 from lightning_igpt.trainer import make_trainer
 from lightning_igpt.weights import save_pretrained
-from tests import sharding
 from tests.docs import toys
 from tests.image_files import noise, rows
 from tests.modules.helpers import quiet_trainer
@@ -72,15 +70,6 @@ def checkpoint(target):
     trainer.save_checkpoint(target)
 
 
-def shards(target):
-    """The folder that a sharded run saves for a checkpoint."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PL_GLOBAL_SEED", raising=False)  # to which Lightning goes back when it makes a group
-        _, trainer = sharding.fit(target.parent, "model")
-        trainer.save_checkpoint(target)
-        torch.distributed.destroy_process_group()
-
-
 def mask(target):
     Image.fromarray(np.uint8(np.indices((32, 32))[1] > 20) * 255).save(target)
 
@@ -108,7 +97,6 @@ BROUGHT = {
     "mask.png": mask,
     "runs/mine": weights,
     "runs/imagenet32_s_pretrain": weights,
-    "runs/large/checkpoints/final.ckpt": shards,
     "runs/digits_tiny_probe": run,
     f"{OF_TENSORFLOW}.index": Path.touch,
 }
@@ -128,7 +116,7 @@ def bring(text):
 
 
 def on_the_hub(folder):
-    """Data sets of 10 classes, train and test: one with CIFAR-10's names of columns, one with everyone's."""
+    """Datasets of 10 classes, train and test: one with CIFAR-10's names of columns, one with everyone's."""
     for name, column in {"cifar10": "img", "any": "image"}.items():
         (folder / name).mkdir()
         for split, n in {"train": 40, "test": 10}.items():
@@ -139,7 +127,7 @@ def on_the_hub(folder):
 
 
 def opener(load, hub):
-    """``datasets.load_dataset`` that finds one of these data sets under every hub id."""
+    """``datasets.load_dataset`` that finds one of these datasets under every hub id."""
 
     def load_dataset(path, name=None, *, revision=None, **options):
         if Path(path).exists() or not HUB_ID.fullmatch(str(path)):
