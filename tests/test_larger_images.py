@@ -6,9 +6,17 @@ import pytest
 
 from lightning_igpt.callbacks.recompute import decide
 from lightning_igpt.config import PRESETS
-from lightning_igpt.planning import ACTIVATION_BYTES, RECOMPUTE, forward_flops_per_token, largest_batch, training_bytes
-from lightning_igpt.planning.devices import find_device
-from lightning_igpt.planning.runs import PAPER, Run, usual_mfu
+from lightning_igpt.planning import (
+    ACTIVATION_BYTES,
+    PAPER,
+    RECOMPUTE,
+    Run,
+    find_device,
+    forward_flops_per_token,
+    largest_batch,
+    training_bytes,
+    usual_mfu,
+)
 from tests.docs.pages import PAGES, table
 from tests.test_recipes import header, images_per_step, network_of, read
 
@@ -32,7 +40,7 @@ def test_a_row_of_the_table(row):
             " / ".join(str(largest_batch(config, device.usable, recompute=how)) for how in RECOMPUTE)
             for device in (SMALL_GPU, LARGE_GPU)
         ),
-        f"{run.device_seconds / 3600:,.0f}",
+        f"{run.seconds / 3600:,.0f}",
     ]
 
 
@@ -66,6 +74,6 @@ def test_the_recipes_for_one_gpu(name):
     assert decide(config, batch_size, LARGE_GPU.usable).how == "none"
     assert 2 * batch_size > largest_batch(config, LARGE_GPU.usable)
     assert decide(config, batch_size, SMALL_GPU.usable).how == "selective"  # the header: a smaller GPU does too
-    hours = Run(config, PAPER, LARGE_GPU, mfu=usual_mfu(config)).device_seconds / 3600
+    hours = Run(config, PAPER, LARGE_GPU, mfu=usual_mfu(config)).seconds / 3600
     said = f"{hours:,.0f} hours of one H100 at {100 * usual_mfu(config):.0f} % of its peak"
     assert said in " ".join(header(name))

@@ -13,8 +13,7 @@ from lightning_igpt.callbacks.compile import CompileBlocks, blocks_of, images_at
 from lightning_igpt.callbacks.throughput import is_frozen
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import Block, Recomputing
-from lightning_igpt.planning import ACTIVATION_BYTES, largest_batch, training_bytes
-from lightning_igpt.planning.devices import usable_bytes
+from lightning_igpt.planning import ACTIVATION_BYTES, largest_batch, training_bytes, usable_bytes
 
 log = logging.getLogger(__name__)
 

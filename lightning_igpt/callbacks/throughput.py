@@ -15,8 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.planning import forward_flops_per_token
-from lightning_igpt.planning.devices import device_called
+from lightning_igpt.planning import device_called, forward_flops_per_token
 
 
 class Throughput(Callback):

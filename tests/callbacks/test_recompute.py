@@ -11,8 +11,7 @@ from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.microbatch import MemoryMeter
 from lightning_igpt.model import ATTENTION_KERNELS
 from lightning_igpt.modules import PretrainModule, ProbeModule
-from lightning_igpt.planning import training_bytes
-from lightning_igpt.planning.devices import usable_bytes
+from lightning_igpt.planning import training_bytes, usable_bytes
 from tests.modules.helpers import BERT, TINY, loader, quiet_trainer
 
 GIB = 2**30

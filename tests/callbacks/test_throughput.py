@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader
 from lightning_igpt.callbacks import Throughput, throughput
 from lightning_igpt.callbacks.throughput import batch_size_of, flops_per_image, peak_tflops
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
-from lightning_igpt.planning import forward_flops_per_token, train_flops_per_token
-from lightning_igpt.planning.devices import DEVICES
+from lightning_igpt.planning import DEVICES, forward_flops_per_token, train_flops_per_token
 from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
 
 
