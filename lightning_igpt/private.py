@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -21,3 +21,8 @@ def multiplies_bfloat16(device: torch.device | str) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return False
+
+
+def uncompiled(module: Any) -> Any:
+    """The module that ``torch.compile`` wraps, or the module itself. ``_orig_mod``: torch 2.10 to 2.14."""
+    return getattr(module, "_orig_mod", module)

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_igpt.callbacks import provenance
 from lightning_igpt.callbacks.provenance import name_of, plain
-from lightning_igpt.weights.files import replacing
+from lightning_igpt.weights.safety import replacing
 
 log = logging.getLogger(__name__)
 

@@ -186,7 +186,7 @@ def test_a_head_that_does_not_fit_is_refused(tmp_path, palette):
 
 
 def test_other_classes_of_theirs_say_what_they_lack(tmp_path, palette):
-    for kind, message in [(ImageGPTForImageClassification, "keeps no colour head"), (ImageGPTModel, "ImageGPTModel")]:
+    for kind, message in [(ImageGPTForImageClassification, "keeps no color head"), (ImageGPTModel, "ImageGPTModel")]:
         folder = tmp_path / kind.__name__
         their_model(kind).save_pretrained(folder)
         write_processor(folder, palette)
@@ -209,7 +209,7 @@ def test_shapes_types_and_values_are_checked(tmp_path, palette):
         load_with(state[name].to(torch.int8))
     broken = state[name].clone()
     broken[3, 4] = torch.nan
-    with pytest.raises(ValueError, match=rf"1 of 4096 values of {name} are not finite"):
+    with pytest.raises(ValueError, match=rf"{name}: 1 of 4096 values are not finite"):
         load_with(broken)
     assert load_with(state[name].bfloat16()).network.wte.weight.dtype == torch.float32
 
@@ -254,9 +254,9 @@ def test_wrong_folders_say_so(tmp_path, palette):
         load_pretrained(with_config(layer_norm_epsilon=0.1))
     with pytest.raises(ValueError, match="activation_function"):
         load_pretrained(with_config(activation_function="gelu"))
-    with pytest.raises(ValueError, match=r"config\.json has n_layer 4, but model\.safetensors was written with 3"):
+    with pytest.raises(ValueError, match=r"(?s)parameters missing.*- transformer\.h\.3\.attn"):
         load_pretrained(with_config(n_layer=4))
-    with pytest.raises(ValueError, match=r"palette has 16 colours \(sha256 \w+\), the network 20"):
+    with pytest.raises(ValueError, match=r"palette has 16 colors \(sha256 \w+\), the network 20"):
         save_pretrained(tmp_path / "b", random_network(), Palette.load("gray:16"))
     (tmp_path / "a" / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=r"network of 20 colors but no palette.*load_pretrained\(source, palette="):
