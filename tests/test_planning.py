@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules import PretrainModule
-from lightning_igpt.objectives import next_pixel_loss
 from lightning_igpt.optim import make_adam
 from lightning_igpt.planning import (
     DEVICES,
@@ -204,15 +203,15 @@ def test_the_parts_of_the_small_network():
     assert training_bytes(dropping, 4, recompute="selective") == training_bytes(dropping, 4, recompute="full")
 
 
-@pytest.mark.parametrize("usable", [10_000, 500_000, 3_000_001, 12_345_678])
-def test_one_image_more_than_the_largest_batch_does_not_fit(usable):
-    for precision, (devices, sharded), how, compiled in itertools.product(
-        WIDTHS, [(1, False), (3, False), (3, True)], RECOMPUTE, [False, True]
-    ):
+def test_one_image_more_than_the_largest_batch_does_not_fit():
+    layouts = itertools.product(
+        WIDTHS, [(1, False), (3, False), (3, True)], RECOMPUTE, [500_000, 3_000_001, 12_345_678]
+    )
+    for precision, (devices, sharded), how, usable in layouts:
         options = {"precision": precision, "devices": devices, "sharded": sharded, "recompute": how}
-        most = largest_batch(SMALL, usable, compiled=compiled, **options)
-        needed = [sum(training_bytes(SMALL, n, compiled=compiled, **options).values()) for n in (most or 1, most + 1)]
-        assert needed[1] > usable and (not most or needed[0] <= usable)
+        most = largest_batch(SMALL, usable, **options)
+        assert not most or sum(training_bytes(SMALL, most, **options).values()) <= usable
+        assert sum(training_bytes(SMALL, most + 1, **options).values()) > usable
 
 
 def saved_bytes(run, parameters):
@@ -256,30 +255,6 @@ def test_what_a_block_keeps_is_below_what_is_planned(precision, measured):
     assert copies == WIDTHS[precision].copy * block_matrices(BLOCK)
 
 
-@pytest.mark.slow
-@pytest.mark.marathon
-@pytest.mark.parametrize(("precision", "measured"), [("32-true", 64), ("bf16-mixed", 34)])
-def test_what_a_compiled_block_keeps_is_what_is_planned(precision, measured):
-    block, run = block_of(precision)
-    block.compile()
-    run().sum().backward()
-    kept, copies = saved_bytes(run, list(block.parameters()))
-    assert kept == measured * BLOCK.n_embd + 4 * BLOCK.n_head + 2 * 4
-    assert 0.9 * WIDTHS[precision].compiled <= measured <= WIDTHS[precision].compiled
-    assert copies == WIDTHS[precision].copy * block_matrices(BLOCK)
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_what_the_head_keeps_of_logits_is_below_what_is_planned(precision):
-    logits = torch.zeros(3, 256, 512, dtype=torch.bfloat16 if "bf16" in precision else None, requires_grad=True)
-    tokens = torch.zeros(3, 256, dtype=torch.long)
-    kept, _ = saved_bytes(lambda: next_pixel_loss(logits, tokens), [])
-    log_softmax, gradients = 4 * 512, (4 + logits.element_size()) * 512  # the latter come when backward begins
-    assert log_softmax <= kept <= log_softmax + 16  # and the tokens
-    planned = training_bytes(BLOCK, 1, precision)["logits"] / 256
-    assert log_softmax + gradients - planned in (0, 2 * 512)  # float32: 12 bytes, where 10 are planned
-
-
 def test_state_of_a_real_optimizer():
     network = ImageGPT(SMALL)
     optimizer = make_adam(network.parameters(), lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
@@ -319,13 +294,9 @@ def test_the_tables_of_decoding(name, printed, cache):
         assert shows(size / decode_seconds(config_of(name), H100, size), text)
     for side, text in zip((32, 48, 64), cache.split(), strict=True):
         assert cache_bytes(config_of(name, side)) == int(text) * 2**20
-    fast = replace(H100, bandwidth=1e18)  # then arithmetic is what takes time
-    flops = 2 * matrix_parameters(config_of(name)) + 2 * forward_attention(config_of(name))
-    assert decode_seconds(config_of(name), fast, 100) == pytest.approx(100 * flops / 800e12)
-
-
-def forward_attention(config):
-    return config.n_layer * config.n_embd * config.n_positions
+    fast, config = replace(H100, bandwidth=1e18), config_of(name)  # then arithmetic is what takes time
+    flops = 2 * matrix_parameters(config) + 2 * config.n_layer * config.n_embd * config.n_positions
+    assert decode_seconds(config, fast, 100) == pytest.approx(100 * flops / 800e12)
 
 
 @pytest.mark.parametrize(
@@ -346,27 +317,18 @@ def test_wrong_runs_are_refused(change, message):
         Run(**{"config": SMALL, "schedule": Schedule(1, 1), "device": H100} | change)
 
 
-CASES = list(itertools.product(("s", "l", "xl"), (1, 2, 12, 64, 1000), (1, 8), (False, True)))
-
-
 def test_the_first_that_fits_is_chosen_or_the_smallest():
     seen = set()
-    for name, batch_size, devices, compiled in CASES:
+    for name, batch_size, devices in itertools.product(("s", "l", "xl"), (1, 2, 12, 64, 1000), (1, 8)):
         config, kinds = PRESETS[f"igpt_{name}"], ("ddp", "fsdp") if devices > 1 else ("single",)
-        needed = {
-            (kind, how): sum(
-                training_bytes(
-                    config, batch_size, devices=devices, sharded=kind == "fsdp", recompute=how, compiled=compiled
-                ).values()
-            )
-            for how in RECOMPUTE
-            for kind in kinds
-        }
+        needed = {}
+        for how, kind in itertools.product(RECOMPUTE, kinds):
+            parts = training_bytes(config, batch_size, devices=devices, sharded=kind == "fsdp", recompute=how)
+            needed[kind, how] = sum(parts.values())
         fitting = [key for key, size in needed.items() if size <= USABLE]
         wanted = fitting[0] if fitting else min(needed, key=needed.__getitem__)
-        choice = choose(config, batch_size, devices, USABLE, "bf16-mixed", compiled)
-        assert (choice.strategy, choice.recompute) == wanted
-        assert (choice.bytes, choice.fits) == (needed[wanted], bool(fitting))
+        choice = choose(config, batch_size, devices, USABLE)
+        assert choice._replace(reason="") == (*wanted, "", needed[wanted], bool(fitting))
         assert f"{choice.bytes / GIB:.1f}" in choice.reason and "74.0" in choice.reason
         seen.add((choice.strategy, choice.recompute, choice.fits))
     assert len(seen) >= 8
@@ -383,31 +345,27 @@ def test_what_does_not_fit_says_how_it_would():
     assert "so take 1 and accumulate_grad_batches 997" in choose(PRESETS["igpt_s"], 997, 1, USABLE).reason
 
 
-@pytest.mark.parametrize(
-    ("name", "key"),
-    [
-        ("NVIDIA B200", "b200"),
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA GH200 480GB", "gh200"),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H100 PCIe", "h100-pcie"),
-        ("NVIDIA H100 NVL", "h100-nvl"),
-        ("NVIDIA A100-SXM4-80GB", "a100-80"),
-        ("NVIDIA A100 80GB PCIe", "a100-80"),
-        ("NVIDIA A100-SXM4-40GB", "a100-40"),
-        ("NVIDIA L40S", "l40s"),
-        ("NVIDIA L4", "l4"),
-        ("NVIDIA A10", "a10"),
-        ("Tesla V100-SXM2-32GB", "v100"),
-        ("Tesla V100-PCIE-16GB", "v100-16"),
-        ("Tesla T4", "t4"),
-        ("NVIDIA GeForce RTX 5090", "rtx5090"),
-        ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("NVIDIA GeForce RTX 3090", "rtx3090"),
-    ],
-)
-def test_devices_are_known_by_torchs_names(name, key):
-    assert device_called(name) is find_device(name) is find_device(name.lower()) is DEVICES[key]
+NAMES = {
+    "b200": "NVIDIA B200",
+    "gh200": "NVIDIA GH200 480GB",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h100-pcie": "NVIDIA H100 PCIe",
+    "h100-nvl": "NVIDIA H100 NVL",
+    "a100-80": "NVIDIA A100-SXM4-80GB",
+    "a100-40": "NVIDIA A100-SXM4-40GB",
+    "l40s": "NVIDIA L40S",
+    "l4": "NVIDIA L4",
+    "a10": "NVIDIA A10",
+    "v100": "Tesla V100-SXM2-32GB",
+    "v100-16": "Tesla V100-PCIE-16GB",
+    "rtx4090": "NVIDIA GeForce RTX 4090",
+    "rtx3090": "NVIDIA GeForce RTX 3090",
+}
+
+
+def test_devices_are_known_by_torchs_names():
+    for key, name in NAMES.items():
+        assert device_called(name) is find_device(name) is find_device(name.lower()) is DEVICES[key]
 
 
 def test_other_devices_are_not_mistaken_for_these():
@@ -426,11 +384,7 @@ def test_keys_may_be_written_in_many_ways():
         find_device("h1000")
 
 
-def test_the_figures_are_plausible():
-    for device in DEVICES.values():
-        assert 16 <= device.memory / GIB <= 192 and device.usable == usable_bytes(device.memory) < device.memory
-        assert device.tflops_32 <= (device.tflops_tf32 or device.tflops_32) < device.tflops_16
-        assert device.reached("bf16-mixed") <= device.peak("bf16-mixed") == device.tflops_16 * 1e12
-        assert device.peak("32-true") == 1e12 * (device.tflops_tf32 or device.tflops_32)
-        assert 250e9 < device.bandwidth <= 8e12
-    assert H100.usable == USABLE
+def test_usable_memory_and_peaks():
+    assert DEVICES["h100"].usable == usable_bytes(80 * GIB) == USABLE
+    assert [DEVICES[key].peak("32-true") for key in ("a100-80", "v100")] == [156e12, 15.7e12]  # TF32 where there is any
+    assert DEVICES["v100"].peak("16-mixed") == 125e12 and H100.reached("bf16-mixed") == 800e12

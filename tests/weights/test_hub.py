@@ -68,6 +68,10 @@ def hub(monkeypatch):
 
 def test_push_uploads_what_save_writes(tmp_path, hub):
     network, palette, card = random_network(), Palette.load("gray:20"), {"steps": 12}
+    for name in ("cats", "me/cats@main", "https://example.org/me/cats"):
+        with pytest.raises(ValueError, match="must be 'owner/name'"):
+            push_to_hub(name, network, palette)
+    assert not hub.asked
     address = push_to_hub("me/cats", network, palette, card=card, private=True, token="hf_secret")
     assert address.endswith("/me/cats/commit/abc")
     assert hub.created[0]["name"] == "cats" and hub.created[0]["organization"] == "me"
@@ -75,13 +79,6 @@ def test_push_uploads_what_save_writes(tmp_path, hub):
     save_pretrained(tmp_path / "local", network, palette, card=card)
     local = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
     assert hub.files == local and set(local) >= {"config.json", "model.safetensors", "README.md"}
-
-
-def test_wrong_names_are_refused_before_anything_is_asked(hub):
-    for name in ("cats", "me/cats@main", "https://example.org/me/cats"):
-        with pytest.raises(ValueError, match="must be 'owner/name'"):
-            push_to_hub(name, random_network(), Palette.load("gray:20"))
-    assert not hub.asked
 
 
 def test_a_hub_id_may_name_a_revision(tmp_path, monkeypatch):

@@ -54,19 +54,6 @@ def test_round_trip_is_bit_exact(tmp_path, palette, config):
         assert torch.equal(mine, other), name
 
 
-def test_their_folder_with_a_pickled_file_loads_safely(tmp_path, palette):
-    torch.manual_seed(0)
-    config = TheirConfig(vocab_size=21, n_positions=16, n_embd=32, n_layer=2, n_head=4)
-    theirs = ImageGPTForCausalImageModeling(config)
-    config.save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"clusters": palette.to_list()}))
-    old = {f"transformer.h.{i}.attn.{name}": torch.ones(1) for i in range(2) for name in ("bias", "masked_bias")}
-    torch.save(theirs.state_dict() | old, tmp_path / "pytorch_model.bin")  # the hub's files still hold the masks
-    loaded = load_pretrained(tmp_path)
-    assert loaded.config == ImageGPTConfig(2, 4, 32, 20, 4)
-    assert torch.equal(loaded.network.sos, theirs.transformer.wte.weight[-1])
-
-
 def their_model(kind=ImageGPTForCausalImageModeling, biased=False, **shape):
     torch.manual_seed(0)
     theirs = kind(TheirConfig(**{"vocab_size": 21, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4} | shape))

@@ -103,15 +103,6 @@ def test_the_best_lies_wherever_the_callback_put_it(tmp_path):
     assert step_of(load_pretrained(tmp_path)) == 10
 
 
-def test_a_monitor_that_is_no_validation_decides_nothing(tmp_path):
-    for step, nats in [(10, 2.0), (20, 3.0)]:
-        stamped(tmp_path / f"{step}.ckpt", step, nats=nats)
-    content = torch.load(tmp_path / "20.ckpt", weights_only=True)
-    content["callbacks"] = {"ModelCheckpoint": {"monitor": "step", "best_model_path": "20.ckpt"}}
-    torch.save(content, tmp_path / "20.ckpt")
-    assert step_of(load_pretrained(tmp_path)) == 10
-
-
 def test_a_later_checkpoint_may_tell_of_an_earlier_ones_validation(tmp_path):
     """Saved before the validation of their step, as every_n_train_steps does."""
     for step, measured_at, nats in [(10, 5, 4.0), (20, 10, 2.0), (30, 20, 3.0)]:
@@ -138,14 +129,6 @@ def test_every_cut_names_the_file(tmp_path, checkpoint, share):
     (tmp_path / "cut.ckpt").write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match=r"cut\.ckpt (cannot be opened|is no checkpoint)"):
         load_pretrained(tmp_path / "cut.ckpt")
-
-
-def test_a_run_folder_without_validation_gives_the_newest(tmp_path, checkpoint):
-    older = tmp_path / "older.ckpt"
-    older.write_bytes(b"not a checkpoint")
-    os.utime(older, (0, 0))
-    loaded = load_pretrained(tmp_path)
-    assert "newest" in loaded.origin and checkpoint in loaded.origin
 
 
 def test_checkpoints_tell_steps_data_and_what_was_measured(tmp_path):
@@ -190,12 +173,8 @@ def test_another_image_size_interpolates_positions_and_says_so(checkpoint, caplo
         PretrainModule("igpt_s", pretrained=checkpoint)
 
 
-def test_damaged_and_foreign_files_are_refused(tmp_path, checkpoint):
+def test_foreign_files_are_refused(tmp_path):
     bad = tmp_path / "bad.ckpt"
-    with open(checkpoint, "rb") as file:
-        bad.write_bytes(file.read()[:-1000])
-    with pytest.raises(ValueError, match=r"bad\.ckpt cannot be opened"):
-        load_pretrained(bad)
     for content in (b"seed_everything: 0\n", b"\xff\xd8\xff\xe0 a photo"):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.ckpt is no checkpoint \(torch\.save did not write it\)"):
