@@ -39,6 +39,7 @@ CONFIG, PROCESSOR, COLOR_HEAD = "config.json", "preprocessor_config.json", "lm_h
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DOWNLOADS = (CONFIG, PROCESSOR, COLOR_HEAD, SAFE, SAFE_INDEX, "model-*.safetensors", PICKLED, "pytorch_model*.bin*")
+FORMAT = {"format": "pt"}  # in the header; transformers asks for it
 HEAD, LM_HEAD = "score.weight", "lm_head.weight"
 SHA256 = "palette_sha256"  # the key of the palette's hash in both JSON files
 
@@ -178,9 +179,9 @@ def save_folder(
     for stale in (COLOR_HEAD, SAFE_INDEX, PICKLED, PICKLED_INDEX):  # of another network that was saved here before
         (folder / stale).unlink(missing_ok=True)
     if head is not None:
-        save_safetensors(folder / COLOR_HEAD, {LM_HEAD: state.pop(LM_HEAD)}, {})
+        save_safetensors(folder / COLOR_HEAD, {LM_HEAD: state.pop(LM_HEAD)}, FORMAT)
         state[HEAD] = head
-    save_safetensors(folder / SAFE, state, {})
+    save_safetensors(folder / SAFE, state, FORMAT)
     for name, text in texts.items():
         (folder / name).write_text(text + "\n", encoding="utf-8")
 

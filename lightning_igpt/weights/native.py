@@ -23,8 +23,7 @@ from lightning_igpt.weights.safety import read_safetensors, save_safetensors
 log = logging.getLogger(__name__)
 
 HEADER = "lightning_igpt"  # the key of the file's metadata
-COLORS = "palette_colors"
-HEAD = "head.weight"
+COLORS, HEAD = "palette_colors", "head.weight"
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write contiguous CPU tensors and text for the header; what is at ``path`` is replaced once the file is whole."""
-    with replacing(path) as temporary:  # transformers asks for the format
-        safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt", **metadata})
+    """Write contiguous CPU tensors, and one text for the header, where safetensors shuffles several."""
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(dict(tensors), temporary, metadata=dict(metadata))
 
 
 def read_json(path: Path) -> dict[str, Any]:
