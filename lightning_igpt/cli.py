@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_igpt import callbacks, data, modules
 from lightning_igpt.callbacks.finite_guard import check_folder
 from lightning_igpt.checkpointing import check_resumable, find_checkpoint, standing
+from lightning_igpt.checkpointing.shards import is_shards
 from lightning_igpt.commands import dry_run, recipes
 from lightning_igpt.commands.arguments import check_seed, one_line_errors
 from lightning_igpt.commands.lightning_parser import (
@@ -37,7 +38,6 @@ from lightning_igpt.modules.deferred import never_drawn
 from lightning_igpt.strategies import choose_strategy
 from lightning_igpt.trainer import best_precision, make_trainer
 from lightning_igpt.weights.safety import check_opens_safely
-from lightning_igpt.weights.shards import is_shards
 
 __all__ = ["IGPTCLI", "callbacks", "data", "modules", "run"]  # importing the classes makes their short names known
 

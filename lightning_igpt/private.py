@@ -43,3 +43,8 @@ def int8_product() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch
     import torch
 
     return torch._weight_int8pack_mm
+
+
+def uncompiled(module: Any) -> Any:
+    """The module that ``torch.compile`` wraps, or the module itself. ``_orig_mod``: torch 2.10 to 2.14."""
+    return getattr(module, "_orig_mod", module)

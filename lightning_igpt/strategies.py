@@ -17,8 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_igpt.checkpointing import AtomicModelParallelStrategy, with_whole_shards
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.planning import ACTIVATION_BYTES, Choice, choose
-from lightning_igpt.planning.devices import usable_bytes
+from lightning_igpt.planning import ACTIVATION_BYTES, Choice, choose, usable_bytes
 
 log = logging.getLogger(__name__)
 

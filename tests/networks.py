@@ -21,17 +21,5 @@ def random_network(config=SMALL, seed=0, dtype=torch.float32):
     return network.eval()
 
 
-class InMemory:
-    """Named tensors as a file of weights gives them, see weights/files.py."""
-
-    where = "memory"
-
-    def __init__(self, values):
-        self.values, self.names = values, set(values)
-
-    def read(self, names):
-        return {name: self.values[name] for name in names}
-
-
 def random_tokens(config=SMALL, batch=2, seed=1):
     return torch.randint(config.vocab_size, (batch, config.n_positions), generator=torch.manual_seed(seed))

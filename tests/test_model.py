@@ -14,7 +14,7 @@ from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.model import ImageGPT, KVCache, QuickGELU, RMSNorm
 from lightning_igpt.objectives import masked_pixel_loss, next_pixel_loss
 from lightning_igpt.weights import huggingface, openai
-from tests.networks import SMALL, SMALL_BERT, InMemory, random_network, random_tokens
+from tests.networks import SMALL, SMALL_BERT, random_network, random_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -99,9 +99,9 @@ def golden(kind):
     """A network with the weights of OpenAI's own code, and the arrays that code computed with them."""
     arrays = np.load(GOLDEN / f"openai_tf_{kind}.npz", allow_pickle=False)
     names = [name for name in arrays if name.startswith("weight:") and not name.endswith("_power")]
-    file = InMemory({name.removeprefix("weight:"): torch.from_numpy(arrays[name]) for name in names})
-    config = openai.read_config({name: tuple(value.shape) for name, value in file.values.items()}, file.names, "golden")
-    return openai.from_file(file, config), arrays
+    values = {name.removeprefix("weight:"): torch.from_numpy(arrays[name]) for name in names}
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    return openai.from_variables(shapes, values.__getitem__, "golden"), arrays
 
 
 @pytest.mark.parametrize("kind", ["ar", "bert"])
@@ -170,7 +170,7 @@ def test_logits_equal_transformers(dtype, tolerance, n_inner, biased):
                 if name.endswith("bias"):
                     parameter.normal_(std=0.2)
     # The loader reads float32; in float64 the same values are compared at higher precision.
-    ours = huggingface.from_file(InMemory(theirs.state_dict()), theirs.config.to_dict()).to(dtype).eval()
+    ours = huggingface.from_state_dict(theirs.state_dict(), theirs.config.to_dict()).to(dtype).eval()
     theirs.load_state_dict({key: value.float().to(dtype) for key, value in theirs.state_dict().items()})
     assert ours.config.bias is biased
     tokens = random_tokens()
@@ -183,7 +183,7 @@ def test_logits_equal_transformers(dtype, tolerance, n_inner, biased):
 def test_taps_equal_transformers_normed_hidden_states():
     theirs = their_model(torch.float64)
     theirs.load_state_dict({key: value.float().double() for key, value in theirs.state_dict().items()})
-    ours = huggingface.from_file(InMemory(theirs.state_dict()), theirs.config.to_dict()).double().eval()
+    ours = huggingface.from_state_dict(theirs.state_dict(), theirs.config.to_dict()).double().eval()
     tokens = random_tokens()
     states = theirs(
         torch.cat([torch.full((2, 1), 20), tokens[:, :-1]], 1), output_hidden_states=True

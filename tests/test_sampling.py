@@ -11,7 +11,7 @@ from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.decoding import Decoder
 from lightning_igpt.sampling import complete, draw, inpaint, score
 from lightning_igpt.weights import huggingface
-from tests.networks import SMALL, SMALL_BERT, InMemory, random_network, random_tokens
+from tests.networks import SMALL, SMALL_BERT, random_network, random_tokens
 
 
 def naive_complete(network, prompt, generator, **options):
@@ -43,7 +43,7 @@ def test_greedy_completion_equals_transformers_generate():
         for parameter in theirs.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=0.2)
-    ours = huggingface.from_file(InMemory(theirs.state_dict()), config.to_dict()).eval()
+    ours = huggingface.from_state_dict(theirs.state_dict(), config.to_dict()).eval()
     prompt = random_tokens()[:, :6]
     with_sos = torch.cat([torch.full((2, 1), 20), prompt], 1)
     expected = theirs.generate(with_sos, max_length=17, do_sample=False, pad_token_id=0)[:, 1:]

@@ -1,6 +1,7 @@
 """Checkpoint files: how they are written, so that they are whole or absent, and which one a run goes on from."""
 
 from lightning_igpt.checkpointing.atomic import AtomicCheckpointIO
+from lightning_igpt.checkpointing.complete import check_complete, is_complete, standing
 from lightning_igpt.checkpointing.consolidate import consolidate_checkpoint
 from lightning_igpt.checkpointing.resume import check_resumable, find_checkpoint
 from lightning_igpt.checkpointing.sharded import (
@@ -9,7 +10,6 @@ from lightning_igpt.checkpointing.sharded import (
     finish_swaps,
     with_whole_shards,
 )
-from lightning_igpt.weights.complete import check_complete, is_complete, standing
 
 __all__ = [
     "AtomicCheckpointIO",

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from lightning_igpt.weights.complete import ASIDE, beside, standing
-from lightning_igpt.weights.intact import check_intact
-from lightning_igpt.weights.shards import is_shards, join_shards
+from lightning_igpt.checkpointing.complete import ASIDE, beside, standing
+from lightning_igpt.checkpointing.intact import check_intact
+from lightning_igpt.checkpointing.shards import is_shards, join_shards
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_igpt.checkpointing.atomic import AtomicCheckpointIO
-from lightning_igpt.weights.complete import standing
-from lightning_igpt.weights.shards import is_shards, join_shards
+from lightning_igpt.checkpointing.complete import standing
+from lightning_igpt.checkpointing.shards import is_shards, join_shards
 
 
 def consolidate_checkpoint(folder: str | Path, file: str | Path) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_igpt.weights.complete import checkpoints_among, standing
-from lightning_igpt.weights.files import read_torch
-from lightning_igpt.weights.intact import check_intact
-from lightning_igpt.weights.safety import EXTRA
-from lightning_igpt.weights.shards import ShardsFile
+from lightning_igpt.checkpointing.complete import checkpoints_among, standing
+from lightning_igpt.checkpointing.intact import check_intact
+from lightning_igpt.checkpointing.shard_safety import EXTRA
+from lightning_igpt.checkpointing.shards import ShardsFile
+from lightning_igpt.weights.safety import read_torch
 
 log = logging.getLogger(__name__)
 

@@ -25,10 +25,10 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_igpt.checkpointing.atomic import AtomicCheckpointIO, sync_folder
+from lightning_igpt.checkpointing.complete import ASIDE, MARK, TEMPORARY, beside, sha256_of, standing
+from lightning_igpt.checkpointing.shard_safety import EXTRA, INDEX, check_opens_safely, check_shards
+from lightning_igpt.checkpointing.shards import ShardsFile, is_shards
 from lightning_igpt.checkpointing.spread import read_whole, spread_flat, spread_fully_sharded
-from lightning_igpt.weights.complete import ASIDE, MARK, TEMPORARY, beside, sha256_of, standing
-from lightning_igpt.weights.safety import EXTRA, INDEX, check_opens_safely, check_shards
-from lightning_igpt.weights.shards import ShardsFile, is_shards
 
 log = logging.getLogger(__name__)
 

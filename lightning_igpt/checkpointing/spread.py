@@ -15,9 +15,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.strategies.fsdp import _get_full_state_dict_context
 from torch import Tensor, nn
 
-from lightning_igpt.weights.files import read_torch
-from lightning_igpt.weights.intact import check_intact
-from lightning_igpt.weights.shards import by_position
+from lightning_igpt.checkpointing.intact import check_intact
+from lightning_igpt.checkpointing.shards import by_position
+from lightning_igpt.weights.safety import read_torch
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 

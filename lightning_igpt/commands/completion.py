@@ -16,7 +16,7 @@ from lightning_igpt.commands import recipes
 from lightning_igpt.commands.arguments import one_line_errors
 from lightning_igpt.commands.parsers import VerbParser
 from lightning_igpt.config import PRESETS
-from lightning_igpt.planning.devices import DEVICES
+from lightning_igpt.planning import DEVICES
 
 PROGRAM = "lightning-igpt"
 TABLE = Path(__file__).parents[1] / "assets" / "completion.json"

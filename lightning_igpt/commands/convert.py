@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_igpt.checkpointing import consolidate_checkpoint, standing
+from lightning_igpt.checkpointing.shards import is_shards
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.places import check_file, check_folder
 from lightning_igpt.planning import parameter_count
-from lightning_igpt.weights import Pretrained, load_pretrained, native, openai, save_pretrained
+from lightning_igpt.weights import Pretrained, load_pretrained, native, save_pretrained
 from lightning_igpt.weights.check import check_logits, compare_with_transformers
-from lightning_igpt.weights.shards import is_shards
 
 TOLERANCE = 1e-4  # of the largest logit; float32 in another order of operations stays far below
-SUFFIXES = {"openai-npz": ".npz", "safetensors": ".safetensors", "lightning": ".ckpt"}
+SUFFIXES = {"safetensors": ".safetensors", "lightning": ".ckpt"}
 
 
 def convert(
     source: str,
     out: str,
-    to: Literal["hf", "openai-npz", "safetensors", "lightning"] = "hf",
+    to: Literal["hf", "safetensors", "lightning"] = "hf",
     check: bool = False,
     image_size: int | None = None,
     palette: str | None = None,
@@ -32,14 +32,13 @@ def convert(
     """Write weights in another format, read them back, and show what was read and written.
 
     Args:
-        source: A .ckpt file, or the folder that a sharded run saves in its place; a run folder, a Hugging Face folder
-            or hub id (owner/name or owner/name@revision), an OpenAI checkpoint, or an .npz or .safetensors file that
-            this command wrote.
+        source: A .ckpt file, a run folder, a Hugging Face folder or hub id (owner/name or owner/name@revision), an
+            OpenAI checkpoint, or a .safetensors file that this command wrote.
         out: Where to: a folder for hf, else a file. Missing folders are made.
         to: hf is the layout of transformers' ImageGPT, with palette and model card; the classifier of a fine-tuned
-            network becomes an ImageGPTForImageClassification. openai-npz is one file of OpenAI's variables for NumPy,
-            with the palette. safetensors is one file under this package's own names, config in its header. lightning
-            makes one .ckpt file, from which the run can go on, of a folder that a sharded run saved.
+            network becomes an ImageGPTForImageClassification. safetensors is one file under this package's own names,
+            config in its header. lightning makes one .ckpt file, from which the run can be resumed, of a folder that a
+            sharded run saved.
         check: Compare with transformers on random tokens and print the largest difference.
         image_size: Side of the images of the written network; positions are interpolated where it is another.
         palette: The palette that the network was trained with, where the source holds none: openai, gray:16, a .npy
@@ -69,7 +68,7 @@ def convert(
         _row("wrote", f"{out} ({to})")
     else:
         _write(loaded, Path(out), to, card)
-    head = loaded.head if to != "openai-npz" else None
+    head = loaded.head
     del loaded  # before it comes back from the disk; of large networks there is room for one
     again = load_pretrained(out)
     difference = (check_logits(again.network) - logits).abs().max().item()
@@ -95,15 +94,11 @@ def _write(loaded: Pretrained, out: Path, to: str, card: dict[str, str | None]) 
     filled = loaded.card.filled(**card)
     if to == "hf":
         save_pretrained(out, loaded.network, loaded.palette, card=filled, head=head, class_names=names)
-    elif to == "safetensors":
-        native.save_file(out, loaded.network, loaded.palette, head, names, filled.known())
     else:
-        openai.save_archive(out, loaded.network, loaded.palette)
+        native.save_file(out, loaded.network, loaded.palette, head, names, filled.known())
     _row("wrote", f"{out} ({to})")
     if to == "hf" and loaded.config.objective == "bert":
         _row("note", "transformers cannot run a BERT network: no sos, no causal mask; load_pretrained can")
-    if to == "openai-npz" and head is not None:
-        _row("note", "OpenAI's layout has no place for the class head; it was left out")
     if to == "hf" and head is not None:
         _row(
             "note", "the colour head is in lm_head.safetensors, for load_pretrained; transformers' classifier has none"

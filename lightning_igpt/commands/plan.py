@@ -19,8 +19,7 @@ from lightning_igpt.commands.plan_facts import Plan, facts
 from lightning_igpt.commands.plan_recipe import PRECISIONS, Recipe, read_recipe
 from lightning_igpt.commands.plan_sweep import draw_sweep
 from lightning_igpt.commands.plan_text import lines
-from lightning_igpt.planning import Run, Schedule, find_device, usual_mfu
-from lightning_igpt.planning.runs import CPU_MFU
+from lightning_igpt.planning import CPU_MFU, Run, Schedule, find_device, usual_mfu
 
 BATCH_SIZE, STEPS = 128, 1_000_000  # the paper's
 
@@ -115,7 +114,7 @@ def decide(wanted: Recipe, *, device_kind: str, batch_size: int | None, steps: i
     )
     # A network too small for its device does not come near the usual.
     run = replace(run, mfu=min(run.mfu, run.ceiling_mfu) if mfu is None else mfu)
-    return Plan(wanted.name(), run, accumulate, wanted.recompute or "none", bool(wanted.compiled), wanted.only)
+    return Plan(wanted.name(), run, accumulate, wanted.recompute or "none", bool(wanted.compiled))
 
 
 def check_divides(batch_size: int, devices: int, accumulate: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_igpt.planning import (
     RECOMPUTE,
@@ -14,20 +14,12 @@ from lightning_igpt.planning import (
     choose,
     decode_seconds,
     forward_flops_per_token,
-    instead,
     largest_batch,
-    loading_bytes,
-    paper_flops,
-    paper_schedule,
-    paper_size,
     parameter_count,
-    token_bytes,
     train_flops_per_token,
     training_bytes,
-    weights_bytes,
+    widths_of,
 )
-from lightning_igpt.planning.memory import widths_of
-from lightning_igpt.planning.runs import IMAGENET, V100_DAYS, V100_FLOPS
 
 SCHEMA = 1  # grows when a name changes its meaning
 DECODED = (1, 16, 64)  # images side by side
@@ -41,7 +33,6 @@ class Plan(NamedTuple):
     accumulate: int
     recompute: Recompute
     compiled: bool
-    only: Literal["ddp", "fsdp"] | None = None  # the strategy that was told
 
     @property
     def images(self) -> int:
@@ -65,18 +56,12 @@ def facts(plan: Plan) -> dict[str, Any]:
         "memory": {kind: _memory(plan, sharded=kind == "fsdp") for kind in _kinds(run)},
         "largest_micro_batch": {kind: _largest(run, sharded=kind == "fsdp") for kind in _kinds(run)},
         "strategy": _strategy(plan),
-        "data": {
-            "images_per_second": run.images_per_second,
-            "jpeg_cores": run.decoding_cores,
-            "imagenet_token_cache_bytes": token_bytes(run.config),
-        },
+        "data": {"images_per_second": run.schedule.images / run.seconds},
         "files": {
             "checkpoint_bytes": checkpoint_bytes(run.config, run.precision),
-            "weights_bytes": weights_bytes(run.config),
-            "loading_bytes": loading_bytes(run.config),
+            "weights_bytes": 4 * parameter_count(run.config),
         },
         "inference": _inference(run),
-        "paper": _paper(run),
     }
 
 
@@ -105,7 +90,6 @@ def _device(plan: Plan) -> dict[str, Any]:
         "peak_flops": device.peak(precision),
         "reached_flops": device.reached(precision),
         "bandwidth": device.bandwidth,
-        "reached_bandwidth": device.reached_bandwidth,
         "source": device.source,
     }
 
@@ -123,11 +107,11 @@ def _run(plan: Plan) -> dict[str, Any]:
         "steps": run.schedule.steps,
         "images": run.schedule.images,
         "tokens": run.tokens,
-        "flops_per_step": float(run.flops_per_step),
+        "flops_per_step": run.flops / run.schedule.steps,
         "flops": float(run.flops),
         "mfu": run.mfu,
         "seconds": run.seconds,
-        "device_seconds": run.device_seconds,
+        "device_seconds": run.seconds * run.devices,
         "floor_seconds": run.floor_device_seconds / run.devices,
         "floor_device_seconds": run.floor_device_seconds,
         "ceiling_mfu": run.ceiling_mfu,
@@ -166,17 +150,9 @@ def _largest(run: Run, *, sharded: bool) -> dict[str, dict[str, int]]:
 
 
 def _strategy(plan: Plan) -> dict[str, Any]:
-    """What suits the batch as it is laid out, and, where that is not best, what suits it in other parts."""
+    """What suits the batch as it is laid out."""
     run = plan.run
-    rest = (run.devices, run.device.usable, run.precision, plan.compiled, plan.only)
-    choice, other = choose(run.config, plan.micro_batch, *rest), None
-    if not choice.fits or choice.recompute != "none":
-        other = instead(run.config, plan.images, *rest)
-    better = other is not None and (not choice.fits or other[1].recompute == "none")
-    return {
-        **_choice(choice),
-        "instead": {"accumulate_grad_batches": other[0], **_choice(other[1])} if other and better else None,
-    }
+    return _choice(choose(run.config, plan.micro_batch, run.devices, run.device.usable, run.precision, plan.compiled))
 
 
 def _choice(choice: Choice) -> dict[str, Any]:
@@ -190,15 +166,16 @@ def _choice(choice: Choice) -> dict[str, Any]:
 
 
 def _inference(run: Run) -> dict[str, Any]:
+    forward = run.device.reached(run.precision) / (run.config.n_positions * forward_flops_per_token(run.config))
     if run.config.objective != "autoregressive":  # it generates nothing
         return {
-            "forward_images_per_second": run.forward_images_per_second,
+            "forward_images_per_second": forward,
             "cache_bytes_per_image": None,
             "sampling": None,
         }
     seconds = {size: decode_seconds(run.config, run.device, size, run.precision) for size in DECODED}
     return {
-        "forward_images_per_second": run.forward_images_per_second,
+        "forward_images_per_second": forward,
         "cache_bytes_per_image": cache_bytes(run.config, width=widths_of(run.precision).product),
         "sampling": {
             str(size): {
@@ -207,19 +184,4 @@ def _inference(run: Run) -> dict[str, Any]:
             }
             for size, one in seconds.items()
         },
-    }
-
-
-def _paper(run: Run) -> dict[str, Any]:
-    schedule, size, flops = paper_schedule(run.config), paper_size(run.config), paper_flops(run.config)
-    return {
-        "size": size,
-        "batch_size": schedule.batch_size,
-        "steps": schedule.steps,
-        "images": schedule.images,
-        "imagenet_passes": schedule.images / IMAGENET,
-        "run_imagenet_passes": run.schedule.images / IMAGENET,
-        "flops_ratio": run.flops / flops if flops else None,
-        "v100_days": V100_DAYS if size == "L" else None,
-        "v100_flops_ratio": V100_DAYS * 86400 * V100_FLOPS / run.flops if size == "L" else None,
     }

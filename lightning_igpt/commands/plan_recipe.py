@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -13,14 +13,12 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from lightning_igpt.commands import recipes
 from lightning_igpt.config import PRESETS, ImageGPTConfig, Objective
 from lightning_igpt.planning import RECOMPUTE, Recompute
-from lightning_igpt.planning.runs import IMAGENET
 
-TRAINING_IMAGES = {"digits": 1_437, "uoft-cs/cifar10": 50_000, "ILSVRC/imagenet-1k": IMAGENET}
+TRAINING_IMAGES = {"digits": 1_437, "uoft-cs/cifar10": 50_000, "ILSVRC/imagenet-1k": 1_281_167}
 HELD_OUT = {"digits": 0.1, "uoft-cs/cifar10": 0.1}  # where there is no validation split; the data modules' default
 RELEASED = {"openai/imagegpt-small": "igpt_s", "openai/imagegpt-medium": "igpt_m", "openai/imagegpt-large": "igpt_l"}
 BATCH_SIZE = 128  # the data modules' default
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}  # Lightning's short names
-STRATEGIES: Mapping[str, Literal["ddp", "fsdp"]] = {"ddp": "ddp", "fsdp": "fsdp", "fsdp2": "fsdp"}
 
 
 class Recipe(NamedTuple):
@@ -39,7 +37,6 @@ class Recipe(NamedTuple):
     recompute: Recompute | None = None
     compiled: bool | None = None
     batches: int | float | None = None  # of a pass that are trained on: so many, or this share of them
-    only: Literal["ddp", "fsdp"] | None = None  # the strategy that it takes
 
     def name(self) -> str | None:
         """The preset's name; None for a network given by its fields."""
@@ -121,7 +118,6 @@ def read_recipe(name: str, *, known_network: bool = False) -> Recipe:
         recompute=_recompute(recipe, name),
         compiled=compiled if isinstance(compiled, bool) else None,
         batches=_batches(recipe, name),
-        only=STRATEGIES.get(str(_at(recipe, "trainer.strategy"))),
     )
 
 

@@ -50,7 +50,7 @@ def _draw_time(axes: Axes, plan: Plan, mfu: float | None) -> None:
             replace(plan.run, config=replace(config, image_size=side), mfu=mfu or usual_mfu(config))
             for config in SIZES.values()
         ]
-        hours = [run.device_seconds / 3600 for run in runs]
+        hours = [run.seconds * run.devices / 3600 for run in runs]
         axes.plot(_places(), hours, color=color, marker=marker, label=f"{side} x {side} pixels")
         if side in (min(STYLES), max(STYLES)):
             _label(axes, hours, [rounded(value) for value in hours], above=side == max(STYLES), color=color)

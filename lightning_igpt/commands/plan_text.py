@@ -37,7 +37,6 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
         *_time(facts),
         "",
         *_around(facts),
-        *_paper(facts["paper"]),
     ]
 
 
@@ -88,12 +87,7 @@ def _largest(largest: Mapping[str, Any]) -> list[str]:
 
 
 def _strategy(strategy: Mapping[str, Any]) -> list[str]:
-    rows = [_row("strategy", _layout(strategy)), *_wrapped(strategy["reason"])]
-    other = strategy["instead"]
-    if other:
-        parts = f"accumulate_grad_batches {other['accumulate_grad_batches']}"
-        rows += [_row("  or", f"{parts}, {_layout(other)}"), *_wrapped(other["reason"])]
-    return rows
+    return [_row("strategy", _layout(strategy)), *_wrapped(strategy["reason"])]
 
 
 def _wrapped(text: str) -> list[str]:
@@ -122,12 +116,9 @@ def _time(facts: Mapping[str, Any]) -> list[str]:
 
 def _around(facts: Mapping[str, Any]) -> list[str]:
     data, files, inference = facts["data"], facts["files"], facts["inference"]
-    cores = f"{rounded(data['jpeg_cores'])} cores" if data["jpeg_cores"] > 1 else "less than a core"
     return [
-        _row("data needed", f"{rounded(data['images_per_second'])} images/s; as JPEG files {cores} to decode them"),
-        _row("token cache of ImageNet", _size(data["imagenet_token_cache_bytes"])),
+        _row("data needed", f"{rounded(data['images_per_second'])} images/s"),
         _row("checkpoint", f"{_size(files['checkpoint_bytes'])}; weights alone {_size(files['weights_bytes'])}"),
-        _row("memory to load weights", f"{files['loading_bytes'] / GIB:.2f} GiB"),
         _row("features, floor", f"{rounded(inference['forward_images_per_second'])} images/s on one device"),
         *(_sampling(inference, facts["run"]["precision"]) if inference["sampling"] else []),
     ]
@@ -143,23 +134,6 @@ def _sampling(inference: Mapping[str, Any], precision: str) -> list[str]:
         *(_row(name, text) for name, text in zip(("sampling, floor", "", ""), texts, strict=True)),
         _row("  keys and values", f"{_size(inference['cache_bytes_per_image'])} per image in {kind}"),
     ]
-
-
-def _paper(paper: Mapping[str, Any]) -> list[str]:
-    whose = paper["size"] or "S, M and L"
-    schedule = f"{paper['batch_size']} images x {paper['steps']:,} steps"
-    ratio = f", {paper['flops_ratio']:.3g} x the FLOPs" if paper["flops_ratio"] else ""
-    rows = [
-        "",
-        _row("the paper", f"{whose} for {schedule}: {rounded(paper['imagenet_passes'])} passes over ImageNet"),
-        _row("  this run", f"{rounded(paper['run_imagenet_passes'])} passes{ratio}"),
-    ]
-    if paper["v100_days"]:
-        ratio = rounded(paper["v100_flops_ratio"])
-        rows.append(
-            _row("  OpenAI's run of L", f"about {paper['v100_days']:,} V100-days: at peak {ratio} x this run's FLOPs")
-        )
-    return rows
 
 
 def _several(count: int, thing: str) -> str:

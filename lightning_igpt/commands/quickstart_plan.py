@@ -6,8 +6,7 @@ from lightning_igpt.commands.dry_run import NOTHING, network, row
 from lightning_igpt.commands.plan_cpu import measured_cpu
 from lightning_igpt.commands.plan_text import hours
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.planning import Run, Schedule
-from lightning_igpt.planning.runs import CPU_MFU
+from lightning_igpt.planning import CPU_MFU, Run, Schedule
 
 BATCH_SIZE = 16
 

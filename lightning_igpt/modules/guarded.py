@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 
-from lightning_igpt.weights.complete import standing
 from lightning_igpt.weights.safety import check_opens_safely
 
 Guarded = TypeVar("Guarded", bound="GuardedModule")
@@ -77,7 +76,7 @@ def _load_checked(strategy: Any, load: Any, checkpoint_path: Any, weights_only: 
     if weights_only is not False:
         weights_only = True
         if _needs_check(strategy):
-            check_opens_safely(standing(checkpoint_path))
+            check_opens_safely(checkpoint_path)
             _check_joins(strategy, checkpoint_path)
     return load(checkpoint_path, weights_only=weights_only)
 
@@ -91,7 +90,7 @@ def _needs_check(strategy: Any) -> bool:
 def _check_joins(strategy: Any, path: Any) -> None:
     """Raise where a strategy that shards nothing would be given a folder of shards and cannot read it."""
     whole = not strategy.restore_checkpoint_after_setup
-    if whole and Path(standing(path)).is_dir() and not getattr(_reader(strategy), "joins_shards", False):
+    if whole and Path(path).is_dir() and not getattr(_reader(strategy), "joins_shards", False):
         raise ValueError(
             f"{path} is a folder of shards, which {type(strategy).__name__} cannot join by itself: use make_trainer, "
             "give the Trainer plugins=AtomicCheckpointIO() of lightning_igpt.checkpointing, or make one file of it: "

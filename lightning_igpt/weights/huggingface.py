@@ -1,16 +1,16 @@
 """To and from the folder layout of transformers' ImageGPT: config.json, weights, preprocessor_config.json.
 
 transformers always has biases, which are zero in the published networks. Its classifier has a class head in place of
-the colour head; the colour head then lies beside it in a file of its own, which transformers does not look at.
+the color head; the color head is then in a file of its own, which transformers does not read.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,40 +18,30 @@ from torch import Tensor
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import NORM_EPS, ImageGPT
 from lightning_igpt.palette import Palette
-from lightning_igpt.weights.files import (
-    Ingredient,
-    ShardedFile,
-    TensorFile,
-    TorchFile,
-    assemble,
-    check_head,
-    read_json,
-)
+from lightning_igpt.weights.card import ModelCard
 from lightning_igpt.weights.names import Name, check_keys, rows
-from lightning_igpt.weights.native import palette_for
-from lightning_igpt.weights.sealed import SafetensorsFile, save_sealed
+from lightning_igpt.weights.native import Pretrained, Source, assemble, check_head, labels, palette_for
+from lightning_igpt.weights.safety import read_json, read_safetensors, read_torch, save_safetensors, tensors_in
 
+PROCESSING = {
+    "image_processor_type": "ImageGPTImageProcessor",
+    **dict.fromkeys(("do_color_quantize", "do_normalize", "do_resize"), True),
+    "resample": 2,
+}
 MARKER = "lightning_igpt"  # the key of config.json that holds what transformers has no word for
-SWITCHES = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention")
+PUBLISHED = {  # what every published network has, and this package computes
+    "activation_function": "quick_gelu",
+    "layer_norm_epsilon": NORM_EPS,
+    "scale_attn_weights": True,
+    **dict.fromkeys(("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"), False),
+}
 CONFIG, PROCESSOR, COLOR_HEAD = "config.json", "preprocessor_config.json", "lm_head.safetensors"
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DOWNLOADS = (CONFIG, PROCESSOR, COLOR_HEAD, SAFE, SAFE_INDEX, "model-*.safetensors", PICKLED, "pytorch_model*.bin*")
+FORMAT = {"format": "pt"}  # in the header; transformers asks for it
 HEAD, LM_HEAD = "score.weight", "lm_head.weight"
-# The key of the weights' metadata that repeats what the JSON files say of the network and its palette. The weights were
-# trained with both, so a file that says another thing is damaged or belongs to other weights. All else in those files
-# is the user's to edit: the names of classes, the card, what transformers alone reads.
-WRITTEN = "lightning_igpt_network"
-
-
-class Folder(NamedTuple):
-    """What a folder holds; head and class_names are None where there is no class head."""
-
-    network: ImageGPT
-    palette: Palette
-    head: Tensor | None  # (C, D)
-    class_names: list[str] | None
-    card: Any
+SHA256 = "palette_sha256"  # the key of the palette's hash in both JSON files
 
 
 def read_config(config: Mapping[str, Any], *, bias: bool = False) -> ImageGPTConfig:
@@ -62,24 +52,19 @@ def read_config(config: Mapping[str, Any], *, bias: bool = False) -> ImageGPTCon
     """
     if config.get("model_type") != "imagegpt":
         raise ValueError(f"config.json is of model_type {config.get('model_type')!r}, not 'imagegpt'")
-    for switch in SWITCHES:
-        if config.get(switch):
-            raise ValueError(f"config.json sets {switch}; no published Image GPT does, and it is not supported")
-    for name, published in {"activation_function": "quick_gelu", "scale_attn_weights": True}.items():
+    for name, published in PUBLISHED.items():
         if config.get(name, published) != published:
-            raise ValueError(f"config.json has {name} {config[name]!r}; the published network has {published!r}")
-    if config.get("layer_norm_epsilon", NORM_EPS) != NORM_EPS:
-        raise ValueError(f"config.json has layer_norm_epsilon {config['layer_norm_epsilon']}; here it is {NORM_EPS}")
+            raise ValueError(f"config.json has {name} {config[name]!r}; every published Image GPT has {published!r}")
     sizes = {"n_layer": 24, "n_head": 8, "n_embd": 512, "vocab_size": 513, "n_positions": 1024}
     sizes = {name: config.get(name, default) for name, default in sizes.items()}
-    for name, value in [*sizes.items(), ("n_inner", config.get("n_inner") or 1)]:
+    for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"config.json has {name} {value!r}; it must be a whole number from 1 on")
     n_positions = sizes.pop("n_positions")
     image_size = math.isqrt(n_positions)
     if image_size**2 != n_positions:
         raise ValueError(f"config.json has n_positions {n_positions}, which is no square image")
-    sizes["vocab_size"] -= 1  # sos is no colour
+    sizes["vocab_size"] -= 1  # sos is no color
     try:
         return ImageGPTConfig(
             **sizes,
@@ -93,19 +78,17 @@ def read_config(config: Mapping[str, Any], *, bias: bool = False) -> ImageGPTCon
         raise ValueError(f"config.json describes no network: {error}") from error
 
 
-def from_file(file: TensorFile, config: Mapping[str, Any]) -> ImageGPT:
+def from_state_dict(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str = "weights") -> ImageGPT:
     """A network from transformers' weights and config; biases that are all zero are left out.
 
     Raises:
         ValueError: Parameters are missing, unexpected, or of the wrong shape.
     """
-    with_biases = read_config(config, bias=True)
-    found = {name for name in file.names if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
-    check_keys({row.huggingface for row in rows(with_biases)}, found, file.where, _hint(found))
-    biases = file.read(name for name in found if name.endswith(".bias"))
-    biased = any(bool(value.any()) for value in biases.values())
+    names = {name for name in state if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
+    check_keys({row.huggingface for row in rows(read_config(config, bias=True))}, names, where, _hint(names))
+    biased = any(bool(state[name].any()) for name in names if name.endswith(".bias"))
     ours = read_config(config, bias=biased)
-    return assemble(ours, {row.ours: _ingredient(row) for row in rows(ours)}, file)
+    return assemble(ours, {row.ours: _source(row) for row in rows(ours)}, state.__getitem__, where)
 
 
 def to_state_dict(network: ImageGPT) -> dict[str, Tensor]:
@@ -122,34 +105,18 @@ def to_state_dict(network: ImageGPT) -> dict[str, Tensor]:
     return theirs
 
 
-def to_config(
-    config: ImageGPTConfig,
-    palette: Palette,
-    class_names: Sequence[str] | None = None,
-    card: Mapping[str, Any] | None = None,
+def _to_config(
+    config: ImageGPTConfig, palette: Palette, class_names: list[str] | None, card: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The values of config.json."""
     values: dict[str, Any] = {
         "architectures": ["ImageGPTForCausalImageModeling"],
         "model_type": "imagegpt",
         "vocab_size": config.vocab_size + 1,
-        "n_positions": config.n_positions,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": config.n_inner,
-        "activation_function": "quick_gelu",
-        "layer_norm_epsilon": NORM_EPS,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
+        **{name: getattr(config, name) for name in ("n_positions", "n_embd", "n_layer", "n_head", "n_inner")},
+        **PUBLISHED,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
         "tie_word_embeddings": False,
-        MARKER: {
-            "objective": config.objective,
-            "dropout": config.dropout,
-            "palette_sha256": palette.sha256,
-            "card": dict(card or {}),
-        },
+        MARKER: {"objective": config.objective, "dropout": config.dropout, SHA256: palette.sha256, "card": card or {}},
     }
     if class_names is not None:
         values["architectures"] = ["ImageGPTForImageClassification"]
@@ -158,45 +125,31 @@ def to_config(
     return values
 
 
-def to_processor(palette: Palette, image_size: int) -> dict[str, Any]:
-    """The values of preprocessor_config.json."""
-    return {
-        "image_processor_type": "ImageGPTImageProcessor",
-        "clusters": palette.to_list(),
-        "palette_sha256": palette.sha256,
-        "do_color_quantize": True,
-        "do_normalize": True,
-        "do_resize": True,
-        "resample": 2,
-        "size": {"height": image_size, "width": image_size},
-    }
-
-
-def load_folder(folder: Path, palette: Palette | None = None) -> Folder:
-    """What a folder in the layout of transformers holds.
-
-    Args:
-        folder: It holds config.json, weights, and mostly preprocessor_config.json with the palette.
-        palette: The network's palette, for folders without one.
+def load_folder(folder: Path, palette: Palette | None = None) -> Pretrained:
+    """What a folder in the layout of transformers holds; ``palette`` is for folders without one.
 
     Raises:
         FileNotFoundError: A file is missing; the message says which.
         ValueError: A file is damaged, would have to run code, describes another network, or disagrees with another.
     """
-    config = read_json(_need(folder, CONFIG))
+    config = read_json(folder / CONFIG)
     if (folder / PROCESSOR).is_file() and "clusters" in read_json(folder / PROCESSOR):
         palette = Palette.load(str(folder / PROCESSOR))
     palette = palette_for(read_config(config).vocab_size, palette, str(folder))
-    file = _open_weights(folder)
-    _check_palette(folder, config, palette)
-    beside = folder / COLOR_HEAD
-    color_head = SafetensorsFile(beside) if HEAD in file.names and beside.exists() else None
-    for one in (file, color_head):
-        _check_written(folder, config, palette, one)
-    head = file.read([HEAD])[HEAD] if HEAD in file.names else None
-    network = from_file(file if head is None else _WithColorHead(file, color_head), config)
-    head = None if head is None else check_head(head, network.config.n_embd, file.where)
-    return Folder(network, palette, head, _labels_of(config, head), _marker(config).get("card"))
+    expected = _marker(config).get(SHA256, palette.sha256)
+    if palette.sha256 != expected:
+        raise ValueError(
+            f"{folder}: {CONFIG} says that the network uses the palette {str(expected)[:12]}, but this one is "
+            f"{palette.sha256[:12]}: restore {PROCESSOR}, or name the palette (palette=)"
+        )
+    state, where = _read_weights(folder)
+    head = state.pop(HEAD, None)
+    if head is not None and (folder / COLOR_HEAD).is_file():
+        state |= read_safetensors(folder / COLOR_HEAD)[0]
+    network = from_state_dict(state, config, where)
+    head = None if head is None else check_head(head, network.config.n_embd, where)
+    card = ModelCard.read(_marker(config).get("card"))
+    return Pretrained(network, palette, f"Hugging Face folder {folder}", head, _labels_of(config, head), card, folder)
 
 
 def save_folder(
@@ -210,74 +163,65 @@ def save_folder(
     """Write a folder that transformers' ImageGPT classes load as it is."""
     if len(palette) != network.config.vocab_size:
         raise ValueError(
-            f"the palette has {len(palette)} colours (sha256 {palette.sha256[:12]}), the network "
+            f"the palette has {len(palette)} colors (sha256 {palette.sha256[:12]}), the network "
             f"{network.config.vocab_size}; save a network with the palette that it was trained with"
         )
     names = None if head is None else labels(head, class_names)
+    colors = {"clusters": palette.to_list(), SHA256: palette.sha256}
+    size = dict.fromkeys(("height", "width"), network.config.image_size)
     texts = {
-        CONFIG: json.dumps(to_config(network.config, palette, names, card), indent=2),
-        PROCESSOR: json.dumps(to_processor(palette, network.config.image_size), indent=2),
+        CONFIG: json.dumps(_to_config(network.config, palette, names, card), indent=2),
+        PROCESSOR: json.dumps({**PROCESSING, **colors, "size": size}, indent=2),
     }
-    state, written = to_state_dict(network), {WRITTEN: json.dumps(_facts(network.config, palette))}
+    state = to_state_dict(network)
     _check_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (COLOR_HEAD, SAFE_INDEX, PICKLED, PICKLED_INDEX):  # of another network that was saved here before
         (folder / stale).unlink(missing_ok=True)
     if head is not None:
-        save_sealed(folder / COLOR_HEAD, {LM_HEAD: state.pop(LM_HEAD)}, written)
+        save_safetensors(folder / COLOR_HEAD, {LM_HEAD: state.pop(LM_HEAD)}, FORMAT)
         state[HEAD] = head
-    save_sealed(folder / SAFE, state, written)
+    save_safetensors(folder / SAFE, state, FORMAT)
     for name, text in texts.items():
         (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
-def labels(head: Tensor, names: Sequence[str] | None) -> list[str]:
-    """Names of a head's classes: those given, or as transformers calls them.
-
-    Raises:
-        ValueError: There are more or fewer names than classes, or one twice.
-    """
-    if names is None:
-        return [f"LABEL_{number}" for number in range(len(head))]
-    texts = [str(name) for name in names]
-    if len(texts) != len(head) or len(set(texts)) != len(texts):
-        raise ValueError(f"class_names has {len(set(texts))} different names, the head {len(head)} classes")
-    return texts
-
-
-class _WithColorHead:
-    """A classifier's weights, with the colour head from the file beside them and without the class head."""
-
-    def __init__(self, file: TensorFile, color_head: SafetensorsFile | None) -> None:
-        self.where, self._file, self._color_head = file.where, file, color_head
-        self.names = file.names - {HEAD} | (color_head.names if color_head else set())
-
-    def read(self, names: Any) -> dict[str, Tensor]:
-        wanted = set(names)
-        found = self._file.read(wanted - {LM_HEAD})
-        if LM_HEAD in wanted and self._color_head is not None:
-            found |= self._color_head.read([LM_HEAD])
-        return found
-
-
-def _open_weights(folder: Path) -> TensorFile:
-    if (folder / SAFE).is_file():
-        return SafetensorsFile(folder / SAFE)
-    if (folder / SAFE_INDEX).is_file():
-        return ShardedFile(folder / SAFE_INDEX, SafetensorsFile)
-    if (folder / PICKLED_INDEX).is_file() and not (folder / PICKLED).is_file():
-        return ShardedFile(folder / PICKLED_INDEX, TorchFile)
-    return TorchFile(_need(folder, PICKLED, f"{SAFE} or {PICKLED}"))
-
-
-def _ingredient(row: Name) -> Ingredient:
-    if row.ours == "wte.weight":
-        return Ingredient((row.huggingface,), lambda wte: wte[:-1])
-    if row.ours == "sos":
-        return Ingredient((row.huggingface,), lambda wte: wte[-1])
-    return Ingredient(
-        (row.huggingface,), (lambda value: value.T) if row.huggingface_transposed else (lambda value: value)
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """(the tensors of a folder's weights, the file that names them)."""
+    readers: tuple[tuple[str, str, Callable[[Path], dict[str, Tensor]]], ...] = (
+        (SAFE, SAFE_INDEX, lambda path: read_safetensors(path)[0]),
+        (PICKLED, PICKLED_INDEX, lambda path: tensors_in(read_torch(path), path)),
     )
+    for single, index, read in readers:
+        if (folder / single).is_file():
+            return read(folder / single), str(folder / single)
+        if (folder / index).is_file():
+            return _read_sharded(folder / index, read), str(folder / index)
+    raise FileNotFoundError(f"{folder} holds no {SAFE} or {PICKLED}")
+
+
+def _read_sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of several files, whose names the index gives, as transformers writes large networks."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise ValueError(f"{index} has no weight_map")
+    state: dict[str, Tensor] = {}
+    for place in sorted(set(places.values())):
+        if Path(place).name != place:
+            raise ValueError(f"{index} leads out of its folder: {place!r}")
+        if not (index.parent / place).is_file():
+            raise FileNotFoundError(f"{index.parent} holds no {place}, which {index.name} names")
+        state |= read(index.parent / place)
+    absent = sorted(places.keys() - state.keys())
+    if absent:
+        raise ValueError(f"{index} names parameters that its files do not hold: {absent}")
+    return state
+
+
+def _source(row: Name) -> Source:
+    rules: dict[str, Callable[[Tensor], Tensor]] = {"wte.weight": lambda wte: wte[:-1], "sos": lambda wte: wte[-1]}
+    rule = rules.get(row.ours, (lambda value: value.T) if row.huggingface_transposed else (lambda value: value))
+    return Source((row.huggingface,), rule)
 
 
 def _marker(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -287,39 +231,10 @@ def _marker(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _hint(found: set[str]) -> str:
     if LM_HEAD not in found and any(name.startswith("transformer.") for name in found):
-        return "\nThis looks like a classifier saved by transformers, which keeps no colour head (lm_head)."
+        return "\nThis looks like a classifier saved by transformers, which keeps no color head (lm_head)."
     if "wte.weight" in found:
         return "\nThis looks like transformers' ImageGPTModel; save an ImageGPTForCausalImageModeling."
     return ""
-
-
-def _check_palette(folder: Path, config: Mapping[str, Any], palette: Palette) -> None:
-    expected = _marker(config).get("palette_sha256", palette.sha256)
-    if palette.sha256 != expected:
-        raise ValueError(
-            f"{folder}: {CONFIG} says that the network uses the palette {str(expected)[:12]}, but this one is "
-            f"{palette.sha256[:12]}: restore {PROCESSOR}, or name the palette (palette=)"
-        )
-
-
-def _facts(config: ImageGPTConfig, palette: Palette) -> dict[str, Any]:
-    """What WRITTEN says; of biases the weights themselves tell."""
-    facts = {name: value for name, value in config.to_dict().items() if name != "bias"}
-    return facts | {"palette_sha256": palette.sha256}
-
-
-def _check_written(folder: Path, config: Mapping[str, Any], palette: Palette, file: TensorFile | None) -> None:
-    if not isinstance(file, SafetensorsFile) or WRITTEN not in file.metadata:
-        return
-    written = json.loads(file.metadata[WRITTEN])
-    for name, value in _facts(read_config(config), palette).items():
-        if written.get(name, value) != value:
-            place = PROCESSOR if name == "palette_sha256" else CONFIG
-            raise ValueError(
-                f"{folder / place} has {name} {value!r}, but {Path(file.where).name} was written with "
-                f"{written[name]!r}; the former is damaged or belongs to other weights: restore it, or save the "
-                "network anew"
-            )
 
 
 def _labels_of(config: Mapping[str, Any], head: Tensor | None) -> list[str] | None:
@@ -330,18 +245,13 @@ def _labels_of(config: Mapping[str, Any], head: Tensor | None) -> list[str] | No
 
 
 def _check_place(folder: Path) -> None:
-    """Raise where something else lives in the folder that would be overwritten, or would hide what is written."""
-    if folder.is_file():
-        raise FileExistsError(f"{folder} is a file; name a folder")
+    """Raise where something else in the folder would be overwritten, or would hide what is written."""
+    reason = ""
     if next(folder.rglob("*.ckpt"), None) is not None:
-        raise FileExistsError(f"{folder} is a run folder (it holds .ckpt files); write into another one")
-    if (folder / CONFIG).exists() and read_json(folder / CONFIG).get("model_type") != "imagegpt":
-        raise FileExistsError(f"{folder} holds a {CONFIG} that is no Image GPT's; write into another folder")
-    if (folder / "README.md").exists() and not (folder / CONFIG).exists():
-        raise FileExistsError(f"{folder} holds a README.md that is no model card; write into another folder")
-
-
-def _need(folder: Path, name: str, wording: str = "") -> Path:
-    if not (folder / name).is_file():
-        raise FileNotFoundError(f"{folder} holds no {wording or name}")
-    return folder / name
+        reason = "is a run folder (it holds .ckpt files)"
+    elif (folder / CONFIG).exists() and read_json(folder / CONFIG).get("model_type") != "imagegpt":
+        reason = f"holds a {CONFIG} that is no Image GPT's"
+    elif (folder / "README.md").exists() and not (folder / CONFIG).exists():
+        reason = "holds a README.md that is no model card"
+    if reason:
+        raise FileExistsError(f"{folder} {reason}; write into another folder")

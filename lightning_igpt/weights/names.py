@@ -7,8 +7,8 @@ equal size with opposite roles, so the first kind is used as it lies and the sec
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 from lightning_igpt.config import ImageGPTConfig
@@ -52,36 +52,25 @@ TABLE = (
 
 def rows(config: ImageGPTConfig) -> Iterator[Name]:
     """The table for one network: every block's parameters by their full names, those that it lacks left out."""
-    blocks = [name for name in TABLE if "{}" in name.ours and (config.bias or not name.ours.endswith(".bias"))]
-    first = next(index for index, name in enumerate(TABLE) if "{}" in name.ours)
-    outside = [name for name in TABLE if "{}" not in name.ours and (config.objective != "bert" or name.ours != "sos")]
-    yield from (name for name in outside if TABLE.index(name) < first)
-    for layer in range(config.n_layer):
-        yield from (_numbered(name, layer) for name in blocks)
-    yield from (name for name in outside if TABLE.index(name) > first)
+    lacks = {row.ours for row in TABLE if row.ours.endswith(".bias") and not config.bias}
+    lacks |= {"sos"} if config.objective == "bert" else set()
+    for in_blocks, group in groupby(TABLE, lambda row: "{}" in row.ours):
+        present = [row for row in group if row.ours not in lacks]
+        for layer in range(config.n_layer if in_blocks else 1):
+            yield from (_numbered(row, str(layer)) for row in present)
 
 
-def check_keys(expected: Iterable[str], found: Iterable[str], where: str, hint: str = "") -> None:
-    """Raise unless both sides name the same parameters.
-
-    Raises:
-        ValueError: Lists what is missing (-) and what is unexpected (+), then the hint.
-    """
-    expected, found = set(expected), set(found)
-    if expected == found:
-        return
-    natural = lambda key: [part.zfill(9) if part.isdecimal() else part for part in re.split(r"(\d+)", key)]  # noqa: E731
-    lines = [f"- {key}" for key in sorted(expected - found, key=natural)]
-    lines += [f"+ {key}" for key in sorted(found - expected, key=natural)]
-    more = [f"... and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
-    listed = "\n".join([*(line[:200] for line in lines[:MAX_LINES]), *more])
-    raise ValueError(f"{where}: parameters missing (-) or unexpected (+):\n{listed}{hint}")
+def check_keys(expected: Iterable[str], existing: Iterable[str], where: str, hint: str = "") -> None:
+    """Raise a ValueError that lists what is missing (-) and unexpected (+), then the hint, unless both are the same."""
+    missing, unexpected = set(expected) - set(existing), set(existing) - set(expected)
+    lines = [f"- {key}"[:200] for key in sorted(missing)]
+    lines += [f"+ {key}"[:200] for key in sorted(unexpected)]
+    if lines:
+        more = [f"... and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
+        listed = "\n".join([*lines[:MAX_LINES], *more])
+        raise ValueError(f"{where}: parameters missing (-) or unexpected (+):\n{listed}{hint}")
 
 
-def _numbered(name: Name, layer: int) -> Name:
-    number = str(layer)
-    return name._replace(
-        ours=name.ours.replace("{}", number),
-        huggingface=name.huggingface.replace("{}", number),
-        openai=tuple(one.replace("{}", number) for one in name.openai),
-    )
+def _numbered(row: Name, layer: str) -> Name:
+    ours, theirs = row.ours.replace("{}", layer), row.huggingface.replace("{}", layer)
+    return row._replace(ours=ours, huggingface=theirs, openai=tuple(one.replace("{}", layer) for one in row.openai))

@@ -1,50 +1,135 @@
-"""One .safetensors file under this package's own parameter names, with the config in its header."""
+"""Networks from tensors under this package's names, and the ``.safetensors`` file of them with the config inside."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
-from lightning_igpt.weights.files import Ingredient, TensorFile, assemble, check_head
+from lightning_igpt.weights.card import ModelCard
 from lightning_igpt.weights.names import check_keys, rows
-from lightning_igpt.weights.sealed import SafetensorsFile, save_sealed
+from lightning_igpt.weights.safety import read_safetensors, save_safetensors
 
 log = logging.getLogger(__name__)
 
 HEADER = "lightning_igpt"  # the key of the file's metadata
-COLORS = "palette_colors"
-HEAD = "head.weight"
+COLORS, HEAD = "palette_colors", "head.weight"
 
 
-def load_file(path: Path) -> tuple[ImageGPT, Palette, Tensor | None, dict[str, Any]]:
-    """(network, palette, class head, header) of a file that save_file wrote.
+@dataclass(frozen=True)
+class Pretrained:
+    """A network with the palette whose colors its tokens are.
+
+    Attributes:
+        network: The network, on the CPU, in float32.
+        palette: Its palette.
+        origin: Where both came from, in words.
+        head: Weight of a fine-tuned network's class head, float32 (C, D), which reads the mean over positions of
+            ``network.hidden``; None where there is none.
+        class_names: Names of its classes, where they are known.
+        card: What is known of the training.
+        path: The file or folder that was read; None for what came from the hub.
+    """
+
+    network: ImageGPT
+    palette: Palette
+    origin: str
+    head: Tensor | None = None
+    class_names: list[str] | None = None
+    card: ModelCard = field(default_factory=ModelCard)
+    path: Path | None = None
+
+    @property
+    def config(self) -> ImageGPTConfig:
+        """The network's shape."""
+        return self.network.config
+
+    @property
+    def lineage(self) -> str:
+        """Where the weights came from and what those were trained from, without the folders that files lie in."""
+        words, card = self.origin if self.path is None else self.path.absolute().name, self.card
+        facts = [] if card.steps is None else [f"{card.steps:,} step{'' if card.steps == 1 else 's'}"]
+        facts += [] if card.data is None else [f"on {card.data}"]
+        words += f" ({' '.join(facts)})" if facts else ""
+        return words + (f", trained from {card.origin}" if card.origin else "")
+
+    def adapted(self, config: ImageGPTConfig) -> Pretrained:
+        """The same parameters in a network of another ``image_size`` or ``dropout``, and ``origin`` saying so."""
+        if config == self.config:
+            return self
+        origin, card, old, new = self.origin, self.card, self.config.image_size, config.image_size
+        if new != old:
+            origin += f", positions interpolated from {old} x {old} to {new} x {new}"
+            card = replace(card, nats_per_pixel=None, accuracy=None, measured_at=None)  # of the old size
+        state = self.network.state_dict()
+        state["wpe.weight"] = interpolate_positions(state["wpe.weight"], new)
+        with torch.device("meta"):
+            network = ImageGPT(config)
+        network.load_state_dict(state, assign=True)
+        return replace(self, network=network.requires_grad_(True), origin=origin, card=card)
+
+
+class Source(NamedTuple):
+    """What one parameter is made of: tensors of a file, and the function that converts them."""
+
+    names: tuple[str, ...]
+    convert: Callable[..., Tensor] = lambda value: value
+
+
+def assemble(
+    config: ImageGPTConfig, sources: Mapping[str, Source], read: Callable[[str], Tensor], where: str
+) -> ImageGPT:
+    """A network in float32 from a file's tensors, which are read, checked and copied one parameter at a time.
+
+    ``sources`` says what each of our parameters is made of, ``read`` gives the tensor of a name in the file ``where``.
 
     Raises:
-        ValueError: The file is damaged, or another program wrote it.
+        ValueError: A tensor has the wrong shape or type, or holds values that are not finite.
     """
-    file = SafetensorsFile(path)
+    with torch.device("meta"):
+        network = ImageGPT(config)
+    state = {}
+    for name, value in network.state_dict().items():
+        names, convert = sources[name]
+        state[name] = _converted([read(one) for one in names], convert, value.shape, f"{where}: {' + '.join(names)}")
+    network.load_state_dict(state, assign=True)
+    return network.requires_grad_(True)
+
+
+def read_network(config: ImageGPTConfig, state: Mapping[str, Tensor], where: str, *, prefix: str = "") -> ImageGPT:
+    """A network from parameters under our own names, each with ``prefix`` before it; other names are left alone."""
+    sources = {row.ours: Source((prefix + row.ours,)) for row in rows(config)}
+    existing = {name.removeprefix(prefix) for name in state if name.startswith(prefix)} - {COLORS, HEAD}
+    check_keys(sources, existing, where)
+    return assemble(config, sources, state.__getitem__, where)
+
+
+def load_file(path: Path) -> Pretrained:
+    """What save_file wrote; ValueError where the file is damaged or another program's."""
+    state, metadata = read_safetensors(path)
     try:
-        header = json.loads(file.metadata[HEADER])
+        header = json.loads(metadata[HEADER])
         config, sha256 = ImageGPTConfig.resolve(header["network"]), header["palette_sha256"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} was not written by lightning-igpt convert (its header has no valid {HEADER!r}); "
-            "a file by transformers is loaded by the name of its folder, which holds config.json too"
-        ) from error
-    check_keys({COLORS}, file.names & {COLORS}, str(path))
-    network = read_network(config, file, str(path), prefix="")
-    palette = check_palette(file.read([COLORS])[COLORS], config, sha256, str(path))
-    head = check_head(file.read([HEAD])[HEAD], config.n_embd, str(path)) if HEAD in file.names else None
-    return network, palette, head, header
+        message = f"{path} was not written by lightning-igpt convert; name the folder of a file by transformers"
+        raise ValueError(message) from error
+    network = read_network(config, state, str(path))
+    palette = check_palette(state.get(COLORS), config, sha256, str(path))
+    head, names = None, header.get("class_names")
+    if HEAD in state:
+        head = check_head(state[HEAD], config.n_embd, str(path))
+        names = None if names is None else labels(head, names)
+    return Pretrained(network, palette, f"file {path}", head, names, ModelCard.read(header.get("card")), path)
 
 
 def save_file(
@@ -57,48 +142,28 @@ def save_file(
 ) -> None:
     """Write network, palette and class head, float32."""
     header: dict[str, Any] = {"network": network.config.to_dict(), "palette_sha256": palette.sha256, "card": card or {}}
-    tensors = {name: value.detach().cpu().float().contiguous() for name, value in network.state_dict().items()}
-    tensors[COLORS] = palette.colors
+    tensors = network.state_dict() | {COLORS: palette.colors}
     if head is not None:
-        tensors[HEAD] = head.detach().cpu().float().contiguous()
+        tensors[HEAD] = head
         header["class_names"] = None if class_names is None else list(class_names)
-    save_sealed(path, tensors, {HEADER: json.dumps(header)})
+    tensors = {name: value.detach().cpu().float().contiguous() for name, value in tensors.items()}
+    save_safetensors(path, tensors, {HEADER: json.dumps(header)})
 
 
-def read_network(config: ImageGPTConfig, file: TensorFile, where: str, *, prefix: str) -> ImageGPT:
-    """A network from parameters under our own names, each with ``prefix`` before it; other names are left alone."""
-    names = [row.ours for row in rows(config)]
-    found = {name.removeprefix(prefix) for name in file.names if name.startswith(prefix)} - {COLORS, HEAD}
-    check_keys(names, found, where)
-    return assemble(config, {name: Ingredient((prefix + name,), lambda value: value) for name in names}, file)
-
-
-def check_palette(colors: Any, config: ImageGPTConfig, sha256: str, where: str) -> Palette:
-    """The palette of these colours, if it is the one that the network was trained with.
-
-    Raises:
-        ValueError: The number of colours or the hash is another.
-    """
-    try:
-        palette = Palette(colors if isinstance(colors, Tensor) else torch.empty(0))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} is damaged: its palette cannot be used: {error}") from error
-    if palette.sha256 != sha256 or len(palette) != config.vocab_size:
-        raise ValueError(
-            f"{where} is damaged: it holds {len(palette)} colours with the hash {palette.sha256[:12]}, but was written "
-            f"with {config.vocab_size} colours and the hash {str(sha256)[:12]}"
-        )
+def check_palette(colors: Tensor | None, config: ImageGPTConfig, sha256: Any, where: str) -> Palette:
+    """The palette of these colors; ValueError unless it is the one that the network was trained with."""
+    shape, expected = None if colors is None else tuple(colors.shape), (config.vocab_size, 3)
+    if colors is None or shape != expected:
+        raise ValueError(f"{where} is damaged: its palette has the shape {shape}; the network's needs {expected}")
+    palette = Palette(colors)
+    if palette.sha256 != sha256:
+        hashes = f"its colors have the hash {palette.sha256[:12]}, but were written with {str(sha256)[:12]}"
+        raise ValueError(f"{where} is damaged: {hashes}")
     return palette
 
 
 def palette_for(vocab_size: int, palette: Palette | None, source: str) -> Palette:
-    """The palette of weights in another program's files: the one found or given, else OpenAI's.
-
-    No other palette was published with weights. What transformers' ``model.save_pretrained`` writes holds none.
-
-    Raises:
-        ValueError: The network has another number of colors than the palette.
-    """
+    """The palette of weights in another program's files: theirs or the one given, else OpenAI's, if that fits."""
     colors = palette or Palette.load("openai")
     if len(colors) != vocab_size:
         raise ValueError(
@@ -109,3 +174,59 @@ def palette_for(vocab_size: int, palette: Palette | None, source: str) -> Palett
     if palette is None:
         log.warning("%s has no palette; assuming OpenAI's, which also has 512 colors (if not, set palette=)", source)
     return colors
+
+
+def check_head(head: Any, n_embd: int, where: str) -> Tensor:
+    """A class head as float32 (C, D), copied; ValueError where its shape, type or values cannot be."""
+    if not isinstance(head, Tensor) or head.ndim != 2 or head.shape[1] != n_embd or not len(head):
+        shape = tuple(head.shape) if isinstance(head, Tensor) else type(head).__name__
+        raise ValueError(f"{where}: the class head is {shape}; it must be a tensor (classes, {n_embd})")
+    return _converted([head.detach().cpu()], lambda value: value, head.shape, f"{where}: the class head")
+
+
+def labels(head: Tensor, names: Sequence[str] | None) -> list[str]:
+    """Names of a head's classes: those given, of which no two may be the same, or as transformers calls them."""
+    if names is None:
+        return [f"LABEL_{number}" for number in range(len(head))]
+    texts = [str(name) for name in names]
+    if len(texts) != len(head) or len(set(texts)) != len(texts):
+        raise ValueError(f"class_names has {len(set(texts))} different names, the head {len(head)} classes")
+    return texts
+
+
+def interpolate_positions(table: Tensor, image_size: int) -> Tensor:
+    """Stretch or shrink a table of positions in two dimensions, bicubic, averaging where it shrinks.
+
+    Row t of the table (S * S, D) belongs to the pixel that is predicted at t, in raster order, so the table is an image
+    of D channels. The result is (image_size * image_size, D), the table itself where the size stays.
+    """
+    side = round(len(table) ** 0.5)
+    if side == image_size:
+        return table
+    grid = table.T.reshape(1, -1, side, side)  # (1, D, S, S)
+    grid = F.interpolate(grid, size=(image_size, image_size), mode="bicubic", antialias=image_size < side)
+    return grid.flatten(2)[0].T.contiguous()
+
+
+def _converted(values: list[Tensor], convert: Callable[..., Tensor], shape: torch.Size, where: str) -> Tensor:
+    """One parameter in float32, copied; ``where`` is the file and the names in it."""
+    shapes = " + ".join(str(tuple(value.shape)) for value in values)
+    for value in values:
+        if not value.is_floating_point():
+            raise ValueError(f"{where} is of type {value.dtype}; weights must be floating-point numbers")
+    try:
+        converted: Tensor = convert(*values)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"{where} has the shape {shapes}, which does not fit: {error}") from error
+    if converted.shape != shape:
+        raise ValueError(
+            f"{where} has the shape {shapes}; the network described there needs {tuple(shape)} after conversion, "
+            f"not {tuple(converted.shape)}"
+        )
+    copy = converted.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if not torch.linalg.vector_norm(copy, ord=torch.inf).isfinite():  # one pass, no further copy
+        count = int((~copy.isfinite()).sum())
+        raise ValueError(
+            f"{where}: {count} of {copy.numel()} values are not finite; the training diverged, or the file is damaged"
+        )
+    return copy

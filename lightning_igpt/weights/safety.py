@@ -1,136 +1,136 @@
-"""Whether a checkpoint opens without running code, told before anything opens it.
-
-Lightning 2.6 leaves some checkpoints to plain pickle, which does whatever a file says, whatever ``weights_only`` says:
-a whole file under FSDPStrategy, and of the folders that FSDPStrategy and ModelParallelStrategy write both the file
-``.metadata`` and each value in the shards that is no tensor.
-"""
+"""Files by strangers are opened so that nothing in them runs, and damage names the file; files are written whole."""
 
 from __future__ import annotations
 
-import io
+import contextlib
+import json
+import os
+import pickle
 import re
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
-from lightning_igpt.weights.files import read_torch
-from lightning_igpt.weights.index import INDEX as INDEX
-from lightning_igpt.weights.index import Entry, read_index
-from lightning_igpt.weights.intact import check_intact
-
-EXTRA = "meta.pt"  # of a sharded checkpoint: Lightning's state but for weights and optimisers
 ADDRESS = re.compile(r"(^|::)(https?|ftps?|sftp):/", re.IGNORECASE)  # fsspec chains file systems with ::
-
-DEEPSPEED = (
-    "is a checkpoint of DeepSpeed's, which opens its files by plain pickle: they could run code. If you trust who made "
-    "it: to go on with the run under DeepSpeed, say so in Python by strategy.weights_only = False, on the strategy "
-    "that the Trainer is given; for the weights alone, make one file of it by lightning.pytorch.utilities.deepspeed."
-    "convert_zero_checkpoint_to_fp32_state_dict(folder, file), and name that file in pretrained="
+ZIP = b"PK\x03\x04"  # what an archive begins with; torch before 1.6 wrote none
+SHARDS = (
+    "a folder of shards as FSDP writes it, whose list of tensors is a pickle that could run code; save checkpoints as "
+    "one file (save_distributed_checkpoint=False), or join it by torch.distributed.checkpoint.format_utils"
 )
 
 
-def check_opens_safely(path: str | Path) -> None:
-    """Raise where opening a checkpoint could run code, as every strategy of Lightning opens it.
+def read_torch(path: Path) -> Any:
+    """Tensors, which are mapped, and plain values from a file by ``torch.save``; ValueError for damage and objects."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_starts(path, ZIP))
+    except Exception as error:  # damage ends in any kind of error, also in an OSError
+        if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
+            raise
+        if not _starts(path, b"PK", b"\x80"):
+            raise ValueError(f"{path} is no checkpoint (torch.save did not write it), or it is damaged") from error
+        reason = f"it is damaged or incomplete ({str(error)[:300]})"
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to switch its protection off
+            reason = "it holds Python objects, which could run code, or is damaged"
+        raise ValueError(f"{path} cannot be opened with weights_only=True: {reason}") from error
 
-    A file must be one that torch's safe unpickler takes. A folder must be a whole sharded checkpoint: its list of
-    tensors, its other state and each value in its shards are read without calling anything that they name. Object
-    stores, such as ``s3://``, are not looked into: Lightning reads them only through torch's loader, which has to be
-    told ``weights_only=True``.
 
-    This protects from files made by strangers. It does not protect from a stranger who can write to the folder, and
-    exchanges a file between the check and the loading.
+def tensors_in(content: Any, where: Path) -> dict[str, Tensor]:
+    """A mapping of names to tensors out of a torch file, of which no tensor is larger than what the file holds."""
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{where} holds no mapping of names to tensors")
+    for name, value in content.items():
+        size, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+        if size > stored:  # a stride of 0 makes a tensor of any size
+            raise ValueError(f"{where}: {name} of the shape {tuple(value.shape)} takes {size} bytes, of {stored}")
+    return dict(content)
 
-    Raises:
-        FileNotFoundError: Nothing is there.
-        ValueError: It is fetched from an address, could run code, or is damaged.
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, mapped, and the metadata in its header; ValueError where it is damaged."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} cannot be opened as a safetensors file: {error}") from error
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write contiguous CPU tensors, and one text for the header, where safetensors shuffles several."""
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(dict(tensors), temporary, metadata=dict(metadata))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError where it is damaged or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def check_intact(path: Path) -> None:
+    """Raise where a file by ``torch.save`` is truncated or differs from its checksums, of which torch compares none.
+
+    Files of torch before 1.6, and those written with ``set_crc32_options(False)``, have none.
     """
-    text = str(path)
+    if not _starts(path, ZIP):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            has_sums = any(entry.CRC for entry in archive.infolist())
+            broken = archive.testzip() if has_sums else None
+    except Exception as error:  # zipfile has many errors for damage
+        raise ValueError(f"{path} is damaged or incomplete ({str(error)[:300]}); copy or download it again") from error
+    if broken is not None:
+        raise ValueError(f"{path} is damaged: {broken} in it differs from its checksum; copy or download it again")
+
+
+def check_opens_safely(path: str | Path) -> None:
+    """Raise a ValueError where Lightning's opening of a checkpoint could run code, or would fetch it.
+
+    Object stores, such as ``s3://``, are not looked into: Lightning reads them with torch's loader, which has to be
+    given ``weights_only=True``. Whoever can write to the folder could still exchange the file after the check.
+    """
+    text, path = str(path), Path(path)
     if ADDRESS.search(text):
         raise ValueError(f"{text}: checkpoints are not fetched from addresses; download the file and name its path")
-    path = Path(path)
     if "://" in text and not path.exists():
         return
     if path.is_dir():
-        check_shards(path)
-    else:
-        _check_file(path)
-
-
-def check_shards(folder: Path) -> list[Entry]:
-    """What a sharded checkpoint holds, once it is known to be whole and to open without running code.
-
-    Raises:
-        ValueError: As check_opens_safely.
-    """
-    absent = [name for name in (INDEX, EXTRA) if not (folder / name).is_file()]
-    if absent and is_deepspeed(folder):
-        raise ValueError(f"{folder} {DEEPSPEED}")
-    inside = list(folder.rglob("*.ckpt")) if absent else []
-    if inside:
-        newest = max(inside, key=lambda path: path.stat().st_mtime)
-        raise ValueError(
-            f"{folder} is no checkpoint, but a folder that holds some; name one, such as {newest}, or go on from the "
-            f"newest by fit --resume {folder}"
-        )
-    if absent:
-        raise ValueError(
-            f"{folder} is no whole sharded checkpoint: it holds no {' and no '.join(absent)}. Name a checkpoint that "
-            "FSDPStrategy or ModelParallelStrategy wrote to its end"
-        )
-    others = sorted(path.name for path in folder.glob(f"*{INDEX}") if path.name != INDEX)
-    if others:  # torch's reader falls back to these
-        raise ValueError(f"{folder} holds {others[0]}, which Lightning does not write and pickle would open")
-    check_intact(folder / EXTRA)
-    read_torch(folder / EXTRA)
-    found = read_index(folder)
-    files: dict[str, list[Entry]] = {}
-    for entry in found:
-        files.setdefault(entry.file, []).append(entry)
-    for name, entries in files.items():
-        _check_shard(folder / name, entries)
-    return found
-
-
-def is_deepspeed(folder: Path) -> bool:
-    """Whether a folder looks like one that DeepSpeed's engine saved, or like the one of a step within it."""
-    marks = ("zero_to_fp32.py", "*_model_states.pt", "*_optim_states.pt", "*/*_model_states.pt", "*/*_optim_states.pt")
-    return any(next(folder.glob(mark), None) is not None for mark in marks)
-
-
-def _check_file(path: Path) -> None:
-    if path.suffix == ".safetensors":  # torch.load would read such a file by other means than the strategies do
+        kind = SHARDS if (path / ".metadata").exists() else "a folder; name a checkpoint in it"
+        raise ValueError(f"{path} is {kind}")
+    if path.suffix == ".safetensors":
         raise ValueError(f"{path} holds weights alone, no state of a run; start from it with pretrained=")
     read_torch(path)
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    # torch.load looks at the start of a file, but FSDPStrategy at its end, where a second archive may hide.
-    if not is_zip and _ends_in_archive(path):
-        raise ValueError(f"{path} is two files in one, of which the second could run code")
+    if not _starts(path, ZIP):  # torch.load reads such a file from its start, FSDPStrategy an archive at its end
+        raise ValueError(f"{path} is of torch's format from before 1.6; open and save it again with torch")
 
 
-def _ends_in_archive(path: Path) -> bool:
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file in the folder to write to, renamed to ``path`` once whole; an error leaves what is there."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        torch.PyTorchFileReader(str(path))
-    except RuntimeError:
-        return False
-    return True
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors would make it readable by its owner alone
+        yield temporary
+        temporary.chmod(mode)
+        temporary.replace(path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _check_shard(path: Path, entries: list[Entry]) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path.parent} is no whole sharded checkpoint: it holds no {path.name}")
-    size, needed = path.stat().st_size, max(entry.offset + entry.length for entry in entries)
-    if size < needed:
-        raise ValueError(f"{path} is cut short: it has {size} bytes of at least {needed}")
+def _starts(path: Path, *beginnings: bytes) -> bool:
     with path.open("rb") as file:
-        for entry in entries:
-            if entry.is_tensor:  # torch reads those with weights_only=True itself
-                continue
-            file.seek(entry.offset)
-            try:
-                torch.load(io.BytesIO(file.read(entry.length)), map_location="cpu", weights_only=True)
-            except Exception as error:  # as in read_torch
-                raise ValueError(
-                    f"{path} cannot be opened with weights_only=True: {entry.name} in it holds Python objects, which "
-                    "could run code, or is damaged"
-                ) from error
+        return file.read(4).startswith(beginnings)

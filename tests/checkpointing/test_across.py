@@ -27,7 +27,7 @@ from lightning_igpt.checkpointing import (
     finish_swaps,
     is_complete,
 )
-from lightning_igpt.weights.index import read_index
+from lightning_igpt.checkpointing.index import read_index
 from tests import fresh
 from tests.image_files import tiny
 from tests.sharding import process_group  # noqa: F401

@@ -29,7 +29,7 @@ def test_what_is_not_known_is_said_not_to_be(tmp_path):
     save_pretrained(tmp_path, random_network(), Palette.load("gray:20"))
     front, body = read_card(tmp_path)
     assert "license" not in front and "datasets" not in front
-    assert body.count("not recorded") == 3 and "| licence | not stated |" in body
+    assert body.count("not recorded") == 3 and "| license | not stated |" in body
 
 
 def test_the_hub_reads_what_was_measured(tmp_path):
@@ -65,15 +65,10 @@ def test_every_card_says_what_the_network_is_for_and_what_it_cannot(tmp_path):
         _, body = read_card(tmp_path / name)
         headings = re.findall("^## (.+)$", body, re.MULTILINE)
         assert headings == ["Intended use", "Limits", "Training", "Measured", "How to load"]
-        assert "prejudices" in body and "in 20 colours" in body and "$" not in body and "\n\n\n" not in body
+        assert "prejudices" in body and "in 20 colors" in body and "$" not in body and "\n\n\n" not in body
         assert ("sort pictures into the classes" in body) == (name == "classifier")
         assert ("no likelihood" in body) == (name == "bert") != ("row by row" in body)
-
-
-def test_a_bert_networks_card_says_what_is_lost(tmp_path):
-    save_pretrained(tmp_path, random_network(SMALL_BERT), Palette.load("gray:20"))
-    _, body = read_card(tmp_path)
-    assert "transformers cannot run this network" in body and "ImageGPTForCausalImageModeling" not in body
+        assert ("transformers cannot run this" in body) == (name == "bert") != ("from_pretrained" in body)
 
 
 def test_the_cards_snippets_run(tmp_path, monkeypatch):

@@ -54,19 +54,6 @@ def test_round_trip_is_bit_exact(tmp_path, palette, config):
         assert torch.equal(mine, other), name
 
 
-def test_their_folder_with_a_pickled_file_loads_safely(tmp_path, palette):
-    torch.manual_seed(0)
-    config = TheirConfig(vocab_size=21, n_positions=16, n_embd=32, n_layer=2, n_head=4)
-    theirs = ImageGPTForCausalImageModeling(config)
-    config.save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"clusters": palette.to_list()}))
-    old = {f"transformer.h.{i}.attn.{name}": torch.ones(1) for i in range(2) for name in ("bias", "masked_bias")}
-    torch.save(theirs.state_dict() | old, tmp_path / "pytorch_model.bin")  # the hub's files still hold the masks
-    loaded = load_pretrained(tmp_path)
-    assert loaded.config == ImageGPTConfig(2, 4, 32, 20, 4)
-    assert torch.equal(loaded.network.sos, theirs.transformer.wte.weight[-1])
-
-
 def their_model(kind=ImageGPTForCausalImageModeling, biased=False, **shape):
     torch.manual_seed(0)
     theirs = kind(TheirConfig(**{"vocab_size": 21, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4} | shape))
@@ -186,7 +173,7 @@ def test_a_head_that_does_not_fit_is_refused(tmp_path, palette):
 
 
 def test_other_classes_of_theirs_say_what_they_lack(tmp_path, palette):
-    for kind, message in [(ImageGPTForImageClassification, "keeps no colour head"), (ImageGPTModel, "ImageGPTModel")]:
+    for kind, message in [(ImageGPTForImageClassification, "keeps no color head"), (ImageGPTModel, "ImageGPTModel")]:
         folder = tmp_path / kind.__name__
         their_model(kind).save_pretrained(folder)
         write_processor(folder, palette)
@@ -209,7 +196,7 @@ def test_shapes_types_and_values_are_checked(tmp_path, palette):
         load_with(state[name].to(torch.int8))
     broken = state[name].clone()
     broken[3, 4] = torch.nan
-    with pytest.raises(ValueError, match=rf"1 of 4096 values of {name} are not finite"):
+    with pytest.raises(ValueError, match=rf"{name}: 1 of 4096 values are not finite"):
         load_with(broken)
     assert load_with(state[name].bfloat16()).network.wte.weight.dtype == torch.float32
 
@@ -254,9 +241,9 @@ def test_wrong_folders_say_so(tmp_path, palette):
         load_pretrained(with_config(layer_norm_epsilon=0.1))
     with pytest.raises(ValueError, match="activation_function"):
         load_pretrained(with_config(activation_function="gelu"))
-    with pytest.raises(ValueError, match=r"config\.json has n_layer 4, but model\.safetensors was written with 3"):
+    with pytest.raises(ValueError, match=r"(?s)parameters missing.*- transformer\.h\.3\.attn"):
         load_pretrained(with_config(n_layer=4))
-    with pytest.raises(ValueError, match=r"palette has 16 colours \(sha256 \w+\), the network 20"):
+    with pytest.raises(ValueError, match=r"palette has 16 colors \(sha256 \w+\), the network 20"):
         save_pretrained(tmp_path / "b", random_network(), Palette.load("gray:16"))
     (tmp_path / "a" / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=r"network of 20 colors but no palette.*load_pretrained\(source, palette="):

@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from lightning_igpt.weights.files import read_json
-from lightning_igpt.weights.safety import EXTRA, INDEX, check_opens_safely
+from lightning_igpt.checkpointing.shard_safety import EXTRA, INDEX, check_opens_safely
+from lightning_igpt.weights.safety import read_json
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_igpt.weights.complete import check_complete
-from lightning_igpt.weights.files import read_torch
-from lightning_igpt.weights.index import INDEX, Entry
-from lightning_igpt.weights.intact import check_archive, check_storages
-from lightning_igpt.weights.safety import EXTRA, check_shards, is_deepspeed
+from lightning_igpt.checkpointing.complete import check_complete
+from lightning_igpt.checkpointing.index import INDEX, Entry
+from lightning_igpt.checkpointing.intact import check_archive, check_storages
+from lightning_igpt.checkpointing.shard_safety import EXTRA, check_shards, is_deepspeed
+from lightning_igpt.weights.safety import read_torch
 
 KEYS = ("state_dict", "model")  # under which ModelParallelStrategy and FSDPStrategy put the module's tensors
 OPTIMIZER = re.compile(r"optimizer_(\d{1,4})\.")

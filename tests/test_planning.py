@@ -1,0 +1,390 @@
+"""Counts against the network and torch's own counter; memory against what autograd keeps; tables as they are printed.
+
+The tables (floors, memory, decoding) were computed by hand for the four sizes of the paper on an H100.
+"""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_igpt.config import PRESETS, ImageGPTConfig
+from lightning_igpt.model import ImageGPT
+from lightning_igpt.modules import PretrainModule
+from lightning_igpt.optim import make_adam
+from lightning_igpt.planning import (
+    DEVICES,
+    PAPER,
+    PAPER_XL,
+    RECOMPUTE,
+    WIDTHS,
+    Run,
+    Schedule,
+    block_matrices,
+    cache_bytes,
+    checkpoint_bytes,
+    choose,
+    decode_seconds,
+    device_called,
+    find_device,
+    forward_flops_per_token,
+    largest_batch,
+    matrix_parameters,
+    parameter_count,
+    train_flops_per_token,
+    training_bytes,
+    usable_bytes,
+    usual_mfu,
+)
+from tests.modules.helpers import quiet_trainer
+from tests.networks import SMALL, SMALL_BERT
+
+GIB, ROWS = 2**30, 768
+ODD = ImageGPTConfig(2, 2, 8, 5, 4, n_inner=12, bias=True)
+BLOCK = ImageGPTConfig(n_layer=1, n_head=4, n_embd=64, vocab_size=512, image_size=16)
+H100 = DEVICES["h100"]
+USABLE = 74 * GIB
+
+
+def shows(value, printed):
+    """Whether a value rounds to the printed number, whose trailing zeros before the point may be rounded too."""
+    digits = printed.replace(",", "")
+    whole, _, decimals = digits.partition(".")
+    unit = 10.0 ** -len(decimals) if decimals else 10.0 ** (len(whole) - len(whole.rstrip("0") or "0"))
+    return abs(value - float(digits)) <= 0.5000001 * unit
+
+
+def config_of(name, side=32):
+    return replace(PRESETS[f"igpt_{name}"], image_size=side)
+
+
+def paper_run(name, side=32, **options):
+    config = config_of(name, side)
+    return Run(config, PAPER_XL if name == "xl" else PAPER, H100, mfu=usual_mfu(config), **options)
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return ImageGPT(config)
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), SMALL, SMALL_BERT, ODD])
+def test_parameters_equal_the_networks(config):
+    network = on_meta(config)
+    assert parameter_count(config) == sum(parameter.numel() for parameter in network.parameters())
+    matrices = [p.numel() for block in network.blocks() for p in block.parameters() if p.ndim == 2]
+    assert config.n_layer * block_matrices(config) == sum(matrices)
+    assert matrix_parameters(config) == sum(matrices) + network.lm_head.weight.numel()
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_BERT, ODD])
+def test_flops_equal_torchs_count(config):
+    """torch counts the whole square of attention; ours counts the causal part of it."""
+    network = on_meta(config)
+    with torch.device("meta"):
+        tokens = torch.zeros(1, config.n_positions, dtype=torch.long)
+        masked = torch.zeros(1, config.n_positions, dtype=torch.bool) if config is SMALL_BERT else None
+    with FlopCounterMode(display=False) as counter:
+        network(tokens, masked=masked)
+    length, width, depth = config.n_positions, config.n_embd, config.n_layer
+    square = 4 * depth * width * length
+    causal = square if config is SMALL_BERT else 2 * depth * width * (length + 1)
+    assert counter.get_total_flops() == length * (forward_flops_per_token(config) - causal + square)
+
+
+def test_a_training_step_takes_three_forward_passes():
+    """Without attention's kernels, of which torch counts what they compute again."""
+    network, tokens = ImageGPT(SMALL), torch.zeros(2, SMALL.n_positions, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        network(tokens).sum().backward()
+    counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    assert counted == tokens.numel() * 3 * 2 * matrix_parameters(SMALL)
+    assert train_flops_per_token(SMALL) == 3 * forward_flops_per_token(SMALL)
+
+
+# Size, side; millions of parameters, GFLOP per token forward and in training, share of attention in percent, floor in
+# images per second, MFU in percent at best, floor forward.
+FLOORS = [
+    ("s", 32, "76.6 0.177 0.530 14 1,474 36 4,421"),
+    ("s", 48, "77.2 0.208 0.625 27 556 39 1,668"),
+    ("s", 64, "78.1 0.252 0.757 40 258 43 774"),
+    ("m", 32, "455.2 0.983 2.948 8 265 49 795"),
+    ("m", 48, "456.5 1.077 3.231 16 107 50 322"),
+    ("m", 64, "458.3 1.209 3.627 25 54 52 162"),
+    ("l", 32, "1362 2.871 8.612 5 90.7 56 272"),
+    ("l", 48, "1364 3.059 9.178 11 37.8 57 113"),
+    ("l", 64, "1367 3.324 9.971 18 19.6 58 59"),
+    ("xl", 32, "6801 13.97 41.91 3 18.6 65 56"),
+    ("xl", 48, "6805 14.44 43.33 6 8.0 66 24"),
+    ("xl", 64, "6811 15.10 45.31 10 4.3 66 13"),
+]
+
+
+@pytest.mark.parametrize(("name", "side", "printed"), FLOORS)
+def test_the_table_of_floors(name, side, printed):
+    config, run = config_of(name, side), paper_run(name, side)
+    attention = 2 * config.n_layer * config.n_embd * (config.n_positions + 1)
+    values = [
+        parameter_count(config) / 1e6,
+        forward_flops_per_token(config) / 1e9,
+        train_flops_per_token(config) / 1e9,
+        100 * attention / forward_flops_per_token(config),
+        run.schedule.images / run.floor_device_seconds,
+        100 * run.ceiling_mfu,
+        H100.reached("bf16-mixed") / (config.n_positions * forward_flops_per_token(config)),
+    ]
+    assert all(shows(value, text) for value, text in zip(values, printed.split(), strict=True)), values
+
+
+# Size, side; FLOPs, device-hours at the floor and at the usual MFU, and the time on 8 devices.
+@pytest.mark.parametrize(
+    ("name", "side", "flops", "floor", "stated", "of_eight", "unit"),
+    [
+        ("s", 32, 6.95e19, "24", "59", "7.4", 3600),
+        ("m", 32, 3.86e20, "134", "241", "30", 3600),
+        ("l", 32, 1.13e21, "392", "634", "3.3", 86400),
+        ("l", 48, 2.71e21, "940", "1,520", "7.9", 86400),
+        ("xl", 64, 2.38e22, "8,250", "13,340", "69", 86400),
+    ],
+)
+def test_the_papers_schedule(name, side, flops, floor, stated, of_eight, unit):
+    run = paper_run(name, side, devices=8)
+    assert run.flops == pytest.approx(flops, rel=0.005)
+    assert shows(run.floor_device_seconds / 3600, floor) and shows(8 * run.seconds / 3600, stated)
+    assert abs(run.seconds / unit - float(of_eight)) < (0.05 if "." in of_eight else 0.6)
+
+
+# Size, side; GiB of state under DDP and FSDP over 8 and 64; of activations of an image eager, compiled, all computed
+# again; images on 80 GB under DDP compiled, DDP all computed again, FSDP over 8 compiled.
+MEMORY = [
+    ("s", 32, "1.1 0.17 0.04 0.80 0.42 0.08 170 855 173"),
+    ("s", 48, "1.2 0.17 0.04 1.79 0.95 0.18 75 380 76"),
+    ("m", 32, "6.8 0.94 0.20 2.39 1.27 0.21 52 313 57"),
+    ("m", 48, "6.8 0.94 0.20 5.38 2.85 0.47 23 139 25"),
+    ("l", 32, "20.3 2.75 0.53 4.78 2.53 0.38 20 132 28"),
+    ("l", 48, "20.3 2.75 0.53 10.8 5.70 0.86 8 58 12"),
+    ("xl", 32, "101 13.5 2.4 12.0 6.3 0.90 0 0 9"),
+    ("xl", 64, "101 13.5 2.4 47.8 25.3 3.6 0 0 2"),
+]
+
+
+@pytest.mark.parametrize(("name", "side", "printed"), MEMORY)
+def test_the_table_of_memory(name, side, printed):
+    config = config_of(name, side)
+    plain, compiled = training_bytes(config, 1), training_bytes(config, 1, compiled=True)
+    full = training_bytes(config, 1, recompute="full")
+    shards = [training_bytes(config, 1, devices=n, sharded=True) for n in (8, 64)]
+    sizes = [plain["weights"] + plain["gradients"] + plain["optimizer"]]
+    sizes += [sum(parts[name] for name in ("weights", "gradients", "optimizer", "copies")) for parts in shards]
+    sizes += [parts["activations"] for parts in (plain, compiled, full)]
+    images = [
+        largest_batch(config, USABLE, devices=8, compiled=True),
+        largest_batch(config, USABLE, devices=8, recompute="full"),
+        largest_batch(config, USABLE, devices=8, sharded=True, compiled=True),
+    ]
+    assert [int(text) for text in printed.split()[6:]] == images
+    assert all(shows(size / GIB, text) for size, text in zip(sizes, printed.split(), strict=False))
+
+
+def test_the_parts_of_the_small_network():
+    p = 76_571_648
+    parts = training_bytes(PRESETS["igpt_s"], 4)
+    assert [parts[name] for name in ("weights", "gradients", "optimizer", "copies")] == [4 * p, 4 * p, 8 * p, 2 * p]
+    assert (parts["activations"], parts["logits"]) == (4 * 68 * 512 * 1024 * 24, 4 * 10 * 512 * 1024)
+    again = {how: training_bytes(PRESETS["igpt_s"], 4, recompute=how)["activations"] for how in RECOMPUTE}
+    one = 68 * 512 * 1024
+    assert again["full"] == 4 * (4 * 512 * 1024 * 24 + one)
+    assert again["selective"] == 4 * ((6 * 512 + 4 * 8) * 1024 * 24 + one)
+    dropping = replace(PRESETS["igpt_s"], dropout=0.1)  # without selective recomputation
+    assert training_bytes(dropping, 4, recompute="selective") == training_bytes(dropping, 4, recompute="full")
+
+
+def test_one_image_more_than_the_largest_batch_does_not_fit():
+    layouts = itertools.product(
+        WIDTHS, [(1, False), (3, False), (3, True)], RECOMPUTE, [500_000, 3_000_001, 12_345_678]
+    )
+    for precision, (devices, sharded), how, usable in layouts:
+        options = {"precision": precision, "devices": devices, "sharded": sharded, "recompute": how}
+        most = largest_batch(SMALL, usable, **options)
+        assert not most or sum(training_bytes(SMALL, most, **options).values()) <= usable
+        assert sum(training_bytes(SMALL, most + 1, **options).values()) > usable
+
+
+def saved_bytes(run, parameters):
+    """(bytes per token that autograd keeps of activations, bytes that it keeps of weights as autocast casts them)."""
+    own, kept = {parameter.untyped_storage().data_ptr() for parameter in parameters}, {}
+    sides = {side for parameter in parameters for side in parameter.shape}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        held = run()
+    copies = sum(size for size, tensor in kept.values() if tensor.ndim == 2 and set(tensor.shape) <= sides)
+    del held
+    return (sum(size for size, _ in kept.values()) - copies) / ROWS, copies
+
+
+def block_of(precision):
+    """A block, and its forward pass over ``ROWS`` tokens."""
+    torch.manual_seed(0)
+    block = ImageGPT(BLOCK).blocks()[0]
+    x = torch.randn(ROWS // BLOCK.n_positions, BLOCK.n_positions, BLOCK.n_embd, requires_grad=True)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            return block(x, True)
+
+    return block, run
+
+
+@pytest.mark.parametrize(("precision", "measured"), [("32-true", 72), ("bf16-mixed", 44)])
+def test_what_a_block_keeps_is_below_what_is_planned(precision, measured):
+    """88 and 68 are of an activation that keeps three tensors; ours keeps one."""
+    block, run = block_of(precision)
+    kept, copies = saved_bytes(run, list(block.parameters()))
+    assert kept == measured * BLOCK.n_embd + 4 * BLOCK.n_head + 2 * 4  # log-sum-exp, and what two norms divide by
+    assert 0.6 * WIDTHS[precision].eager * BLOCK.n_embd <= kept <= WIDTHS[precision].eager * BLOCK.n_embd
+    assert copies == WIDTHS[precision].copy * block_matrices(BLOCK)
+
+
+def test_state_of_a_real_optimizer():
+    network = ImageGPT(SMALL)
+    optimizer = make_adam(network.parameters(), lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    network(torch.zeros(1, SMALL.n_positions, dtype=torch.long)).sum().backward()
+    optimizer.step()
+    parts = training_bytes(SMALL, 1, "32-true")
+    assert sum(p.nbytes for p in network.parameters()) == parts["weights"]
+    assert sum(p.grad.nbytes for p in network.parameters()) == parts["gradients"]
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    assert sum(value.nbytes for value in moments) == parts["optimizer"]
+
+
+def test_size_of_a_real_checkpoint(tmp_path):
+    config = ImageGPTConfig(n_layer=2, n_head=2, n_embd=128, vocab_size=8, image_size=4)
+    rows = [{"tokens": torch.zeros(16, dtype=torch.int16)}] * 4
+    trainer = quiet_trainer(tmp_path, max_steps=1, enable_checkpointing=False, plugins=TorchCheckpointIO())
+    trainer.fit(PretrainModule(config, "gray:8", warmup_steps=0), DataLoader(rows, batch_size=4))
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+    planned = checkpoint_bytes(config)
+    assert planned == 12 * parameter_count(config)
+    assert planned < (tmp_path / "whole.ckpt").stat().st_size < planned + 60_000
+
+
+# Size; tokens per second of 1, 16, 64 and 256 images decoded together, where printed; MiB of keys and values of an
+# image at 32, 48 and 64 pixels.
+@pytest.mark.parametrize(
+    ("name", "printed", "cache"),
+    [
+        ("s", "16,979 86,616 108,959 116,470", "48 108 192"),
+        ("m", "3,053 22,695 33,456 37,955", "144 324 576"),
+        ("l", "1,045 9,347 15,505 18,562", "288 648 1152"),
+        ("xl", "215 2,445 5,086", "720 1620 2880"),
+    ],
+)
+def test_the_tables_of_decoding(name, printed, cache):
+    for size, text in zip((1, 16, 64, 256), printed.split(), strict=False):
+        assert shows(size / decode_seconds(config_of(name), H100, size), text)
+    for side, text in zip((32, 48, 64), cache.split(), strict=True):
+        assert cache_bytes(config_of(name, side)) == int(text) * 2**20
+    fast, config = replace(H100, bandwidth=1e18), config_of(name)  # then arithmetic is what takes time
+    flops = 2 * matrix_parameters(config) + 2 * config.n_layer * config.n_embd * config.n_positions
+    assert decode_seconds(config, fast, 100) == pytest.approx(100 * flops / 800e12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mfu": 45}, "mfu is 45; it is a share above 0 and up to 1, such as 0.45"),
+        ({"mfu": 0}, "mfu is 0"),
+        ({"devices": 0}, "devices is 0; it must be at least 1"),
+        ({"schedule": Schedule(0, 1)}, "batch_size is 0"),
+        ({"schedule": Schedule(1, 0)}, "steps is 0"),
+        ({"device": DEVICES["t4"]}, "T4 has no fast bfloat16; take precision 16-mixed or 32-true"),
+        ({"device": replace(DEVICES["t4"], torch_name="")}, "no fast bfloat16; take precision 32-true"),
+        ({"precision": "64-true"}, "precision is '64-true'; memory is known for bf16-mixed, 16-mixed, 32-true"),
+    ],
+)
+def test_wrong_runs_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Run(**{"config": SMALL, "schedule": Schedule(1, 1), "device": H100} | change)
+
+
+def test_the_first_that_fits_is_chosen_or_the_smallest():
+    seen = set()
+    for name, batch_size, devices in itertools.product(("s", "l", "xl"), (1, 2, 12, 64, 1000), (1, 8)):
+        config, kinds = PRESETS[f"igpt_{name}"], ("ddp", "fsdp") if devices > 1 else ("single",)
+        needed = {}
+        for how, kind in itertools.product(RECOMPUTE, kinds):
+            parts = training_bytes(config, batch_size, devices=devices, sharded=kind == "fsdp", recompute=how)
+            needed[kind, how] = sum(parts.values())
+        fitting = [key for key, size in needed.items() if size <= USABLE]
+        wanted = fitting[0] if fitting else min(needed, key=needed.__getitem__)
+        choice = choose(config, batch_size, devices, USABLE)
+        assert choice._replace(reason="") == (*wanted, "", needed[wanted], bool(fitting))
+        assert f"{choice.bytes / GIB:.1f}" in choice.reason and "74.0" in choice.reason
+        seen.add((choice.strategy, choice.recompute, choice.fits))
+    assert len(seen) >= 8
+
+
+def test_what_does_not_fit_says_how_it_would():
+    assert choose(PRESETS["igpt_xl"], 128, 8, USABLE).reason == (
+        "129.6 GiB are needed and 74.0 can be used: 66 images fit at once, so take 64 and accumulate_grad_batches 2"
+    )
+    assert choose(PRESETS["igpt_xl"], 64, 8, USABLE).fits
+    assert "not even one image fits: take more or larger devices, or FSDP" in choose(
+        PRESETS["igpt_xl"], 1, 1, USABLE
+    ).reason  # fmt: skip
+    assert "so take 1 and accumulate_grad_batches 997" in choose(PRESETS["igpt_s"], 997, 1, USABLE).reason
+
+
+NAMES = {
+    "b200": "NVIDIA B200",
+    "gh200": "NVIDIA GH200 480GB",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h100-pcie": "NVIDIA H100 PCIe",
+    "h100-nvl": "NVIDIA H100 NVL",
+    "a100-80": "NVIDIA A100-SXM4-80GB",
+    "a100-40": "NVIDIA A100-SXM4-40GB",
+    "l40s": "NVIDIA L40S",
+    "l4": "NVIDIA L4",
+    "a10": "NVIDIA A10",
+    "v100": "Tesla V100-SXM2-32GB",
+    "v100-16": "Tesla V100-PCIE-16GB",
+    "rtx4090": "NVIDIA GeForce RTX 4090",
+    "rtx3090": "NVIDIA GeForce RTX 3090",
+}
+
+
+def test_devices_are_known_by_torchs_names():
+    for key, name in NAMES.items():
+        assert device_called(name) is find_device(name) is find_device(name.lower()) is DEVICES[key]
+
+
+def test_other_devices_are_not_mistaken_for_these():
+    others = ["", "NVIDIA A40", "NVIDIA L40", "NVIDIA H20", "NVIDIA RTX A1000", "NVIDIA GeForce RTX 4090 Laptop GPU"]
+    others += ["NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti", "nvidia h100 80gb hbm3 mig 1g.10gb"]
+    assert [device_called(name) for name in others] == [None] * len(others)
+
+
+def test_keys_may_be_written_in_many_ways():
+    for key, device in DEVICES.items():
+        assert find_device(key) is find_device(key.upper()) is find_device(key.replace("-", " ")) is device
+    assert find_device("A100") is find_device("a100-80gb") is DEVICES["a100-80"]
+    assert find_device("v100-32gb") is DEVICES["v100"] and find_device("V100 16GB").memory == 16 * GIB
+    assert find_device("h100-sxm") is H100
+    with pytest.raises(ValueError, match=r"no device 'h1000'; there are b200, .*rtx3090, and cpu"):
+        find_device("h1000")
+
+
+def test_usable_memory_and_peaks():
+    assert DEVICES["h100"].usable == usable_bytes(80 * GIB) == USABLE
+    assert [DEVICES[key].peak("32-true") for key in ("a100-80", "v100")] == [156e12, 15.7e12]  # TF32 where there is any
+    assert DEVICES["v100"].peak("16-mixed") == 125e12 and H100.reached("bf16-mixed") == 800e12
