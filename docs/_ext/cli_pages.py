@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import io
 import os
-import re
 from unittest import mock
 
 from lightning.pytorch import Trainer
@@ -33,9 +32,9 @@ CLASSES = {
 def help_of(words):
     """What a verb prints for ``--help`` in a terminal of 80 columns."""
     out = io.StringIO()
-    with mock.patch.dict(os.environ, {"COLUMNS": "80"}), contextlib.redirect_stdout(out):
-        with contextlib.suppress(SystemExit):
-            main([*words.split(), "--help"])
+    columns = mock.patch.dict(os.environ, {"COLUMNS": "80"})
+    with columns, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main([*words.split(), "--help"])
     return out.getvalue()
 
 
@@ -49,24 +48,28 @@ def verb_page(verb):
     return "\n".join(lines)
 
 
-def parameters_of(function, names=None):
-    """What a function or class takes, as items of a definition list."""
-    parameters, texts = inspect.signature(function).parameters, parameter_texts(function)
-    lines = []
-    for name, parameter in parameters.items():
-        if name in ("self", "kwargs", "module", "data"):
-            continue
-        required, kind = parameter.default is parameter.empty, str(parameter.annotation).strip("'")
-        facts = [f"*{re.sub(r'([*_<])', r'\\\1', kind)}*"] if parameter.annotation is not parameter.empty else []
-        facts += ["required"] if required else [f"default `{parameter.default}`"]
-        lines += [f"**`{name}`** {', '.join(facts)}", f": {texts.get(name) or 'Not documented.'}", ""]
+def parameters_of(made, skip=()):
+    """What a function, or a class with its bases, takes, as items of a definition list."""
+    sources = [base for base in made.__mro__ if "__init__" in vars(base)] if isinstance(made, type) else [made]
+    lines, seen = [], {"self", *skip}
+    for source in sources:
+        texts, parameters = parameter_texts(source), inspect.signature(source).parameters
+        for name, parameter in parameters.items():
+            if name in seen or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                continue
+            seen.add(name)
+            facts = [] if parameter.annotation is parameter.empty else [f"`{parameter.annotation}`"]
+            facts += ["required"] if parameter.default is parameter.empty else [f"default `{parameter.default}`"]
+            lines += [f"**`{name}`** {', '.join(facts)}", f": {texts.get(name) or 'Not documented.'}", ""]
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
     return lines
 
 
 def trainer_page():
     """What the trainer takes under every verb of Lightning's."""
     lines = ["# Trainer", "", "Under `fit`, `validate`, `test` and `predict`; in a recipe, below `trainer`.", ""]
-    lines += parameters_of(make_trainer)
+    lines += parameters_of(make_trainer, skip=("module", "data"))
     lines += ["## Options of Lightning's Trainer", "", *parameters_of(Trainer.__init__)]
     return "\n".join(lines)
 
