@@ -38,9 +38,10 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The words after the program's name; default those of the command line.
 
     Returns:
-        The exit status: 0 when the work is done, 130 after Ctrl-C, 141 if the reader of stdout is gone. SystemExit
-        has 2 for wrong usage, 143 where a signal ended a run that then saved, and a message, which makes it 1, where
-        something given was wrong.
+        The exit status: 0 when the work is done, 130 after Ctrl-C, 141 if the reader of stdout is gone.
+
+    Raises:
+        SystemExit: Wrong usage (2), a signal that ended a run (143), or one line about a wrong value (1).
     """
     words = list(sys.argv[1:] if args is None else args)
     try:

@@ -48,10 +48,7 @@ WHAT = (
     ("--model CLASS", "PretrainModule, ProbeModule or FineTuneModule; its options are --model.NAME."),
     ("--data CLASS", "PretrainDataModule, ProbeDataModule or FineTuneDataModule; its options are --data.NAME."),
     ("--resume auto|PATH", f"fit: {RESUME}"),
-    (
-        "--ckpt_path CHECKPOINT",
-        "Checkpoint of a run of this recipe, which fit continues and the other verbs evaluate.",
-    ),
+    ("--ckpt_path CHECKPOINT", "Checkpoint of a run of this recipe: fit continues it, the others evaluate it."),
     ("--random_weights true", f"validate, test, predict: {RANDOM}"),
     ("--seed_everything N", f"Seed of weights, order and draws, from 0 to {SEEDS - 1}; true draws one. Default: 0."),
     ("--dry_run", "Print what would run, with sizes and, for fit, memory and time; train and write nothing."),
@@ -95,9 +92,8 @@ class RecipeParser(LightningArgumentParser):
         if self.verb is None:
             return str(super().format_help())
         checkpoint = "" if self.verb == "fit" else "--ckpt_path CHECKPOINT "
-        return page(
-            self.prog, f"{self.prog} --config RECIPE {checkpoint}[options]", LIGHTNING_VERBS[self.verb], _help_groups()
-        )
+        usage = f"{self.prog} --config RECIPE {checkpoint}[options]"
+        return page(self.prog, usage, LIGHTNING_VERBS[self.verb].capitalize(), _help_groups())
 
     def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **options: Any) -> list[str]:
         """Leave out make_trainer's parameters for model and data, which the command line knows already."""
@@ -128,9 +124,8 @@ def _flag(function: Callable[..., Any], name: str) -> str:
     """An option of the trainer, and what stands for its value in the help."""
     leaves = list(leaves_of(get_type_hints(function)[name]))
     words = [leaf for leaf in leaves if isinstance(leaf, str)] + ["true", "false"] * (bool in leaves)
-    kinds = [kind for kind in (float, int) if kind in leaves]
-    rest = [] if str in leaves else [{float: "X", int: "N"}[kind] for kind in kinds[:1]]
-    return f"--trainer.{name} {'|'.join([*words, *rest]) or 'VALUE'}"
+    number = "" if str in leaves else "X" if float in leaves else "N" if int in leaves else ""
+    return f"--trainer.{name} {'|'.join(filter(None, [*words, number])) or 'VALUE'}"
 
 
 class RecipeCLI(LightningCLI):
@@ -222,20 +217,17 @@ class RecipeCLI(LightningCLI):
         return bool(weights or self.config["random_weights"])
 
     def _resumed(self, resume: str) -> str | None:
-        if resume.lower() == "auto":
-            newest = find_checkpoint(self.trainer, self.model)
-            if newest is None:
-                rank_zero_info(f"--resume auto: {self.trainer.default_root_dir} has no run yet; starting one")
-            return None if newest is None else str(newest)
-        place = Path(resume).expanduser()
-        if not place.is_dir():
-            if not place.exists():
-                raise FileNotFoundError(f"--resume {resume} does not exist; name a checkpoint or a run folder, or auto")
+        auto, place = resume.lower() == "auto", Path(resume).expanduser()
+        if not auto and not place.exists():
+            raise FileNotFoundError(f"--resume {resume} does not exist; name a checkpoint or a run folder, or auto")
+        if not auto and place.is_file():
             return str(place)
-        newest = find_checkpoint(place, self.model)
-        if newest is None:
+        newest = find_checkpoint(self.trainer if auto else place, self.model)
+        if newest is None and not auto:
             raise FileNotFoundError(f"--resume {resume}: the folder has no checkpoint; --resume auto would start a run")
-        return str(newest)
+        if newest is None:
+            rank_zero_info(f"--resume auto: {self.trainer.default_root_dir} has no run yet; starting one")
+        return None if newest is None else str(newest)
 
 
 def run(words: Sequence[str]) -> RecipeCLI:

@@ -138,11 +138,7 @@ def check_seed(name: str, seed: Any) -> None:
 
 @contextmanager
 def one_line_errors(prog: str) -> Iterator[None]:
-    """End the program with one line for errors that this package raised on purpose; let others through as they are.
-
-    Raises:
-        SystemExit: With the message, which makes the exit status 1.
-    """
+    """Turn errors that this package raised on purpose into SystemExit with one line, status 1; let others through."""
     try:
         yield
     except BrokenPipeError:  # the reader of stdout has gone, which is no mistake

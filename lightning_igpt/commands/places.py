@@ -12,17 +12,13 @@ from pathlib import Path
 
 
 def check_file(path: str | Path, option: str, example: str, suffix: str = "") -> None:
-    """Raise unless a file can be written, or replaced.
+    """Raise ValueError or OSError unless a file can be written, or replaced.
 
     Args:
         path: The file.
         option: What names it, such as ``--out``.
         example: Name of such a file, for the message.
         suffix: What its name must end in.
-
-    Raises:
-        ValueError: It is a folder, or has another suffix.
-        OSError: It cannot be written.
     """
     path = Path(path)
     if path.is_dir():
@@ -36,16 +32,7 @@ def check_file(path: str | Path, option: str, example: str, suffix: str = "") ->
 
 
 def check_folder(path: str | Path, option: str) -> None:
-    """Raise unless files can be written into a folder, which need not exist.
-
-    Args:
-        path: The folder.
-        option: What names it, such as ``--out``.
-
-    Raises:
-        NotADirectoryError: It is a file.
-        OSError: Nothing can be written in it.
-    """
+    """Raise OSError unless files can be written into a folder, which need not exist and which ``option`` names."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; {option} takes a folder, so name another")

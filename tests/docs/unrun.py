@@ -1,11 +1,9 @@
 """What pages show and tests do not run: why, and what is checked in its stead."""
 
 import re
-import subprocess
 from pathlib import Path
 
 from tests.docs.pages import ROOT
-from tests.docs.shell import Command, parse
 
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
@@ -23,18 +21,6 @@ def installable(command, environments):
         )
         for extra in filter(None, wanted.split(",")):
             assert re.search(rf"^{extra} = \[", extras, re.MULTILINE), f"pyproject.toml has no extra {extra}"
-
-
-def script_exists(command, environments):
-    script = next(word for word in command.words[1:] if not word.startswith("-"))
-    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{script} is no script: {done.stderr}"
-
-
-def fit_parses(command, environments):
-    words = command.words
-    assert "lightning_igpt" in words, "torchrun is to start -m lightning_igpt"
-    parse(Command(command.where, ["lightning-igpt", *words[words.index("lightning_igpt") + 1 :]]))
 
 
 def has_events(command, environments):
@@ -84,10 +70,6 @@ NOT_RUN = {
     "pre-commit": ("fetches its tools", in_the_checkout(".pre-commit-config.yaml")),
     "build": ("takes an isolated environment; tests/test_package.py builds", in_the_checkout("pyproject.toml")),
     "jupyter": ("serves until it is stopped", in_the_checkout("docs/notebooks")),
-    "sbatch": ("there is no SLURM", script_exists),
-    "squeue": ("there is no SLURM", nothing),
-    "scancel": ("there is no SLURM", nothing),
-    "torchrun": ("wants several machines", fit_parses),
     "tensorboard": ("serves until it is stopped", has_events),
 }
 
