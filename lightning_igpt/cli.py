@@ -17,6 +17,7 @@ from jsonargparse import ActionConfigFile, class_from_function, set_parsing_sett
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -134,7 +135,7 @@ class RecipeCLI(LightningCLI):
     Args:
         verb: fit, validate, test or predict.
         words: The words after the verb.
-        dry: Make the network without memory for its weights.
+        dry: Draw no weights.
     """
 
     def __init__(self, verb: str, words: Sequence[str], *, dry: bool = False) -> None:
@@ -172,10 +173,13 @@ class RecipeCLI(LightningCLI):
         check_seed("seed_everything", self.config["seed_everything"])
 
     def instantiate_classes(self) -> None:
-        """Make model, data and trainer; for a dry run without memory for weights that would be drawn."""
-        options = self.config["model"].get("init_args") or {}
-        with torch.device("meta") if self.dry and not options.get("pretrained") else nullcontext():
-            super().instantiate_classes()
+        """Make model, data and trainer; a network that a strategy shards, or of a dry run, stays on the meta device."""
+        model = self.config["model"]
+        drawn = model["class_path"].startswith("lightning_igpt.") and not model["init_args"].get("pretrained")
+        with torch.device("meta") if drawn else nullcontext():
+            super().instantiate_classes()  # the strategy is chosen by the network's shape
+        if drawn and not self.dry and not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            self.model = self.parser.instantiate_classes(self.config)["model"]
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """The trainer, planned for model and data; only ``fit`` needs to know how long to train."""

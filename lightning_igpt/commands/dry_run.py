@@ -35,7 +35,7 @@ from lightning_igpt.weights.checkpoint import read_checkpoint
 
 GIB = 2**30
 CONVERTED = frozenset({".parquet", ".arrow", ".tar"})  # files that are read by converting them
-UNITS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 1))
+UNITS = (("years", 365.25 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 1))
 TITLES = {"train": "training", "val": "validation", "test": "test"}
 NOTHING = "nothing was trained, and nothing was written"
 
