@@ -24,6 +24,7 @@ from lightning_igpt.planning import (
     Run,
     Schedule,
     device_called,
+    forward_flops_per_token,
     largest_batch,
     parameter_count,
     training_bytes,
@@ -60,8 +61,8 @@ def _lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str |
     if isinstance(config, ImageGPTConfig):
         yield row("network", network(config))
         _check_size(config, data)
-    pretrained = getattr(model, "hparams", {}).get("pretrained")
-    yield row("weights", checkpoint or (f"those of {pretrained}" if pretrained else "drawn at random"))
+    origin = getattr(model, "origin", None)
+    yield row("weights", checkpoint or (f"those of {origin}" if origin else "drawn at random"))
     source = name_of(data.source) if hasattr(data, "source") else type(data).__name__
     shown = ", ".join(f"{count:,} {TITLES.get(role, role)}" for role, count in counts.items())
     yield row("data", f"{source}: {f'{shown} images' if shown else 'not opened, to avoid a download or conversion'}")
@@ -154,7 +155,8 @@ def _costs(trainer: Trainer, config: ImageGPTConfig, step: int, steps: int, trai
     run = Run(config, Schedule(step, steps), device, trainer.world_size, str(trainer.precision))
     speed = f"{device.name}, {device.peak(run.precision) / 1e12:,.3g} TFLOP/s"
     if not trained:
-        yield row("time", f"features: at most {run.forward_images_per_second:,.3g} images/s, without fitting ({speed})")
+        rate = device.reached(run.precision) / (config.n_positions * forward_flops_per_token(config))
+        yield row("time", f"features: at most {rate:,.3g} images/s, without fitting ({speed})")
         return
     yield row("memory", _memory(trainer, config, step, device))
     run = replace(run, mfu=min(CPU_MFU if kind == "cpu" else usual_mfu(config), run.ceiling_mfu))
