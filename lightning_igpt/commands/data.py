@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from jsonargparse import ArgumentParser as VerbParser
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
@@ -26,7 +28,6 @@ from lightning_igpt.commands.data_report import (
     source_lines,
     training_lines,
 )
-from lightning_igpt.commands.parsers import VerbParser
 from lightning_igpt.commands.places import check_file
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import PretrainDataModule
@@ -154,7 +155,7 @@ def read_recipe(files: Sequence[str]) -> DictConfig:
     """
     merged = OmegaConf.create()
     for file in files:
-        merged.merge_with(recipes.read(file))
+        merged.merge_with(OmegaConf.load(Path(file) if Path(file).exists() else recipes.find(file)))
     if files and merged.get("data") is None:
         raise ValueError(f"{', '.join(files)} has no section data; give its images as SOURCE instead")
     return merged

@@ -25,8 +25,6 @@ from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import ProbeDataModule
 from lightning_igpt.weights import Pretrained, load_pretrained
 
-LISTS = ("--labels_per_class", "--layers")  # flags that take several numbers
-
 
 def lowdata(
     pretrained: str,
@@ -159,7 +157,7 @@ def pick_layers(
         ValueError: A layer does not exist.
     """
     chosen = config.n_layer // 2 if layer is None else layer
-    further = range(config.n_layer + 1) if layers == "all" else layers or []
+    further = range(config.n_layer + 1) if layers in ("all", ["all"]) else layers or []
     asked = sorted({chosen, *further})
     if asked[0] < 0 or asked[-1] > config.n_layer:
         raise ValueError(f"asked for the layers {asked}; this network has 0 to {config.n_layer}")
@@ -200,19 +198,6 @@ def percent(result: Result) -> str:
     return f"{100 * result.mean:.1f}{deviation}"
 
 
-def with_lists(words: Sequence[str]) -> list[str]:
-    """Turn ``--layers 4 8`` into ``--layers "[4, 8]"``, the form that jsonargparse reads."""
-    found: list[str] = []
-    for word in words:
-        if word.isdecimal() and found and found[-1] in LISTS:
-            found.append(f"[{word}]")
-        elif word.isdecimal() and len(found) > 1 and found[-2] in LISTS and found[-1].endswith("]"):
-            found[-1] = f"{found[-1][:-1]}, {word}]"
-        else:
-            found.append(word)
-    return found
-
-
 def run(words: Sequence[str]) -> int:
     """Entry point of the verb."""
-    return run_function(lowdata, with_lists(words), "lowdata")
+    return run_function(lowdata, words, "lowdata")

@@ -6,7 +6,6 @@ how a page looks (``lightning_igpt/report.py``).
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -185,16 +184,6 @@ def _nats(value: float) -> str:
     return f"{value:.4f}"
 
 
-def gather_runs(words: Sequence[str]) -> list[str]:
-    """Turn ``a b --out c`` into ``["a", "b"] --out c``, the form that jsonargparse reads."""
-    runs: list[str] = []
-    rest: list[str] = []
-    for word in words:
-        belongs_to_flag = bool(rest) and rest[-1] in ("--out", "--config")
-        (rest if belongs_to_flag or word.startswith("-") else runs).append(word)
-    return ([json.dumps(runs, ensure_ascii=False)] if runs else []) + rest
-
-
 def run(words: Sequence[str]) -> int:
     """Entry point of the verb."""
-    return run_function(report, gather_runs(words), "report", positional=True)
+    return run_function(report, words, "report", positional=True)

@@ -53,7 +53,6 @@ def train(images: Tensor) -> Path | None:
     assert_type(trainer, Trainer)
     trainer.fit(module, data, ckpt_path=igpt.find_checkpoint("runs/pretrain"))
     igpt.consolidate_checkpoint("runs/sharded.ckpt", Path("runs/whole.ckpt"))
-    print(igpt.find_micro_batch(module, 128).batch_size)
 
     probe = igpt.ProbeModule(pretrained="runs/pretrain", layers="all", c=1.0)
     trainer.test(probe, igpt.ProbeDataModule("digits"))
