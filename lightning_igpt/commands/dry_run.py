@@ -1,11 +1,11 @@
-"""What a run would be, before it is one: classes, sizes, data, steps, places, memory and time.
+"""``--dry_run``: what a run would be, before it is one: network, data, steps, strategy, memory and time.
 
-Not here: the formulas and the devices (``planning``), the figures made of them (``plan.py``, ``plan_facts.py``).
+Not here: the formulas and the table of devices (``planning``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,28 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_igpt.callbacks import Recompute
-from lightning_igpt.commands.places import check_places
-from lightning_igpt.commands.plan import decide
-from lightning_igpt.commands.plan_facts import facts
-from lightning_igpt.commands.plan_recipe import Recipe
-from lightning_igpt.commands.plan_text import GIB, hours
+from lightning_igpt.commands.plan import measured_cpu
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.sources import as_list, name_of
-from lightning_igpt.planning import parameter_count
+from lightning_igpt.planning import (
+    RECOMPUTE,
+    Device,
+    Run,
+    Schedule,
+    device_called,
+    largest_batch,
+    parameter_count,
+    training_bytes,
+    usual_mfu,
+)
+from lightning_igpt.planning.runs import CPU_MFU
 from lightning_igpt.trainer import choices
-from lightning_igpt.weights.safety import check_opens_safely
+from lightning_igpt.weights.checkpoint import read_checkpoint
 
-MARGIN = 12
-COSTLY = frozenset({".parquet", ".arrow", ".tar"})  # read by converting them
+GIB = 2**30
+CONVERTED = frozenset({".parquet", ".arrow", ".tar"})  # files that are read by converting them
+UNITS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 1))
+TITLES = {"train": "training", "val": "validation", "test": "test"}
 NOTHING = "nothing was trained, and nothing was written"
 
 
@@ -35,161 +44,164 @@ def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | 
     Args:
         verb: fit, validate, test or predict.
         trainer: As it would run.
-        model: As it would run; its network may still be without weights.
+        model: As it would run; its network may lie on the meta device.
         data: As it would run, before ``setup``.
-        checkpoint: What it would load, or go on from.
+        checkpoint: What it would load, or continue.
 
     Raises:
         ValueError: Data, network and batch do not fit together, or the checkpoint could not be opened.
-        OSError: There is no such checkpoint or source, or nothing can be saved at that place.
+        OSError: The checkpoint or the source does not exist.
     """
-    if checkpoint:
-        check_opens_safely(checkpoint)
-    places = [str(one.log_dir) for one in trainer.loggers if getattr(one, "log_dir", None)]
-    check_places([*places, trainer.default_root_dir])
-    return list(_lines(verb, trainer, model, data, checkpoint, places))
+    if checkpoint and Path(checkpoint).is_file():
+        read_checkpoint(checkpoint)
+    return list(_lines(verb, trainer, model, data, checkpoint))
 
 
-def _lines(
-    verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | None, places: Sequence[str]
-) -> Iterator[str]:
+def _lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | None) -> Iterator[str]:
     yield row("would", f"{verb}: {type(model).__name__} on {type(data).__name__}")
-    config = getattr(model, "config", None)
+    config, counts = getattr(model, "config", None), images(data)
     if isinstance(config, ImageGPTConfig):
         yield row("network", network(config))
-    origin = getattr(model, "origin", None)
-    yield row("weights", checkpoint or (f"those of {origin}" if origin else "drawn at random"))
-    counts = images(data)
-    if isinstance(config, ImageGPTConfig):
-        _check_fit(config, data)
+        _check_size(config, data)
+    pretrained = getattr(model, "hparams", {}).get("pretrained")
+    yield row("weights", checkpoint or (f"those of {pretrained}" if pretrained else "drawn at random"))
     source = name_of(data.source) if hasattr(data, "source") else type(data).__name__
-    yield row("data", f"{source}: {told(counts)}")
+    shown = ", ".join(f"{count:,} {TITLES.get(role, role)}" for role, count in counts.items())
+    yield row("data", f"{source}: {f'{shown} images' if shown else 'not opened, to avoid a download or conversion'}")
     if verb == "fit":
-        yield from _fit(trainer, model, data, counts, checkpoint)
+        yield from _fit(trainer, model, data, counts)
     for text in choices(trainer):
         yield row("", text)
+    places = [str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]
     yield row("results", ", ".join(dict.fromkeys(places)) or str(trainer.default_root_dir))
     yield f"dry run: {NOTHING}"
 
 
 def row(name: str, text: str) -> str:
     """A line of the table."""
-    return f"{name:<{MARGIN}}{text}"
+    return f"{name:<12}{text}"
 
 
 def network(config: ImageGPTConfig) -> str:
     """Shape and size in words."""
-    shape = f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, {config.vocab_size} colours"
+    shape = f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, {config.vocab_size} colors"
     side = config.image_size
     return f"{config.objective}, {shape}, {side} x {side} pixels: {parameter_count(config):,} parameters"
 
 
 def images(data: Any) -> dict[str, int]:
-    """Images of each part, where they can be counted without copying or downloading anything; else nothing."""
-    if not hasattr(data, "source") or not all(_is_cheap(one) for one in as_list(data.source)):
+    """Images of each part; empty where counting them would copy, convert or download anything."""
+    if not hasattr(data, "source") or not all(_is_cheap(source) for source in as_list(data.source)):
         return {}
     data.setup("fit")
-    parts = getattr(data.images, "parts", {})
-    return {role: len(part) for role, part in parts.items()}
-
-
-def told(counts: dict[str, int]) -> str:
-    """The numbers of images in words."""
-    titles = {"train": "training", "val": "validation", "test": "test"}
-    parts = [f"{count:,} {titles.get(role, role)}" for role, count in counts.items()]
-    return f"{', '.join(parts)} images" if parts else "not opened, since that would download or convert it"
+    return {role: len(part) for role, part in getattr(data.images, "parts", {}).items()}
 
 
 def _is_cheap(source: Any) -> bool:
     if source == "digits":
         return True
-    if not isinstance(source, str | Path):
-        return False
-    place = Path(source).expanduser()
-    if not place.exists():  # perhaps a hub id
+    place = Path(source).expanduser() if isinstance(source, str | Path) else None
+    if place is None or not place.exists():  # perhaps a hub id
         return False
     files = place.rglob("*") if place.is_dir() else [place]
-    return not any(path.suffix.lower() in COSTLY for path in files)
+    return not any(path.suffix.lower() in CONVERTED for path in files)
 
 
-def _check_fit(config: ImageGPTConfig, data: Any) -> None:
+def _check_size(config: ImageGPTConfig, data: Any) -> None:
     size = getattr(data, "image_size", None)
     if size is not None and size != config.image_size:
         raise ValueError(
-            f"the data are set to images of {size} x {size}, but the network reads {config.image_size} x "
+            f"the data has image_size {size}, but the network reads images of {config.image_size} x "
             f"{config.image_size}; leave out the data's image_size"
         )
 
 
-def _fit(trainer: Trainer, model: Any, data: Any, counts: dict[str, int], checkpoint: str | None) -> Iterator[str]:
-    size, steps = getattr(data, "batch_size", None), length(trainer, data, counts)
+def _fit(trainer: Trainer, model: Any, data: Any, counts: dict[str, int]) -> Iterator[str]:
+    step, n_images = getattr(data, "batch_size", None), counts.get("train")
     world, parts = trainer.world_size, trainer.accumulate_grad_batches
-    together = f"{size * world * parts:,} images per step" if isinstance(size, int) else "batches of unknown size"
-    shared = [f"{size} at once"] + [f"{world} devices"] * (world > 1) + [f"{parts} batches each"] * (parts > 1)
-    told_steps = "an unknown number of steps" if steps is None else f"{steps:,} steps"
-    trained = hasattr(model, "network") and any(one.requires_grad for one in model.network.parameters())
-    n_images, step = counts.get("train"), size * world * parts if isinstance(size, int) else 0
+    trained = hasattr(model, "network") and any(weight.requires_grad for weight in model.network.parameters())
+    if not isinstance(step, int):
+        yield row("length", "unknown: the data has no batch_size")
+        return
+    if step % (world * parts):
+        raise ValueError(
+            f"batch_size {step} is not a multiple of {world} devices x {parts} accumulate_grad_batches; change one"
+        )
     if trained and n_images is not None and n_images < step:
-        raise ValueError(f"there are {n_images} training images, but one step takes {step}; set a smaller batch_size")
-    yield row("length", f"{told_steps}, {together} ({' x '.join(shared)})")
-    yield row("begin", f"goes on from {checkpoint}" if checkpoint else "at step 0")
-    if isinstance(size, int) and steps and hasattr(model, "network"):
-        yield from costs(trainer, model.config, size, steps if trained else None)
+        raise ValueError(f"batch_size {step} exceeds the {n_images} training images; lower batch_size")
+    steps = length(trainer, step, n_images)
+    shared = f"{step // (world * parts)} at once x {world} devices x {parts} accumulated"
+    yield row("length", f"{'unknown' if steps is None else f'{steps:,}'} steps of {step:,} images ({shared})")
+    if hasattr(model, "network"):
+        yield from _costs(trainer, model.config, step, steps if trained else None, trained)
 
 
-def length(trainer: Trainer, data: Any, counts: dict[str, int]) -> int | None:
-    """Optimiser steps of the whole run; None where it ends by the clock, or nobody knows how many images there are."""
-    ends = Recipe(
-        max_steps=trainer.max_steps if trainer.max_steps > 0 else None,
-        max_epochs=trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None,
-        images=counts.get("train"),
-        batches=trainer.limit_train_batches,
-    )
-    size = getattr(data, "batch_size", 1) * trainer.world_size * trainer.accumulate_grad_batches
-    try:
-        return ends.steps(size, trainer.accumulate_grad_batches)
-    except ValueError:
-        return None
-
-
-def costs(trainer: Trainer, config: ImageGPTConfig, batch_size: int, steps: int | None) -> Iterator[str]:
-    """Memory and time by ``plan``, and what they rest on.
+def length(trainer: Trainer, step: int, n_images: int | None) -> int | None:
+    """Optimizer steps of the run; None where it ends by the clock, or the number of images is not known.
 
     Args:
-        trainer: Tells devices and precision.
-        config: The network.
-        batch_size: Images that a device computes at once.
-        steps: Optimiser steps; None for a network that is not trained.
+        trainer: As it would run.
+        step: Images of an optimizer step.
+        n_images: Training images.
     """
+    ends = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if (trainer.max_epochs or -1) > 0 and n_images is not None:
+        batches, limit = max(1, n_images * trainer.accumulate_grad_batches // step), trainer.limit_train_batches
+        batches = max(1, int(batches * limit)) if isinstance(limit, float) else min(batches, limit)
+        ends.append(trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches))  # type: ignore[operator]
+    return min(ends, default=None)
+
+
+def _costs(trainer: Trainer, config: ImageGPTConfig, step: int, steps: int | None, trained: bool) -> Iterator[str]:
+    """Memory and time, by the formulas of ``planning``."""
     place = trainer.strategy.root_device
-    kind = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
-    how = next((one.told.how for one in trainer.callbacks if isinstance(one, Recompute) and one.told), None)  # type: ignore[attr-defined]
-    how = how or ("none" if kind == "cpu" else None)  # what fit does where nobody says
-    recipe = Recipe(
-        network=config.to_dict(),
-        batch_size=batch_size,
-        devices=trainer.world_size,
-        accumulate=trainer.accumulate_grad_batches,
-        precision=str(trainer.precision),
-        recompute=how,
-    )
+    device = device_called(torch.cuda.get_device_name(place)) if place.type == "cuda" else measured_cpu()
+    if device is None:
+        yield row("costs", f"unknown for {torch.cuda.get_device_name(place)}")
+        return
     try:
-        found = facts(decide(recipe, device_kind=kind, batch_size=None, steps=steps or 1, mfu=None))
+        run = Run(config, Schedule(step, steps or 1), device, trainer.world_size, str(trainer.precision))
     except ValueError as error:
         yield row("costs", f"unknown: {error}")
         return
-    run, device = found["run"], found["device"]
-    basis = "measured just now" if kind == "cpu" else "by its data sheet"
-    speed = f"{device['name']}, {device['peak_flops'] / 1e12:,.3g} TFLOP/s {basis}"
-    if steps is None:
-        rate = found["inference"]["forward_images_per_second"]
-        yield row("time", f"features: at most {rate:,.3g} images/s ({speed}); fitting is not reckoned")
+    speed = f"{device.name}, {device.peak(run.precision) / 1e12:,.3g} TFLOP/s"
+    if not trained:
+        rate = run.forward_images_per_second
+        yield row("time", f"features: at most {rate:,.3g} images/s on each {speed}; fitting comes on top")
         return
-    choice = found["strategy"]
-    taken = choice["bytes"] if how is None else found["memory"][choice["strategy"]]["total"]
-    fits = "" if taken <= device["usable_bytes"] else ": it does NOT fit"
-    room = f"{device['usable_bytes'] / GIB:.1f} GiB usable"
-    yield row("memory", f"{taken / GIB:.2f} of {room} per device, recompute {how or choice['recompute']}{fits}")
-    yield row("time", f"about {hours(run['seconds'])}, not below {hours(run['floor_seconds'])}")
-    yield row("", f"at {run['mfu']:.0%} of {speed}")
-    yield row("", "Validation, reading images and what small networks waste come on top.")
+    yield from _memory(trainer, config, step, device)
+    if steps is not None:
+        mfu = min(CPU_MFU if place.type == "cpu" else usual_mfu(config), run.ceiling_mfu)
+        yield row("time", f"about {_duration(run.flops / (mfu * device.peak(run.precision)) / run.devices)}")
+        yield row("", f"at {mfu:.0%} of {speed}; validation and reading images come on top")
+
+
+def _memory(trainer: Trainer, config: ImageGPTConfig, step: int, device: Device) -> Iterator[str]:
+    """What a device has to hold, and the number of accumulated batches with which it can."""
+    asked = next(
+        (callback.told.how for callback in trainer.callbacks if isinstance(callback, Recompute) and callback.told), None
+    )
+    world, parts = trainer.world_size, trainer.accumulate_grad_batches
+    sharded = any(word in type(trainer.strategy).__name__ for word in ("Sharded", "ModelParallel", "FSDP"))
+    options: dict[str, Any] = {"precision": str(trainer.precision), "devices": world, "sharded": sharded}
+    tried = [asked] if asked else ["none"] if trainer.strategy.root_device.type == "cpu" else RECOMPUTE
+    for how in tried:
+        needed = sum(training_bytes(config, step // (world * parts), recompute=how, **options).values())
+        if needed <= device.usable:
+            break
+    text = f"{needed / GIB:.2f} of {device.usable / GIB:.1f} GiB usable per device, recompute {how}"
+    if needed <= device.usable:
+        yield row("memory", text)
+        return
+    most = largest_batch(config, device.usable, recompute=how, **options)
+    share = step // world
+    fitting = [number for number in range(parts, share + 1) if share % number == 0 and share // number <= most]
+    cure = (
+        f"trainer.accumulate_grad_batches {fitting[0]} fits" if fitting else "not even one image fits: shard or shrink"
+    )
+    yield row("memory", f"{text}: it does NOT fit; {cure}")
+
+
+def _duration(seconds: float) -> str:
+    unit, length = next((pair for pair in UNITS if seconds >= pair[1]), UNITS[-1])
+    return f"{seconds / length:.3g} {unit}"
