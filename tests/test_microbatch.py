@@ -4,10 +4,10 @@ import time
 
 import pytest
 import torch
-
-from lightning_igpt.__main__ import main
 from lightning_igpt.commands.launch_batch import Recipe
 from lightning_igpt.commands.microbatch import fit_options
+
+from lightning_igpt.__main__ import main
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.microbatch import (
     GIB,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning_igpt.commands.report_paper import DENSITY, FINETUNE, FINETUNE_BERT, LOW_DATA, PROBE
 
 from lightning_igpt.__main__ import main
 from lightning_igpt.commands import recipes
-from lightning_igpt.commands.report_paper import DENSITY, FINETUNE, FINETUNE_BERT, LOW_DATA, PROBE
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")

@@ -76,12 +76,7 @@ def complete(
     print(f"{loaded.origin}: {what}, on {place} in {precision} precision")
     loaded.network.to(place)
     tokens = loaded.palette.quantize(pixels).to(place)
-    options: dict[str, Any] = {
-        "n_samples": n_samples,
-        "temperature": temperature,
-        "precision": precision,
-        "seed": seed,
-    }
+    options: dict[str, Any] = {"n_samples": n_samples, "seed": seed, "temperature": temperature, "precision": precision}
     if hole is not None:
         rows = inpainted_rows(loaded, tokens, hole.to(place), **options).cpu()
     else:
@@ -96,14 +91,9 @@ def complete(
 
 
 def read_mask(path: str, size: int) -> Tensor:
-    """The pixels that an image marks to be redrawn: those nearer to white than to black; transparent ones are black.
+    """The pixels nearer to white than to black in the middle square of an image file, bool (size * size,).
 
-    Args:
-        path: An image file; its largest square in the middle counts.
-        size: Side S of the network's images.
-
-    Returns:
-        Bool (S * S,) in raster order.
+    Transparent pixels are black.
 
     Raises:
         ValueError: The file cannot be read as an image, or no pixel is marked.
@@ -124,19 +114,7 @@ def read_mask(path: str, size: int) -> Tensor:
 def inpainted_rows(
     loaded: Pretrained, tokens: Tensor, hole: Tensor, *, n_samples: int, seed: int, **options: Any
 ) -> Tensor:
-    """For each image the given part, ``n_samples`` draws of its hole, and the truth, side by side.
-
-    Args:
-        loaded: The network and its palette.
-        tokens: int64 (B, T), whole images.
-        hole: Bool (T,), true where every image is redrawn.
-        n_samples: Draws per image.
-        seed: Of the draws.
-        **options: As ``inpaint`` takes them.
-
-    Returns:
-        uint8 (B, 2 + n_samples, 3, S, S).
-    """
+    """As ``completion_rows``, with a hole in bool (T,) to be redrawn; ``options`` are those of ``inpaint``."""
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}; it must be at least 1")
     repeated = tokens.repeat_interleave(n_samples, 0)

@@ -18,9 +18,9 @@ SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # in the order 
 
 
 class Images(NamedTuple):
-    """Images of one size with a name each."""
+    """Images of one size, uint8 (N, 3, S, S), with a name each."""
 
-    pixels: Tensor  # uint8 (N, 3, S, S)
+    pixels: Tensor
     names: list[str]
 
 

@@ -162,36 +162,25 @@ def whole(loader: Any) -> dict[str, Tensor]:
 
 def probe(folder: Path, seed: int) -> dict[str, Any]:
     """Probe the pretrained and an untrained network, and classify raw pixels, on the same split."""
-    modules: dict[str, ProbeModule] = {}
-    accuracy = {}
-    for label, weights in (("pretrained", str(folder / "pretrain.ckpt")), ("untrained", None)):
+    found: dict[str, Any] = {}
+    for prefix, weights in (("", str(folder / "pretrain.ckpt")), ("untrained_", None)):
         # c is fixed, since choosing it takes longer.
-        module = modules[label] = ProbeModule(weights, network=NETWORK, palette=PALETTE, c=1.0, seed=seed)
+        module = ProbeModule(weights, network=NETWORK, palette=PALETTE, c=1.0, seed=seed)
         data: LightningDataModule = ProbeDataModule("digits", seed=seed)
-        runner = trainer(folder / f"probe-{label}", max_epochs=1)
+        runner = trainer(folder / f"probe-{'pretrained' if weights else 'untrained'}", max_epochs=1)
         runner.fit(module, data)
-        accuracy[label] = runner.test(module, data, verbose=False)[0]["test/accuracy"]
-    by_layer = {
-        label: {str(n): value for n, value in module.accuracy_by_layer.items()} for label, module in modules.items()
-    }
-    return {
-        "accuracy_by_layer": by_layer["pretrained"],
-        "best_layer": modules["pretrained"].best_layer,
-        "best_accuracy": accuracy["pretrained"],
-        "untrained_accuracy_by_layer": by_layer["untrained"],
-        "untrained_best_accuracy": accuracy["untrained"],
-        "raw_pixels_accuracy": raw_pixels_accuracy(seed),
-    }
-
-
-def raw_pixels_accuracy(seed: int) -> float:
-    """Test accuracy of the probe's logistic regression on the pixels themselves."""
+        test = runner.test(module, data, verbose=False)[0]
+        found[f"{prefix}accuracy_by_layer"] = {str(n): value for n, value in module.accuracy_by_layer.items()}
+        found |= {f"{prefix}best_layer": module.best_layer, f"{prefix}best_accuracy": test["test/accuracy"]}
     data = ProbeDataModule("digits", image_size=NETWORK.image_size, seed=seed)
     data.setup()
-    batches = [whole(loader) for loader in (data.train_dataloader(), data.test_dataloader())]
-    x, x_test = (batch["image"][:, 0].flatten(1).float() / 255 for batch in batches)
-    weight, bias = fit_logistic(x, batches[0]["label"], 10)
-    return float(((x_test @ weight.T + bias).argmax(1) == batches[1]["label"]).float().mean())
+    (x, labels), (x_test, labels_test) = (
+        (batch["image"][:, 0].flatten(1).float() / 255, batch["label"])
+        for batch in map(whole, (data.train_dataloader(), data.test_dataloader()))
+    )
+    weight, bias = fit_logistic(x, labels, 10)
+    right = (x_test @ weight.T + bias).argmax(1) == labels_test
+    return found | {"raw_pixels_accuracy": float(right.float().mean())}
 
 
 def finetune(folder: Path, seed: int, epochs: int) -> dict[str, float]:

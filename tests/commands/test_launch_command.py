@@ -10,12 +10,12 @@ import time
 import pytest
 import torch
 import yaml
+from lightning_igpt.commands.launch_batch import BATCH_SIZE, OURS, Recipe
 from torch.distributed.run import get_args_parser
 
 from lightning_igpt import data
 from lightning_igpt.__main__ import main
 from lightning_igpt.commands import launch, recipes
-from lightning_igpt.commands.launch_batch import BATCH_SIZE, OURS, Recipe
 from tests.commands import slurm
 from tests.drills.run import RECIPE, ROOT, SLOW, assert_same_end
 from tests.leftovers import end_all_in, working_in
