@@ -123,8 +123,9 @@ def result_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _pretraining(out: Path, results: Mapping[str, Any], curves: Mapping[str, report.Curve]) -> str:
     density = results["pretrain"]
+    names = {"val/nats_per_pixel": "validation", "train/nats_per_pixel": "training batches"}
     plot = plot_curves(
-        {"validation": curves["val/nats_per_pixel"], "training batches": curves["train/nats_per_pixel"]},
+        {label: curves[name] for name, label in names.items() if name in curves},
         {"per-position unigram": density["unigram_nats_per_pixel"], "uniform": density["uniform_nats_per_pixel"]},
     )
     plot.light.savefig(out / "loss.png")
