@@ -20,7 +20,6 @@ _HOMES = {
     "modules": ["PretrainModule", "ProbeModule", "FineTuneModule"],
     "data": ["PretrainDataModule", "ProbeDataModule", "FineTuneDataModule", "tokenize"],
     "checkpointing": ["consolidate_checkpoint", "find_checkpoint"],
-    "microbatch": ["find_micro_batch"],
     "trainer": ["make_trainer"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from lightning_igpt.data import ProbeDataModule as ProbeDataModule
     from lightning_igpt.data import tokenize as tokenize
     from lightning_igpt.kmeans import fit_palette as fit_palette
-    from lightning_igpt.microbatch import find_micro_batch as find_micro_batch
     from lightning_igpt.model import ImageGPT as ImageGPT
     from lightning_igpt.model import KVCache as KVCache
     from lightning_igpt.modules import FineTuneModule as FineTuneModule

@@ -1,321 +1,300 @@
-"""Lightning's verbs: LightningCLI in subclass mode, with this package's classes known by their short names."""
+"""Lightning's verbs, fit, validate, test and predict, driven by recipes; the only reader of recipes.
+
+Not here: our own verbs (``commands/``), and what a dry run prints (``commands/dry_run.py``).
+"""
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_type_hints
 
 import torch
-from jsonargparse import capture_parser, set_parsing_settings
+from jsonargparse import ActionConfigFile, class_from_function, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_igpt import callbacks, data, modules
-from lightning_igpt.callbacks.disk_check import check_folder
-from lightning_igpt.checkpointing import check_resumable, find_checkpoint, standing
+from lightning_igpt.checkpointing import find_checkpoint
 from lightning_igpt.commands import dry_run, recipes
-from lightning_igpt.commands.arguments import check_seed, one_line_errors
-from lightning_igpt.commands.lightning_parser import (
-    TRUSTED,
-    LightningVerbParser,
-    WholeLightningVerbParser,
-    without_flags,
-    without_trust,
-)
-from lightning_igpt.commands.places import check_places
+from lightning_igpt.commands.arguments import SEEDS, check_seed, leaves_of, one_line_errors, parameter_texts
+from lightning_igpt.commands.help import LIGHTNING_VERBS, PROGRAM, Parser, page, usage_error
+from lightning_igpt.commands.places import check_folder
 from lightning_igpt.commands.predictions import write_predictions
-from lightning_igpt.commands.trainer_names import check_names
-from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.modules.deferred import never_drawn
-from lightning_igpt.strategies import choose_strategy
-from lightning_igpt.trainer import best_precision, make_trainer
-from lightning_igpt.weights.safety import check_opens_safely
-from lightning_igpt.weights.shards import is_shards
+from lightning_igpt.trainer import make_trainer
 
-__all__ = ["IGPTCLI", "callbacks", "data", "modules", "run"]  # importing the classes makes their short names known
+__all__ = ["RecipeCLI", "callbacks", "data", "modules", "run"]  # importing the classes makes their short names known
 
-CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # what Lightning takes for ckpt_path beside a path
-
-
+# Classes that a recipe may name. Any other name is refused before its module is imported, which would run its code.
+TRUSTED = ("lightning", "lightning_igpt", "torch.optim", "torchmetrics")
+CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # values of Lightning's ckpt_path that are no paths
 RESUME = (
-    "Go on with an interrupted run: auto takes the newest whole checkpoint of this model where the trainer saves, and "
-    "starts anew where there is none; a run folder or a checkpoint must be there."
+    "Continue an interrupted run. auto takes the newest intact checkpoint of this model where the trainer saves, and "
+    "starts a new run if there is none; a run folder or a checkpoint must exist."
 )
-RANDOM = "Run although no weights are given: what a network that was never trained does, as a baseline."
+RANDOM = "Run although no weights are given: an untrained network, as a baseline."
+WHAT = (
+    (
+        "-c --config RECIPE",
+        "A YAML file, or the name of a shipped recipe (lightning-igpt recipes list). Several merge, the last wins; "
+        "options that follow win over all.",
+    ),
+    ("--model CLASS", "PretrainModule, ProbeModule or FineTuneModule; its options are --model.NAME."),
+    ("--data CLASS", "PretrainDataModule, ProbeDataModule or FineTuneDataModule; its options are --data.NAME."),
+    ("--resume auto|PATH", f"fit: {RESUME}"),
+    (
+        "--ckpt_path CHECKPOINT",
+        "Checkpoint of a run of this recipe, which fit continues and the other verbs evaluate.",
+    ),
+    ("--random_weights true", f"validate, test, predict: {RANDOM}"),
+    ("--seed_everything N", f"Seed of weights, order and draws, from 0 to {SEEDS - 1}; true draws one. Default: 0."),
+    ("--dry_run", "Print what would run, with sizes and, for fit, memory and time; train and write nothing."),
+    ("--trust NAME", "A package, module or class that the recipe may name, besides Lightning's and this package's."),
+    ("--print_config", "Print all options as YAML, as they would be taken, and exit."),
+    ("--print_completion SHELL", "Print a script that completes these options: shtab-bash, shtab-zsh (needs shtab)."),
+)
+MORE = (
+    ("--model.help CLASS", "The options of a model, such as --model.help PretrainModule."),
+    ("--data.help CLASS", "The options of a data module, such as --data.help PretrainDataModule."),
+    ("--trainer.callbacks.help CLASS", "The options of a callback, such as CompletionGrid."),
+    ("-h --help", "Show this help and exit."),
+)
+FIRST = ("default_root_dir", "accumulate_grad_batches", "num_nodes", "logger")  # Lightning's options needed most
 
 
-class IGPTCLI(LightningCLI):
-    """LightningCLI whose recipes may refer to each other's values and whose flags a checkpoint never changes."""
+class RecipeFile(ActionConfigFile):  # type: ignore[misc]
+    """``--config``: a YAML file, or the name of a shipped recipe."""
 
-    def __init__(self, model: type, data: type, *, args: Sequence[str], **options: Any) -> None:
-        self._verb = args[0] if args else None
-        super().__init__(model, data, args=list(args), **options)
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Read the file, or the shipped recipe of that name."""
+        path = values if Path(values).exists() else str(recipes.find(values))
+        super().__call__(parser, cfg, path, option_string)
+
+
+class RecipeParser(LightningArgumentParser):
+    """LightningCLI's parser, with this package's help and errors of one line."""
+
+    verb: str | None = None  # None for the parsers that jsonargparse makes for --model.help and the like
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong with the command or the recipe in one line, and exit with status 2."""
+        if not self.exit_on_error:  # a parser within a parser, whose message becomes part of the outer one's
+            raise ArgumentError(None, message) from ex
+        if "import_path_allowlist" in message:  # jsonargparse's setting, behind which is our option
+            message += f". If you trust that module: {PROGRAM} {self.verb} --trust NAME"
+        usage_error(self.prog, message)
+
+    def format_help(self) -> str:
+        """The text of ``--help``."""
+        if self.verb is None:
+            return str(super().format_help())
+        checkpoint = "" if self.verb == "fit" else "--ckpt_path CHECKPOINT "
+        return page(
+            self.prog, f"{self.prog} --config RECIPE {checkpoint}[options]", LIGHTNING_VERBS[self.verb], _help_groups()
+        )
+
+    def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **options: Any) -> list[str]:
+        """Leave out make_trainer's parameters for model and data, which the command line knows already."""
+        if lightning_class is not make_trainer:
+            return super().add_lightning_class_args(lightning_class, nested_key, *args, **options)
+        made, skip = class_from_function(make_trainer), {"module", "data"}
+        options = {"fail_untyped": False, "instantiate": False, "sub_configs": True, "skip": skip}
+        return list(self.add_class_arguments(made, nested_key, **options))
+
+
+def _help_groups() -> dict[str, Any]:
+    """What runs; the trainer's options needed most; names of the others; where to read more."""
+    texts = parameter_texts(make_trainer)
+    theirs = parameter_texts(Trainer.__init__)
+    ours = [name for name in get_type_hints(make_trainer) if name not in ("module", "data", "kwargs", "return")]
+    trainer = [(_flag(make_trainer, name), texts[name]) for name in ours]
+    trainer += [(_flag(Trainer.__init__, name), theirs[name].partition(". ")[0]) for name in FIRST]
+    further = " ".join(name for name in theirs if name not in (*ours, *FIRST))
+    return {
+        "what to run": WHAT,
+        "the trainer": trainer,
+        "further options of Lightning's Trainer, as --trainer.NAME": further,
+        "more help": MORE,
+    }
+
+
+def _flag(function: Callable[..., Any], name: str) -> str:
+    """An option of the trainer, and what stands for its value in the help."""
+    leaves = list(leaves_of(get_type_hints(function)[name]))
+    words = [leaf for leaf in leaves if isinstance(leaf, str)] + ["true", "false"] * (bool in leaves)
+    kinds = [kind for kind in (float, int) if kind in leaves]
+    rest = [] if str in leaves else [{float: "X", int: "N"}[kind] for kind in kinds[:1]]
+    return f"--trainer.{name} {'|'.join([*words, *rest]) or 'VALUE'}"
+
+
+class RecipeCLI(LightningCLI):
+    """Model, data and trainer of a recipe. A checkpoint changes neither its values nor those of the flags.
+
+    Args:
+        verb: fit, validate, test or predict.
+        words: The words after the verb.
+        dry: Make the network without memory for its weights.
+    """
+
+    def __init__(self, verb: str, words: Sequence[str], *, dry: bool = False) -> None:
+        self.verb, self.dry = verb, dry
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=make_trainer,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # the modules keep their own plain hyperparameters
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            run=False,  # with subcommands Lightning lets a checkpoint's hyperparameters win over recipe and flags
+            args=list(words),
+        )
+
+    def init_parser(self, **options: Any) -> LightningArgumentParser:
+        """The parser, before the options of trainer, model and data are added."""
+        parser = RecipeParser(prog=f"{PROGRAM} {self.verb}", parser_mode="omegaconf+", **options)
+        parser.verb = self.verb
+        parser.add_argument("-c", "--config", action=RecipeFile, help=WHAT[0][1])
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our own options; all verbs have all of them, so that each runs the configuration another one saved."""
+        parser.add_argument("--resume", type=str | None, default=None, help=RESUME)
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of a run of this recipe.")
+        parser.add_argument("--random_weights", type=bool, default=False, help=RANDOM)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse without Lightning's warning about ``sys.argv``, which here holds the same words."""
         self.config = parser.parse_args(args)
-
-    def _parse_ckpt_path(self) -> None:
-        """Leave the configuration alone.
-
-        Lightning's own version lets the hyperparameters in the checkpoint win over recipe and flags without a word.
-        Here the modules compare themselves with the checkpoint when it is loaded, and say what differs.
-        """
-
-    def _set_seed(self) -> None:
-        """Seed everything, once the seed is known to be one."""
-        check_seed("seed_everything", self._get(self.config, "seed_everything"))
-        super()._set_seed()
-
-    def before_instantiate_classes(self) -> None:
-        """Let a network be made without weights where no process will hold all of them."""
-        options = self.config[self.subcommand]
-        check_names(options["trainer"])
-        init_args = options["model"].get("init_args", {})
-        if "defer_init" in init_args and not init_args.get("pretrained") and will_shard(options):
-            init_args["defer_init"] = True
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, planned for model and data; only ``fit`` has to be told how long to train."""
-        options = self._get(self.config_init, "trainer", default={})
-        if self.subcommand == "fit":
-            kwargs |= {"module": self.model, "data": self.datamodule}
-        elif options.get("max_steps", -1) < 1 and options.get("max_epochs") is None:
-            kwargs["max_epochs"] = 1
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
-            raise ValueError(f"trainer: {error}") from error  # what Lightning refuses is the user's business, too
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's, without ``weights_only``: a recipe could set it to false, and checkpoints then run code."""
-        return {verb: {*skipped, "weights_only"} for verb, skipped in LightningCLI.subcommands().items()}
-
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        options = super()._prepare_subcommand_kwargs(subcommand)
-        path = options.get("ckpt_path")
-        if path and str(path).split(":")[0] not in CHECKPOINT_WORDS:
-            check_opens_safely(standing(path))  # our modules do it themselves; a recipe may name others
-        return options | {"weights_only": True}
-
-    def before_validate(self) -> None:
-        """Refuse to evaluate random weights."""
-        self._need_weights()
-
-    before_test = before_predict = before_validate
-
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        if self._verb in self.subcommands() and subcommand != self._verb:
-            return self.init_parser(**kwargs)  # nobody asks it; the options of all four take a third of a second
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit":
-            parser.add_argument("--resume", type=str | None, default=None, help=RESUME)
-        else:
-            parser.add_argument("--random_weights", type=bool, default=False, help=RANDOM)
-        return parser
-
-    def before_fit(self) -> None:
-        """Find the checkpoint to go on from, or tell that it is not there, before anything is set up."""
-        options, root = self.config_init["fit"], self._place()
-        if root is not None:
-            self.check_folder(root)
-        path, resume = options.get("ckpt_path"), options.get("resume")
-        if resume and path:
-            raise ValueError(
-                f"--resume {resume} and --ckpt_path {path} both name the checkpoint to go on from; drop one"
-            )
-        if resume:
-            options["ckpt_path"] = self._found(resume)
-            self.trainer.callbacks.append(callbacks.SameCheckpoint(options["ckpt_path"]))  # type: ignore[attr-defined]
-        elif path and path not in CHECKPOINT_WORDS and "://" not in path and not Path(standing(path)).exists():
-            raise FileNotFoundError(f"ckpt_path {path} is no file; it names the checkpoint of a run to continue")
-
-    def _place(self) -> Path | None:
-        """Where a run saves, once it is known that it can; None where it does not, or not in this file system."""
-        root = str(self.trainer.default_root_dir)
-        if "://" in root or getattr(self.trainer, "fast_dev_run", False):
-            return None
-        check_places([root])
-        return Path(root)
-
-    def check_folder(self, folder: Path) -> None:
-        """Raise OSError where nothing can be saved in a folder; makes it where it does not exist."""
-        check_folder(folder, 0)
-
-    def _found(self, resume: str) -> str | None:
-        """The checkpoint that ``--resume`` means; None for a run that has none yet."""
-        if resume.lower() == "auto":
-            found = find_checkpoint(self.trainer, self.model)
-            if found is None:
-                rank_zero_info(f"--resume auto: {self.trainer.default_root_dir} has no run yet, so one starts")
-            return None if found is None else str(found)
-        place = Path(resume).expanduser()
-        if not place.exists():
-            raise FileNotFoundError(f"--resume {resume}: there is no such file or folder; say auto, or name one")
-        if place.is_file() or is_shards(place):
-            check_resumable(place, self.model)
-            return str(place)
-        found = find_checkpoint(place, self.model)
-        if found is None:
-            raise FileNotFoundError(
-                f"--resume {resume}: the folder holds no checkpoint; --resume auto would start anew"
-            )
-        return str(found)
-
-    def predict(self, **options: Any) -> None:
-        """Run ``predict`` and keep what it gives: completed images as PNG files, class probabilities as CSV."""
-        if self.trainer.world_size > 1:
-            raise ValueError("predict writes one file in the order of the images: pass --trainer.devices 1")
-        batches: list[Any] = list(self.trainer.predict(**options) or [])
-        if not all(isinstance(batch, Tensor) and batch.ndim in (2, 4) for batch in batches):
-            rank_zero_info("predictions are neither images (B, 3, S, S) nor probabilities (B, C): nothing is written")
-        elif batches:
-            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions"
-            ask = getattr(self.datamodule, "left_out_of_predictions", set)
-            names = getattr(self.model, "class_names", None)
-            written = write_predictions(torch.cat(batches), folder, names, left_out=ask())
-            rank_zero_info(f"wrote {written}")
-
-    def _need_weights(self) -> None:
-        self._place()
-        options = self.config[self.subcommand]
-        given, cure = options.get("ckpt_path"), "pass --ckpt_path with the checkpoint of a run"
-        if options["model"]["class_path"].endswith("PretrainModule"):  # classifiers are in checkpoints alone
-            given = given or options["model"].get("init_args", {}).get("pretrained")
-            cure += " (or model.init_args.pretrained)"
-        if not given and not options["random_weights"]:
-            raise ValueError(
-                f"{self.subcommand} would run on random weights: {cure}; --random_weights true if that is what you want"
-            )
-
-
-class _DryRun(IGPTCLI):
-    """Tells what would run, and runs nothing."""
-
-    def before_instantiate_classes(self) -> None:
-        check_names(self.config[self.subcommand]["trainer"])
-        init_args = self.config[self.subcommand]["model"].get("init_args", {})
-        if "defer_init" in init_args and not init_args.get("pretrained"):
-            init_args["defer_init"] = True  # a network of any size, without its weights
+        check_seed("seed_everything", self.config["seed_everything"])
 
     def instantiate_classes(self) -> None:
-        """Make model, data and trainer, but draw no weights."""
-        with never_drawn():
+        """Make model, data and trainer; for a dry run without memory for weights that would be drawn."""
+        options = self.config["model"].get("init_args") or {}
+        with torch.device("meta") if self.dry and not options.get("pretrained") else nullcontext():
             super().instantiate_classes()
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        getattr(self, f"before_{subcommand}")()
-        checkpoint = self.config_init[subcommand].get("ckpt_path")
-        for line in dry_run.lines(subcommand, self.trainer, self.model, self.datamodule, checkpoint):
-            print(line)  # noqa: T201
+    def instantiate_trainer(self, **options: Any) -> Trainer:
+        """The trainer, planned for model and data; only ``fit`` needs to know how long to train."""
+        given = self.config_init["trainer"]
+        if self.verb == "fit":
+            options |= {"module": self.model, "data": self.datamodule}
+        elif given.get("max_steps", -1) < 1 and given.get("max_epochs") is None:
+            options["max_epochs"] = 1
+        try:
+            return super().instantiate_trainer(**options)
+        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+            raise ValueError(f"trainer: {error}") from error  # values that Lightning refuses are the user's, too
 
-    def check_folder(self, folder: Path) -> None:
-        """Nothing is written, not even to see whether it could be."""
+    def checkpoint(self) -> str | None:
+        """The checkpoint to continue (fit) or to run (the other verbs); None to start from the recipe's weights.
+
+        Raises:
+            FileNotFoundError: The checkpoint does not exist.
+            ValueError: Two are named, none can be continued, or the verb would run on random weights.
+        """
+        path, resume = self.config["ckpt_path"], self.config["resume"]
+        if self.verb == "fit":
+            if resume and path:
+                raise ValueError(f"--resume {resume} and --ckpt_path {path} both name a checkpoint; drop one of them")
+            path = self._resumed(resume) if resume else path
+        elif not path and not self._has_weights():
+            raise ValueError(
+                f"{self.verb} would run on random weights: pass --ckpt_path with the checkpoint of a run (or, for "
+                "pretraining, model.pretrained); --random_weights true runs them as a baseline"
+            )
+        named = path and path.split(":")[0] not in CHECKPOINT_WORDS and "://" not in path
+        if named and not Path(path).exists():
+            raise FileNotFoundError(f"ckpt_path {path} does not exist; it names the checkpoint of a run")
+        return path or None
+
+    def _has_weights(self) -> bool:
+        pretrains = self.config["model"]["class_path"].endswith("PretrainModule")  # heads are in checkpoints alone
+        weights = pretrains and self.config["model"].get("init_args", {}).get("pretrained")
+        return bool(weights or self.config["random_weights"])
+
+    def _resumed(self, resume: str) -> str | None:
+        if resume.lower() == "auto":
+            newest = find_checkpoint(self.trainer, self.model)
+            if newest is None:
+                rank_zero_info(f"--resume auto: {self.trainer.default_root_dir} has no run yet; starting one")
+            return None if newest is None else str(newest)
+        place = Path(resume).expanduser()
+        if not place.is_dir():
+            if not place.exists():
+                raise FileNotFoundError(f"--resume {resume} does not exist; name a checkpoint or a run folder, or auto")
+            return str(place)
+        newest = find_checkpoint(place, self.model)
+        if newest is None:
+            raise FileNotFoundError(f"--resume {resume}: the folder has no checkpoint; --resume auto would start a run")
+        return str(newest)
 
 
-def will_shard(options: Any) -> bool:
-    """Whether the strategy of a parsed recipe will spread the network over processes."""
-    trainer, init_args = options["trainer"], options["model"]["init_args"]
-    strategy = trainer.get("strategy") or "auto"
-    if not isinstance(strategy, str):
-        return str(strategy.get("class_path")).endswith(("FullyShardedStrategy", "ModelParallelStrategy"))
-    network = init_args.get("network") or "igpt_s"
-    config = ImageGPTConfig.resolve(network if isinstance(network, str | ImageGPTConfig) else dict(network))
-    if init_args.get("image_size"):
-        config = replace(config, image_size=init_args["image_size"])
-    accelerator, data = trainer.get("accelerator") or "auto", options.get("data") or {}
-    return choose_strategy(
-        strategy,
-        accelerator=accelerator,
-        devices=trainer.get("devices"),
-        num_nodes=trainer.get("num_nodes") or 1,
-        precision=str(trainer.get("precision") or best_precision(accelerator)),
-        config=config,
-        batch_size=data.get("init_args", {}).get("batch_size"),
-    ).sharded
-
-
-def run(words: Sequence[str]) -> IGPTCLI:
+def run(words: Sequence[str]) -> RecipeCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
     Args:
         words: The verb and its options. ``--config`` takes a file or the name of a shipped recipe.
 
+    Returns:
+        The recipe's model, data and trainer, after the run.
+
     Raises:
-        SystemExit: Wrong usage (2), or a mistake in what the user gave (1), told in one line.
+        SystemExit: Wrong usage (2), or one line about a value that was wrong (1).
     """
-    words, trusted = without_trust(words)
-    words, dry, whole = without_flags(words)
-    warn_of_restarts()
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's to mend; it stands there like an error
-    with one_line_errors(f"lightning-igpt {words[0]}"):
-        return _run(_DryRun if dry else IGPTCLI, with_shipped_recipes(words), trusted, whole=whole)
+    verb, *rest = words
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # a deprecation within Lightning
+    # Not options of the recipe's parser: a recipe must not be able to trust itself.
+    flags = Parser(prog=f"{PROGRAM} {verb}")
+    flags.add_argument("--dry_run", action="store_true")
+    flags.add_argument("--trust", action="append", default=[])
+    given, rest = flags.parse_known_args(rest)
+    with one_line_errors(f"{PROGRAM} {verb}"):
+        _allow(given.trust)
+        cli = RecipeCLI(verb, rest, dry=given.dry_run)
+        if "://" not in cli.trainer.default_root_dir:
+            check_folder(cli.trainer.default_root_dir, "--trainer.default_root_dir")
+        checkpoint = cli.checkpoint()
+        if given.dry_run:
+            print(*dry_run.lines(verb, cli.trainer, cli.model, cli.datamodule, checkpoint), sep="\n")  # noqa: T201
+            return cli
+        if verb == "predict" and cli.trainer.world_size > 1:
+            raise ValueError("predict writes one file in the order of the images: pass --trainer.devices 1")
+        method = getattr(cli.trainer, verb)
+        result = method(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        if verb == "predict":
+            _write(cli, result or [])
+    return cli
 
 
-def parser() -> LightningVerbParser:
-    """The parser of all four verbs, for those who want to know their options."""
-    found: LightningVerbParser = capture_parser(lambda: _run(IGPTCLI, []))
-    return found
-
-
-def _run(kind: type[IGPTCLI], words: list[str], trusted: Sequence[str] = (), *, whole: bool = False) -> IGPTCLI:
+def _allow(trusted: Sequence[str]) -> None:
+    """Let recipes name the classes that are trusted, and no others."""
+    for name in trusted:
+        if not all(part.isidentifier() for part in name.split(".")) or name.split(".")[0] == "jsonargparse":
+            raise ValueError(f"--trust {name} is not a package, module or class, such as my_package")
     set_parsing_settings(
-        # Interpolations like ${trainer.max_steps} are written from the recipe's root, below which the verb lies.
-        omegaconf_absolute_to_relative_paths=True,
         instantiate_subclass_spec_in_any=False,
         import_path_denylist=["*"],
         import_path_allowlist=[*TRUSTED, *trusted],
-    )
-    return kind(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        trainer_class=make_trainer,
-        parser_class=WholeLightningVerbParser if whole else LightningVerbParser,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,  # the modules keep their own plain hyperparameters
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"parser_mode": "omegaconf+", "prog": "lightning-igpt"},
-        args=words,
+        add_print_completion_argument=True,
+        subclasses_disabled=[torch.Tensor],  # whose attributes would be options, tensors among them, without end
     )
 
 
-def warn_of_restarts() -> None:
-    """Say so where torchrun could not restart this run: its processes would meet the addresses of those that ended.
-
-    See pytorch #135712. ``lightning-igpt launch torchrun`` prints a command that sets the variable.
-    """
-    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if shares and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        rank_zero_warn(
-            "if torchrun restarts this run it will hang; start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
-        )
-
-
-def with_shipped_recipes(words: Sequence[str]) -> list[str]:
-    """Replace the names of shipped recipes after ``--config`` or ``-c`` by their paths."""
-    found: list[str] = []
-    previous = ""
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if previous in ("--config", "-c"):
-            word = _recipe(word)
-        elif equals and flag in ("--config", "-c"):
-            word = f"{flag}={_recipe(value)}"
-        found.append(word)
-        previous = word
-    return found
-
-
-def _recipe(value: str) -> str:
-    return value if Path(value).exists() or "\n" in value else str(recipes.find(value))
+def _write(cli: RecipeCLI, batches: Sequence[Any]) -> None:
+    """Keep the predictions: completed images as PNG files, class probabilities as CSV."""
+    if not all(isinstance(batch, Tensor) and batch.ndim in (2, 4) for batch in batches):
+        rank_zero_info("predictions are neither images (B, 3, S, S) nor probabilities (B, C): nothing is written")
+    elif batches:
+        folder = Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / "predictions"
+        left_out: set[int] = getattr(cli.datamodule, "left_out_of_predictions", set)()
+        names = getattr(cli.model, "class_names", None)
+        rank_zero_info(f"wrote {write_predictions(torch.cat([*batches]), folder, names, left_out=left_out)}")

@@ -193,7 +193,6 @@ def test_what_the_header_computes_is_true(name, capsys):
     for words, gib in re.findall(r"`lightning-igpt (plan [^`]*)`: (\d+) GiB", text):
         main([*words.split(), "--format", "json"])
         assert f"{json.loads(capsys.readouterr().out)['strategy']['bytes'] / 2**30:.0f}" == gib
-        assert f"--config {name}" in words
     for flops in re.findall(r"takes (\S+) floating-point operations", text):
         network, images = network_of(recipe), images_per_step(recipe) * recipe["trainer"]["max_steps"]
         assert f"{images * network.n_positions * train_flops_per_token(network):.1e}" == flops

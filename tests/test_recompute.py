@@ -10,10 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.microbatch import MemoryMeter
 from lightning_igpt.model import ATTENTION_KERNELS, ImageGPT, KVCache
 from lightning_igpt.objectives import masked_pixel_loss, next_pixel_loss
 from lightning_igpt.planning import ACTIVATION_BYTES
+from tests.memory_meter import MemoryMeter
 from tests.networks import SMALL, SMALL_BERT, random_network, random_tokens
 
 HOW = ["selective", "full"]

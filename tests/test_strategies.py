@@ -6,7 +6,6 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_igpt.cli import will_shard
 from lightning_igpt.config import PRESETS
 from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.modules import PretrainModule
@@ -92,23 +91,6 @@ def test_a_trainer_plans_for_its_module(monkeypatch):
     make_trainer(max_steps=1, accelerator="cpu", module=module, data=data, num_nodes=1)
     make_trainer(max_steps=1, accelerator="cpu")
     assert [(one["config"], one["batch_size"]) for one in asked] == [(module.config, 5), (None, None)]
-
-
-def test_the_command_line_knows_what_will_be_spread(eight_gpus):
-    given = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
-    small = {"n_layer": 2, "n_embd": 8, "n_head": 2}
-
-    def shards(network="igpt_xl", image_size=64, **trainer):
-        return will_shard(
-            {
-                "model": {"init_args": {"network": network, "image_size": image_size}},
-                "data": {"init_args": {"batch_size": 1}},
-                "trainer": {"devices": 8, "precision": "bf16-mixed"} | trainer,
-            }
-        )
-
-    assert shards() and shards(strategy="fsdp2", accelerator="cpu") and shards(strategy=given)
-    assert not shards(strategy="ddp") and not shards(small, 8) and not shards(PRESETS["igpt_s"], None)
 
 
 def test_the_choice_is_told(tmp_path, caplog):

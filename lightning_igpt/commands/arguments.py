@@ -1,161 +1,155 @@
-"""How a verb reads its arguments and tells its user what was wrong with them."""
+"""How our own verbs read their arguments: an argparse parser made from a function's signature and docstring."""
 
 from __future__ import annotations
 
-import functools
+import argparse
 import inspect
 import os
-import re
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import jsonargparse
-from omegaconf.errors import InterpolationResolutionError
+import docstring_parser
+from omegaconf.errors import OmegaConfBaseException
 
-from lightning_igpt.commands.parsers import VerbParser
+from lightning_igpt.commands.help import PROGRAM, Parser, plain
 
-BOOLEANS = ("true", "false", "null")  # what may follow a switch as its value
-SEEDS = 2**32  # NumPy's generators take no seed from there on, and none below 0
+SEEDS = 2**32  # NumPy's generators take seeds from 0 to one less
 TRACEBACK = "LIGHTNING_IGPT_TRACEBACK"  # set to anything to see where an error came from
+TRUTH = {"true": True, "false": False}
 
 
 def run_function(
-    function: Callable[..., Any] | dict[str, Any],
+    function: Callable[..., Any] | Mapping[str, Callable[..., Any]],
     words: Sequence[str],
     verb: str,
     *,
     positional: bool = False,
     about: str | None = None,
 ) -> int:
-    """Parse ``words`` for ``function`` (or one of several, by name) with jsonargparse, and call it.
-
-    Options may be written with dashes for underscores, as ``--batch-size``, and ``--config`` as ``-c``.
+    """Parse ``words`` for ``function`` (or one of several, by name), and call it.
 
     Args:
         function: What to run, or a mapping from sub-verbs to what to run.
         words: The words after the verb.
-        verb: The verb, for messages.
+        verb: Its name.
         positional: Take required arguments without their names.
-        about: What the verb does; default the first line of the function's documentation.
+        about: What the verb does; default the function's docstring.
     """
-    prog = f"lightning-igpt {verb}"
-    words = _underscored(function, words)
+    prog = f"{PROGRAM} {verb}"
+    if isinstance(function, Mapping):
+        parser = Parser(prog=prog, description=about or "", add_help=True)
+        verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(function), title="verbs")
+        for name, part in function.items():
+            summary = docstring_parser.parse(part.__doc__ or "").short_description
+            _add(verbs.add_parser(name, prog=f"{prog} {name}", description=summary, help=summary), part, positional)
+    else:
+        text = docstring_parser.parse(function.__doc__ or "").description
+        parser = Parser(prog=prog, description=about or text or "")
+        _add(parser, function, positional)
+    options = vars(parser.parse_args(list(words)))
+    chosen = function[options.pop("verb")] if isinstance(function, Mapping) else function
     with one_line_errors(prog):
-        _refuse_sixties(function, words)
-    if not isinstance(function, dict):
-        words = _spelled_out(function, words)
-        function = _with_config(function, words)
-    elif words and words[0] in function:
-        words = [words[0], *_spelled_out(function[words[0]], words[1:])]
-    options: dict[str, Any] = {"prog": prog, "description": about, "parser_class": VerbParser}
-    with one_line_errors(prog):
-        jsonargparse.auto_cli(_with_seed(function), args=list(words), as_positional=positional, **options)
+        check_seed("seed", options.get("seed"))
+        chosen(**options)
     return 0
 
 
-def _underscored(function: Callable[..., Any] | dict[str, Any], words: Sequence[str]) -> list[str]:
-    """``--batch-size`` as ``--batch_size``, where some function has such a parameter, and ``-c`` as ``--config``.
-
-    Values stay as they are.
-    """
-    several = function.values() if isinstance(function, dict) else [function]
-    known = {f"--{name}" for one in several for name in inspect.signature(one).parameters}
-    spelled = []
-    for word in words:
-        if word == "-c" and "--config" in known:
-            word = "--config"
-        name, equals, value = word.partition("=")
-        option = f"--{name.removeprefix('--').replace('-', '_')}"
-        spelled.append(f"{option}{equals}{value}" if word.startswith("--") and option in known else word)
-    return spelled
-
-
-def _refuse_sixties(function: Callable[..., Any] | dict[str, Any], words: Sequence[str]) -> None:
-    """Keep YAML from reading ``1:4`` as 64, a number to the base of 60.
-
-    Raises:
-        ValueError: An option that takes a number has such a value.
-    """
-    several = function.values() if isinstance(function, dict) else [function]
-    kinds = [pair for one in several for pair in get_type_hints(one).items()]
-    numbers = {f"--{name}" for name, kind in kinds if {int, float} & {kind, *get_args(kind)}}
-    for word, after in zip_longest(words, words[1:], fillvalue=""):
-        name, equals, value = word.partition("=")
-        value = value if equals else after
-        if name in numbers and re.fullmatch(r"[-+]?[\d_]+(:\d+)+(\.\d*)?", value):
-            raise ValueError(f"{name.removeprefix('--')} is {value!r}, which is no number; write one without colons")
+def _add(parser: argparse.ArgumentParser, function: Callable[..., Any], positional: bool) -> None:
+    """Add an option for every parameter."""
+    hints, parameters = get_type_hints(function), inspect.signature(function).parameters
+    texts = parameter_texts(function)
+    needed, rest = parser.add_argument_group("needed"), parser.add_argument_group("options")
+    called = [parser.prog]
+    for name, parameter in parameters.items():
+        required, kind = parameter.default is inspect.Parameter.empty, hints[name]
+        options = _reader(kind) | {"help": _text(texts.get(name, ""), parameter.default)}
+        if required and positional:
+            action = needed.add_argument(name, **options | {"metavar": name.upper()})
+            called.append(f"{action.metavar} ..." if action.nargs == "+" else str(action.metavar))
+        elif required:
+            action = needed.add_argument(f"--{name}", required=True, **options)
+            called.append(f"--{name} {action.metavar or name.upper()}")
+        else:
+            rest.add_argument(f"--{name}", default=parameter.default, **options)
+    rest.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+    parser.usage = " ".join([*called, "[options]"])
 
 
-def _with_config(function: Callable[..., Any], words: Sequence[str]) -> Callable[..., Any]:
-    """The function with its argument ``config``, which jsonargparse takes for a file of its own and does not pass."""
-    if "config" not in inspect.signature(function).parameters:
-        return function
-    pairs = [(*word.partition("="), after) for word, after in zip_longest(words, words[1:])]
-    given = [value if equals else after for name, equals, value, after in pairs if name == "--config"]
-
-    @functools.wraps(function)
-    def call(**options: Any) -> Any:
-        return function(**options | {"config": given[-1] if given else None})
-
-    return call
+def parameter_texts(function: Callable[..., Any]) -> dict[str, str]:
+    """What a function's docstring says about each of its parameters."""
+    return {item.arg_name: plain(item.description) for item in docstring_parser.parse(function.__doc__ or "").params}
 
 
-def _with_seed(function: Any) -> Any:
-    """The function, or each of several, which looks at its argument ``seed`` before anything else is done."""
-    if isinstance(function, dict):
-        return {name: _with_seed(one) for name, one in function.items()}
-    if "seed" not in inspect.signature(function).parameters:
-        return function
+def _text(text: str, default: Any) -> str:
+    """The description of an option, with its default where that says something."""
+    says_nothing = default in (None, False, "", inspect.Parameter.empty)
+    if not says_nothing and "efault" not in text:
+        text += f" Default: {' '.join(map(str, default)) if isinstance(default, tuple) else str(default).lower()}."
+    return text.replace("%", "%%")
 
-    @functools.wraps(function)
-    def call(*given: Any, **options: Any) -> Any:
-        check_seed("seed", options.get("seed"))
-        return function(*given, **options)
 
-    return call
+def leaves_of(hint: Any) -> Iterator[Any]:
+    """The types, and the words of Literals, that a type hint is made of; None is left out."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        yield from get_args(hint)
+    elif origin in (Union, UnionType, list, tuple):
+        for part in get_args(hint):
+            yield from leaves_of(part)
+    elif hint not in (NoneType, Ellipsis):
+        yield hint
+
+
+def _reader(hint: Any) -> dict[str, Any]:
+    """How argparse reads a parameter of a type: str, int, float, bool, words, or several of these."""
+    leaves = list(leaves_of(hint))
+    words = [leaf for leaf in leaves if isinstance(leaf, str)]
+    if leaves == [bool]:
+        return {"nargs": "?", "const": True, "type": _truth, "metavar": "true|false"}
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    several = {"nargs": "+"} if any(get_origin(part) in (list, tuple) for part in parts) else {}
+    if words == leaves:
+        return several | {"choices": words, "metavar": "|".join(words)}
+    (kind,) = (leaf for leaf in leaves if isinstance(leaf, type))
+    if not words:
+        return several | {"type": kind, "metavar": {int: "N", float: "X"}.get(kind)}
+
+    def read(word: str) -> Any:
+        return word if word in words else kind(word)
+
+    read.__name__ = f"{kind.__name__} or {'|'.join(words)}"  # for argparse's message
+    return several | {"type": read, "metavar": "|".join([*words, "N"])}
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in TRUTH:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return TRUTH[word.lower()]
 
 
 def check_seed(name: str, seed: Any) -> None:
-    """Insist that a seed can be one.
-
-    Args:
-        name: The option's.
-        seed: A number; anything else is no seed, and left alone.
-
-    Raises:
-        ValueError: It is below 0 or too large.
-    """
+    """Raise ValueError where a seed is out of range; what is no number (None, true) is left alone."""
     if isinstance(seed, int) and not 0 <= seed < SEEDS:
         raise ValueError(f"{name} is {seed}; it must be from 0 to {SEEDS - 1}")
 
 
-def _spelled_out(function: Callable[..., Any], words: Sequence[str]) -> list[str]:
-    """``--check`` alone as ``--check=true``: jsonargparse wants the value of every switch written."""
-    switches = {f"--{name}" for name, kind in get_type_hints(function).items() if kind in (bool, bool | None)}
-    return [
-        f"{word}=true" if word in switches and str(after).lower() not in BOOLEANS else word
-        for word, after in zip_longest(words, words[1:])
-    ]
-
-
 @contextmanager
 def one_line_errors(prog: str) -> Iterator[None]:
-    """Tell an error that this package raised on purpose in one line; let every other one through as it is.
+    """End the program with one line for errors that this package raised on purpose; let others through as they are.
 
     Raises:
         SystemExit: With the message, which makes the exit status 1.
     """
     try:
         yield
-    except InterpolationResolutionError as error:  # a recipe's ${...} that leads nowhere
-        raise SystemExit(f"{prog}: {str(error).splitlines()[0]}") from error
-    except BrokenPipeError:  # nobody reads any more, which is no mistake
+    except BrokenPipeError:  # the reader of stdout has gone, which is no mistake
         raise
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        own = error if isinstance(error, OSError) else _own(error)  # a path is always the user's business
+    except (OmegaConfBaseException, ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        # Wrong paths and references of a recipe are the user's, whoever raises.
+        own = error if isinstance(error, (OSError, OmegaConfBaseException)) else _own(error)
         if os.environ.get(TRACEBACK) or own is None:
             raise
         raise SystemExit(f"{prog}: {' '.join(str(own).split())}") from error

@@ -6,6 +6,7 @@ Not here: the formulas and the table of devices (``planning``).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_igpt.commands.plan import measured_cpu
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.sources import as_list, name_of
 from lightning_igpt.planning import (
+    ACTIVATION_BYTES,
     RECOMPUTE,
     Device,
     Run,
@@ -41,19 +43,14 @@ NOTHING = "nothing was trained, and nothing was written"
 def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | None) -> list[str]:
     """What the verb would do, line by line.
 
-    Args:
-        verb: fit, validate, test or predict.
-        trainer: As it would run.
-        model: As it would run; its network may lie on the meta device.
-        data: As it would run, before ``setup``.
-        checkpoint: What it would load, or continue.
+    Trainer, model and data are those of the run, before ``setup``; the network may lie on the meta device.
 
     Raises:
         ValueError: Data, network and batch do not fit together, or the checkpoint could not be opened.
         OSError: The checkpoint or the source does not exist.
     """
     if checkpoint and Path(checkpoint).is_file():
-        read_checkpoint(checkpoint)
+        read_checkpoint(Path(checkpoint))
     return list(_lines(verb, trainer, model, data, checkpoint))
 
 
@@ -133,75 +130,54 @@ def _fit(trainer: Trainer, model: Any, data: Any, counts: dict[str, int]) -> Ite
     shared = f"{step // (world * parts)} at once x {world} devices x {parts} accumulated"
     yield row("length", f"{'unknown' if steps is None else f'{steps:,}'} steps of {step:,} images ({shared})")
     if hasattr(model, "network"):
-        yield from _costs(trainer, model.config, step, steps if trained else None, trained)
+        yield from _costs(trainer, model.config, step, steps or 1, trained)
 
 
 def length(trainer: Trainer, step: int, n_images: int | None) -> int | None:
-    """Optimizer steps of the run; None where it ends by the clock, or the number of images is not known.
-
-    Args:
-        trainer: As it would run.
-        step: Images of an optimizer step.
-        n_images: Training images.
-    """
-    ends = [trainer.max_steps] if trainer.max_steps > 0 else []
-    if (trainer.max_epochs or -1) > 0 and n_images is not None:
-        batches, limit = max(1, n_images * trainer.accumulate_grad_batches // step), trainer.limit_train_batches
+    """Optimizer steps of the run; None where it ends by the clock, or the number of images is not known."""
+    ends, epochs, parts = [trainer.max_steps], trainer.max_epochs or -1, trainer.accumulate_grad_batches
+    if epochs > 0 and n_images is not None:
+        batches, limit = max(1, n_images * parts // step), trainer.limit_train_batches
         batches = max(1, int(batches * limit)) if isinstance(limit, float) else min(batches, limit)
-        ends.append(trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches))  # type: ignore[operator]
-    return min(ends, default=None)
+        ends.append(epochs * -(-batches // parts))
+    return min((end for end in ends if end > 0), default=None)
 
 
-def _costs(trainer: Trainer, config: ImageGPTConfig, step: int, steps: int | None, trained: bool) -> Iterator[str]:
+def _costs(trainer: Trainer, config: ImageGPTConfig, step: int, steps: int, trained: bool) -> Iterator[str]:
     """Memory and time, by the formulas of ``planning``."""
     place = trainer.strategy.root_device
-    device = device_called(torch.cuda.get_device_name(place)) if place.type == "cuda" else measured_cpu()
-    if device is None:
-        yield row("costs", f"unknown for {torch.cuda.get_device_name(place)}")
+    kind = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
+    device = measured_cpu() if kind == "cpu" else device_called(kind)
+    if device is None or str(trainer.precision) not in ACTIVATION_BYTES:
+        yield row("costs", f"unknown for {kind} in {trainer.precision}")
         return
-    try:
-        run = Run(config, Schedule(step, steps or 1), device, trainer.world_size, str(trainer.precision))
-    except ValueError as error:
-        yield row("costs", f"unknown: {error}")
-        return
+    run = Run(config, Schedule(step, steps), device, trainer.world_size, str(trainer.precision))
     speed = f"{device.name}, {device.peak(run.precision) / 1e12:,.3g} TFLOP/s"
     if not trained:
-        rate = run.forward_images_per_second
-        yield row("time", f"features: at most {rate:,.3g} images/s on each {speed}; fitting comes on top")
+        yield row("time", f"features: at most {run.forward_images_per_second:,.3g} images/s, without fitting ({speed})")
         return
-    yield from _memory(trainer, config, step, device)
-    if steps is not None:
-        mfu = min(CPU_MFU if place.type == "cpu" else usual_mfu(config), run.ceiling_mfu)
-        yield row("time", f"about {_duration(run.flops / (mfu * device.peak(run.precision)) / run.devices)}")
-        yield row("", f"at {mfu:.0%} of {speed}; validation and reading images come on top")
+    yield row("memory", _memory(trainer, config, step, device))
+    run = replace(run, mfu=min(CPU_MFU if kind == "cpu" else usual_mfu(config), run.ceiling_mfu))
+    amount, unit = next((run.seconds / length, unit) for unit, length in UNITS if run.seconds >= length or unit == "s")
+    yield row("time", f"about {amount:.3g} {unit}, at {run.mfu:.0%} of {speed}")
+    yield row("", "validation and reading images come on top")
 
 
-def _memory(trainer: Trainer, config: ImageGPTConfig, step: int, device: Device) -> Iterator[str]:
-    """What a device has to hold, and the number of accumulated batches with which it can."""
-    asked = next(
-        (callback.told.how for callback in trainer.callbacks if isinstance(callback, Recompute) and callback.told), None
-    )
+def _memory(trainer: Trainer, config: ImageGPTConfig, step: int, device: Device) -> str:
+    """What a device has to hold, and how many batches to accumulate where it cannot."""
+    recomputes = [callback for callback in trainer.callbacks if isinstance(callback, Recompute)]  # type: ignore[attr-defined]
+    asked = [callback.told.how for callback in recomputes if callback.told]
     world, parts = trainer.world_size, trainer.accumulate_grad_batches
     sharded = any(word in type(trainer.strategy).__name__ for word in ("Sharded", "ModelParallel", "FSDP"))
     options: dict[str, Any] = {"precision": str(trainer.precision), "devices": world, "sharded": sharded}
-    tried = [asked] if asked else ["none"] if trainer.strategy.root_device.type == "cpu" else RECOMPUTE
-    for how in tried:
-        needed = sum(training_bytes(config, step // (world * parts), recompute=how, **options).values())
+    for how in asked or (RECOMPUTE[:1] if trainer.strategy.root_device.type == "cpu" else RECOMPUTE):
+        needed: int = sum(training_bytes(config, step // (world * parts), recompute=how, **options).values())
         if needed <= device.usable:
             break
     text = f"{needed / GIB:.2f} of {device.usable / GIB:.1f} GiB usable per device, recompute {how}"
     if needed <= device.usable:
-        yield row("memory", text)
-        return
-    most = largest_batch(config, device.usable, recompute=how, **options)
-    share = step // world
+        return text
+    most, share = largest_batch(config, device.usable, recompute=how, **options), step // world
     fitting = [number for number in range(parts, share + 1) if share % number == 0 and share // number <= most]
-    cure = (
-        f"trainer.accumulate_grad_batches {fitting[0]} fits" if fitting else "not even one image fits: shard or shrink"
-    )
-    yield row("memory", f"{text}: it does NOT fit; {cure}")
-
-
-def _duration(seconds: float) -> str:
-    unit, length = next((pair for pair in UNITS if seconds >= pair[1]), UNITS[-1])
-    return f"{seconds / length:.3g} {unit}"
+    cure = f"--trainer.accumulate_grad_batches {fitting[0]} does" if fitting else "nor does a single image"
+    return f"{text}, which does NOT fit; {cure}"

@@ -8,11 +8,11 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning_igpt.callbacks import CompileBlocks, OnlineProbe, Recompute
 from lightning_igpt.callbacks.recompute import RecomputeDecision, decide
 from lightning_igpt.config import PRESETS, ImageGPTConfig
-from lightning_igpt.microbatch import MemoryMeter
 from lightning_igpt.model import ATTENTION_KERNELS
 from lightning_igpt.modules import PretrainModule, ProbeModule
 from lightning_igpt.planning import training_bytes
 from lightning_igpt.planning.devices import usable_bytes
+from tests.memory_meter import MemoryMeter
 from tests.modules.helpers import BERT, TINY, loader, quiet_trainer
 
 GIB = 2**30

@@ -1,9 +1,6 @@
-import os
-
 import pytest
 
 from lightning_igpt.callbacks import SameCheckpoint
-from lightning_igpt.cli import warn_of_restarts
 from lightning_igpt.modules import PretrainModule
 from tests.modules.helpers import TINY, loader, quiet_trainer
 from tests.processes import in_processes
@@ -30,13 +27,3 @@ def test_processes_that_see_different_files_stop(paths, message, tmp_path):
 
 def test_one_process_agrees_with_itself(tmp_path):
     assert fit(tmp_path, "a.ckpt").global_step == 1
-
-
-def test_a_restart_that_would_hang_is_told_of(monkeypatch):
-    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    warn_of_restarts()  # the store is not shared: nothing to tell, which would be an error here
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    with pytest.warns(UserWarning, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        warn_of_restarts()

@@ -1,4 +1,5 @@
-from collections.abc import Sequence
+"""How our own verbs read their words: from a function's signature and docstring."""
+
 from typing import Literal
 
 import pytest
@@ -7,47 +8,85 @@ from lightning_igpt.commands.arguments import run_function
 
 
 def show(
-    config: str | None = None,
-    count: int = 1,
+    name: str,
+    numbers: list[int] | None = None,
+    budgets: tuple[int, ...] = (4, 25),
     most: int | None = None,
-    share: float | None = None,
-    word: str = "",
+    share: float = 0.5,
     check: bool = False,
     compile: bool | None = None,
     kind: Literal["a", "b"] = "a",
+    layer: Literal["all"] | int = "all",
+    seed: int = 0,
 ) -> None:
-    print(config, count, most, share, word, check, compile, kind)
+    """Print 100% of its arguments.
+
+    Args:
+        name: A ``name``.
+        numbers: Some numbers.
+        budgets: More numbers.
+        most: A limit.
+        share: A share.
+        check: A switch.
+        compile: Another.
+        kind: A word.
+        layer: A word or a number.
+        seed: A seed.
+    """
+    print(name, numbers, budgets, most, share, check, compile, kind, layer, seed, sep="|")
 
 
-def shown(capsys, *words: str, function=show) -> Sequence[str]:
-    run_function(function, list(words), "show")
-    return capsys.readouterr().out.split()
+@pytest.mark.parametrize(
+    ("words", "printed"),
+    [
+        ([], "None|(4, 25)|None|0.5|False|None|a|all|0"),
+        (["--numbers", "1", "2", "--budgets", "3"], "[1, 2]|[3]|None|0.5|False|None|a|all|0"),
+        (["--check", "--compile", "false", "--most=7"], "None|(4, 25)|7|0.5|True|False|a|all|0"),
+        (["--share", "1e-3", "--kind", "b", "--layer", "12"], "None|(4, 25)|None|0.001|False|None|b|12|0"),
+    ],
+)
+def test_every_kind_of_parameter_is_read(words, printed, capsys):
+    for named in (["--name", "x:1:4"], ["x:1:4"]):
+        run_function(show, [*named, *words], "show", positional=len(named) == 1)
+        assert capsys.readouterr().out == f"x:1:4|{printed}\n"
+    run_function({"it": show}, ["it", "--name", "x:1:4", *words], "show")
+    assert capsys.readouterr().out == f"x:1:4|{printed}\n"
 
 
-@pytest.mark.parametrize("before", [[], ["it"]])
-@pytest.mark.parametrize("words", [["--count", "1:4"], ["--most=1:4"], ["--count", "1:04:00"], ["--share", "1:4.5"]])
-def test_numbers_to_the_base_of_sixty_are_refused(words, before):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--most", "1:4"],
+        ["--share", "x"],
+        ["--kind", "c"],
+        ["--check=x"],
+        ["--layer", "x"],
+        ["--mos", "3"],
+        ["extra"],
+        ["--numbers"],
+        ["--name"],
+    ],
+)
+def test_wrong_usage_is_one_line_that_names_it(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_function(show, ["--name", "x", *words], "show")
+    said = capsys.readouterr().err
+    assert said.startswith("lightning-igpt show: ") and said.endswith("See lightning-igpt show --help\n")
+    assert words[-1].partition("=")[0] in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_a_seed_out_of_range_is_refused(seed):
     with pytest.raises(SystemExit) as stop:
-        run_function({"it": show} if before else show, [*before, *words], "show")
-    option, value = " ".join(words).replace("=", " ").split()
-    assert stop.value.code == (
-        f"lightning-igpt show: {option.removeprefix('--')} is {value!r}, which is no number; write one without colons"
-    )
+        run_function(show, ["x", "--seed", seed], "show", positional=True)
+    assert stop.value.code == f"lightning-igpt show: seed is {seed}; it must be from 0 to 4294967295"
 
 
-def test_words_with_colons_and_plain_numbers_are_taken(capsys):
-    assert shown(capsys, "--word", "x:1:4", "--count", "64", "--share", "0.5")[1:5] == ["64", "None", "0.5", "x:1:4"]
-
-
-@pytest.mark.parametrize("name", ["check", "compile"])
-def test_switches_may_stand_alone(name, capsys):
-    place = {"check": -3, "compile": -2}[name]
-    assert shown(capsys, f"--{name}", "--word", "x")[place] == "True"
-    assert shown(capsys, "--word", "x", f"--{name}")[place] == "True"
-    assert shown(capsys, "--word", "x", f"--{name}", "false")[place] == "False"
-    assert shown(capsys, "--word", "x", f"--{name}=false")[place] == "False"
-    assert shown(capsys, "--word", "x", "--compile", "null")[-2] == "None"
-
-
-def test_config_has_a_short_name(capsys):
-    assert shown(capsys, "-c", "mine.yaml", "--word", "x")[0] == "mine.yaml"
+def test_help_explains_every_parameter(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        run_function(show, ["--help"], "show")
+    text = capsys.readouterr().out
+    assert "usage: lightning-igpt show --name NAME [options]" in text and "100% of its arguments" in text
+    for name, explained in {"budgets N [N ...]": "More numbers. Default: 4 25.", "kind a|b": "A word."}.items():
+        assert f"--{name}" in text and explained in text

@@ -26,7 +26,7 @@ from tests.docs.workplace import OF_TENSORFLOW, bring, tensorflow
 LANGUAGES = ("bash", "bibtex", "console", "json", "python", "text", "toml", "yaml")
 REAL = ("cat", "cp", "diff", "echo", "find", "grep", "head", "ls", "mkdir", "mv", "rm", "sort", "tail", "touch", "wc")
 LOCAL = re.compile(r"https?://(localhost|127\.0\.0\.1)[:/]")
-SAME = ("launch", "plan", "recipes")  # verbs that print the same numbers everywhere
+SAME = ("plan", "recipes")  # verbs that print the same numbers everywhere
 QUICKSTARTS = {}  # words: the folders that they made
 NEAR = 4  # a ```text block so many lines below another block shows its output
 

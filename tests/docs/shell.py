@@ -1,5 +1,6 @@
 """Lines of bash and console blocks, taken apart, and what it means for one to end well."""
 
+import argparse
 import contextlib
 import functools
 import io
@@ -140,31 +141,23 @@ class Parsed(BaseException):
 
 def parse(command):
     """Have the words of ``lightning-igpt`` understood by the verb's own parser, and nothing done."""
-    words, parse_args = command.ours, jsonargparse.ArgumentParser.parse_args
-    if words[0] in LIGHTNING_VERBS and "--print_config" not in words and "--trust" not in words:
-        parser = lightning_parser(words[0])
-        call(command, lambda: parser.parse_args(cli.with_shipped_recipes(words)) and 0)
+    verb, *words = command.ours
+    if verb in LIGHTNING_VERBS and "--print_config" not in words and "--trust" not in words:
+        call(command, lambda: lightning_parser(verb).parse_args([word for word in words if word != "--dry_run"]) and 0)
         return
 
-    def parse_only(parser, *args, **options):
-        raise Parsed(parse_args(parser, *args, **options))
-
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Parsed):
-        patch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_only)
-        call(command, main, words)
+        for kind in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
+            patch.setattr(kind, "parse_args", functools.partialmethod(parsed_only, kind.parse_args))
+        call(command, main, command.ours)
+
+
+def parsed_only(parser, parse_args, *args, **options):
+    """Parse, and stop."""
+    raise Parsed(parse_args(parser, *args, **options))
 
 
 @functools.cache
 def lightning_parser(verb):
     """The parser of one of Lightning's verbs, which takes longer to build than to use."""
-
-    def stop(parser, *args, **options):
-        raise Parsed(parser)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jsonargparse.ArgumentParser, "parse_args", stop)
-        try:
-            main([verb])
-        except Parsed as parsed:
-            return parsed.args[0]
-    raise LookupError(f"{verb} did not parse its words with jsonargparse")
+    return jsonargparse.capture_parser(lambda: cli.RecipeCLI(verb, []))

@@ -32,9 +32,8 @@ EXTRA = {
     "quickstart": ["--steps", "2", "--epochs", "1", "--threads", "1"],
     "lowdata": ["--labels_per_class", "1", "2", "--n_subsets", "2"],
     "complete": ["--n_images", "2", "--n_samples", "1"],
-    "microbatch": ["--memory_gib", "2"],  # a CPU does not say when it is full
 }
-HEAVY = (*LIGHTNING_VERBS, "quickstart", "lowdata", "microbatch", "figures")
+HEAVY = (*LIGHTNING_VERBS, "quickstart", "lowdata")
 BENCHMARKS = {  # python -m lightning_igpt.benchmarks.NAME
     "sample": ["--preset", "igpt_tiny", "--batch-size", "1", "--steps", "2", "--repeats", "1"],
     "train_step": ["--preset", "igpt_tiny", "--layers", "1", "--batch-size", "1", "--repeats", "1"],

@@ -1,0 +1,122 @@
+"""What ``--help`` prints: options in groups, within the width of the terminal, examples at the end.
+
+argparse does the layout. Not here: which options there are (``arguments.py`` and ``cli.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+PROGRAM = "lightning-igpt"
+LIGHTNING_VERBS = {
+    "fit": "train: pretraining, probing or fine-tuning, whichever the recipe names",
+    "validate": "run the validation loop on a checkpoint",
+    "test": "run the test loop on a checkpoint",
+    "predict": "complete images (pretraining) or classify them (probe, fine-tune)",
+}
+EXAMPLES: Mapping[str, Sequence[str]] = {
+    "fit": (
+        "fit --config digits_tiny_pretrain",
+        "fit --config digits_tiny_pretrain --trainer.max_steps 100 --dry_run",
+        "fit --config cifar10_s_pretrain --data.source photos --resume auto",
+    ),
+    "validate": ("validate --config digits_tiny_pretrain --ckpt_path final.ckpt",),
+    "test": ("test --config digits_tiny_pretrain --ckpt_path final.ckpt",),
+    "predict": ("predict --config digits_tiny_pretrain --ckpt_path final.ckpt",),
+    "quickstart": ("quickstart", "quickstart --out first-look --steps 200"),
+    "complete": (
+        "complete --pretrained final.ckpt --images photos --keep_rows 8",
+        "complete --pretrained openai/imagegpt-small --images photos --mask hole.png",
+    ),
+    "demo": ("demo", "demo --pretrained final.ckpt --port 8080 --open"),
+    "score": ("score --pretrained final.ckpt --images photos --limit 500 --out photos.csv",),
+    "lowdata": ("lowdata --pretrained final.ckpt --source digits --labels_per_class 4 25",),
+    "report": ("report runs", "report runs/pretrain runs/probe --out report.html"),
+    "data show": ("data show photos --image_size 32",),
+    "palette fit": ("palette fit photos mine.npy --n_colors 256 --limit 5000",),
+    "palette show": ("palette show --palette mine.npy --out mine.png",),
+    "convert": ("convert final.ckpt mine", "convert openai/imagegpt-small small --check"),
+    "plan": ("plan --network igpt_l --devices 8 --device_kind h100", "plan --network igpt_tiny --device_kind cpu"),
+    "recipes list": ("recipes list",),
+    "recipes show": ("recipes show digits_tiny_pretrain",),
+    "recipes copy": ("recipes copy digits_tiny_pretrain --to mine.yaml",),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser with errors of one line, no abbreviations, and the examples of its verb."""
+
+    def __init__(self, *, prog: str, description: str = "", **options: Any) -> None:
+        options.setdefault("add_help", False)
+        super().__init__(
+            prog=prog,
+            description=textwrap.fill(plain(description), columns()),
+            epilog=examples(prog.removeprefix(f"{PROGRAM} ")),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong with the command in one line, and exit with status 2."""
+        usage_error(self.prog, message)
+
+
+def usage_error(prog: str, message: str) -> NoReturn:
+    """Print a library's message about wrong usage on one line that ends with where to look, and exit with status 2."""
+    print(f"{prog}: {' '.join(message.split()).rstrip('.')}. See {prog} --help", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def columns() -> int:
+    """Columns of the terminal, or of the variable COLUMNS, less the margin that argparse leaves."""
+    return max(50, shutil.get_terminal_size().columns) - 2
+
+
+def plain(text: str | None) -> str:
+    """Text of a docstring on one line, without the marks of reStructuredText."""
+    text = re.sub(r":\w+:`~?([^`]+)`", lambda match: match[1].rsplit(".", 1)[-1], text or "")
+    return " ".join(text.replace("`", "").split())
+
+
+def examples(verb: str) -> str | None:
+    """The examples of a verb; a long one is continued after a backslash, as shells read it."""
+    lines = [f"{PROGRAM} {line}" for line in EXAMPLES.get(verb, ())]
+    shown = ["\n      ".join(_broken(line)) for line in lines]
+    return "\n  ".join(["examples:", *shown]) if shown else None
+
+
+def _broken(line: str) -> list[str]:
+    whole = re.sub(r"(--\S+) (?!--)", "\\1\xa0", line)  # an option and its value stay together
+    *before, last = textwrap.wrap(whole, columns() - 8, break_on_hyphens=False, break_long_words=False)
+    return [part.replace("\xa0", " ") for part in (*(f"{part} \\" for part in before), last)]
+
+
+def page(prog: str, usage: str, description: str, groups: Mapping[str, Sequence[tuple[str, str]] | str]) -> str:
+    """A page of help.
+
+    Args:
+        prog: Program and verb.
+        usage: How to call it.
+        description: What it does.
+        groups: Under each heading options and what they mean, such as ``("-c --config RECIPE", "A YAML file.")``, or
+            one paragraph.
+    """
+    shown = Parser(prog=prog, usage=usage, description=description)
+    for heading, rows in groups.items():
+        if isinstance(rows, str):
+            shown.add_argument_group(heading, textwrap.fill(rows, columns() - 2, break_on_hyphens=False))
+            continue
+        group = shown.add_argument_group(heading)
+        for name, text in rows:
+            flags = [word for word in name.split() if word.startswith("-")]
+            value = " ".join(word for word in name.split() if word not in flags)
+            takes: dict[str, Any] = {"metavar": value} if value else {"action": "store_true"}
+            group.add_argument(*flags, help=plain(text).replace("%", "%%"), **takes)
+    return shown.format_help()
