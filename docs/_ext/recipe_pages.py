@@ -1,19 +1,20 @@
-"""A page for each recipe, made from its file and from what ``lightning-igpt plan`` reckons."""
+"""A page for each recipe, made from its file, with its cost by ``lightning_igpt.planning``."""
 
-import contextlib
-import io
-import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
-from lightning_igpt.__main__ import main
 from lightning_igpt.commands import recipes
+from lightning_igpt.commands.plan import make_run
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.planning import Schedule, checkpoint_bytes, choose, forward_flops_per_token, parameter_count
 
 KINDS = {"pretrain": "pretraining", "bert": "pretraining, BERT", "probe": "linear probe", "finetune": "fine-tuning"}
 OPTION = re.compile(r"(--[a-z][\w.]*\w)")
 SIGNS = ("Device:", "Result:", "Not run in full:")
+IMAGES = {"digits": 1293, "uoft-cs/cifar10": 45_000}  # in the training part, without the tenth held out
 ORDER = ("digits", "cifar10", "imagenet32", "imagenet48", "imagenet64")
 
 
@@ -36,14 +37,24 @@ def header(text):
 
 
 def plan(name):
-    """What ``lightning-igpt plan`` says of a recipe; None of a probe, which trains no network."""
-    out = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out):
-            main(["plan", "--config", name, "--format", "json"])
-    except SystemExit:
+    """The run of a recipe on H100s; None of a probe, which trains no network."""
+    recipe = yaml.safe_load(recipes.find(name).read_text(encoding="utf-8"))
+    data, trainer = recipe["data"]["init_args"], recipe["trainer"]
+    if recipe["model"]["class_path"] == "ProbeModule":
         return None
-    return json.loads(out.getvalue())
+    devices, parts = trainer.get("devices", 1) * trainer.get("num_nodes", 1), trainer.get("accumulate_grad_batches", 1)
+    batch = data["batch_size"] * devices * parts
+    steps = trainer.get("max_steps") or trainer["max_epochs"] * -(-(IMAGES[data["source"]] * parts // batch) // parts)
+    return make_run(network(recipe), Schedule(batch, steps), "h100", devices)
+
+
+def network(recipe):
+    """The network of a recipe, or of the recipe that it starts from."""
+    options = recipe["model"]["init_args"]
+    if "network" not in options:
+        return network(yaml.safe_load(recipes.find(pretrained(recipe)).read_text(encoding="utf-8")))
+    changes = {name: options[name] for name in ("objective", "image_size") if options.get(name)}
+    return replace(ImageGPTConfig.resolve(options["network"]), **changes)
 
 
 def pretrained(recipe):
@@ -61,27 +72,30 @@ def hours(seconds):
     return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
 
 
-def facts(recipe, planned, on_gpu):
+def facts(recipe, run, on_gpu):
     """Rows of the table of what a recipe costs."""
-    network, run = planned["network"], planned["run"]
-    side, objective = network["image_size"], network["objective"]
+    config, device = run.config, run.device
+    side, objective = config.image_size, config.objective
     rows = {
-        "network": f"{network['n_layer']} blocks, {network['n_head']} heads, width {network['n_embd']}, {objective}",
-        "images": f"{side} × {side}, {network['tokens_per_image']:,} tokens of {network['vocab_size']} colours",
-        "parameters": f"{network['parameters']:,}",
+        "network": f"{config.n_layer} blocks, {config.n_head} heads, width {config.n_embd}, {objective}",
+        "images": f"{side} × {side}, {config.n_positions:,} tokens of {config.vocab_size} colors",
+        "parameters": f"{parameter_count(config):,}",
     }
     if recipe["model"]["class_path"] == "ProbeModule":
-        forward = network["forward_flops_per_token"] * network["tokens_per_image"]
+        forward = forward_flops_per_token(config) * config.n_positions
         return rows | {"operations": f"{power(forward)} per image: a forward pass, once"}
-    rows["a step"] = f"{run['batch_size']} images, {power(run['flops_per_step'])} operations"
-    rows["the run"] = f"{run['steps']:,} steps, {run['images']:,.0f} images, {power(run['flops'])} operations"
-    rows["checkpoint"] = f"{planned['files']['checkpoint_bytes'] / 1e6:,.0f} MB"
+    batch, steps = run.schedule.batch_size, run.schedule.steps
+    rows["a step"] = f"{batch} images, {power(run.flops / steps)} operations"
+    rows["the run"] = f"{steps:,} steps, {batch * steps:,} images, {power(run.flops)} operations"
+    rows["checkpoint"] = f"{checkpoint_bytes(config, run.precision) / 1e6:,.0f} MB"
     if on_gpu:
-        device, chosen = planned["device"], planned["strategy"]
-        layout = {"single": "one device", "ddp": "DDP", "fsdp": "FSDP"}[chosen["strategy"]]
-        memory = f"{chosen['bytes'] / 2**30:.0f} GiB on each of {run['devices']} {device['name']}"
-        rows["memory"] = f"{memory} ({layout}, recompute {chosen['recompute']})"
-        rows["time"] = f"{hours(run['seconds'])} at {run['mfu']:.0%} MFU; not below {hours(run['floor_seconds'])}"
+        parts = recipe["trainer"].get("accumulate_grad_batches", 1)
+        chosen = choose(config, batch // run.devices // parts, run.devices, device.usable, run.precision)
+        layout = {"single": "one device", "ddp": "DDP", "fsdp": "FSDP"}[chosen.strategy]
+        memory = f"{chosen.bytes / 2**30:.0f} GiB on each of {run.devices} {device.name}"
+        rows["memory"] = f"{memory} ({layout}, recompute {chosen.recompute})"
+        floor = run.floor_device_seconds / run.devices
+        rows["time"] = f"{hours(run.seconds)} at {run.mfu:.0%} MFU; not below {hours(floor)}"
     return rows
 
 
@@ -104,7 +118,7 @@ def page(name):
         facts(recipe, planned, "GPU" in said.get("device", "")) if planned else {}
     )
     lines += ["| | |", "|---|---|", *(f"| {key} | {value.replace('|', '/')} |" for key, value in rows.items() if value)]
-    lines += ["", "Operations, memory and time are what [`plan`](../planning.md) reckons.", ""]
+    lines += ["", "Operations, memory and time are computed, as by [`plan`](../planning.md).", ""]
     return "\n".join([*lines, "## The file", "", "```yaml", text.rstrip(), "```", ""])
 
 
@@ -121,7 +135,7 @@ def index():
     for name in names:
         text = recipes.find(name).read_text(encoding="utf-8")
         planned = plan(name) or plan(pretrained(yaml.safe_load(text)) or name)
-        size = f"{planned['network']['parameters'] / 1e6:,.1f} M" if planned else ""
+        size = f"{parameter_count(planned.config) / 1e6:,.1f} M" if planned else ""
         result = re.split(r"[;(]", header(text)[2].get("result", ""))[0].strip()
         lines.append(f"| [{name}]({name}.md) | {KINDS[name.rpartition('_')[2]]} | {size} | {result} |")
     return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", *names, "```", ""])

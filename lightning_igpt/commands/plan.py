@@ -119,7 +119,8 @@ def lines(name: str, run: Run, micro_batch: int) -> Iterator[str]:
     yield from _memory(run, micro_batch)
     yield ""
     choice = choose(config, micro_batch, run.devices, device.usable, run.precision)
-    yield _row("strategy", f"{choice.strategy}, recompute {choice.recompute}" + ("" if choice.fits else ": NOT enough"))
+    fits = f"{choice.bytes / GIB:.0f} GiB" if choice.fits else "does NOT fit"
+    yield _row("strategy", f"{choice.strategy}, recompute {choice.recompute}, {fits}")
     yield from (_row("", line) for line in textwrap.wrap(choice.reason, WIDTH - MARGIN))
     yield ""
     yield _row(f"time at {run.mfu:.0%} MFU", f"{hours(run.seconds)}, {schedule.images / run.seconds:,.4g} images/s")

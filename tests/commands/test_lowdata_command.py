@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from lightning_igpt.__main__ import main
 from lightning_igpt.commands.lowdata import draw_subsets, features, lowdata
 from lightning_igpt.data import ProbeDataModule
 from lightning_igpt.model import ImageGPT
@@ -80,7 +81,8 @@ def test_features_are_computed_once(folder, tmp_path, monkeypatch, parts):
         return compute(self, tokens, layers, **options)
 
     monkeypatch.setattr(ImageGPT, "features", counted)
-    lowdata(folder, "digits", str(tmp_path), (2, 5), layer=2, layers="all", n_subsets=2)
+    words = ["--pretrained", folder, "--source", "digits", "--out", str(tmp_path), "--labels_per_class", "2", "5"]
+    assert main(["lowdata", *words, "--layer", "2", "--layers", "all", "--n_subsets", "2"]) == 0
     drawn = len(set(draw_subsets(parts[0].labels, NAMES, 5, 2, seed=0).flatten().tolist()))
     assert sum(count for count, _ in asked) == drawn + 360
     assert all(layers == [0, 1, 2, 3] for _, layers in asked)

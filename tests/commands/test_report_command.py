@@ -50,7 +50,7 @@ def without_bytes(path):
 
 
 def test_a_run_of_the_command_line(fitted, tmp_path):
-    report([str(fitted)], out=str(tmp_path / "new" / "page.html"))
+    assert main(["report", str(fitted), "--out", str(tmp_path / "new" / "page.html")]) == 0
     html = without_bytes(tmp_path / "new" / "page.html")
     (run,) = read_runs(fitted)
     assert run.curves["train/nats_per_pixel"][0] == [0, 1, 2, 3]
@@ -89,7 +89,8 @@ def test_runs_keep_their_order_and_come_once(tmp_path):
     for number in (2, 10, 1):
         write(tmp_path / f"version_{number}", "step,val/accuracy\n1,0.5\n")
     assert [run.folder.name for run in read_runs(tmp_path)] == ["version_1", "version_2", "version_10"]
-    report([str(tmp_path), str(tmp_path / "version_2")], out=str(tmp_path / "page.html"))
+    words = [str(tmp_path), str(tmp_path / "version_2"), "--out", str(tmp_path / "page.html")]
+    assert main(["report", *words]) == 0
     assert "3 runs" in without_bytes(tmp_path / "page.html")
 
 
