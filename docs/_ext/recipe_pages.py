@@ -37,10 +37,11 @@ def header(text):
 
 
 def plan(name):
-    """The run of a recipe on H100s; None of a probe, which trains no network."""
+    """The run of a recipe on H100s; None of a probe, which trains no network, and where the length is unknown."""
     recipe = yaml.safe_load(recipes.find(name).read_text(encoding="utf-8"))
     data, trainer = recipe["data"]["init_args"], recipe["trainer"]
-    if recipe["model"]["class_path"] == "ProbeModule":
+    unknown = "max_steps" not in trainer and data["source"] not in IMAGES
+    if recipe["model"]["class_path"] == "ProbeModule" or unknown:
         return None
     devices, parts = trainer.get("devices", 1) * trainer.get("num_nodes", 1), trainer.get("accumulate_grad_batches", 1)
     batch = data["batch_size"] * devices * parts
