@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
@@ -23,16 +22,6 @@ from lightning_igpt.pictures import CELL, enlarge, heading, image_grid, save_png
 
 N_CLASSES, N_BAD = 20, 10  # lines at most
 HEADINGS = ("original", "resized", "quantized")
-
-
-@dataclass
-class Findings:
-    """What some images of a source are like."""
-
-    bad: list[str] = field(default_factory=list)  # place and reason
-    modes: Counter[str] = field(default_factory=Counter)  # of Pillow
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height), upright
-    squares: list[float] = field(default_factory=list)  # the palette's mean squared error of each, in 0..255 squared
 
 
 def show(
@@ -70,21 +59,29 @@ def show(
     _row("splits", ", ".join(f"{split} {len(rows):,}" for split, rows in opened.splits.items()))
     _row("columns", f"{opened.image_column}, {opened.label_column or 'no labels'}")
     print(*class_lines(opened), sep="\n", flush=True)
-    found, counts = Findings(), []
+    modes: Counter[str] = Counter()
+    sizes, squares, bad, counts = [], [], [], []  # (width, height) upright, of the palette's error, places, of splits
     for split, rows in opened.splits.items():
         places = spread(len(rows), limit)
         counts.append(f"{len(places):,} of {split}")
         for name, value in rows_of(opened, split, places):
-            look(found, name, value, image_size, colors)
+            try:
+                image = decode(value)
+            except BadImageError as error:
+                bad.append(f"{name}: {' '.join(str(error).split())}")
+                continue
+            modes[file_mode(value)] += 1
+            sizes.append(image.size)
+            squares.append(colors.rmse(_tensor(resize_center_crop(image, image_size))[None]) ** 2)
     _row("looked at", ", ".join(counts))
-    if found.sizes:
-        small, large = (pick(found.sizes, key=lambda size: size[0] * size[1]) for pick in (min, max))
-        modes = ", ".join(f"{mode} {count:,}" for mode, count in found.modes.most_common())
-        _row("images", f"{modes}; {small[0]} x {small[1]} to {large[0]} x {large[1]}")
-        error = sqrt(sum(found.squares) / len(found.squares))
-        _row("palette", f"{palette}, {len(colors)} colors: RMSE {error:.2f} of 255 per channel at {image_size}")
-    _row("bad images", f"{len(found.bad):,}; on_bad_image=skip leaves them out" if found.bad else "none")
-    print(*(f"  {line}" for line in found.bad[:N_BAD]), sep="\n", end="\n" * bool(found.bad))
+    if sizes:
+        small, large = (pick(sizes, key=lambda size: size[0] * size[1]) for pick in (min, max))
+        kinds = ", ".join(f"{mode} {count:,}" for mode, count in modes.most_common())
+        _row("images", f"{kinds}; {small[0]} x {small[1]} to {large[0]} x {large[1]}")
+        rmse = sqrt(sum(squares) / len(squares))
+        _row("palette", f"{palette}, {len(colors)} colors: RMSE {rmse:.2f} of 255 per channel at {image_size}")
+    _row("bad images", f"{len(bad):,}; on_bad_image=skip leaves them out" if bad else "none")
+    print(*(f"  {line}" for line in bad[:N_BAD]), sep="\n", end="\n" * bool(bad))
     sheet, n_shown = contact_sheet(opened, image_size, colors, n_images)
     save_png(sheet, out)
     print(f"wrote {out}: {n_shown} images ({', '.join(HEADINGS)})")
@@ -121,25 +118,10 @@ def rows_of(source: Source, split: str, places: Sequence[int]) -> Iterator[tuple
         yield name_of(value or {}, split, place), value
 
 
-def look(found: Findings, name: str, value: Any, size: int, palette: Palette) -> None:
-    """Open an image, and note what it is like.
-
-    Args:
-        found: Where to note it.
-        name: Of the image.
-        value: The undecoded image.
-        size: Side S of the network's images.
-        palette: Whose error to measure.
-    """
-    try:
-        image = decode(value)
-    except BadImageError as error:
-        found.bad.append(f"{name}: {' '.join(str(error).split())}")
-        return
+def file_mode(value: Any) -> str:
+    """The Pillow mode of an undecoded image that can be read."""
     with Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"], formats=FORMATS) as file:
-        found.modes[file.mode] += 1
-    found.sizes[image.size] += 1
-    found.squares.append(palette.rmse(_tensor(resize_center_crop(image, size))[None]) ** 2)
+        return str(file.mode)
 
 
 def contact_sheet(source: Source, size: int, palette: Palette, n_images: int) -> tuple[torch.Tensor, int]:

@@ -1,8 +1,7 @@
 """``lightning-igpt demo``: a page on this machine that completes pictures and shows what surprises the network.
 
-The page keeps its picture, the server nothing. One thread computes, one request after another. Pages of other sites
-cannot use the server: requests under a foreign host name (DNS rebinding) and posts from another origin are refused. The
-embedded network is the one that ``lightning-igpt quickstart --threads 1`` trains, in 16 bits; see ``assets/digits``.
+The server keeps nothing, and one thread computes. Pages of other sites cannot use it: requests under a foreign host
+name (DNS rebinding) and posts from another origin are refused. ``assets/digits`` says how its network was trained.
 """
 
 # No "from __future__ import annotations": FastAPI reads the types of functions that are defined inside a function.
@@ -53,13 +52,11 @@ def demo(
         open: Open the page in a browser.
         device: cpu, cuda, mps, or auto.
     """
-    for name in ("fastapi", "uvicorn"):
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f'the demo needs FastAPI and uvicorn, and {error.name} is missing: pip install "lightning-igpt[demo]"'
-            ) from error
+    try:
+        importlib.import_module("fastapi"), importlib.import_module("uvicorn")
+    except ModuleNotFoundError as error:
+        cure = 'pip install "lightning-igpt[demo]"'
+        raise ModuleNotFoundError(f"the demo needs FastAPI and uvicorn, and {error.name} is missing: {cure}") from error
     with listening(host, port) as listener:
         studio = Studio(load_network(pretrained), pick_device(device))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
@@ -81,11 +78,7 @@ def load_network(pretrained: str | None) -> Pretrained:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens; connections queue in it until the server accepts them.
-
-    Raises:
-        OSError: The port is used or not allowed, or the host has no such address.
-    """
+    """A socket that listens; OSError where the port is used or not allowed, or the host has no such address."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
@@ -93,12 +86,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def make_app(studio: Studio, host: str) -> Any:
-    """The ASGI application: one page and four requests.
-
-    Args:
-        studio: Does the work.
-        host: What the server listens on, which decides the names it answers to.
-    """
+    """The ASGI application: one page and four requests, answered under the name ``host`` and under addresses."""
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -178,14 +166,9 @@ async def drawn_lines(studio: Studio, worker: ThreadPoolExecutor, ask: Ask) -> A
 
 
 def refusal(method: str, headers: dict[str, str], host: str) -> tuple[int, str]:
-    """Status and reason why a request is not answered; the reason is empty where it is.
+    """Status and reason why a request is not answered, by its headers (lower-case names); the reason may be empty.
 
     Addresses are safe names: to rebind DNS, an attacker needs a host name of their own.
-
-    Args:
-        method: GET, POST and the like.
-        headers: By lower-case name.
-        host: What the server listens on.
     """
     named, origin, length = headers.get("host", ""), headers.get("origin"), int(headers.get("content-length", 0))
     try:

@@ -33,29 +33,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ask:
-    """What to draw.
+    """What to draw; the same ask gives the same pictures."""
 
-    Attributes:
-        tokens: The picture, T palette ids in raster order.
-        keep_rows: Rows that are given, from the top; the rest is drawn.
-        hole: Instead, the positions to draw, 0 to T - 1.
-        n_samples: 1 to MAX_SAMPLES.
-        temperature: As in ``sampling.complete``.
-        top_k: As in ``sampling.complete``; with keep_rows and an autoregressive network only.
-        top_p: The same.
-        steps: Of a BERT network, 1 to MAX_STEPS.
-        seed: 0 to 2^63 - 1; the same ask gives the same pictures.
-    """
-
-    tokens: list[int]
-    keep_rows: int | None = None
-    hole: list[int] | None = None
-    n_samples: int = 4
+    tokens: list[int]  # the picture, T palette ids in raster order
+    keep_rows: int | None = None  # that are given, from the top; the rest is drawn
+    hole: list[int] | None = None  # instead, the positions to draw, 0 to T - 1
+    n_samples: int = 4  # 1 to MAX_SAMPLES
     temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    steps: int = 8
-    seed: int = 0
+    top_k: int | None = None  # with keep_rows and an autoregressive network only
+    top_p: float | None = None  # the same
+    steps: int = 8  # of a BERT network, 1 to MAX_STEPS
+    seed: int = 0  # 0 to 2^63 - 1
 
 
 class ReaderGoneError(Exception):
@@ -63,12 +51,7 @@ class ReaderGoneError(Exception):
 
 
 class Studio:
-    """A network, its palette and the pictures offered with it. To be called from one thread at a time.
-
-    Args:
-        loaded: The network, which is moved to the device.
-        device: Where to compute.
-    """
+    """A network, moved to a device, and the pictures offered with it. To be called from one thread at a time."""
 
     def __init__(self, loaded: Pretrained, device: torch.device) -> None:
         self.loaded, self.device = loaded, device

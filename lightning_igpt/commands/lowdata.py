@@ -1,7 +1,4 @@
-"""``lightning-igpt lowdata``: probes fitted on few labels (paper, section 4.7 and Table 4).
-
-Not here: choosing a layer, since that takes labels, and a budget of labels is the point.
-"""
+"""``lightning-igpt lowdata``: probes fitted on few labels (paper, section 4.7, Table 4); none to choose a layer."""
 
 from __future__ import annotations
 

@@ -9,23 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from lightning_igpt import planning
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.planning import (
-    RECOMPUTE,
-    Device,
-    Run,
-    Schedule,
-    checkpoint_bytes,
-    choose,
-    decode_seconds,
-    find_device,
-    largest_batch,
-    parameter_count,
-    train_flops_per_token,
-    training_bytes,
-    usual_mfu,
-)
+from lightning_igpt.planning import Device, Run, Schedule
 from lightning_igpt.private import multiplies_bfloat16
 
 GIB = 2**30
@@ -91,9 +78,9 @@ def make_run(
         ValueError: A number is out of range, or device or precision are unknown.
     """
     is_cpu = device_kind.lower() == "cpu"
-    device = measured_cpu() if is_cpu else find_device(device_kind)
+    device = measured_cpu() if is_cpu else planning.find_device(device_kind)
     precision = precision or ("bf16-mixed" if device.bfloat16 else "32-true")
-    run = Run(config, schedule, device, devices, precision, CPU_MFU if is_cpu else usual_mfu(config))
+    run = Run(config, schedule, device, devices, precision, CPU_MFU if is_cpu else planning.usual_mfu(config))
     return replace(run, mfu=mfu if mfu is not None else min(run.mfu, run.ceiling_mfu))  # small networks reach less
 
 
@@ -106,9 +93,9 @@ def lines(name: str, run: Run, micro_batch: int) -> Iterator[str]:
         micro_batch: Images that a device computes at once.
     """
     config, device, schedule = run.config, run.device, run.schedule
-    tokens, per_token = config.n_positions, train_flops_per_token(config)
+    tokens, per_token = config.n_positions, planning.train_flops_per_token(config)
     shape = f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads"
-    yield _row("network", f"{name}, {config.objective}: {shape}, {parameter_count(config):,} parameters")
+    yield _row("network", f"{name}, {config.objective}: {shape}, {planning.parameter_count(config):,} parameters")
     yield _row("images", f"{config.image_size} x {config.image_size} = {tokens:,} tokens")
     step = f"{per_token * tokens * schedule.batch_size:.3e} per step of {schedule.batch_size:,} images"
     yield _row("training FLOPs", f"{per_token:.3e} per token, {step}")
@@ -118,7 +105,7 @@ def lines(name: str, run: Run, micro_batch: int) -> Iterator[str]:
     yield ""
     yield from _memory(run, micro_batch)
     yield ""
-    choice = choose(config, micro_batch, run.devices, device.usable, run.precision)
+    choice = planning.choose(config, micro_batch, run.devices, device.usable, run.precision)
     fits = f"{choice.bytes / GIB:.0f} GiB" if choice.fits else "does NOT fit"
     yield _row("strategy", f"{choice.strategy}, recompute {choice.recompute}, {fits}")
     yield from (_row("", line) for line in textwrap.wrap(choice.reason, WIDTH - MARGIN))
@@ -126,9 +113,9 @@ def lines(name: str, run: Run, micro_batch: int) -> Iterator[str]:
     yield _row(f"time at {run.mfu:.0%} MFU", f"{hours(run.seconds)}, {schedule.images / run.seconds:,.4g} images/s")
     yield _row("floor", hours(run.floor_device_seconds / run.devices))
     if config.objective == "autoregressive":
-        seconds = tokens * decode_seconds(config, device, SAMPLED, run.precision)
+        seconds = tokens * planning.decode_seconds(config, device, SAMPLED, run.precision)
         yield _row("sampling", f"at most {SAMPLED / seconds:,.3g} images/s in batches of {SAMPLED} on one device")
-    yield _row("checkpoint", f"{checkpoint_bytes(config, run.precision) / 1e9:,.3g} GB")
+    yield _row("checkpoint", f"{planning.checkpoint_bytes(config, run.precision) / 1e9:,.3g} GB")
 
 
 def _memory(run: Run, micro_batch: int) -> Iterator[str]:
@@ -137,7 +124,7 @@ def _memory(run: Run, micro_batch: int) -> Iterator[str]:
         "memory per device", f"{'eager':>12}{'compiled':>12}{'largest micro-batch':>26}   (micro-batch {micro_batch:,})"
     )
     for strategy in ("DDP", "FSDP") if run.devices > 1 else ("",):
-        for recompute in RECOMPUTE:
+        for recompute in planning.RECOMPUTE:
             sizes, most = [], []
             for compiled in (False, True):
                 options: dict[str, Any] = {
@@ -146,8 +133,8 @@ def _memory(run: Run, micro_batch: int) -> Iterator[str]:
                     "sharded": strategy == "FSDP",
                 }
                 options |= {"recompute": recompute, "compiled": compiled}
-                sizes.append(sum(training_bytes(run.config, micro_batch, **options).values()) / GIB)
-                most.append(largest_batch(run.config, run.device.usable, **options))
+                sizes.append(sum(planning.training_bytes(run.config, micro_batch, **options).values()) / GIB)
+                most.append(planning.largest_batch(run.config, run.device.usable, **options))
             name = f"  {strategy} {recompute}".replace("   ", "  ")
             yield _row(name, f"{sizes[0]:>8.2f} GiB{sizes[1]:>8.2f} GiB{most[0]:>15,} eager, {most[1]:,} compiled")
 

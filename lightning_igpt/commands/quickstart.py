@@ -1,7 +1,4 @@
-"""``lightning-igpt quickstart``: the whole pipeline on the embedded digits, with baselines and a report.
-
-Not here: the page (``quickstart_page.py``).
-"""
+"""``lightning-igpt quickstart``: the whole pipeline on the embedded digits, with baselines and a report."""
 
 from __future__ import annotations
 
