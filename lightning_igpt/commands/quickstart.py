@@ -29,7 +29,6 @@ from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.objectives import next_pixel_loss
 from lightning_igpt.planning import parameter_count
 from lightning_igpt.trainer import make_trainer
-from lightning_igpt.weights import load_pretrained
 
 NETWORK = replace(PRESETS["igpt_tiny"], vocab_size=16, image_size=8)
 PALETTE, BATCH_SIZE = "gray:16", 16
@@ -73,10 +72,10 @@ def quickstart(
     print(titles[0])
     results["pretrain"] = pretrain(folder, seed, steps)
     print(titles[1])
+    module = PretrainModule.load_from_checkpoint(folder / "pretrain.ckpt", map_location="cpu")
     data = PretrainDataModule("digits", image_size=NETWORK.image_size, seed=seed)
     data.setup("test")
-    images = whole(data.test_dataloader())["image"]
-    pictures = picture_sections(load_pretrained(folder / "pretrain.ckpt"), images, folder, seed)
+    pictures = picture_sections(module, whole(data.test_dataloader())["image"], folder, seed)
     print(titles[2])
     results["probe"] = probe(folder, seed)
     print(titles[3])

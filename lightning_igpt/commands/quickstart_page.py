@@ -11,19 +11,19 @@ from torch import Tensor
 
 from lightning_igpt import __version__, report
 from lightning_igpt.callbacks import captions, completion_rows
+from lightning_igpt.modules import PretrainModule
 from lightning_igpt.pictures import image_grid, plot_curves, save_png, surprise_limit, surprise_map, swatch
 from lightning_igpt.sampling import score
-from lightning_igpt.weights import Pretrained
 
 N_PICTURES, N_SAMPLES = 10, 4
 NEXT_STEPS = "Train on your own images, complete them, probe and fine-tune; or start from a commented recipe:"
 
 
-def picture_sections(loaded: Pretrained, images: Tensor, out: Path, seed: int) -> list[str]:
+def picture_sections(module: PretrainModule, images: Tensor, out: Path, seed: int) -> list[str]:
     """Quantize, complete and score test digits; write completions.png.
 
     Args:
-        loaded: The pretrained network.
+        module: The pretrained network.
         images: uint8 (N,3,S,S), at least ``N_PICTURES``.
         out: The folder of the quickstart.
         seed: Of the samples.
@@ -31,7 +31,7 @@ def picture_sections(loaded: Pretrained, images: Tensor, out: Path, seed: int) -
     Returns:
         Sections of the page.
     """
-    network, palette = loaded.network, loaded.palette
+    network, palette = module.network, module.palette
     tokens, side = palette.quantize(images), images.shape[-1]  # (N, T)
     sheet = swatch(palette.rgb, side=8, columns=len(palette))[None, None]
     quantized = torch.stack([images[:N_PICTURES], palette.dequantize(tokens[:N_PICTURES])])
