@@ -77,7 +77,7 @@ def test_third_parties_stay_on_their_floors():
         "fastapi": {"commands"},
         "starlette": {"commands"},
         "uvicorn": {"commands"},
-        "matplotlib": {"report", "commands", "callbacks"},
+        "matplotlib": {"pictures", "report", "callbacks"},
         "rich": {"progress"},
         "shtab": {"commands"},
         "transformers": {"weights", "benchmarks"},

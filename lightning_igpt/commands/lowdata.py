@@ -86,20 +86,10 @@ def lowdata(
     asked = sorted({chosen, *(range(config.n_layer + 1) if "all" in (layers or []) else layers or [])})
     if asked[0] < 0 or asked[-1] > config.n_layer:
         raise ValueError(f"asked for the layers {asked}; this network has 0 to {config.n_layer}")
-    data: Any = ProbeDataModule(
-        source,
-        image_size=config.image_size,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        seed=seed,
-        val_fraction=val_fraction,
-        config_name=config_name,
-        image_column=image_column,
-        label_column=label_column,
-        train_split=train_split,
-        test_split=test_split,
-        cache="none",  # every image is read once
-    )
+    reading: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "num_workers": num_workers}
+    where: dict[str, Any] = {"config_name": config_name, "image_column": image_column, "label_column": label_column}
+    where |= {"train_split": train_split, "test_split": test_split, "val_fraction": val_fraction, "cache": "none"}
+    data: Any = ProbeDataModule(source, image_size=config.image_size, **reading, **where)
     data.setup()
     train, test, names = data.train_dataloader().dataset, data.test_dataloader().dataset, data.class_names or []
     subsets = draw_subsets(train.labels, names, budgets[-1], n_subsets, seed=seed)
@@ -108,19 +98,15 @@ def lowdata(
     print(f"{source}: {len(train)} training images, of which {len(rows)} are drawn, and {len(test)} test images")
     loaded.network.to(pick_device(device)).eval()
     x, x_test = (
-        features(loaded, asked, images, numbers, seed, batch_size, num_workers)
+        features(loaded, asked, images, numbers, **reading)
         for images, numbers in ((train, rows.tolist()), (test, range(len(test))))
     )
-    results = []
-    for index, budget in product(range(len(asked)), budgets):
-        accuracies = []
-        for subset in places[:, :, :budget].flatten(1):
-            weight, bias = fit_logistic(x[subset, index], train.labels[rows[subset]], len(names), c=c)
-            right = (x_test[:, index] @ weight.T + bias).argmax(1) == test.labels
-            accuracies.append(right.double().mean().item())
-        sd = statistics.stdev(accuracies) if n_subsets > 1 else None
-        numbers = {"accuracies": accuracies, "mean": statistics.fmean(accuracies), "sd": sd}
-        results.append({"layer": asked[index], "labels_per_class": budget, **numbers})
+    labels = train.labels[rows]
+    results = [
+        {"layer": asked[i], "labels_per_class": n}
+        | measure(x[:, i], labels, x_test[:, i], test.labels, places[..., :n], c)
+        for i, n in product(range(len(asked)), budgets)
+    ]
     facts: dict[str, Any] = {"pretrained": loaded.origin, "network": config.to_dict()}
     facts |= {"palette_sha256": loaded.palette.sha256, "version": __version__}
     facts |= {"source": source, "n_classes": len(names), "n_train_images": len(train), "n_test_images": len(test)}
@@ -129,7 +115,7 @@ def lowdata(
 
 
 def draw_subsets(labels: Tensor, class_names: Sequence[str], largest: int, n_subsets: int, *, seed: int) -> Tensor:
-    """Rows of balanced random subsets, drawn without replacement.
+    """Rows of balanced random subsets, drawn without replacement: int64 (S, C, n).
 
     Args:
         labels: int64 (N,).
@@ -138,9 +124,6 @@ def draw_subsets(labels: Tensor, class_names: Sequence[str], largest: int, n_sub
             the other budgets.
         n_subsets: How many, S.
         seed: Of the draws.
-
-    Returns:
-        int64 (S, C, n).
 
     Raises:
         ValueError: A class has too few images.
@@ -158,14 +141,20 @@ def draw_subsets(labels: Tensor, class_names: Sequence[str], largest: int, n_sub
 
 @torch.no_grad()
 def features(
-    loaded: Pretrained, layers: Sequence[int], images: Any, rows: Sequence[int], seed: int, size: int, num_workers: int
+    loaded: Pretrained,
+    layers: Sequence[int],
+    images: Any,
+    rows: Sequence[int],
+    seed: int,
+    batch_size: int,
+    num_workers: int,
 ) -> Tensor:
-    """Features of rows of a data set in batches of ``size``: float32 (len(rows), layers, D), on the CPU.
+    """Features of rows of a data set in batches: float32 (len(rows), layers, D), on the CPU.
 
     A BERT network sees each image under one mask, a pure function of the seed and the image's row.
     """
     network, config = loaded.network, loaded.config
-    draws = [[(row, row) for row in rows[i : i + size]] for i in range(0, len(rows), size)]
+    draws = [[(row, row) for row in rows[i : i + batch_size]] for i in range(0, len(rows), batch_size)]
     loader: DataLoader[Any] = DataLoader(images, batch_size=None, sampler=draws, num_workers=num_workers)
     parts = []
     for batch in loader:
@@ -175,6 +164,27 @@ def features(
             masked = draw_mask(batch["sample"], config.n_positions, seed=seed, ratio=MASK_RATIO)
         parts.append(network.features(tokens, list(layers), masked=masked).float().cpu())  # (B, layers, D)
     return torch.cat(parts)
+
+
+def measure(
+    x: Tensor, labels: Tensor, x_test: Tensor, test_labels: Tensor, subsets: Tensor, c: float
+) -> dict[str, list[float] | float | None]:
+    """Test accuracy of a logistic regression on each subset, with mean and sample standard deviation.
+
+    Args:
+        x: Float (R, D), features of the rows in any subset.
+        labels: int64 (R,).
+        x_test: Float (N, D).
+        test_labels: int64 (N,).
+        subsets: int64 (S, C, n), places in x.
+        c: Inverse strength of the penalty.
+    """
+    accuracies = []
+    for subset in subsets.flatten(1):
+        weight, bias = fit_logistic(x[subset], labels[subset], subsets.shape[1], c=c)
+        accuracies.append(((x_test @ weight.T + bias).argmax(1) == test_labels).double().mean().item())
+    sd = statistics.stdev(accuracies) if len(accuracies) > 1 else None
+    return {"accuracies": accuracies, "mean": statistics.fmean(accuracies), "sd": sd}
 
 
 def write_results(folder: Path, facts: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:

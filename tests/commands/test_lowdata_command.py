@@ -107,7 +107,9 @@ def test_bert_sees_each_image_under_the_mask_of_its_row(parts):
     with torch.no_grad():
         expected = network.features(tokens, [0, 3], masked=draw_mask(torch.tensor(rows), 64, seed=7))
         unmasked = network.features(tokens, [0, 3], masked=torch.zeros(5, 64, dtype=torch.bool))
-    found = features(Pretrained(network, PALETTE, "random"), [0, 3], parts[0], rows, 7, 2, 0)
+    found = features(
+        Pretrained(network, PALETTE, "random"), [0, 3], parts[0], rows, seed=7, batch_size=2, num_workers=0
+    )
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, unmasked)
 
