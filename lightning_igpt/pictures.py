@@ -28,6 +28,7 @@ SIZE = (4.8, 3.2)  # of a plot, in inches: small, so that its text stays readabl
 _DPI = 200
 _MAX_POINTS = 1000  # of a curve; more than a plot has pixels
 _CAPTION = 18  # height of a line of text in pixels
+_GAP = 10  # pixels between the rows of a contact sheet
 _BAR = 10  # height of a color bar in pixels
 _WHITE = (255, 255, 255)
 _SHEET = 112  # gray behind swatches, on which black and white both show
@@ -109,6 +110,24 @@ def image_grid(
 def enlarge(images: Tensor, scale: int) -> Tensor:
     """Every pixel of (...,H,W) as a square with ``scale`` pixels a side."""
     return images.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+
+
+def contact_sheet(cells: Tensor, captions: Sequence[Sequence[str]], *, columns: int = 4) -> Tensor:
+    """Pictures in rows on white, each below its own lines of text.
+
+    Args:
+        cells: uint8 (N,3,h,w), in their own size.
+        captions: For each picture its lines, the same number for all. A line too long shows its end.
+        columns: Pictures per row.
+
+    Returns:
+        uint8 (3,H,W) on the CPU.
+    """
+    width = cells.shape[3]
+    above = [torch.cat([_caption(_end_of(line, width), width) for line in lines], 1) for lines in captions]
+    titled = torch.cat([torch.stack(above), cells.cpu()], 2)  # (N, 3, lines + h, w)
+    spaced = F.pad(titled, (0, 0, 0, _GAP), value=255)
+    return stack([torch.cat(list(row), 2) for row in torch.split(spaced, columns)])
 
 
 def stack(parts: Sequence[Tensor]) -> Tensor:
@@ -298,3 +317,12 @@ def _tensor(image: Image.Image) -> Tensor:
 @cache
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(12)
+
+
+def _end_of(text: str, width: int) -> str:
+    """The text, or as much of its end as fits: file names differ there."""
+    short = text
+    while _font().getlength(short) > width and text:
+        text = text[1:]
+        short = f"...{text}"
+    return short

@@ -9,17 +9,16 @@ from typing import Literal
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.places import check_file, check_folder
 from lightning_igpt.planning import parameter_count
-from lightning_igpt.weights import Pretrained, load_pretrained, native, openai, save_pretrained
+from lightning_igpt.weights import Pretrained, load_pretrained, native, save_pretrained
 from lightning_igpt.weights.check import check_logits, compare_with_transformers
 
 TOLERANCE = 1e-4  # of the largest logit; float32 in another order of operations stays far below
-SUFFIXES = {"openai-npz": ".npz", "safetensors": ".safetensors"}
 
 
 def convert(
     source: str,
     out: str,
-    to: Literal["hf", "openai-npz", "safetensors"] = "hf",
+    to: Literal["hf", "safetensors"] = "hf",
     check: bool = False,
     image_size: int | None = None,
     palette: str | None = None,
@@ -31,11 +30,11 @@ def convert(
 
     Args:
         source: A .ckpt file, a run folder, a Hugging Face folder or hub id (owner/name or owner/name@revision), an
-            OpenAI checkpoint, or an .npz or .safetensors file that this command wrote.
+            OpenAI checkpoint, or a .safetensors file that this command wrote.
         out: Where to: a folder for hf, else a file. Missing folders are made.
         to: hf is the layout of transformers' ImageGPT, with palette and model card; the classifier of a fine-tuned
-            network becomes an ImageGPTForImageClassification. openai-npz is one file of OpenAI's variables for NumPy,
-            with the palette. safetensors is one file under this package's own names, config in its header.
+            network becomes an ImageGPTForImageClassification. safetensors is one file under this package's own names,
+            config in its header.
         check: Compare with transformers on random tokens and print the largest difference.
         image_size: Side of the images of the written network; positions are interpolated where it is another.
         palette: The palette that the network was trained with, where the source holds none: openai, gray:16, a .npy
@@ -57,13 +56,11 @@ def convert(
     if to == "hf":
         names = loaded.class_names
         save_pretrained(path, loaded.network, loaded.palette, card=card, head=loaded.head, class_names=names)
-    elif to == "safetensors":
-        native.save_file(path, loaded.network, loaded.palette, loaded.head, loaded.class_names, card.known())
     else:
-        openai.save_archive(path, loaded.network, loaded.palette)
+        native.save_file(path, loaded.network, loaded.palette, loaded.head, loaded.class_names, card.known())
     _row("wrote", f"{path} ({to})")
     _notes(loaded, to)
-    head = loaded.head if to != "openai-npz" else None
+    head = loaded.head
     del loaded  # a large network is read back into the same memory
     again = load_pretrained(path)
     difference = (check_logits(again.network) - logits).abs().max().item()
@@ -81,15 +78,14 @@ def check_out(path: Path, to: str) -> None:
         ValueError: The name does not suit the format.
         OSError: It cannot be written.
     """
-    suffix = SUFFIXES.get(to)
-    if suffix is None and (path.is_file() or path.suffix in SUFFIXES.values()):
-        raise ValueError(f"out is {path}, a file; the format {to} is a folder, so name one or choose another --to")
-    if suffix is not None and path.suffix != suffix:
-        raise ValueError(f"out is {path}; a file of the format {to} must end in {suffix}")
-    if suffix is None:
+    if to == "hf" and (path.is_file() or path.suffix == ".safetensors"):
+        raise ValueError(f"out is {path}, a file; the format hf is a folder: name one, or add --to safetensors")
+    if to == "hf":
         check_folder(path, "OUT")
+    elif path.suffix != ".safetensors":
+        raise ValueError(f"out is {path}; a file of the format safetensors must end in .safetensors")
     else:
-        check_file(path, "OUT", f"weights{suffix}")
+        check_file(path, "OUT", "weights.safetensors")
 
 
 def _describe(loaded: Pretrained) -> None:
@@ -105,8 +101,6 @@ def _describe(loaded: Pretrained) -> None:
 def _notes(loaded: Pretrained, to: str) -> None:
     if to == "hf" and loaded.config.objective == "bert":
         _row("note", "transformers cannot run a BERT network: no sos, no causal mask; load_pretrained can")
-    if to == "openai-npz" and loaded.head is not None:
-        _row("note", "OpenAI's layout has no place for the class head; it was left out")
     if to == "hf" and loaded.head is not None:
         _row("note", "the color head is in lm_head.safetensors, since transformers' classifier has no place for it")
 

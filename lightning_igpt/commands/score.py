@@ -18,11 +18,19 @@ from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.places import check_file
 from lightning_igpt.objectives import nats_to_bits
 from lightning_igpt.palette import Palette
-from lightning_igpt.pictures import heading, image_grid, save_png, stack, surprise_bar, surprise_limit, surprise_map
+from lightning_igpt.pictures import (
+    contact_sheet,
+    heading,
+    image_grid,
+    save_png,
+    stack,
+    surprise_bar,
+    surprise_limit,
+    surprise_map,
+)
 from lightning_igpt.weights import load_pretrained
 
 N_PRINTED, N_LEAST = 5, 4  # rows of the list; least surprising images on the sheet, for contrast
-COLUMNS = 4  # images on a row of the sheet
 
 
 def score(
@@ -127,13 +135,13 @@ def surprise_sheet(tokens: Tensor, nats: Tensor, names: Sequence[str], palette: 
     limit = surprise_limit(nats[indices], len(palette))
     parts = [heading("surprise of each pixel in nats"), surprise_bar(limit, len(palette))]
     for title, shown in ((f"the most surprising of {n} images", most), ("the least surprising", least)):
-        parts += [heading(title)] if shown else []
-        for row in (shown[i : i + COLUMNS] for i in range(0, len(shown), COLUMNS)):
-            places = [index for _, index in row]
+        if shown:
+            places = [index for _, index in shown]
             maps = surprise_map(nats[places].view(-1, side, side), limit=limit)
-            cells = torch.stack([palette.dequantize(tokens[places]).cpu(), maps], 1).flatten(0, 1)  # (2n, 3, S, S)
-            pairs = [(f"{rank}: {per_image[index]:.3f} nats", names[index][-20:]) for rank, index in row]
-            parts.append(image_grid(cells[None], captions=[text for pair in pairs for text in pair]))
+            pairs = torch.stack([palette.dequantize(tokens[places]).cpu(), maps], 1)  # (n, 2, 3, S, S)
+            cells = torch.stack([image_grid(pair[None], gap=4) for pair in pairs])
+            lines = [(f"{rank}: {per_image[index]:.3f} nats per pixel", names[index]) for rank, index in shown]
+            parts += [heading(title), contact_sheet(cells, lines)]
     return stack(parts)
 
 
