@@ -107,9 +107,14 @@ def lowdata(
         | measure(x[:, i], labels, x_test[:, i], test.labels, places[..., :n], c)
         for i, n in product(range(len(asked)), budgets)
     ]
-    facts: dict[str, Any] = {"pretrained": loaded.origin, "network": config.to_dict()}
-    facts |= {"palette_sha256": loaded.palette.sha256, "version": __version__}
-    facts |= {"source": source, "n_classes": len(names), "n_train_images": len(train), "n_test_images": len(test)}
+    facts: dict[str, Any] = {"pretrained": loaded.origin, "network": config.to_dict(), "version": __version__}
+    facts |= {
+        "palette_sha256": loaded.palette.sha256,
+        "source": source,
+        "n_classes": len(names),
+        "n_train_images": len(train),
+        "n_test_images": len(test),
+    }
     facts |= {"layer": chosen, "layer_choice": "the middle" if layer is None else "as asked for", "c": c, "seed": seed}
     write_results(Path(out), facts, results)
 
@@ -131,9 +136,9 @@ def draw_subsets(labels: Tensor, class_names: Sequence[str], largest: int, n_sub
     classes = [np.flatnonzero(labels.numpy() == number) for number in range(len(class_names))]
     name, fewest = min(zip(class_names, map(len, classes), strict=True), key=lambda pair: pair[1])
     if fewest < largest:
+        cure = f"set --labels_per_class to at most {fewest}"
         raise ValueError(
-            f"class {name!r} has {fewest} training images, fewer than the {largest} labels per class asked for; set "
-            f"--labels_per_class to at most {fewest}"
+            f"class {name!r} has {fewest} training images, fewer than the {largest} labels asked for; {cure}"
         )
     generators = [np.random.default_rng([seed, subset]) for subset in range(n_subsets)]
     return torch.from_numpy(np.array([[rng.permutation(rows)[:largest] for rows in classes] for rng in generators]))
@@ -171,13 +176,8 @@ def measure(
 ) -> dict[str, list[float] | float | None]:
     """Test accuracy of a logistic regression on each subset, with mean and sample standard deviation.
 
-    Args:
-        x: Float (R, D), features of the rows in any subset.
-        labels: int64 (R,).
-        x_test: Float (N, D).
-        test_labels: int64 (N,).
-        subsets: int64 (S, C, n), places in x.
-        c: Inverse strength of the penalty.
+    ``x`` is float (R, D), ``x_test`` (N, D), ``labels`` int64 (R,), ``test_labels`` (N,); ``subsets``, int64 (S, C, n),
+    are places in x; ``c`` is the inverse strength of the penalty.
     """
     accuracies = []
     for subset in subsets.flatten(1):
