@@ -97,25 +97,17 @@ def lowdata(
     print(f"{loaded.origin}, layer {chosen}")
     print(f"{source}: {len(train)} training images, of which {len(rows)} are drawn, and {len(test)} test images")
     loaded.network.to(pick_device(device)).eval()
-    x, x_test = (
-        features(loaded, asked, images, numbers, **reading)
-        for images, numbers in ((train, rows.tolist()), (test, range(len(test))))
-    )
-    labels = train.labels[rows]
+    x = features(loaded, asked, train, rows.tolist(), **reading)
+    x_test = features(loaded, asked, test, range(len(test)), **reading)
     results = [
         {"layer": asked[i], "labels_per_class": n}
-        | measure(x[:, i], labels, x_test[:, i], test.labels, places[..., :n], c)
+        | measure(x[:, i], train.labels[rows], x_test[:, i], test.labels, places[..., :n], c)
         for i, n in product(range(len(asked)), budgets)
     ]
     facts: dict[str, Any] = {"pretrained": loaded.origin, "network": config.to_dict(), "version": __version__}
-    facts |= {
-        "palette_sha256": loaded.palette.sha256,
-        "source": source,
-        "n_classes": len(names),
-        "n_train_images": len(train),
-        "n_test_images": len(test),
-    }
-    facts |= {"layer": chosen, "layer_choice": "the middle" if layer is None else "as asked for", "c": c, "seed": seed}
+    facts |= {"palette_sha256": loaded.palette.sha256, "source": source, "n_classes": len(names)}
+    facts |= {"n_train_images": len(train), "n_test_images": len(test), "c": c, "seed": seed}
+    facts |= {"layer": chosen, "layer_choice": "the middle" if layer is None else "as asked for"}
     write_results(Path(out), facts, results)
 
 
