@@ -1,15 +1,17 @@
-"""Pictures for people: small images enlarged in a grid, numbers as heat maps, the colours of a palette on a sheet.
+"""Every picture that the package draws, in one style: images in grids, maps of surprise, colors of a palette, curves.
 
-Not here: curves and the report (``report.py``).
+Pixel pictures are uint8 tensors (3,h,w) that :func:`save_png` writes; curves are matplotlib figures, drawn once for
+light pages and once for dark ones.
 """
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from math import ceil, sqrt
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +19,49 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-CELL = 128  # default size of an enlarged image in pixels
-_CAPTION = 18  # height of a line of captions in pixels
-_APART = 10  # pixels between the rows of a contact sheet
-_BAR = 10  # height of a colour bar in pixels
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CELL = 128  # default side of an enlarged image in pixels
+SIZE = (4.8, 3.2)  # of a plot, in inches: small, so that its text stays readable on a phone
+_DPI = 200
+_MAX_POINTS = 1000  # of a curve; more than a plot has pixels
+_CAPTION = 18  # height of a line of text in pixels
+_GAP = 10  # pixels between the rows of a contact sheet
+_BAR = 10  # height of a color bar in pixels
 _WHITE = (255, 255, 255)
-_SHEET = 112  # grey of the sheet behind swatches, on which black and white both show
-_GREY = 0.08  # HSV saturation below which a colour sorts with the greys
+_SHEET = 112  # gray behind swatches, on which black and white both show
+_GRAY = 0.08  # HSV saturation below which a color sorts with the grays
+
+
+class Theme(NamedTuple):
+    """Colors of a plot; its lines differ in lightness as well as in hue."""
+
+    paper: str
+    ink: str
+    grid: str
+    first: str  # the curve that matters
+    second: str
+    level: str  # horizontal lines
+    others: tuple[str, ...]
+
+
+LIGHT = Theme(
+    *("#ffffff", "#1c1f24", "#e4e7eb", "#0b6bcb", "#868e98", "#c65102"),
+    others=("#7b4fb5", "#1f8a5b", "#8d5a2b", "#c13584", "#0f8a9a"),
+)
+DARK = Theme(
+    *("#131416", "#e8eaed", "#363c45", "#6cb2f5", "#9099a4", "#f59a52"),
+    others=("#c4a4f2", "#6fd3a6", "#d6ab7d", "#f28cc4", "#6fd0dc"),
+)
+
+
+class Plot(NamedTuple):
+    """One plot, drawn for light and for dark pages."""
+
+    light: Figure
+    dark: Figure
 
 
 def image_grid(
@@ -31,7 +69,7 @@ def image_grid(
     *,
     scale: int | None = None,
     gap: int = 2,
-    background: tuple[int, int, int] = (255, 255, 255),
+    background: tuple[int, int, int] = _WHITE,
     captions: Sequence[str] | None = None,
 ) -> Tensor:
     """Images side by side, every pixel enlarged to a square.
@@ -40,14 +78,14 @@ def image_grid(
         rows: uint8 (R,C,3,H,W), or R tensors (C,3,H,W).
         scale: Side of the square that shows one pixel; by default images become about 128 pixels high.
         gap: Pixels around every image.
-        background: Colour of the gaps, (R, G, B) in 0..255.
+        background: Color of the gaps, (R, G, B) in 0..255.
         captions: One heading per column, clipped to the column's width.
 
     Returns:
         uint8 (3,h,w) on the CPU.
 
     Raises:
-        ValueError: The rows are no bytes, differ in shape, or the captions do not match the columns.
+        ValueError: The rows are not uint8, differ in shape, or the captions do not match the columns.
     """
     shapes = sorted({tuple(row.shape) for row in rows})
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] != 3 or any(row.dtype != torch.uint8 for row in rows):
@@ -57,25 +95,29 @@ def image_grid(
     if captions is not None and len(captions) != n_columns:
         raise ValueError(f"there are {len(captions)} captions for {n_columns} columns")
     scale = scale or max(1, CELL // height)
-    big = images.repeat_interleave(scale, dim=3).repeat_interleave(scale, dim=4)
     color = torch.tensor(background, dtype=torch.uint8).view(3, 1, 1)
     cells = color.repeat(n_rows, n_columns, 1, height * scale + gap, width * scale + gap)
-    cells[..., gap:, gap:] = big
+    cells[..., gap:, gap:] = enlarge(images, scale)
     grid = cells.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (3, R*h, C*w)
     grid = torch.cat([grid, color.expand(3, grid.shape[1], gap)], dim=2)
     grid = torch.cat([grid, color.expand(3, gap, grid.shape[2])], dim=1)
     if captions is None:
         return grid
-    heading = torch.cat([_caption(text, width * scale + gap, background) for text in captions], dim=2)
-    return torch.cat([torch.cat([heading, color.expand(3, _CAPTION, gap)], dim=2), grid], dim=1)
+    headings = torch.cat([_caption(text, width * scale + gap, background) for text in captions], dim=2)
+    return torch.cat([torch.cat([headings, color.expand(3, _CAPTION, gap)], dim=2), grid], dim=1)
+
+
+def enlarge(images: Tensor, scale: int) -> Tensor:
+    """Every pixel of (...,H,W) as a square with ``scale`` pixels a side."""
+    return images.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
 
 
 def contact_sheet(cells: Tensor, captions: Sequence[Sequence[str]], *, columns: int = 4) -> Tensor:
-    """Pictures in rows on white, each below lines of text of its own.
+    """Pictures in rows on white, each below its own lines of text.
 
     Args:
-        cells: uint8 (N,3,h,w), shown as large as they are.
-        captions: For each picture its lines, as many for one as for another. Of a line too long its end is shown.
+        cells: uint8 (N,3,h,w), in their own size.
+        captions: For each picture its lines, the same number for all. A line too long shows its end.
         columns: Pictures per row.
 
     Returns:
@@ -84,7 +126,7 @@ def contact_sheet(cells: Tensor, captions: Sequence[Sequence[str]], *, columns: 
     width = cells.shape[3]
     above = [torch.cat([_caption(_end_of(line, width), width) for line in lines], 1) for lines in captions]
     titled = torch.cat([torch.stack(above), cells.cpu()], 2)  # (N, 3, lines + h, w)
-    spaced = F.pad(titled, (0, 0, 0, _APART), value=255)
+    spaced = F.pad(titled, (0, 0, 0, _GAP), value=255)
     return stack([torch.cat(list(row), 2) for row in torch.split(spaced, columns)])
 
 
@@ -96,49 +138,61 @@ def stack(parts: Sequence[Tensor]) -> Tensor:
 
 def heading(text: str) -> Tensor:
     """A line of text, black on white: uint8 (3,h,w)."""
-    return _caption(text, ceil(_font().getlength(text)) + 8)
+    return _caption(text, math.ceil(_font().getlength(text)) + 8)
 
 
-def heat_map(values: Tensor, colors: Tensor, *, high: float) -> Tensor:
-    """Numbers as colours, evenly from 0, the first colour, to ``high`` and above, the last.
+@cache
+def surprise_colors() -> Tensor:
+    """The color scale of every map of surprise, uint8 (256,3), dark to bright: matplotlib's magma."""
+    import matplotlib  # 0.3 s, which a palette need not take
+
+    return torch.from_numpy(matplotlib.colormaps["magma"](np.arange(256), bytes=True)[:, :3])
+
+
+def surprise_limit(nats: Tensor, n_colors: int) -> float:
+    """Where the scale of some maps of surprise ends, in nats.
+
+    It passes ln K, the surprise of a uniform guess, and one in a hundred of the pixels lies above it.
 
     Args:
-        values: Float (...,H,W).
-        colors: uint8 (n,3).
-        high: Above 0.
+        nats: Float, any shape: all pixels that share the scale.
+        n_colors: K, the size of the palette.
+    """
+    return max(1.25 * math.log(n_colors), float(np.quantile(nats.cpu().numpy(), 0.99)))
+
+
+def surprise_map(nats: Tensor, *, limit: float) -> Tensor:
+    """The surprise of pixels as colors, evenly from 0 to ``limit``.
+
+    Args:
+        nats: Float (...,H,W).
+        limit: Nats of the last color; larger values have it too.
 
     Returns:
         uint8 (...,3,H,W) on the CPU.
     """
-    index = (values.cpu() / high * len(colors)).clamp(0, len(colors) - 1).long()
-    return colors.cpu()[index].movedim(-1, -3)
+    index = (nats.cpu() / limit * 256).clamp(0, 255).long()
+    return surprise_colors()[index].movedim(-1, -3)
 
 
-def color_bar(colors: Tensor, ticks: Mapping[str, float], *, width: int = 512) -> Tensor:
-    """The legend of a heat map.
-
-    Args:
-        colors: uint8 (n,3), as given to ``heat_map``.
-        ticks: Where each label stands, from 0 (left end) to 1 (right end).
-        width: Of the bar in pixels.
-
-    Returns:
-        uint8 (3,h,w).
-    """
-    margin = ceil(max(_font().getlength(text) for text in ticks) / 2) + 4
+def surprise_bar(limit: float, n_colors: int, *, width: int = 512) -> Tensor:
+    """The legend of maps of surprise: the scale with marks at 0, a uniform guess and the limit; uint8 (3,h,w)."""
+    uniform = math.log(n_colors)
+    ticks = {"0": 0.0, f"{uniform:.2f} (uniform)": uniform / limit, f"{limit:.2f} or more": 1.0}
+    margin = math.ceil(max(_font().getlength(text) for text in ticks) / 2) + 4
     image = Image.new("RGB", (width + 2 * margin, _BAR + 4 + _CAPTION), _WHITE)
-    bar = Image.fromarray(colors.cpu()[None].numpy()).resize((width, _BAR), Image.Resampling.NEAREST)
+    bar = Image.fromarray(surprise_colors()[None].numpy()).resize((width, _BAR), Image.Resampling.NEAREST)
     image.paste(bar, (margin, 0))
     draw = ImageDraw.Draw(image)
     for text, fraction in ticks.items():
         x = margin + round(fraction * (width - 1))
         draw.line((x, _BAR, x, _BAR + 3), fill="black")
         draw.text((x - draw.textlength(text, font=_font()) // 2, _BAR + 4), text, fill="black", font=_font())
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return _tensor(image)
 
 
 def swatch(colors: Tensor, *, side: int = 24, columns: int | None = None) -> Tensor:
-    """All colours of a palette as squares: greys first from dark to light, then rows of like hue, dark to light.
+    """All colors of a palette as squares: grays first from dark to light, then rows of like hue, dark to light.
 
     Args:
         colors: uint8 (K,3).
@@ -148,11 +202,11 @@ def swatch(colors: Tensor, *, side: int = 24, columns: int | None = None) -> Ten
     Returns:
         uint8 (3,h,w).
     """
-    columns = columns or ceil(sqrt(2 * len(colors)))
+    columns = columns or math.ceil(math.sqrt(2 * len(colors)))
     values = colors.cpu().numpy() / 255  # (K, 3)
     hue, saturation = np.array([colorsys.rgb_to_hsv(*row)[:2] for row in values]).T
     luminance = values @ (0.299, 0.587, 0.114)  # ITU-R BT.601
-    order = np.lexsort((luminance, np.where(saturation < _GREY, -1.0, (hue + 1 / 12) % 1)))
+    order = np.lexsort((luminance, np.where(saturation < _GRAY, -1.0, (hue + 1 / 12) % 1)))
     rows = [
         row[np.argsort(luminance[row], kind="stable")] for row in np.split(order, range(columns, len(order), columns))
     ]
@@ -160,6 +214,70 @@ def swatch(colors: Tensor, *, side: int = 24, columns: int | None = None) -> Ten
     for row, ids in enumerate(rows):
         squares[row, : len(ids), :, 0, 0] = colors.cpu()[ids]
     return image_grid(squares, scale=side, gap=1, background=(_SHEET, _SHEET, _SHEET))
+
+
+def plot_curves(
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    levels: Mapping[str, float] | None = None,
+    *,
+    xlabel: str = "optimizer steps",
+    ylabel: str = "nats per pixel",
+) -> Plot:
+    """Curves of a metric over steps or layers, with horizontal lines for baselines.
+
+    Args:
+        curves: (x, y) by label; the first one stands out. Of a long curve the extremes of each stretch are drawn.
+        levels: Values of baselines by label.
+        xlabel: What x is.
+        ylabel: What y is.
+    """
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        colors = (theme.first, theme.second, *theme.others)
+        for number, (label, (x, y)) in enumerate(curves.items()):
+            marker, color, above = "o" if len(x) < 60 else "", colors[number % len(colors)], 3 - number / 100
+            axes.plot(*_thinned(x, y), label=label, marker=marker, markersize=3.5, color=color, zorder=above)
+        for (label, level), style in zip((levels or {}).items(), ("--", ":"), strict=False):
+            axes.axhline(level, color=theme.level, linestyle=style, linewidth=1.2, label=f"{label} ({level:.2f})")
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+
+    return Plot(draw_figure(draw, LIGHT), draw_figure(draw, DARK))
+
+
+def draw_figure(draw: Callable[[Axes, Theme], None], theme: Theme = LIGHT, size: tuple[float, float] = SIZE) -> Figure:
+    """A figure in the package's style, with a legend below if something in it has a label.
+
+    Args:
+        draw: Draws into the axes in the theme's colors.
+        theme: ``LIGHT`` or ``DARK``.
+        size: Width and height in inches.
+    """
+    import matplotlib
+    import matplotlib.figure
+
+    style: dict[Any, Any] = {
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "font.size": 10,
+        "grid.color": theme.grid,
+        "legend.frameon": False,
+        "lines.linewidth": 1.6,
+        **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), theme.paper),
+        **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), theme.ink),
+    }
+    with matplotlib.rc_context(style):
+        figure = matplotlib.figure.Figure(figsize=size, dpi=_DPI, layout="constrained")
+        axes = figure.subplots()
+        draw(axes, theme)
+        handles, labels = axes.get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -173,13 +291,27 @@ def save_png(image: Tensor, path: str | Path) -> None:
     to_pil(image).save(path, format="PNG")
 
 
+def _thinned(x: Sequence[int], y: Sequence[float]) -> tuple[Sequence[int], Sequence[float]]:
+    """A long curve with the lowest and the highest point of each stretch, which is all that a plot can show."""
+    if len(x) <= _MAX_POINTS:
+        return x, y
+    stretches = np.array_split(np.arange(len(x)), _MAX_POINTS // 2)
+    array = np.asarray(y, dtype=np.float64)
+    kept = {0, len(x) - 1} | {int(i[pick(array[i])]) for i in stretches for pick in (np.argmin, np.argmax)}
+    return [x[i] for i in sorted(kept)], [y[i] for i in sorted(kept)]
+
+
 def _caption(text: str, width: int, background: tuple[int, int, int] = _WHITE) -> Tensor:
-    """Centred black or white text, whichever shows: uint8 (3, _CAPTION, width)."""
+    """Centered black or white text, whichever shows: uint8 (3, _CAPTION, width)."""
     image = Image.new("RGB", (width, _CAPTION), background)
     ink = "black" if sum(background) > 382 else "white"
     draw = ImageDraw.Draw(image)
     draw.text((max(0, (width - draw.textlength(text, font=_font())) // 2), 2), text, fill=ink, font=_font())
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return _tensor(image)
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
 
 
 @cache

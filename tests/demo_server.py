@@ -5,8 +5,7 @@ import json
 import threading
 from contextlib import contextmanager
 
-from lightning_igpt.commands.demo import listening
-from lightning_igpt.commands.demo_server import make_app, make_server
+from lightning_igpt.commands.demo import listening, make_app, make_server
 
 
 @contextmanager

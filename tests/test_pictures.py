@@ -1,5 +1,7 @@
+import math
 from collections import Counter
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -7,13 +9,17 @@ from PIL import Image
 
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import (
-    color_bar,
-    contact_sheet,
+    DARK,
+    LIGHT,
     heading,
-    heat_map,
     image_grid,
+    plot_curves,
     save_png,
     stack,
+    surprise_bar,
+    surprise_colors,
+    surprise_limit,
+    surprise_map,
     swatch,
     to_pil,
 )
@@ -91,44 +97,27 @@ def test_png_keeps_the_bytes(tmp_path):
     assert to_pil(image).size == (9, 7)
 
 
-COLORS = torch.stack([torch.arange(4) * 60, torch.arange(4), torch.arange(4) + 100], 1).to(torch.uint8)
+def test_surprise_is_even_from_zero_to_the_limit_and_clips():
+    values = torch.tensor([[0.0, 0.99 / 64, 1.0, 2.0], [3.99, 4.0, torch.inf, -1.0]])
+    expected = surprise_colors()[torch.tensor([[0, 0, 64, 128], [255, 255, 255, 0]])]  # (2, 4, 3)
+    found = surprise_map(values, limit=4.0)
+    assert found.dtype == torch.uint8 and torch.equal(found, expected.permute(2, 0, 1))
+    assert torch.equal(surprise_map(values.expand(2, 5, 2, 4) * 10, limit=40.0), found.expand(2, 5, 3, 2, 4))
+    assert np.array_equal(surprise_colors(), matplotlib.colormaps["magma"](np.arange(256), bytes=True)[:, :3])
 
 
-def test_heat_map_is_even_from_zero_to_high_and_clips():
-    values = torch.tensor([[0.0, 0.99, 1.0, 1.99], [2.0, 3.0, 3.99, 4.0], [5.0, torch.inf, -1.0, 2.5]])
-    expected = COLORS[torch.tensor([[0, 0, 1, 1], [2, 3, 3, 3], [3, 3, 0, 2]])]  # (3, 4, 3)
-    found = heat_map(values, COLORS, high=4.0)
-    assert found.dtype == torch.uint8
-    assert torch.equal(found, expected.permute(2, 0, 1))
-    assert torch.equal(heat_map(values.expand(2, 5, 3, 4) * 10, COLORS, high=40.0), found.expand(2, 5, 3, 3, 4))
+def test_the_scale_of_surprise_passes_a_uniform_guess():
+    assert surprise_limit(torch.ones(10, 64), 16) == pytest.approx(1.25 * math.log(16))
+    nats = torch.arange(1000.0)
+    assert (nats > surprise_limit(nats, 16)).float().mean() == pytest.approx(0.01, abs=0.001)
 
 
-def test_color_bar_has_its_colors_in_order_and_its_ticks_in_place():
-    ticks = {"0": 0.0, "half": 0.5, "all": 1.0}
-    bar = color_bar(COLORS, ticks, width=200)
-    margin = (bar.shape[2] - 200) // 2
-    assert torch.equal(bar[:, 0, margin : margin + 200], COLORS.T.repeat_interleave(50, 1))
-    assert (bar[:, :, 0] == 255).all()
-    below = bar[:, 10]  # where the marks begin
-    marks = (below == 0).all(0).nonzero().flatten() - margin
-    assert marks.tolist() == [0, round(0.5 * 199), 199]
-
-
-def test_contact_sheet_puts_each_picture_below_its_own_lines():
-    cells = torch.stack([torch.full((3, 20, 90), 40 * i, dtype=torch.uint8) for i in range(1, 6)])
-    names = ["a", "", "a very long name that ends in 1.png", "a very long name that ends in 2.png", "e"]
-    sheet = contact_sheet(cells, [(name, "") for name in names], columns=2)
-    pitch, lines = sheet.shape[1] // 3, 36
-    assert sheet.shape == (3, 3 * (lines + 20 + 10), 2 * 90)
-    text = {}
-    for i, name in enumerate(names):
-        top, left = (i // 2) * pitch, (i % 2) * 90
-        assert (sheet[:, top + lines : top + lines + 20, left : left + 90] == 40 * (i + 1)).all()
-        text[i] = sheet[:, top : top + lines // 2, left : left + 90]
-        assert (text[i] < 128).any() == bool(name)
-        assert (sheet[:, top + lines // 2 : top + lines, left : left + 90] == 255).all()
-    assert (sheet[:, 2 * pitch :, 90:] == 255).all()  # nothing beside the last
-    assert not torch.equal(text[2], text[3])  # the end of a long name is what shows
+def test_the_legend_of_surprise_has_its_marks_in_place():
+    bar = surprise_bar(2 * math.log(16), 16, width=256)
+    margin = (bar.shape[2] - 256) // 2
+    assert torch.equal(bar[:, 0, margin : margin + 256], surprise_colors().T)
+    marks = (bar[:, 10] == 0).all(0).nonzero().flatten() - margin
+    assert marks.tolist() == [0, round(0.5 * 255), 255]
 
 
 def test_stacked_parts_are_flush_left_on_white():
@@ -144,3 +133,45 @@ def test_a_heading_is_as_wide_as_its_text():
     assert short.shape[2] < long.shape[2]
     for image in (short, long):
         assert (image[:, :, [0, -1]] == 255).all() and (image < 128).any()
+
+
+def contrast(one, other):
+    """WCAG 2's ratio of two colors as #rrggbb."""
+
+    def luminance(color):
+        parts = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        parts = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return parts @ (0.2126, 0.7152, 0.0722)
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_text_and_lines_stand_out(theme):
+    assert contrast(theme.ink, theme.paper) >= 4.5
+    for line in (theme.first, theme.second, theme.level, *theme.others):
+        assert contrast(line, theme.paper) >= 3
+
+
+def test_long_curves_keep_their_peaks():
+    noise = torch.rand(30_000, generator=torch.manual_seed(0)).tolist()
+    noise[12_345], noise[23_456] = 7.0, -7.0
+    plot = plot_curves({"training": (range(30_000), noise)})
+    points = plot.light.axes[0].get_lines()[0].get_xydata().tolist()
+    assert len(points) <= 1002 and [12_345, 7] in points and [23_456, -7] in points
+    assert points[0] == [0, noise[0]] and points[-1] == [29_999, noise[-1]]
+    assert points == sorted(points) and all(noise[int(step)] == value for step, value in points)
+
+
+def test_a_plot_has_every_curve_and_level_in_both_themes():
+    plot = plot_curves({"test": ([0, 1], [0.2, 0.4]), "validation": ([0, 1], [0.3, 0.5])}, {"chance": 0.1}, ylabel="y")
+    for figure, theme in zip(plot, (LIGHT, DARK), strict=True):
+        (axes,) = figure.axes
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        assert lines.keys() == {"test", "validation", "chance (0.10)"}
+        assert (
+            lines["test"].get_color() == theme.first and lines["test"].get_zorder() > lines["validation"].get_zorder()
+        )
+        assert lines["validation"].get_ydata().tolist() == [0.3, 0.5] and axes.get_ylabel() == "y"
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == list(lines)

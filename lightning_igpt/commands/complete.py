@@ -1,4 +1,4 @@
-"""``lightning-igpt complete``: what a trained network makes of the upper part of your images, or of a hole in them."""
+"""``lightning-igpt complete``: completions of the lower part of images, or of a hole in them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.places import check_folder
 from lightning_igpt.decoding import Precision
 from lightning_igpt.images import BadImageError, decode
-from lightning_igpt.model import ImageGPT
-from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import image_grid, save_png
 from lightning_igpt.sampling import inpaint
-from lightning_igpt.weights import load_pretrained
+from lightning_igpt.weights import Pretrained, load_pretrained
 
 
 def complete(
@@ -42,7 +40,7 @@ def complete(
     device: str = "auto",
     palette: str | None = None,
 ) -> None:
-    """Complete the lower part of images, or a hole, and write a grid: what was given, samples, the truth.
+    """Complete the lower part of images, or a hole, and write a grid: the given part, samples, the truth.
 
     Args:
         pretrained: The network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint.
@@ -54,9 +52,9 @@ def complete(
         mask: Instead of keep_rows, an image file whose white pixels are redrawn and whose black or transparent ones are
             kept; cut and resized as the images are, but to the nearest pixel. An autoregressive network draws in raster
             order, so what is kept after a hole does not influence it; a BERT network sees all of it.
-        temperature: Divides the logits: 1 is the network's own distribution, 0 always takes the likeliest colour.
-        top_k: Draw among the k likeliest colours only.
-        top_p: Draw among the fewest colours that together have this probability.
+        temperature: Divides the logits: 1 is the network's own distribution, 0 always takes the likeliest color.
+        top_k: Draw among the k likeliest colors only.
+        top_p: Draw among the fewest colors that together have this probability.
         precision: Of the steps: full; half, which is 16 bits per weight; int8, on CPUs only. Default: half on CUDA,
             else full.
         seed: Of the draws.
@@ -67,9 +65,7 @@ def complete(
     """
     check_folder(out, "--out")
     if mask is not None and (keep_rows, top_k, top_p) != (None, None, None):
-        raise ValueError(
-            "mask says what is kept, and inpainting knows no top_k and top_p; drop keep_rows, top_k and top_p"
-        )
+        raise ValueError("mask replaces keep_rows, and inpainting has no top_k and top_p; drop keep_rows, top_k, top_p")
     loaded = load_pretrained(pretrained, palette=palette)
     size = loaded.config.image_size
     hole = None if mask is None else read_mask(mask, size)
@@ -78,32 +74,26 @@ def complete(
     precision = precision or ("half" if place.type == "cuda" else "full")
     what = f"{len(pixels)} images at {size} x {size}, {n_samples} samples each"
     print(f"{loaded.origin}: {what}, on {place} in {precision} precision")
-    network, tokens = loaded.network.to(place), loaded.palette.quantize(pixels).to(place)
-    options: dict[str, Any] = {"n_samples": n_samples, "temperature": temperature, "seed": seed}
-    options["precision"] = precision
+    loaded.network.to(place)
+    tokens = loaded.palette.quantize(pixels).to(place)
+    options: dict[str, Any] = {"n_samples": n_samples, "seed": seed, "temperature": temperature, "precision": precision}
     if hole is not None:
-        rows = inpainted_rows(network, loaded.palette, tokens, hole.to(place), **options).cpu()
+        rows = inpainted_rows(loaded, tokens, hole.to(place), **options).cpu()
     else:
         options |= {"keep_rows": keep_rows, "top_k": top_k, "top_p": top_p}
-        rows = completion_rows(network, loaded.palette, tokens, **options).cpu()
+        rows = completion_rows(loaded.network, loaded.palette, tokens, **options).cpu()
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
         for sample in range(n_samples):
             save_png(row[1 + sample], folder / f"{number:03d}-{Path(name).stem}-sample{sample + 1}.png")
     save_png(image_grid(rows, captions=captions(n_samples)), folder / "completions.png")
-    print(f"wrote {folder / 'completions.png'} and {len(names) * n_samples} single samples beside it")
+    print(f"wrote {folder / 'completions.png'} and {len(names) * n_samples} single samples")
 
 
 def read_mask(path: str, size: int) -> Tensor:
-    """Which pixels an image marks to be redrawn: those nearer to white than to black.
+    """The pixels nearer to white than to black in the middle square of an image file, bool (size * size,).
 
-    Args:
-        path: An image file, of which the largest square in the middle counts. Transparent pixels are black.
-        size: Side S of the network's images.
-
-    Returns:
-        Bool (S * S,) in raster order.
+    Transparent pixels are black.
 
     Raises:
         ValueError: The file cannot be read as an image, or no pixel is marked.
@@ -117,50 +107,23 @@ def read_mask(path: str, size: int) -> Tensor:
     square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.NEAREST)
     hole = torch.from_numpy(np.array(square) >= 128).flatten()
     if not hole.any():
-        raise ValueError(f"mask {path} has no white pixel at {size} x {size}, so nothing would be redrawn")
+        raise ValueError(f"mask {path} has no white pixel at {size} x {size}; mark in white what to redraw")
     return hole
 
 
 def inpainted_rows(
-    network: ImageGPT,
-    palette: Palette,
-    tokens: Tensor,
-    hole: Tensor,
-    *,
-    n_samples: int = 3,
-    temperature: float = 1.0,
-    precision: Precision | None = None,
-    seed: int = 0,
+    loaded: Pretrained, tokens: Tensor, hole: Tensor, *, n_samples: int, seed: int, **options: Any
 ) -> Tensor:
-    """For each image: what was given, its hole filled by draws, and the truth, side by side.
-
-    Args:
-        network: Of either objective; ``inpaint`` says how they differ.
-        palette: The network's palette.
-        tokens: int64 (B, T), whole images.
-        hole: Bool (T,), true where every image is redrawn.
-        n_samples: Draws per image.
-        temperature: As in ``inpaint``.
-        precision: As in ``inpaint``.
-        seed: Of the draws.
-
-    Returns:
-        uint8 (B, 2 + n_samples, 3, S, S).
-
-    Raises:
-        ValueError: n_samples or temperature is out of range.
-    """
+    """As ``completion_rows``, with a hole in bool (T,) to be redrawn; ``options`` are those of ``inpaint``."""
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}; it must be at least 1")
-    generator = torch.Generator(tokens.device).manual_seed(seed)
     repeated = tokens.repeat_interleave(n_samples, 0)
-    known = (~hole).expand_as(repeated)
-    drawn = inpaint(network, repeated, known, temperature=temperature, precision=precision, generator=generator)
-    samples = palette.dequantize(drawn)
-    truth = palette.dequantize(tokens)[:, None]  # (B, 1, 3, S, S)
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+    drawn = inpaint(loaded.network, repeated, (~hole).expand_as(repeated), generator=generator, **options)
+    truth = loaded.palette.dequantize(tokens)[:, None]  # (B, 1, 3, S, S)
+    samples = loaded.palette.dequantize(drawn).view(len(tokens), n_samples, *truth.shape[2:])
     hidden = torch.tensor(HIDDEN, dtype=torch.uint8, device=truth.device)[:, None, None]
-    given = torch.where(hole.view(truth.shape[-2:]), hidden, truth)
-    return torch.cat([given, samples.view(len(tokens), n_samples, *truth.shape[2:]), truth], 1)
+    return torch.cat([torch.where(hole.view(truth.shape[-2:]), hidden, truth), samples, truth], 1)
 
 
 def pick_device(name: str) -> torch.device:
@@ -173,7 +136,7 @@ def pick_device(name: str) -> torch.device:
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {name!r} is not to be had here: {error}") from error
+            raise ValueError(f"device {name!r} is not available: {error}") from error
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

@@ -1,13 +1,11 @@
-"""``lightning-igpt convert``: weights from any format that is read here into one that others read."""
+"""``lightning-igpt convert``: weights from any format that can be read into one that others read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from lightning_igpt.checkpointing import consolidate_checkpoint, standing
-from lightning_igpt.checkpointing.shards import is_shards
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.places import check_file, check_folder
 from lightning_igpt.planning import parameter_count
@@ -15,13 +13,12 @@ from lightning_igpt.weights import Pretrained, load_pretrained, native, save_pre
 from lightning_igpt.weights.check import check_logits, compare_with_transformers
 
 TOLERANCE = 1e-4  # of the largest logit; float32 in another order of operations stays far below
-SUFFIXES = {"safetensors": ".safetensors", "lightning": ".ckpt"}
 
 
 def convert(
     source: str,
     out: str,
-    to: Literal["hf", "safetensors", "lightning"] = "hf",
+    to: Literal["hf", "safetensors"] = "hf",
     check: bool = False,
     image_size: int | None = None,
     palette: str | None = None,
@@ -37,25 +34,17 @@ def convert(
         out: Where to: a folder for hf, else a file. Missing folders are made.
         to: hf is the layout of transformers' ImageGPT, with palette and model card; the classifier of a fine-tuned
             network becomes an ImageGPTForImageClassification. safetensors is one file under this package's own names,
-            config in its header. lightning makes one .ckpt file, from which the run can be resumed, of a folder that a
-            sharded run saved.
+            config in its header.
         check: Compare with transformers on random tokens and print the largest difference.
         image_size: Side of the images of the written network; positions are interpolated where it is another.
         palette: The palette that the network was trained with, where the source holds none: openai, gray:16, a .npy
             file, a Hugging Face folder or hub id.
         title: Heading of the model card (hf).
         data: What the network was trained on, for the model card; default what the checkpoint says.
-        license: SPDX identifier of the weights' licence, for the model card.
+        license: SPDX identifier of the weights' license, for the model card.
     """
-    out = str(Path(out).expanduser())
-    card = {"title": title, "data": data, "license": license}
-    _check_out(out, to)
-    if to == "hf":
-        check_folder(out, "OUT")
-    else:
-        check_file(out, "OUT", f"weights{SUFFIXES[to]}")
-    if to == "lightning":
-        _check_whole(source, {"image_size": image_size, **card})
+    path = Path(out).expanduser()
+    check_out(path, to)
     loaded = load_pretrained(source, palette=palette, image_size=image_size)
     logits = check_logits(loaded.network)
     _row("read", loaded.origin)
@@ -63,20 +52,40 @@ def convert(
     _row("check logits", " ".join(f"{value:.5f}" for value in logits[-1, :4].tolist()) + f" ... of pixel {len(logits)}")
     if check:
         _compare(loaded)
-    if to == "lightning":
-        consolidate_checkpoint(source, out)
-        _row("wrote", f"{out} ({to})")
+    card = loaded.card.filled(title=title, data=data, license=license)
+    if to == "hf":
+        names = loaded.class_names
+        save_pretrained(path, loaded.network, loaded.palette, card=card, head=loaded.head, class_names=names)
     else:
-        _write(loaded, Path(out), to, card)
+        native.save_file(path, loaded.network, loaded.palette, loaded.head, loaded.class_names, card.known())
+    _row("wrote", f"{path} ({to})")
+    _notes(loaded, to)
     head = loaded.head
-    del loaded  # before it comes back from the disk; of large networks there is room for one
-    again = load_pretrained(out)
+    del loaded  # a large network is read back into the same memory
+    again = load_pretrained(path)
     difference = (check_logits(again.network) - logits).abs().max().item()
     if head is not None:
         difference = max(difference, (again.head - head).abs().max().item() if again.head is not None else float("inf"))
     _row("read back", f"largest difference of check logits {difference:g}")
     if difference != 0:
-        raise ValueError(f"{out} does not give the network back that was written; its disk may be damaged")
+        raise ValueError(f"the network read back from {path} differs by {difference:g}; check the disk and repeat")
+
+
+def check_out(path: Path, to: str) -> None:
+    """Raise unless the weights can be written there.
+
+    Raises:
+        ValueError: The name does not suit the format.
+        OSError: It cannot be written.
+    """
+    if to == "hf" and (path.is_file() or path.suffix == ".safetensors"):
+        raise ValueError(f"out is {path}, a file; the format hf is a folder: name one, or add --to safetensors")
+    if to == "hf":
+        check_folder(path, "OUT")
+    elif path.suffix != ".safetensors":
+        raise ValueError(f"out is {path}; a file of the format safetensors must end in .safetensors")
+    else:
+        check_file(path, "OUT", "weights.safetensors")
 
 
 def _describe(loaded: Pretrained) -> None:
@@ -84,54 +93,25 @@ def _describe(loaded: Pretrained) -> None:
     _row("network", f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, {config.objective}")
     _row("images", f"{config.image_size} x {config.image_size} = {config.n_positions} tokens")
     _row("parameters", f"{parameter_count(config):,}")
-    _row("palette", f"{len(loaded.palette)} colours, sha256 {loaded.palette.sha256[:12]}")
+    _row("palette", f"{len(loaded.palette)} colors, sha256 {loaded.palette.sha256[:12]}")
     if loaded.head is not None:
         _row("classes", f"{len(loaded.head)}: {', '.join(loaded.class_names or ['without names'])}")
 
 
-def _write(loaded: Pretrained, out: Path, to: str, card: dict[str, str | None]) -> None:
-    head, names = loaded.head, loaded.class_names
-    filled = loaded.card.filled(**card)
-    if to == "hf":
-        save_pretrained(out, loaded.network, loaded.palette, card=filled, head=head, class_names=names)
-    else:
-        native.save_file(out, loaded.network, loaded.palette, head, names, filled.known())
-    _row("wrote", f"{out} ({to})")
+def _notes(loaded: Pretrained, to: str) -> None:
     if to == "hf" and loaded.config.objective == "bert":
         _row("note", "transformers cannot run a BERT network: no sos, no causal mask; load_pretrained can")
-    if to == "hf" and head is not None:
-        _row(
-            "note", "the colour head is in lm_head.safetensors, for load_pretrained; transformers' classifier has none"
-        )
+    if to == "hf" and loaded.head is not None:
+        _row("note", "the color head is in lm_head.safetensors, since transformers' classifier has no place for it")
 
 
 def _compare(loaded: Pretrained) -> None:
     found = compare_with_transformers(loaded.network, loaded.palette, loaded.head)
-    what = "class" if loaded.head is not None else "colour"
-    _row(
-        "transformers",
-        f"largest difference {found.difference:.3g} over {found.logits:,} {what} logits up to {found.largest:.3g}",
-    )
+    what = "class" if loaded.head is not None else "color"
+    size = f"{found.logits:,} {what} logits up to {found.largest:.3g}"
+    _row("transformers", f"largest difference {found.difference:.3g} over {size}")
     if not found.difference <= TOLERANCE * max(1.0, found.largest):
-        raise ValueError(f"transformers computes other logits: the largest difference is {found.difference:.3g}")
-
-
-def _check_whole(source: str, changes: dict[str, Any]) -> None:
-    """Raise where a checkpoint is not one to be joined, or would have to be changed."""
-    if not is_shards(standing(Path(source).expanduser())):
-        raise ValueError(f"--to lightning makes one file of a folder that a sharded run saved, but {source} is no such")
-    asked = [name for name, value in changes.items() if value is not None]
-    if asked:
-        raise ValueError(f"--to lightning changes nothing in a checkpoint; leave out --{asked[0]}")
-
-
-def _check_out(out: str, to: str) -> None:
-    suffix = SUFFIXES.get(to)
-    if suffix is not None and Path(out).suffix != suffix:
-        raise ValueError(f"out is {out}; a file of the format {to} must end in {suffix}")
-    if suffix is None and (Path(out).is_file() or Path(out).suffix in SUFFIXES.values()):
-        meant = next((f"; did you mean --to {name}?" for name, end in SUFFIXES.items() if out.endswith(end)), "")
-        raise ValueError(f"out is {out}, a file; the format {to} is a folder{meant}")
+        raise ValueError(f"the logits of transformers differ by up to {found.difference:.3g}; do not use this export")
 
 
 def _row(name: str, value: str) -> None:

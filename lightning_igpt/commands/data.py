@@ -1,231 +1,163 @@
-"""``lightning-igpt data``: look at a data set before training on it.
-
-Not here: reading and measuring images, the contact sheet (``data_look.py``); the text of the report
-(``data_report.py``).
-"""
+"""``lightning-igpt data``: look at a data set before training on it."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from math import sqrt
+from typing import Any
 
-from jsonargparse import ArgumentParser as VerbParser
-from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule
-from omegaconf import DictConfig, OmegaConf
+import numpy as np
+import torch
+from PIL import Image, ImageOps
 
-from lightning_igpt.commands import recipes
-from lightning_igpt.commands.arguments import one_line_errors
-from lightning_igpt.commands.data_look import contact_sheet, kind_of, look, rows_by_split
-from lightning_igpt.commands.data_report import (
-    Colors,
-    class_lines,
-    palette_lines,
-    seen_lines,
-    source_lines,
-    training_lines,
-)
+from lightning_igpt.commands.arguments import run_function
+from lightning_igpt.commands.images import name_of
 from lightning_igpt.commands.places import check_file
-from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.data import PretrainDataModule
-from lightning_igpt.data.base import ImageDataModule
-from lightning_igpt.data.loaders import DEFAULT_IMAGE_SIZE
+from lightning_igpt.data.sources import Source, open_source
+from lightning_igpt.images import FORMATS, BadImageError, decode, resize_center_crop
 from lightning_igpt.palette import Palette
-from lightning_igpt.pictures import save_png
-from lightning_igpt.weights import load_pretrained
+from lightning_igpt.pictures import CELL, enlarge, heading, image_grid, save_png, stack
 
-LEAST = {"limit": 0, "n_images": 1, "image_size": 1}
-
-
-class Wanted(NamedTuple):
-    """What a network wants of its images, as far as anything says; None where nothing does."""
-
-    palette: Any  # what Palette.load takes
-    palette_name: str | None
-    image_size: int | None
-    missing: str | None = None  # weights that would say more, but are not there
+N_CLASSES, N_BAD = 20, 10  # lines at most
+HEADINGS = ("original", "resized", "quantized")
 
 
-def show(data: ImageDataModule, colors: Colors, *, out: str, limit: int, n_images: int) -> None:
-    """Print what a data set holds and what training makes of it, and write a contact sheet.
+def show(
+    source: str,
+    image_size: int = 32,
+    palette: str = "openai",
+    out: str = "data.png",
+    limit: int = 1000,
+    n_images: int = 8,
+    config_name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> None:
+    """Print splits, classes, bad images and the palette's error, and write a contact sheet.
 
     Args:
-        data: Before ``setup``.
-        colors: The palette, and what it is called.
-        out: The PNG file to write.
-        limit: Images to open per split; 0 means all.
+        source: A folder of images, Parquet, a hub id, or digits.
+        image_size: Side of the square images that a network would read.
+        palette: openai, gray:16, a .npy file, a Hugging Face folder or hub id.
+        out: The contact sheet to write. Missing folders are made.
+        limit: Images to open per split, evenly spread; 0 means all.
         n_images: Rows of the contact sheet.
-
-    Raises:
-        ValueError: The data set cannot be used at all.
+        config_name: Configuration of a hub data set that has several.
+        image_column: Column of images. Default: the only column of type Image.
+        label_column: Column of labels. Default: the only ClassLabel, or integers called label or labels.
     """
-    data.setup()
-    kind = kind_of(data, colors.palette)
-    print(*source_lines(data), *class_lines(data), sep="\n", flush=True)
-    seen = {split: look(rows, kind) for split, rows in rows_by_split(data, limit).items()}
-    print(*seen_lines(data, seen), *palette_lines(kind, colors, seen), *training_lines(data, kind, seen), sep="\n")
-    if kind.palette is None:
-        return
-    sheet, n_shown = contact_sheet(data, kind, n_images)
+    for name, value, least in (("limit", limit, 0), ("n_images", n_images, 1), ("image_size", image_size, 1)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    check_file(out, "--out", "data.png", ".png")
+    opened = open_source(source, name=config_name, image_column=image_column, label_column=label_column)
+    opened.need_images()
+    colors = Palette.load(palette)
+    _row("source", opened.name)
+    _row("splits", ", ".join(f"{split} {len(rows):,}" for split, rows in opened.splits.items()))
+    _row("columns", f"{opened.image_column}, {opened.label_column or 'no labels'}")
+    print(*class_lines(opened), sep="\n", flush=True)
+    modes: Counter[str] = Counter()
+    sizes, squares, bad, counts = [], [], [], []  # (width, height) upright, of the palette's error, places, of splits
+    for split, rows in opened.splits.items():
+        places = spread(len(rows), limit)
+        counts.append(f"{len(places):,} of {split}")
+        for name, value in rows_of(opened, split, places):
+            try:
+                image = decode(value)
+            except BadImageError as error:
+                bad.append(f"{name}: {' '.join(str(error).split())}")
+                continue
+            modes[file_mode(value)] += 1
+            sizes.append(image.size)
+            squares.append(colors.rmse(_tensor(resize_center_crop(image, image_size))[None]) ** 2)
+    _row("looked at", ", ".join(counts))
+    if sizes:
+        small, large = (pick(sizes, key=lambda size: size[0] * size[1]) for pick in (min, max))
+        kinds = ", ".join(f"{mode} {count:,}" for mode, count in modes.most_common())
+        _row("images", f"{kinds}; {small[0]} x {small[1]} to {large[0]} x {large[1]}")
+        rmse = sqrt(sum(squares) / len(squares))
+        _row("palette", f"{palette}, {len(colors)} colors: RMSE {rmse:.2f} of 255 per channel at {image_size}")
+    _row("bad images", f"{len(bad):,}; on_bad_image=skip leaves them out" if bad else "none")
+    print(*(f"  {line}" for line in bad[:N_BAD]), sep="\n", end="\n" * bool(bad))
+    sheet, n_shown = contact_sheet(opened, image_size, colors, n_images)
     save_png(sheet, out)
-    print(f"wrote {out}: {n_shown} training images ({', '.join(kind.headings)})")
+    print(f"wrote {out}: {n_shown} images ({', '.join(HEADINGS)})")
 
 
-def open_data(options: Namespace, recipe: DictConfig) -> tuple[ImageDataModule, Colors]:
-    """The data module, knowing its image size, and the palette.
+def class_lines(source: Source) -> Iterator[str]:
+    """The classes with their numbers of images in the training split."""
+    names, split = source.class_names, "train" if "train" in source.splits else next(iter(source.splits))
+    if names is None:
+        yield f"{'classes':<12}none"
+        return
+    try:
+        counts = torch.bincount(source.labels(split), minlength=len(names)).tolist()
+    except ValueError as error:  # pretraining needs no labels
+        yield f"{'classes':<12}{len(names):,}, but the labels cannot be used: {error}"
+        return
+    yield f"{'classes':<12}{len(names):,}, with {min(counts):,} to {max(counts):,} images of {split} each"
+    yield from (f"  {name}  {count:,}" for name, count in zip(names[:N_CLASSES], counts, strict=False))
+    if len(names) > N_CLASSES:
+        yield f"  and {len(names) - N_CLASSES:,} more"
 
-    Args:
-        options: What the parser of ``show`` gave.
-        recipe: The whole recipe; empty without one.
 
-    Raises:
-        TypeError: The data module is not one of this package's.
-        ValueError: An option is out of range, or palette or network are unusable.
+def spread(n_rows: int, limit: int) -> list[int]:
+    """Up to ``limit`` places in 0..n_rows-1, evenly spread, because many data sets are sorted by class; all with 0."""
+    count = min(n_rows, limit or n_rows)
+    return [number * n_rows // count for number in range(count)]
+
+
+def rows_of(source: Source, split: str, places: Sequence[int]) -> Iterator[tuple[str, Any]]:
+    """(name, undecoded image) of rows of a split."""
+    rows = source.splits[split].select_columns([source.image_column])
+    for place in places:
+        value = rows[place][source.image_column]
+        yield name_of(value or {}, split, place), value
+
+
+def file_mode(value: Any) -> str:
+    """The Pillow mode of an undecoded image that can be read."""
+    with Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"], formats=FORMATS) as file:
+        return str(file.mode)
+
+
+def contact_sheet(source: Source, size: int, palette: Palette, n_images: int) -> tuple[torch.Tensor, int]:
+    """Images of the training split, or else the first, next to what the network reads; bad ones are left out.
+
+    Returns:
+        uint8 (3, H, W), and the number of images on it.
     """
-    for name, least in LEAST.items():
-        if options[name] is not None and options[name] < least:
-            raise ValueError(f"{name} is {options[name]}; it must be at least {least}")
-    data = make_data(options)
-    recipe["data"] = options.data.as_dict()  # so that flags count where the network refers to them
-    wanted = wishes(section_of(recipe, "model"), options)
-    mark = data.sources[0].tokens
-    default = mark.image_size if mark else DEFAULT_IMAGE_SIZE
-    # Set here, the size needs no trainer to be asked for its network's.
-    size = data.image_size = options.image_size or data.image_size or wanted.image_size or default
-    spec = wanted.palette or data.palette or "openai"
-    name = wanted.palette_name or (spec if isinstance(spec, str) else "of the recipe")
-    if wanted.missing:
-        print(f"{wanted.missing} is not there yet: palette {name} and {size} x {size} pixels are assumed")
-    return data, Colors(Palette.load(spec), name)
-
-
-def make_data(options: Namespace) -> ImageDataModule:
-    """The data module that the options describe.
-
-    Raises:
-        TypeError: It is not one of this package's.
-        ValueError: Its own arguments are out of range.
-    """
-    parser: Any = show_parser()
-    # jsonargparse 4.49 renamed it.
-    data = getattr(parser, "instantiate", parser.instantiate_classes)(Namespace(data=options.data)).data
-    if not isinstance(data, ImageDataModule):
-        raise TypeError(
-            f"{type(data).__name__} is not a data module of lightning_igpt, so nothing is known of its images; give "
-            "them as SOURCE: a folder, Parquet or a hub id"
-        )
-    return data
-
-
-def wishes(model: Any, options: Namespace) -> Wanted:
-    """What the model section of a recipe says, and the weights that it starts from.
-
-    Raises:
-        ValueError: There is no such network, or the weights are damaged.
-    """
-    init = (model.get("init_args") if isinstance(model, Mapping) else None) or {}
-    palette, size = options.palette or init.get("palette"), options.image_size or init.get("image_size")
-    network, pretrained, name = init.get("network"), init.get("pretrained"), None
-    if size is None and isinstance(network, Mapping):
-        size = ImageGPTConfig.resolve(network).image_size
-    if pretrained and (palette is None or size is None):
+    split = "train" if "train" in source.splits else next(iter(source.splits))
+    parts: list[torch.Tensor] = []
+    for name, value in rows_of(source, split, spread(len(source.splits[split]), n_images)):
         try:
-            loaded = load_pretrained(pretrained)
-        except FileNotFoundError:
-            return Wanted(palette, None, size, missing=str(pretrained))
-        size = size or loaded.config.image_size
-        if palette is None:
-            palette, name = loaded.palette, f"of {pretrained}"
-    if model is not None and size is None:
-        size = ImageGPTConfig.resolve(network or "igpt_s").image_size
-    if model is not None and palette is None:
-        palette = "openai"
-    return Wanted(palette, name, size)
-
-
-def read_recipe(files: Sequence[str]) -> DictConfig:
-    """Recipes, by file or name, merged from left to right; empty without any.
-
-    Raises:
-        FileNotFoundError: There is no such file, and no shipped recipe of the name.
-        ValueError: A file is no YAML, or no recipe with data.
-    """
-    merged = OmegaConf.create()
-    for file in files:
-        merged.merge_with(OmegaConf.load(Path(file) if Path(file).exists() else recipes.find(file)))
-    if files and merged.get("data") is None:
-        raise ValueError(f"{', '.join(files)} has no section data; give its images as SOURCE instead")
-    return merged
-
-
-def section_of(recipe: DictConfig, name: str) -> Any:
-    """A section with plain values in the place of references to other sections; None where it is absent."""
-    section = recipe.get(name)
-    return OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
-
-
-def show_parser() -> VerbParser:
-    """The parser of ``data show``."""
-    show = VerbParser(
-        parser_mode="omegaconf+",
-        allow_abbrev=False,
-        description="Look at a data set before training: splits, classes, bad images, palette error, a contact sheet.",
-    )
-    show.add_argument("source", nargs="?", help="A folder of images, Parquet, a hub id, or digits; or give --config.")
-    show.add_argument("--config", "-c", help="A recipe, by file or name, whose data, palette and image size to take.")
-    show.add_argument("--image_size", type=int | None, help="Side of the square images. Default: the recipe's, or 32.")
-    show.add_argument("--palette", type=str | None, help="Palette. Default: the recipe's, or openai.")
-    sheet = "The contact sheet to write. Missing folders are made."
-    show.add_argument("--out", type=str, default="data.png", help=sheet)
-    show.add_argument("--limit", type=int, default=1000, help="Images to open per split, evenly spread; 0 means all.")
-    show.add_argument("--n_images", type=int, default=8, help="Rows of the contact sheet.")
-    about = "A data module, such as ProbeDataModule, and by --data.NAME its options; they win over the recipe's."
-    show.add_subclass_arguments(LightningDataModule, "data", required=False, help=about)
-    return show
-
-
-def parse(words: Sequence[str]) -> tuple[Namespace, DictConfig]:
-    """The options of ``data show``, overrides of the recipe's data among them, and the whole recipe.
-
-    Raises:
-        SystemExit: Wrong usage.
-        ValueError: There is no source, or one too many.
-    """
-    about = "Look at a data set before training on it."
-    parser = VerbParser(prog="lightning-igpt data", description=about, parser_mode="omegaconf+", allow_abbrev=False)
-    parser.add_subcommands(required=True, dest="verb").add_subcommand("show", show_parser(), help="look at a data set")
-    configs = argparse.ArgumentParser(prog="lightning-igpt data show", add_help=False, allow_abbrev=False)
-    configs.add_argument("--config", "-c", action="append", default=[])
-    files, rest = configs.parse_known_args(list(words))
-    recipe = read_recipe(files.config)
-    section: Any = {"class_path": PretrainDataModule.__name__}
-    if files.config:
-        section = section_of(recipe, "data")
-    given = [f"--data={json.dumps(section)}"] if rest[:1] == ["show"] else []
-    options = parser.parse_args([*rest[:1], *given, *rest[1:]]).show
-    if options.source is None:
-        if not files.config and not any(word.startswith("--data") for word in rest):
-            raise ValueError("give a source, such as digits or a folder of images, or a recipe by --config")
-        return options, recipe
-    if files.config:
-        raise ValueError(
-            f"{options.source} and the recipe both name images; for the recipe with other images give "
-            f"--data.init_args.source {options.source}"
+            image = decode(value)
+        except BadImageError:
+            continue
+        resized = _tensor(resize_center_crop(image, size))[None]
+        squares = torch.cat([resized, palette.dequantize(palette.quantize(resized))])
+        enlarged = enlarge(squares, max(1, CELL // size))
+        side = enlarged.shape[-1]
+        method = Image.Resampling.NEAREST if max(image.size) <= side else Image.Resampling.LANCZOS
+        whole = _tensor(ImageOps.pad(image, (side, side), method, color=(224, 224, 224)))
+        parts.append(
+            image_grid(torch.cat([whole[None], enlarged])[None], scale=1, captions=None if parts else HEADINGS)
         )
-    if options.data.init_args.get("source", "digits") != "digits":
-        raise ValueError(f"{options.source} and --data.source both name images; give one of them")
-    options.data.init_args.source = options.source
-    return options, recipe
+        parts.append(heading(f"{name}, {image.width} x {image.height}"))
+    return (stack(parts) if parts else heading("no image could be read")), len(parts) // 2
+
+
+def _tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W)
+
+
+def _row(name: str, text: str) -> None:
+    print(f"{name:<12}{text}")
 
 
 def run(words: Sequence[str]) -> int:
     """Entry point of the verb."""
-    with one_line_errors("lightning-igpt data"):
-        options, recipe = parse(words)
-        check_file(options.out, "--out", "data.png", ".png")
-        data, colors = open_data(options, recipe)
-        show(data, colors, out=options.out, limit=options.limit, n_images=options.n_images)
-    return 0
+    return run_function({"show": show}, words, "data", positional=True, about="Look at a data set.")

@@ -1,28 +1,37 @@
-"""``lightning-igpt demo``: a page on this machine to complete pictures with, and to see what surprises the network.
+"""``lightning-igpt demo``: a page on this machine that completes pictures and shows what surprises the network.
 
-The embedded network is the one that ``lightning-igpt quickstart --threads 1`` trains, in 16 bits. README.md beside its
-weights, in ``assets/digits``, says how it was made.
+The server keeps nothing, and one thread computes. Pages of other sites cannot use it: requests under a foreign host
+name (DNS rebinding) and posts from another origin are refused. ``assets/digits`` says how its network was trained.
 """
 
-from __future__ import annotations
-
+# No "from __future__ import annotations": FastAPI reads the types of functions that are defined inside a function.
+import asyncio
 import contextlib
 import importlib
+import json
 import socket
 import threading
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.complete import pick_device
-from lightning_igpt.commands.demo_server import is_loopback, make_app, serve
-from lightning_igpt.commands.demo_studio import Studio
+from lightning_igpt.commands.demo_studio import Ask, Studio
 from lightning_igpt.weights import Pretrained, load_pretrained
 
-EMBEDDED = Path(__file__).parents[1] / "assets" / "digits"
+ASSETS = Path(__file__).parents[1] / "assets"
+EMBEDDED, PAGE = ASSETS / "digits", ASSETS / "demo.html"
+MAX_BYTES = 32 * 2**20  # of an upload; phones write photos of 3 to 12 MiB
+POLICY = (  # the page is one static file and fetches nothing elsewhere
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 def demo(
@@ -32,44 +41,33 @@ def demo(
     open: bool = False,
     device: str = "auto",
 ) -> None:
-    """Serve a page on which you choose a picture and what of it is hidden, and see it drawn anew row by row.
+    """Serve a page on which you choose a picture, hide a part of it, and see it drawn again row by row.
 
     Args:
         pretrained: The network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint.
             Default: a small one of 8 x 8 digits that comes with the package.
-        host: Address to listen on. By default nobody but this machine can reach it; any other is open to whoever can
-            reach that address, without a password.
-        port: Port to listen on; 0 takes a free one.
+        host: Address to listen on. By default only this machine can reach it; any other is open, without a password, to
+            everyone who can reach that address.
+        port: Port to listen on; 0 picks a free one.
         open: Open the page in a browser.
         device: cpu, cuda, mps, or auto.
     """
-    need_extra()
+    try:
+        importlib.import_module("fastapi"), importlib.import_module("uvicorn")
+    except ModuleNotFoundError as error:
+        cure = 'pip install "lightning-igpt[demo]"'
+        raise ModuleNotFoundError(f"the demo needs FastAPI and uvicorn, and {error.name} is missing: {cure}") from error
     with listening(host, port) as listener:
         studio = Studio(load_network(pretrained), pick_device(device))
-        address = url(host, listener.getsockname()[1])
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         print(f"{studio.loaded.origin}, on {studio.device}")
-        if not is_loopback(host):
-            print(f"warning: whoever can reach {host} can use the page; it asks for no password")
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            print(f"warning: everyone who can reach {host} can use the page; it asks for no password")
         print(f"open {address} (Ctrl-C stops it)", flush=True)
-        if open:  # a browser in the terminal would not come back
+        if open:  # in a thread, since a browser in the terminal would not return
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         with contextlib.suppress(KeyboardInterrupt):
-            serve(make_app(studio, host), listener)
-
-
-def need_extra() -> None:
-    """Raise where a library of the extra ``demo`` is not installed.
-
-    Raises:
-        ModuleNotFoundError: One is missing.
-    """
-    for name in ("fastapi", "uvicorn"):
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f'the demo needs FastAPI and uvicorn, and {error.name} is missing: pip install "lightning-igpt[demo]"'
-            ) from error
+            make_server(make_app(studio, host)).run(sockets=[listener])
 
 
 def load_network(pretrained: str | None) -> Pretrained:
@@ -80,29 +78,117 @@ def load_network(pretrained: str | None) -> Pretrained:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens; connections wait in it until the server takes them.
-
-    Raises:
-        OSError: The port is taken or not allowed, or the host has no such address.
-        ValueError: The port is no port.
-    """
-    if not 0 <= port <= 65535:
-        raise ValueError(f"port is {port}; it must be from 1 to 65535, or 0 for a free one")
+    """A socket that listens; OSError where the port is used or not allowed, or the host has no such address."""
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"cannot listen on {host}, port {port}: {reason}; choose another --port or --host") from error
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"cannot listen on {host}, port {port}: {error}; choose another --port or --host") from error
 
 
-def url(host: str, port: int) -> str:
-    """The address to open on this machine."""
-    with contextlib.suppress(ValueError):
-        address = ip_address(host)
-        if address.is_unspecified:
-            host = "127.0.0.1" if address.version == 4 else "::1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def make_app(studio: Studio, host: str) -> Any:
+    """The ASGI application: one page and four requests, answered under the name ``host`` and under addresses."""
+    from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    worker = ThreadPoolExecutor(1, thread_name_prefix="demo")
+    text = PAGE.read_text(encoding="utf-8")
+    headers = {
+        "content-security-policy": POLICY,
+        "cross-origin-resource-policy": "same-origin",
+        "referrer-policy": "no-referrer",
+        "x-content-type-options": "nosniff",
+        "cache-control": "no-store",
+    }
+
+    @app.middleware("http")
+    async def guard(request: Request, answer: Any) -> Any:
+        status, reason = refusal(request.method, dict(request.headers), host)
+        response = JSONResponse({"error": reason}, status) if reason else await answer(request)
+        response.headers.update(headers)
+        return response
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        return HTMLResponse(text)
+
+    @app.get("/start")
+    async def start() -> JSONResponse:
+        return JSONResponse({**studio.start(), "max_bytes": MAX_BYTES})
+
+    @app.post("/image")
+    async def image(request: Request) -> JSONResponse:
+        work = asyncio.get_running_loop().run_in_executor(worker, studio.read, await request.body())
+        return JSONResponse({"tokens": await work})
+
+    @app.post("/score")
+    async def score(ask: Ask) -> JSONResponse:
+        return JSONResponse(await asyncio.get_running_loop().run_in_executor(worker, studio.score, ask.tokens))
+
+    @app.post("/draw")
+    async def draw(ask: Ask) -> StreamingResponse:
+        return StreamingResponse(drawn_lines(studio, worker, ask), media_type="application/x-ndjson")
+
+    @app.exception_handler(ValueError)
+    async def wrong(request: Request, error: ValueError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 400)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return JSONResponse({"error": f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"}, 400)
+
+    return app
+
+
+async def drawn_lines(studio: Studio, worker: ThreadPoolExecutor, ask: Ask) -> AsyncIterator[str]:
+    """Lines of JSON as ``Studio.draw`` emits them; the drawing stops when the reader is gone."""
+    loop, gone = asyncio.get_running_loop(), threading.Event()
+    queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+
+    def emit(line: dict[str, Any] | None) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, line)
+
+    def work() -> None:
+        try:
+            studio.draw(ask, emit, gone)
+        finally:
+            emit(None)
+
+    job = worker.submit(work)
+    try:
+        while (line := await queue.get()) is not None:
+            yield json.dumps(line) + "\n"
+    finally:
+        gone.set()
+        job.cancel()  # if it has not begun
+
+
+def refusal(method: str, headers: dict[str, str], host: str) -> tuple[int, str]:
+    """Status and reason why a request is not answered, by its headers (lower-case names); the reason may be empty.
+
+    Addresses are safe names: to rebind DNS, an attacker needs a host name of their own.
+    """
+    named, origin, length = headers.get("host", ""), headers.get("origin"), int(headers.get("content-length", 0))
+    try:
+        name = urlsplit(f"//{named}").hostname or ""
+        if name not in ("localhost", host.lower()):
+            ip_address(name)
+    except ValueError:
+        return 403, f"this server does not answer to the name {named!r}; open the address that it printed"
+    if method != "GET" and origin is not None and urlsplit(origin).netloc != named:
+        return 403, f"a page of {origin} may not use this server"
+    if length > MAX_BYTES:
+        return 413, f"the file has {length:,} bytes, more than the limit of {MAX_BYTES:,}; shrink it first"
+    return 200, ""
+
+
+def make_server(app: Any) -> Any:
+    """A uvicorn.Server that logs warnings only."""
+    import uvicorn
+
+    return uvicorn.Server(uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=2))
 
 
 def run(words: Sequence[str]) -> int:

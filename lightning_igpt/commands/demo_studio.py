@@ -1,4 +1,4 @@
-"""What the page of ``lightning-igpt demo`` asks of the network: read a picture, draw, tell the surprise."""
+"""The work behind the page of ``lightning-igpt demo``: reading a picture, drawing, and the surprise of its pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -21,13 +20,11 @@ from lightning_igpt import sampling
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.images import decode, resize_center_crop
 from lightning_igpt.objectives import nats_to_bits
-from lightning_igpt.pictures import heat_map
+from lightning_igpt.pictures import surprise_colors, surprise_limit, surprise_map
 from lightning_igpt.weights import Pretrained
 
-MAX_SAMPLES = 8
-MAX_STEPS = 64
+MAX_SAMPLES, MAX_STEPS = 8, 64
 N_DIGITS = 10
-SCALE = torch.from_numpy(matplotlib.colormaps["magma"](np.arange(256), bytes=True)[:, :3])  # (256, 3), as score draws
 
 Emit: TypeAlias = Callable[[dict[str, Any]], None]
 
@@ -36,83 +33,57 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ask:
-    """What to draw.
+    """What to draw; the same ask gives the same pictures."""
 
-    Attributes:
-        tokens: The picture, T palette ids in raster order.
-        keep_rows: Rows that are given, from the top; the rest is drawn.
-        hole: Instead, the positions to draw, 0 to T - 1.
-        n_samples: 1 to MAX_SAMPLES.
-        temperature: As in ``sampling.complete``.
-        top_k: As in ``sampling.complete``; with keep_rows and an autoregressive network only.
-        top_p: The same.
-        steps: Of a BERT network, 1 to MAX_STEPS.
-        seed: 0 to 2^63 - 1; the same ask gives the same pictures.
-    """
-
-    tokens: list[int]
-    keep_rows: int | None = None
-    hole: list[int] | None = None
-    n_samples: int = 4
+    tokens: list[int]  # the picture, T palette ids in raster order
+    keep_rows: int | None = None  # that are given, from the top; the rest is drawn
+    hole: list[int] | None = None  # instead, the positions to draw, 0 to T - 1
+    n_samples: int = 4  # 1 to MAX_SAMPLES
     temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    steps: int = 8
-    seed: int = 0
+    top_k: int | None = None  # with keep_rows and an autoregressive network only
+    top_p: float | None = None  # the same
+    steps: int = 8  # of a BERT network, 1 to MAX_STEPS
+    seed: int = 0  # 0 to 2^63 - 1
 
 
-class WentAwayError(Exception):
-    """Nobody waits for what is being drawn."""
+class ReaderGoneError(Exception):
+    """Nobody reads what is being drawn."""
 
 
 class Studio:
-    """A network, its palette and the pictures offered with it. To be called from one thread at a time.
-
-    Args:
-        loaded: The network, which is moved to the device.
-        device: Where to compute.
-    """
+    """A network, moved to a device, and the pictures offered with it. To be called from one thread at a time."""
 
     def __init__(self, loaded: Pretrained, device: torch.device) -> None:
         self.loaded, self.device = loaded, device
-        self.network = loaded.network.to(device)
+        self.config, self.network = loaded.config, loaded.network.to(device)
         self.autoregressive = loaded.config.objective == "autoregressive"
         rgb = loaded.palette.rgb
-        gray = bool((rgb == rgb[:, :1]).all())
-        self.pictures = digits(loaded.config.image_size) if gray else photos(loaded.config.image_size)
-        self._tokens = loaded.palette.quantize(torch.stack(list(self.pictures.values())))  # builds the colour table too
+        self.pictures = (digits if (rgb == rgb[:, :1]).all() else photos)(self.config.image_size)
+        self._tokens = loaded.palette.quantize(torch.stack(list(self.pictures.values()))).tolist()
 
     def start(self) -> dict[str, Any]:
-        """What the page has to know: the network, its colours and the pictures offered."""
-        config = self.loaded.config
+        """What the page has to know: the network, its colors and the pictures offered."""
+        names = zip(self.pictures, self._tokens, strict=True)
         return {
             "origin": self.loaded.origin,
-            "layers": config.n_layer,
-            "width": config.n_embd,
-            "side": config.image_size,
+            "layers": self.config.n_layer,
+            "width": self.config.n_embd,
+            "side": self.config.image_size,
             "autoregressive": self.autoregressive,
             "colors": self.loaded.palette.rgb.tolist(),
-            "scale": SCALE[::15].tolist(),
-            "pictures": [
-                {"name": name, "tokens": row} for name, row in zip(self.pictures, self._tokens.tolist(), strict=True)
-            ],
+            "scale": surprise_colors()[::15].tolist(),
+            "pictures": [{"name": name, "tokens": row} for name, row in names],
             "device": str(self.device),
         }
 
     def read(self, content: bytes) -> list[int]:
-        """The tokens of an image file's largest square in the middle.
-
-        Raises:
-            BadImageError: As ``images.decode``; the message is for people.
-        """
-        image = resize_center_crop(decode({"bytes": content}), self.loaded.config.image_size)
+        """The tokens of an image file's largest square in the middle; BadImageError where it cannot be decoded."""
+        image = resize_center_crop(decode({"bytes": content}), self.config.image_size)
         tokens: list[int] = self.loaded.palette.quantize(_pixels(image)[None])[0].tolist()
         return tokens
 
     def score(self, tokens: Sequence[int]) -> dict[str, Any]:
-        """The surprise of each pixel: nats, colours of the heat map, and where its scale ends.
-
-        One scale passes ln K and ends where one in a hundred of the pixels lies above, as that of ``score``.
+        """The surprise of each pixel: nats, colors of the map, and where its scale ends.
 
         Raises:
             ValueError: A BERT network, wrong tokens, or logits that are not finite.
@@ -120,21 +91,20 @@ class Studio:
         nats = sampling.score(self.network, self._picture(tokens)).cpu()[0]  # (T,)
         if not nats.isfinite().all():
             raise ValueError("the surprise is not a finite number; the network's weights are damaged")
-        side, uniform = self.loaded.config.image_size, math.log(self.loaded.config.vocab_size)
-        high = max(1.25 * uniform, float(np.quantile(nats.numpy(), 0.99)))
-        mean = float(nats.mean(dtype=torch.float64))
-        heat = heat_map(nats.view(side, side), SCALE, high=high).flatten(1).T  # (T, 3)
-        numbers = {"mean": mean, "bits": nats_to_bits(mean), "uniform": uniform, "high": high}
+        side, n_colors = self.config.image_size, self.config.vocab_size
+        limit, mean = surprise_limit(nats, n_colors), float(nats.mean(dtype=torch.float64))
+        heat = surprise_map(nats.view(side, side), limit=limit).flatten(1).T  # (T, 3)
+        numbers = {"mean": mean, "bits": nats_to_bits(mean), "uniform": math.log(n_colors), "high": limit}
         return {"nats": nats.tolist(), "heat": heat.tolist(), **numbers}
 
     def draw(self, ask: Ask, emit: Emit, gone: threading.Event) -> None:
-        """Draw, and emit what is new after each row, or step of a BERT network; last the time it took, or an error.
+        """Draw, and emit the new pixels after each row, or step of a BERT network; last the time, or an error.
 
         Args:
             ask: What to draw.
             emit: Called with {"begun": true}; then with {"positions": n lists, "tokens": n lists, "done": share of the
                 hole} each time; last with {"seconds": s} or {"error": text}.
-            gone: Once it is set, drawing ends with the row at hand.
+            gone: Once it is set, drawing ends with the current row.
         """
         try:
             if not gone.is_set():
@@ -142,20 +112,18 @@ class Studio:
                 started = time.monotonic()
                 self._draw(ask, emit, gone)
                 emit({"seconds": round(time.monotonic() - started, 2)})
-        except WentAwayError as away:
-            log.info("drawing ended with %s: nobody waits for it", away)
+        except ReaderGoneError:
+            log.info("drawing ended: the reader is gone")
         except ValueError as error:
             emit({"error": str(error)})
-        except Exception as error:  # in a thread of its own nobody else would tell the user
+        except Exception as error:  # in a thread of its own nobody else would report it
             log.exception("drawing failed")
             emit({"error": f"{type(error).__name__}: {error}"})
 
     def _draw(self, ask: Ask, emit: Emit, gone: threading.Event) -> None:
-        if not 1 <= ask.n_samples <= MAX_SAMPLES or not 1 <= ask.steps <= MAX_STEPS:
-            raise ValueError(
-                f"n_samples is {ask.n_samples} and steps {ask.steps}; they must be from 1 to {MAX_SAMPLES} and from 1 "
-                f"to {MAX_STEPS}"
-            )
+        for name, most in (("n_samples", MAX_SAMPLES), ("steps", MAX_STEPS)):
+            if not 1 <= getattr(ask, name) <= most:
+                raise ValueError(f"{name} is {getattr(ask, name)}; it must be from 1 to {most}")
         if not 0 <= ask.seed < 2**63:
             raise ValueError(f"seed is {ask.seed}; it must be from 0 to 2^63 - 1")
         tokens, hole = self._picture(ask.tokens), self._hole(ask)
@@ -167,61 +135,48 @@ class Studio:
             "temperature": ask.temperature,
             "precision": "half" if self.device.type == "cuda" else "full",
             "generator": torch.Generator(self.device).manual_seed(ask.seed),
-            "on_progress": _News(known.to(self.device), emit, gone),
+            "on_progress": _progress(known.to(self.device), emit, gone),
         }
         if by_line:
             options |= {"n_samples": ask.n_samples, "top_k": ask.top_k, "top_p": ask.top_p}
             sampling.complete(self.network, tokens[:, ~hole], **options)
         else:
-            repeated = tokens.expand(ask.n_samples, -1)
-            sampling.inpaint(self.network, repeated, known, steps=ask.steps, **options)
+            sampling.inpaint(self.network, tokens.expand(ask.n_samples, -1), known, steps=ask.steps, **options)
 
     def _picture(self, tokens: Sequence[int]) -> Tensor:
         """Int64 (1, T)."""
-        side, total = self.loaded.config.image_size, self.loaded.config.n_positions
+        side, total = self.config.image_size, self.config.n_positions
         if len(tokens) != total:
             raise ValueError(f"{len(tokens)} pixels; this network reads {side} x {side} = {total}")
         return torch.tensor([tokens], dtype=torch.long)
 
     def _hole(self, ask: Ask) -> Tensor:
         """Bool (T,), true where to draw."""
-        side, total = self.loaded.config.image_size, self.loaded.config.n_positions
-        if (ask.keep_rows is None) == (ask.hole is None):
-            raise ValueError("give keep_rows or hole, and not both")
-        if ask.keep_rows is not None:
-            if not 0 <= ask.keep_rows < side:
-                raise ValueError(f"keep_rows is {ask.keep_rows}; it must be from 0 to {side - 1}")
-            return torch.arange(total) >= ask.keep_rows * side
-        positions = ask.hole or []
-        if not positions:
-            raise ValueError("nothing is marked, so nothing would be drawn")
+        side, total = self.config.image_size, self.config.n_positions
+        if (ask.keep_rows is None) == (not ask.hole):
+            raise ValueError("give keep_rows, or a hole with at least one position, and not both")
+        if ask.keep_rows is not None and not 0 <= ask.keep_rows < side:
+            raise ValueError(f"keep_rows is {ask.keep_rows}; it must be from 0 to {side - 1}")
+        positions = ask.hole or range((ask.keep_rows or 0) * side, total)
         if not 0 <= min(positions) <= max(positions) < total:
             raise ValueError(f"hole has positions from {min(positions)} to {max(positions)}; the last is {total - 1}")
-        hole = torch.zeros(total, dtype=torch.bool)
-        hole[positions] = True
-        return hole
+        return torch.zeros(total, dtype=torch.bool).index_fill_(0, torch.tensor(list(positions)), True)
 
 
-class _News:
-    """``on_progress``: tells what has been decided since the last call, and ends the drawing of who went away."""
+def _progress(known: Tensor, emit: Emit, gone: threading.Event) -> Callable[[Tensor, Tensor], None]:
+    """An ``on_progress`` that emits the pixels decided since its last call, and raises when the reader is gone."""
+    before, holes = known, max(1, int((~known).sum()))
 
-    def __init__(self, known: Tensor, emit: Emit, gone: threading.Event) -> None:
-        self.before, self.emit, self.gone = known, emit, gone
-        self.holes, self.calls = max(1, int((~known).sum())), 0
+    def progress(tokens: Tensor, known: Tensor) -> None:
+        nonlocal before
+        fresh, before = (known & ~before).cpu(), known
+        if gone.is_set():
+            raise ReaderGoneError
+        positions = [new.nonzero().flatten().tolist() for new in fresh]
+        drawn = [row[new].tolist() for row, new in zip(tokens.cpu(), fresh, strict=True)]
+        emit({"positions": positions, "tokens": drawn, "done": 1 - int((~known).sum()) / holes})
 
-    def __call__(self, tokens: Tensor, known: Tensor) -> None:
-        self.calls += 1
-        fresh, self.before = known & ~self.before, known
-        rows = list(zip(tokens.cpu(), fresh.cpu(), strict=True))
-        if self.gone.is_set():
-            raise WentAwayError(f"row or step {self.calls}")
-        self.emit(
-            {
-                "positions": [new.nonzero().flatten().tolist() for _, new in rows],
-                "tokens": [row[new].tolist() for row, new in rows],
-                "done": 1 - int((~known).sum()) / self.holes,
-            }
-        )
+    return progress
 
 
 def digits(size: int) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_igpt.callbacks import Recompute
-from lightning_igpt.commands.plan_cpu import measured_cpu
+from lightning_igpt.commands.plan import CPU_MFU, measured_cpu
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.sources import as_list, name_of
 from lightning_igpt.planning import (
@@ -30,7 +30,6 @@ from lightning_igpt.planning import (
     training_bytes,
     usual_mfu,
 )
-from lightning_igpt.planning.runs import CPU_MFU
 from lightning_igpt.trainer import choices
 from lightning_igpt.weights.checkpoint import read_checkpoint
 

@@ -1,28 +1,26 @@
-"""Images for the verbs that take some: a file, a folder, or any source of the data modules."""
+"""Images for the verbs: a file, a folder, or any source of the data modules."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_igpt.data.bad_images import OnBadImage
-from lightning_igpt.data.sources import open_source
+from lightning_igpt.data.sources import Source, open_source
 from lightning_igpt.images import SUFFIXES, BadImageError, decode, resize_center_crop
-from lightning_igpt.progress import track
 
-SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # tried in this order: unseen images first
+SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # in the order of preference: unseen images first
 
 
 class Images(NamedTuple):
-    """Images of one size with a name each."""
+    """Images of one size, uint8 (N, 3, S, S), with a name each."""
 
-    pixels: Tensor  # uint8 (N, 3, S, S)
+    pixels: Tensor
     names: list[str]
 
 
@@ -32,12 +30,12 @@ def read_images(
     *,
     split: str | None = None,
     limit: int | None = None,
-    on_bad_image: OnBadImage = "error",
+    on_bad_image: Literal["error", "skip"] = "error",
 ) -> Images:
-    """The first images of a source, resized so that the shorter side fits and cut from the centre.
+    """The first images of a source, cut to the square in the middle and resized.
 
     Args:
-        source: An image file, or what the data modules take: a folder, Parquet, a hub id, "digits".
+        source: An image file, or a source of the data modules: a folder, Parquet, a hub id, "digits".
         size: Side S of the result.
         split: Which split; default the first of test, validation and train that is there.
         limit: How many at most.
@@ -47,50 +45,64 @@ def read_images(
         FileNotFoundError: There is no such path.
         ValueError: There are no images, the split does not exist, or an image cannot be decoded.
     """
-    originals = read_originals(source, split=split, limit=limit, on_bad_image=on_bad_image)
-    resized = [(np.array(resize_center_crop(image, size)), name) for image, name in originals]
-    pixels = torch.from_numpy(np.stack([image for image, _ in resized])).permute(0, 3, 1, 2)
-    return Images(pixels.contiguous(), [name for _, name in resized])
-
-
-def read_originals(
-    source: str, *, split: str | None = None, limit: int | None = None, on_bad_image: OnBadImage = "error"
-) -> Iterator[tuple[Image.Image, str]]:
-    """The first images of a source as they are, upright and in RGB, each with its name; arguments as ``read_images``.
-
-    Raises:
-        FileNotFoundError, ValueError: As ``read_images``.
-    """
     if limit is not None and limit < 1:
-        raise ValueError(f"asked for {limit} images; it takes 1 at least")
-    path = Path(source).expanduser()
-    if path.is_file() and path.suffix.lower() in SUFFIXES:
-        rows, names = [{"bytes": path.read_bytes(), "path": str(path)}], [path.name]
-    else:
-        opened = open_source(source)
-        opened.need_images()
-        found = split or next((name for name in SPLITS if name in opened.splits), next(iter(opened.splits)))
-        if found not in opened.splits:
-            raise ValueError(f"{opened.name} has no split {found!r}; it has {', '.join(opened.splits)}")
-        dataset = opened.splits[found]
-        rows = dataset[: limit or len(dataset)][opened.image_column]
-        names = [_name(row, found, number) for number, row in enumerate(rows)]
-    if not rows:
-        raise ValueError(f"{source} holds no images")
-    n_read = 0
-    for row, name in track(zip(rows, names, strict=True), "reading images", len(rows)):
+        raise ValueError(f"asked for {limit} images; ask for at least 1")
+    rows, names = _rows(source, split, limit)
+    images, kept = [], []
+    for row, name in zip(rows, names, strict=True):
         try:
-            image = decode(row)
+            images.append(np.array(resize_center_crop(decode(row), size)))
         except BadImageError as error:
             if on_bad_image == "error":
                 raise ValueError(f"{name}: {error}") from error
             print(f"left out {name}: {error}")
-            continue
-        n_read += 1
-        yield image, name
-    if not n_read:
-        raise ValueError(f"none of the {len(rows)} images of {source} can be read")
+        else:
+            kept.append(name)
+    if not images:
+        raise ValueError(f"none of the {len(names)} images of {source} can be read")
+    return Images(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), kept)
 
 
-def _name(row: Mapping[str, Any], split: str, number: int) -> str:
+def images_of(source: Source, split: str, limit: int | None = None) -> Iterator[Image.Image]:
+    """``limit`` images of a split, evenly spread, because many data sets are sorted by class; default all.
+
+    Raises:
+        BadImageError: An image cannot be used; the message names it.
+    """
+    rows = source.splits[split]
+    limit = limit or len(rows)
+    for number in range(limit):
+        row = number * len(rows) // limit
+        value = rows[row][source.image_column]
+        try:
+            yield decode(value)
+        except BadImageError as error:
+            path = f" ({value['path']})" if value and value.get("path") else ""
+            raise BadImageError(f"{source.name}, split {split!r}, row {row}{path}: {error}") from error
+
+
+def check_split(source: Source, split: str) -> None:
+    """Raise unless the source has the split."""
+    if split not in source.splits:
+        raise ValueError(f"{source.name} has no split {split!r}; it has {', '.join(source.splits)}")
+
+
+def name_of(row: Mapping[str, Any], split: str, number: int) -> str:
+    """The end of an image's path, or its split and number."""
     return "/".join(Path(str(row["path"])).parts[-2:]) if row.get("path") else f"{split}-{number:05d}"
+
+
+def _rows(source: str, split: str | None, limit: int | None) -> tuple[list[Any], list[str]]:
+    """Undecoded images, and their names."""
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
+        return [{"bytes": path.read_bytes(), "path": str(path)}], [path.name]
+    opened = open_source(source)
+    opened.need_images()
+    split = split or next((name for name in SPLITS if name in opened.splits), next(iter(opened.splits)))
+    check_split(opened, split)
+    dataset = opened.splits[split]
+    rows = dataset[: limit or len(dataset)][opened.image_column]
+    if not rows:
+        raise ValueError(f"{source} holds no images")
+    return rows, [name_of(row, split, number) for number, row in enumerate(rows)]

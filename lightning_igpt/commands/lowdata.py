@@ -1,29 +1,31 @@
-"""``lightning-igpt lowdata``: probes fitted on a handful of labels (paper, section 4.7 and Table 4).
-
-Not here: the measuring (``lowdata_measure.py``); choosing a layer, since that takes labels, and a budget of labels is
-the point.
-"""
+"""``lightning-igpt lowdata``: probes fitted on few labels (paper, section 4.7, Table 4); none to choose a layer."""
 
 from __future__ import annotations
 
 import csv
 import json
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_igpt import __version__
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.complete import pick_device
-from lightning_igpt.commands.lowdata_measure import Parts, Reader, Result, draw_subsets, measure, open_parts
 from lightning_igpt.commands.places import check_folder
-from lightning_igpt.commands.report_paper import LOW_DATA, LOW_DATA_PROTOCOL
-from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import ProbeDataModule
+from lightning_igpt.features import fit_logistic
+from lightning_igpt.modules.batches import read_batch
+from lightning_igpt.objectives import MASK_RATIO, draw_mask
 from lightning_igpt.weights import Pretrained, load_pretrained
+
+PAPER = {4: "73.2 +- 1.5", 25: "87.6 +- 0.6", 400: "94.3 +- 0.1"}  # iGPT-L of ImageNet on CIFAR-10, in %; Table 4
 
 
 def lowdata(
@@ -53,15 +55,14 @@ def lowdata(
 
     Args:
         pretrained: The network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint.
-        source: Labelled images with a test split: a folder, Parquet, a hub id, or digits.
+        source: Labeled images with a test split: a folder, Parquet, a hub id, or digits.
         out: Folder for lowdata.csv and lowdata.json. Missing folders are made.
         labels_per_class: Budgets, one or more, such as --labels_per_class 4 25 400.
         n_subsets: Random subsets per budget. Subset i of a smaller budget is part of subset i of a larger one.
         layer: The layer whose features are classified: 0 is the input of the first block, n_layer the final norm.
             Default: the middle, n_layer // 2, which takes no labels to choose. The paper does not say how it chose. If
-            you chose yours with other labels, the budget is no longer what it says: tell so beside the result.
-        layers: Further layers to measure beside it: all, or numbers. These are test accuracies, to look at and not to
-            choose by.
+            you chose yours with other labels, say so with the result.
+        layers: Further layers to measure: all, or numbers. Do not choose by these test accuracies.
         c: Inverse strength of the L2 penalty, as scikit-learn's C. The paper does not state it.
         seed: Of the subsets, and of a BERT network's masks, one per image.
         batch_size: Images per forward pass.
@@ -75,127 +76,123 @@ def lowdata(
         test_split: Split to test on. Default: test.
     """
     check_folder(out, "--out")
-    budgets = check_numbers(labels_per_class, n_subsets, c)
+    for name, value in (("labels_per_class", min(labels_per_class, default=0)), ("n_subsets", n_subsets), ("c", c)):
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
+    budgets = sorted(set(labels_per_class))
     loaded = load_pretrained(pretrained)
-    chosen, asked = pick_layers(loaded.config, layer, layers)
-    how = "the middle, which took no labels to choose" if layer is None else "as asked for"
-    data = ProbeDataModule(
-        source,
-        image_size=loaded.config.image_size,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        seed=seed,
-        val_fraction=val_fraction,
-        config_name=config_name,
-        image_column=image_column,
-        label_column=label_column,
-        train_split=train_split,
-        test_split=test_split,
-        cache="none",  # every image is read once
-    )
-    parts = open_parts(data, budgets[-1])
-    subsets = draw_subsets(parts.train_labels, parts.n_classes, budgets[-1], n_subsets, seed=seed)
-    network = loaded.network.to(pick_device(device)).eval().requires_grad_(False)
-    announce(loaded, source, parts, subsets, f"{chosen}, {how}")
-    reader = Reader(network, loaded.palette, asked, seed, batch_size, num_workers)
-    results = list(measure(reader, parts, subsets, budgets, c))
-    facts = {
-        "pretrained": loaded.origin,
-        "network": network.config.to_dict(),
-        "palette_sha256": loaded.palette.sha256,
-        "source": source,
-        **parts.counts,
-        "layer": chosen,
-        "layer_choice": how,
-        "c": c,
-        "seed": seed,
-        "version": __version__,
-    }
-    write_results(Path(out), facts, results)
-    print(summary(results, chosen))
-    print(f"wrote {Path(out) / 'lowdata.csv'} and lowdata.json")
-
-
-def announce(loaded: Pretrained, source: str, parts: Parts, subsets: Tensor, layer: str) -> None:
-    """Print what is about to be measured.
-
-    Args:
-        loaded: The network.
-        source: The images as the user named them.
-        parts: The images.
-        subsets: int64 (S, C, n), from draw_subsets.
-        layer: Which, and how it was chosen.
-    """
-    print(f"network  {loaded.origin}: {loaded.config.n_layer} layers, width {loaded.config.n_embd}")
-    print(
-        f"data     {source}: {len(subsets)} subsets of {len(parts.train)} training images "
-        f"({len(set(subsets.flatten().tolist()))} drawn), {len(parts.test)} test images"
-    )
-    print(f"layer    {layer}")
-
-
-def check_numbers(labels_per_class: Sequence[int], n_subsets: int, c: float) -> list[int]:
-    """The budgets, ascending and each once.
-
-    Raises:
-        ValueError: A number is out of range.
-    """
-    for name, value in (("labels_per_class", min(labels_per_class, default=0)), ("n_subsets", n_subsets)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    if not c > 0:
-        raise ValueError(f"c is {c}; it must be above 0")
-    return sorted(set(labels_per_class))
-
-
-def pick_layers(
-    config: ImageGPTConfig, layer: int | None, layers: Literal["all"] | list[int] | None
-) -> tuple[int, list[int]]:
-    """(the layer of the result, all layers to measure in ascending order).
-
-    Raises:
-        ValueError: A layer does not exist.
-    """
+    config = loaded.config
     chosen = config.n_layer // 2 if layer is None else layer
-    further = range(config.n_layer + 1) if layers in ("all", ["all"]) else layers or []
-    asked = sorted({chosen, *further})
+    asked = sorted({chosen, *(range(config.n_layer + 1) if "all" in (layers or []) else layers or [])})
     if asked[0] < 0 or asked[-1] > config.n_layer:
         raise ValueError(f"asked for the layers {asked}; this network has 0 to {config.n_layer}")
-    return chosen, asked
+    reading: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "num_workers": num_workers}
+    where: dict[str, Any] = {"config_name": config_name, "image_column": image_column, "label_column": label_column}
+    where |= {"train_split": train_split, "test_split": test_split, "val_fraction": val_fraction, "cache": "none"}
+    data: Any = ProbeDataModule(source, image_size=config.image_size, **reading, **where)
+    data.setup()
+    train, test, names = data.train_dataloader().dataset, data.test_dataloader().dataset, data.class_names or []
+    subsets = draw_subsets(train.labels, names, budgets[-1], n_subsets, seed=seed)
+    rows, places = subsets.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    print(f"{loaded.origin}, layer {chosen}")
+    print(f"{source}: {len(train)} training images, of which {len(rows)} are drawn, and {len(test)} test images")
+    loaded.network.to(pick_device(device)).eval()
+    x = features(loaded, asked, train, rows.tolist(), **reading)
+    x_test = features(loaded, asked, test, range(len(test)), **reading)
+    results = [
+        {"layer": asked[i], "labels_per_class": n}
+        | measure(x[:, i], train.labels[rows], x_test[:, i], test.labels, places[..., :n], c)
+        for i, n in product(range(len(asked)), budgets)
+    ]
+    facts: dict[str, Any] = {"pretrained": loaded.origin, "network": config.to_dict(), "version": __version__}
+    facts |= {"palette_sha256": loaded.palette.sha256, "source": source, "n_classes": len(names)}
+    facts |= {"n_train_images": len(train), "n_test_images": len(test), "c": c, "seed": seed}
+    facts |= {"layer": chosen, "layer_choice": "the middle" if layer is None else "as asked for"}
+    write_results(Path(out), facts, results)
 
 
-def write_results(folder: Path, facts: dict[str, Any], results: Sequence[Result]) -> None:
-    """Write lowdata.csv, a row for every subset, and lowdata.json with all that decided the numbers."""
+def draw_subsets(labels: Tensor, class_names: Sequence[str], largest: int, n_subsets: int, *, seed: int) -> Tensor:
+    """Rows of balanced random subsets, drawn without replacement: int64 (S, C, n).
+
+    Args:
+        labels: int64 (N,).
+        class_names: Of the C classes.
+        largest: Rows per class, n. The first m of them are the subset of the budget m, so that results do not depend on
+            the other budgets.
+        n_subsets: How many, S.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: A class has too few images.
+    """
+    classes = [np.flatnonzero(labels.numpy() == number) for number in range(len(class_names))]
+    name, fewest = min(zip(class_names, map(len, classes), strict=True), key=lambda pair: pair[1])
+    if fewest < largest:
+        cure = f"set --labels_per_class to at most {fewest}"
+        raise ValueError(
+            f"class {name!r} has {fewest} training images, fewer than the {largest} labels asked for; {cure}"
+        )
+    generators = [np.random.default_rng([seed, subset]) for subset in range(n_subsets)]
+    return torch.from_numpy(np.array([[rng.permutation(rows)[:largest] for rows in classes] for rng in generators]))
+
+
+@torch.no_grad()
+def features(
+    loaded: Pretrained,
+    layers: Sequence[int],
+    images: Any,
+    rows: Sequence[int],
+    seed: int,
+    batch_size: int,
+    num_workers: int,
+) -> Tensor:
+    """Features of rows of a data set in batches: float32 (len(rows), layers, D), on the CPU.
+
+    A BERT network sees each image under one mask, a pure function of the seed and the image's row.
+    """
+    network, config = loaded.network, loaded.config
+    draws = [[(row, row) for row in rows[i : i + batch_size]] for i in range(0, len(rows), batch_size)]
+    loader: DataLoader[Any] = DataLoader(images, batch_size=None, sampler=draws, num_workers=num_workers)
+    parts = []
+    for batch in loader:
+        batch = {name: values.to(network.wpe.weight.device) for name, values in batch.items()}
+        tokens, masked = read_batch(batch, loaded.palette, config).tokens, None
+        if config.objective == "bert":
+            masked = draw_mask(batch["sample"], config.n_positions, seed=seed, ratio=MASK_RATIO)
+        parts.append(network.features(tokens, list(layers), masked=masked).float().cpu())  # (B, layers, D)
+    return torch.cat(parts)
+
+
+def measure(
+    x: Tensor, labels: Tensor, x_test: Tensor, test_labels: Tensor, subsets: Tensor, c: float
+) -> dict[str, list[float] | float | None]:
+    """Test accuracy of a logistic regression on each subset, with mean and sample standard deviation.
+
+    ``x`` is float (R, D), ``x_test`` (N, D), ``labels`` int64 (R,), ``test_labels`` (N,); ``subsets``, int64 (S, C, n),
+    are places in x; ``c`` is the inverse strength of the penalty.
+    """
+    accuracies = []
+    for subset in subsets.flatten(1):
+        weight, bias = fit_logistic(x[subset], labels[subset], subsets.shape[1], c=c)
+        accuracies.append(((x_test @ weight.T + bias).argmax(1) == test_labels).double().mean().item())
+    sd = statistics.stdev(accuracies) if len(accuracies) > 1 else None
+    return {"accuracies": accuracies, "mean": statistics.fmean(accuracies), "sd": sd}
+
+
+def write_results(folder: Path, facts: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
+    """Print a table; write lowdata.csv, a row for every subset, and lowdata.json with all that decided the numbers."""
     folder.mkdir(parents=True, exist_ok=True)
+    print(f"{'layer':>5}  {'labels per class':>16}  {'test accuracy, %':<17}  the paper's L on CIFAR-10")
     with (folder / "lowdata.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["layer", "labels_per_class", "subset", "test_accuracy"])
-        for result in results:
-            for subset, accuracy in enumerate(result.accuracies):
-                writer.writerow([result.layer, result.labels_per_class, subset, f"{accuracy:.6f}"])
-    rows = [{**asdict(result), "mean": result.mean, "sd": result.sd} for result in results]
-    (folder / "lowdata.json").write_text(json.dumps({**facts, "results": rows}, indent=2) + "\n")
-
-
-def summary(results: Sequence[Result], chosen: int) -> str:
-    """A table of the layer of the result, one of the other layers, and what the paper's numbers are."""
-    lines = ["", f"{'labels per class':<18}{'test accuracy, %':<20}paper, another network and data (below)"]
-    for result in results:
-        if result.layer == chosen:
-            n = result.labels_per_class
-            printed = "{} +- {}".format(*LOW_DATA[n]) if n in LOW_DATA else "-"
-            lines.append(f"{n:<18}{percent(result):<20}{printed}")
-    further = [result for result in results if result.layer != chosen]
-    if further:
-        lines += ["", "further layers; the best of them would be chosen by the test labels"]
-        lines += [f"{f'layer {r.layer}, {r.labels_per_class} labels':<24}{percent(r)}" for r in further]
-    return "\n".join([*lines, "", f"paper: {LOW_DATA_PROTOCOL}"])
-
-
-def percent(result: Result) -> str:
-    """Mean and standard deviation in percent."""
-    deviation = "" if result.sd is None else f" +- {100 * result.sd:.1f}"
-    return f"{100 * result.mean:.1f}{deviation}"
+        for one in results:
+            key, sd = (one["layer"], one["labels_per_class"]), "" if one["sd"] is None else f" +- {100 * one['sd']:.1f}"
+            mean = f"{100 * one['mean']:.1f}{sd}"
+            print(f"{key[0]:>5}  {key[1]:>16}  {mean:<17}  {PAPER.get(key[1], '-')}")
+            writer.writerows([*key, subset, f"{value:.6f}"] for subset, value in enumerate(one["accuracies"]))
+    (folder / "lowdata.json").write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
+    print(f"wrote {folder / 'lowdata.csv'} and lowdata.json")
 
 
 def run(words: Sequence[str]) -> int:

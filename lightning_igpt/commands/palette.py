@@ -1,8 +1,7 @@
-"""``lightning-igpt palette``: fit the colours of a palette to images, or look at one."""
+"""``lightning-igpt palette``: fit the colors of a palette to images, or show one."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from math import sqrt
 from pathlib import Path
@@ -12,13 +11,12 @@ import torch
 from PIL import Image
 
 from lightning_igpt.commands.arguments import run_function
+from lightning_igpt.commands.images import check_split, images_of
 from lightning_igpt.commands.places import check_file
-from lightning_igpt.data.sources import Source, open_source
-from lightning_igpt.images import BadImageError, decode
+from lightning_igpt.data.sources import open_source
 from lightning_igpt.kmeans import fit_palette
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import save_png, swatch
-from lightning_igpt.progress import track
 
 N_CHECKED = 1000  # images on which a fitted palette's error is measured
 
@@ -34,17 +32,17 @@ def fit(
     image_column: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Fit a palette to images by k-means and write it, with a PNG of its colours beside it.
+    """Fit a palette to images by k-means and write it, with a PNG of its colors next to it.
 
     Args:
         source: A folder of images, Parquet, a hub id, or digits.
         out: The .npy file to write; name it as ``palette`` in a recipe. Missing folders are made.
-        n_colors: Colours of the palette, which become the network's vocab_size.
+        n_colors: Colors of the palette, which become the network's vocab_size.
         seed: Decides the start of k-means.
         split: Split of a data set.
         limit: Use so many images at most, evenly spread over the split.
         image_column: Column of images; needed where not exactly one column has the type Image.
-        overwrite: Replace the files that are there already.
+        overwrite: Replace existing files.
     """
     path, picture = Path(out), Path(out).with_suffix(".png")
     if path.suffix != ".npy":
@@ -57,24 +55,21 @@ def fit(
         raise ValueError(f"limit is {limit}; it must be at least 1")
     opened = open_source(source, image_column=image_column)
     opened.need_images()
-    if split not in opened.splits:
-        raise ValueError(f"{opened.name} has no split {split!r}; it has {', '.join(opened.splits)}")
-    n_images = min(len(opened.splits[split]), limit or sys.maxsize)
-    print(f"{opened.name}, split {split!r}: {n_colors} colours for {n_images} images")
-    images = track(images_of(opened, split, n_images), "counting colours of images", n_images)
-    palette = fit_palette(images, n_colors, seed=seed)
+    check_split(opened, split)
+    n_images = min(len(opened.splits[split]), limit or 2**62)
+    print(f"{opened.name}, split {split!r}: {n_colors} colors for {n_images} images")
+    palette = fit_palette(images_of(opened, split, n_images), n_colors, seed=seed)
     palette.save(path)
     save_png(swatch(palette.rgb), picture)
     n_checked = min(n_images, N_CHECKED)
-    checked = track(images_of(opened, split, n_checked), "measuring the error on images", n_checked)
-    error = mean_error(palette, checked)
+    error = mean_error(palette, images_of(opened, split, n_checked))
     print(f"K {len(palette)}, sha256 {palette.sha256}")
     print(f"RMSE {error:.2f} of 255 per channel on {n_checked} images")
     print(f"wrote {path} and {picture}")
 
 
 def show(palette: str = "openai", out: str = "palette.png") -> None:
-    """Write a PNG of a palette's colours and print its size, digest and range.
+    """Write a PNG of a palette's colors and print its size, digest and range.
 
     Args:
         palette: openai, gray:K, a .npy file, a Hugging Face folder or a hub id.
@@ -86,23 +81,6 @@ def show(palette: str = "openai", out: str = "palette.png") -> None:
     print(f"K {len(loaded)}, sha256 {loaded.sha256}")
     print(f"values {loaded.colors.min():.5f} to {loaded.colors.max():.5f}")
     print(f"wrote {out}")
-
-
-def images_of(source: Source, split: str, limit: int) -> Iterator[Image.Image]:
-    """``limit`` images of a split, evenly spread, because many data sets are sorted by class.
-
-    Raises:
-        BadImageError: An image cannot be used; the message names it.
-    """
-    rows = source.splits[split]
-    for number in range(limit):
-        row = number * len(rows) // limit
-        value = rows[row][source.image_column]
-        try:
-            yield decode(value)
-        except BadImageError as error:
-            path = f" ({value['path']})" if value and value.get("path") else ""
-            raise BadImageError(f"{source.name}, split {split!r}, row {row}{path}: {error}") from error
 
 
 def mean_error(palette: Palette, images: Iterator[Image.Image]) -> float:
@@ -117,5 +95,5 @@ def mean_error(palette: Palette, images: Iterator[Image.Image]) -> float:
 
 def run(words: Sequence[str]) -> int:
     """Entry point of the verb."""
-    about = "Fit a palette to images, or look at one."
+    about = "Fit a palette to images, or show one."
     return run_function({"fit": fit, "show": show}, words, "palette", positional=True, about=about)

@@ -1,139 +1,188 @@
-"""``lightning-igpt plan``: what a network costs before it is trained.
-
-Not here: what a recipe says (``plan_recipe.py``), the figures (``plan_facts.py``), the table that people read
-(``plan_text.py``), the plot (``plan_sweep.py``), measuring this CPU (``plan_cpu.py``); the formulas (``planning``).
-"""
+"""``lightning-igpt plan``: what a network costs before it is trained; the formulas are in ``planning.py``."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import os
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
+from lightning_igpt import planning
 from lightning_igpt.commands.arguments import run_function
-from lightning_igpt.commands.places import check_file
-from lightning_igpt.commands.plan_cpu import measured_cpu
-from lightning_igpt.commands.plan_facts import Plan, facts
-from lightning_igpt.commands.plan_recipe import PRECISIONS, Recipe, read_recipe
-from lightning_igpt.commands.plan_sweep import draw_sweep
-from lightning_igpt.commands.plan_text import lines
-from lightning_igpt.planning import CPU_MFU, Run, Schedule, find_device, usual_mfu
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.planning import Device, Run, Schedule
+from lightning_igpt.private import multiplies_bfloat16
 
-BATCH_SIZE, STEPS = 128, 1_000_000  # the paper's
+GIB = 2**30
+CPU_MFU = 0.60  # of the CPU's own speed, measured in the same minute
+SIDE, COPIED, REPEATS = 1024, 2**27, 5  # of the CPU's trial: side of matrices, bytes beyond any cache, calls
+SAMPLED = 64  # images side by side
+WIDTH, MARGIN = 100, 18  # characters of a line, and of its name
+PRECISIONS = {"bf16": "bf16-mixed", "16": "16-mixed", "32": "32-true"}  # Lightning's short names
 
 
 def plan(
-    config: str | None = None,
-    network: str | None = None,
+    network: str = "igpt_s",
     image_size: int | None = None,
     objective: Literal["autoregressive", "bert"] | None = None,
-    batch_size: int | None = None,
-    accumulate_grad_batches: int | None = None,
-    steps: int | None = None,
-    devices: int | None = None,
+    batch_size: int = 128,
+    accumulate_grad_batches: int = 1,
+    steps: int = 1_000_000,
+    devices: int = 1,
     device_kind: str = "h100",
     precision: str | None = None,
-    recompute: Literal["none", "selective", "full"] | None = None,
-    compile: bool | None = None,
     mfu: float | None = None,
-    format: Literal["text", "json"] = "text",
-    sweep: str | None = None,
 ) -> None:
-    """Print what a training run costs: parameters, operations, memory, time, data, files.
+    """Print what a training run costs: parameters, operations, memory and time. ``fit --dry_run`` plans a recipe.
 
     Args:
-        config: A recipe for pretraining or fine-tuning, or the name of a shipped one. Options given beside it win.
-        network: Name of a preset; default igpt_s.
+        network: Name of a preset.
         image_size: Side of the images in pixels; default the network's.
         objective: Default the network's, which is autoregressive for presets.
-        batch_size: Images per optimiser step, all devices together. Default 128; with a recipe its images per device,
-            times devices and accumulate_grad_batches.
-        accumulate_grad_batches: Parts in which each device computes its share of a step; default 1.
-        steps: Optimiser steps; default a million.
-        devices: Number of devices; default 1.
-        device_kind: What they are, such as a100-40, h100 or rtx4090; cpu measures this one.
+        batch_size: Images per optimizer step, over all devices. The default is the paper's, as is that of steps.
+        accumulate_grad_batches: Parts in which each device computes its share of a step.
+        steps: Optimizer steps.
+        devices: Number of devices.
+        device_kind: Their kind, such as a100-40, h100 or rtx4090; cpu measures this one.
         precision: bf16-mixed (or bf16), 16-mixed (or 16), 32-true (or 32), or bf16-true. Default: as fit chooses on the
             device.
-        recompute: Activation checkpointing that memory is shown for; default none.
-        compile: Show memory for compiled blocks.
         mfu: Share of the device's peak that training reaches, such as 0.45; default by the network's size.
-        format: text, or json: one object.
-        sweep: A PNG file to write: cost against size and resolution. Missing folders are made.
     """
-    if sweep is not None:
-        check_file(sweep, "--sweep", "cost.png")
-    told: dict[str, Any] = {
-        "network": network,
-        "objective": objective,
-        "image_size": image_size,
-        "devices": devices,
-        "accumulate": accumulate_grad_batches,
-        "precision": None if precision is None else PRECISIONS.get(precision, precision),
-        "recompute": recompute,
-        "compiled": compile,
-    }
-    recipe = Recipe(max_steps=STEPS) if config is None else read_recipe(config, known_network=network is not None)
-    wanted = recipe._replace(**{name: value for name, value in told.items() if value is not None})
-    planned = decide(wanted, device_kind=device_kind, batch_size=batch_size, steps=steps, mfu=mfu)
-    if sweep is not None:
-        draw_sweep(planned, Path(sweep), mfu=CPU_MFU if mfu is None and device_kind.lower() == "cpu" else mfu)
-    found = facts(planned)
-    print(json.dumps(found) if format == "json" else "\n".join(lines(found)))
+    config = ImageGPTConfig.resolve(network)
+    config = replace(config, image_size=image_size or config.image_size, objective=objective or config.objective)
+    parts = devices * accumulate_grad_batches
+    if min(batch_size, devices, accumulate_grad_batches) < 1 or batch_size % parts:
+        raise ValueError(
+            f"batch_size {batch_size} is no multiple of {devices} devices x {accumulate_grad_batches} batches each; "
+            f"take {max(1, batch_size // max(parts, 1)) * parts}"
+        )
+    run = make_run(
+        config, Schedule(batch_size, steps), device_kind, devices, PRECISIONS.get(precision or "", precision), mfu
+    )
+    print(*lines(network, run, batch_size // parts), sep="\n")
 
 
-def decide(wanted: Recipe, *, device_kind: str, batch_size: int | None, steps: int | None, mfu: float | None) -> Plan:
-    """Fill in what was left open.
+def make_run(
+    config: ImageGPTConfig,
+    schedule: Schedule,
+    device_kind: str,
+    devices: int = 1,
+    precision: str | None = None,
+    mfu: float | None = None,
+) -> Run:
+    """A run on devices of a kind, in the device's usual precision and at the usual share of its peak.
+
+    Raises:
+        ValueError: A number is out of range, or device or precision are unknown.
+    """
+    is_cpu = device_kind.lower() == "cpu"
+    device = measured_cpu() if is_cpu else planning.find_device(device_kind)
+    precision = precision or ("bf16-mixed" if device.bfloat16 else "32-true")
+    run = Run(config, schedule, device, devices, precision, CPU_MFU if is_cpu else planning.usual_mfu(config))
+    return replace(run, mfu=mfu if mfu is not None else min(run.mfu, run.ceiling_mfu))  # small networks reach less
+
+
+def lines(name: str, run: Run, micro_batch: int) -> Iterator[str]:
+    """The table.
 
     Args:
-        wanted: What recipe and options say.
-        device_kind: A key of the device table, or cpu.
-        batch_size: Images per optimiser step, all devices together.
-        steps: Optimiser steps.
-        mfu: Share of the device's peak.
-
-    Raises:
-        ValueError: A number is out of range, the batch does not divide, or device or precision are not known.
+        name: Of the network.
+        run: The run.
+        micro_batch: Images that a device computes at once.
     """
-    cpu = device_kind.lower() == "cpu"
-    device = measured_cpu() if cpu else find_device(device_kind)
-    config = wanted.config()
-    devices = 1 if wanted.devices is None else wanted.devices
-    accumulate = 1 if wanted.accumulate is None else wanted.accumulate
-    if batch_size is None:
-        batch_size = BATCH_SIZE if wanted.batch_size is None else wanted.batch_size * devices * accumulate
-    check_divides(batch_size, devices, accumulate)
-    run = Run(
-        config,
-        Schedule(batch_size, wanted.steps(batch_size, accumulate) if steps is None else steps),
-        device,
-        devices,
-        wanted.precision or ("bf16-mixed" if device.bfloat16 else "32-true"),
-        CPU_MFU if cpu else usual_mfu(config),
+    config, device, schedule = run.config, run.device, run.schedule
+    tokens, per_token = config.n_positions, planning.train_flops_per_token(config)
+    shape = f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads"
+    yield _row("network", f"{name}, {config.objective}: {shape}, {planning.parameter_count(config):,} parameters")
+    yield _row("images", f"{config.image_size} x {config.image_size} = {tokens:,} tokens")
+    step = f"{per_token * tokens * schedule.batch_size:.3e} per step of {schedule.batch_size:,} images"
+    yield _row("training FLOPs", f"{per_token:.3e} per token, {step}")
+    yield _row("", f"{run.flops:.3e} in {schedule.steps:,} steps, {run.tokens:.3e} tokens")
+    yield _row("devices", f"{run.devices} x {device.name}, {device.usable / GIB:.1f} GiB usable")
+    yield _row("", f"{run.precision}, peak {device.peak(run.precision) / 1e12:,.4g} TFLOP/s, {device.source}")
+    yield ""
+    yield from _memory(run, micro_batch)
+    yield ""
+    choice = planning.choose(config, micro_batch, run.devices, device.usable, run.precision)
+    fits = f"{choice.bytes / GIB:.0f} GiB" if choice.fits else "does NOT fit"
+    yield _row("strategy", f"{choice.strategy}, recompute {choice.recompute}, {fits}")
+    yield from (_row("", line) for line in textwrap.wrap(choice.reason, WIDTH - MARGIN))
+    yield ""
+    yield _row(f"time at {run.mfu:.0%} MFU", f"{hours(run.seconds)}, {schedule.images / run.seconds:,.4g} images/s")
+    yield _row("floor", hours(run.floor_device_seconds / run.devices))
+    if config.objective == "autoregressive":
+        seconds = tokens * planning.decode_seconds(config, device, SAMPLED, run.precision)
+        yield _row("sampling", f"at most {SAMPLED / seconds:,.3g} images/s in batches of {SAMPLED} on one device")
+    yield _row("checkpoint", f"{planning.checkpoint_bytes(config, run.precision) / 1e9:,.3g} GB")
+
+
+def _memory(run: Run, micro_batch: int) -> Iterator[str]:
+    """GiB of a step, and the largest micro-batch, for each way to recompute and to spread the state."""
+    yield _row(
+        "memory per device", f"{'eager':>12}{'compiled':>12}{'largest micro-batch':>26}   (micro-batch {micro_batch:,})"
     )
-    # A network too small for its device does not come near the usual.
-    run = replace(run, mfu=min(run.mfu, run.ceiling_mfu) if mfu is None else mfu)
-    return Plan(wanted.name(), run, accumulate, wanted.recompute or "none", bool(wanted.compiled))
+    for strategy in ("DDP", "FSDP") if run.devices > 1 else ("",):
+        for recompute in planning.RECOMPUTE:
+            sizes, most = [], []
+            for compiled in (False, True):
+                options: dict[str, Any] = {
+                    "precision": run.precision,
+                    "devices": run.devices,
+                    "sharded": strategy == "FSDP",
+                }
+                options |= {"recompute": recompute, "compiled": compiled}
+                sizes.append(sum(planning.training_bytes(run.config, micro_batch, **options).values()) / GIB)
+                most.append(planning.largest_batch(run.config, run.device.usable, **options))
+            name = f"  {strategy} {recompute}".replace("   ", "  ")
+            yield _row(name, f"{sizes[0]:>8.2f} GiB{sizes[1]:>8.2f} GiB{most[0]:>15,} eager, {most[1]:,} compiled")
 
 
-def check_divides(batch_size: int, devices: int, accumulate: int) -> None:
-    """Insist that every device computes as many images at once as every other.
+def measured_cpu() -> Device:
+    """This CPU: the speed of large products in float32 and bfloat16, and of a large copy, with torch's threads."""
+    import torch  # planning for other devices needs no torch
 
-    Raises:
-        ValueError: They do not, or a number is below 1; the message says what to take.
-    """
-    for name, value in (("batch_size", batch_size), ("devices", devices), ("accumulate_grad_batches", accumulate)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    parts = devices * accumulate
-    if batch_size % parts:
-        less, more = batch_size // parts * parts, -(-batch_size // parts) * parts
-        among = f"{devices} devices" + (f" x {accumulate} batches each" if accumulate > 1 else "")
-        raise ValueError(
-            f"batch_size {batch_size} counts the images of all devices in a step, and {among} cannot share them "
-            f"evenly; take {f'{less} or {more}' if less else more}"
-        )
+    def product(dtype: torch.dtype) -> float:
+        a, b = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
+        return 2 * SIDE**3 / _seconds(lambda: a @ b) / 1e12
+
+    source = torch.ones(COPIED // 4)
+    target = torch.ones_like(source)
+    return Device(
+        name=f"this CPU ({torch.get_num_threads()} threads)",
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        tflops_16=product(torch.bfloat16),
+        tflops_tf32=None,
+        tflops_32=product(torch.float32),
+        bandwidth=2 * COPIED / _seconds(lambda: target.copy_(source)),
+        source="measured now",
+        torch_name="",
+        bfloat16=multiplies_bfloat16("cpu"),
+    )
+
+
+def hours(seconds: float) -> str:
+    """A time in a suitable unit, with three digits."""
+    units = (("years", 365.25 * 86400, 2), ("days", 86400, 3), ("hours", 3600, 1), ("minutes", 60, 1), ("s", 1, 0))
+    unit, length = next((unit, length) for unit, length, least in units if seconds >= least * length)
+    value = float(f"{seconds / length:.3g}")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:g} {unit}"
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Of the fastest of a few calls, after one to warm up."""
+    run()
+    found = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<{MARGIN}}{text}".rstrip()
 
 
 def run(words: Sequence[str]) -> int:

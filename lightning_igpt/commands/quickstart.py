@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +20,18 @@ from torch import Tensor
 from lightning_igpt import __version__
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.places import check_folder
-from lightning_igpt.commands.quickstart_plan import BATCH_SIZE, planned
-from lightning_igpt.commands.quickstart_report import Pictures, draw_pictures, save_completions, write_report
+from lightning_igpt.commands.quickstart_page import picture_sections, result_rows, write_report
 from lightning_igpt.config import PRESETS
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
 from lightning_igpt.features import fit_logistic
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.objectives import next_pixel_loss
+from lightning_igpt.planning import parameter_count
 from lightning_igpt.trainer import make_trainer
 
 NETWORK = replace(PRESETS["igpt_tiny"], vocab_size=16, image_size=8)
-PALETTE = "gray:16"
-
-
-@dataclass
-class Run:
-    """Where results go and what has been found so far."""
-
-    out: Path
-    seed: int
-    results: dict[str, Any] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
-
-    def trainer(self, name: str, **options: Any) -> Trainer:
-        """A trainer that logs to TensorBoard and to a CSV file under ``out/name``."""
-        loggers = [TensorBoardLogger(self.out, name=name, version=""), CSVLogger(self.out, name=name, version="")]
-        return make_trainer(
-            default_root_dir=self.out / name, logger=loggers, enable_model_summary=False, log_every_n_steps=5, **options
-        )
+PALETTE, BATCH_SIZE = "gray:16", 16
 
 
 def quickstart(
@@ -63,41 +46,48 @@ def quickstart(
 
     Args:
         out: Folder for the report, its pictures, the checkpoints and the TensorBoard logs. Missing folders are made.
-        steps: Optimiser steps of pretraining.
-        epochs: Passes over the labelled digits in fine-tuning.
+        steps: Optimizer steps of pretraining.
+        epochs: Passes over the labeled digits in fine-tuning.
         seed: Of weights, order and samples.
-        threads: Of the CPU. Default: as many as are fastest in a short trial; on matrices this small, and beside other
-            programs, that is often one.
-        dry_run: Print what would run, with sizes, and stop.
+        threads: Of the CPU. Default: the number that is fastest in a short trial; for matrices this small that is often
+            one.
+        dry_run: Print the steps with their sizes, and stop.
     """
     for name, value in (("steps", steps), ("epochs", epochs), ("threads", 1 if threads is None else threads)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     check_folder(out, "--out")
+    titles = [f"1/4 pretraining without labels, {steps} steps of {BATCH_SIZE} images", "2/4 completing lower halves"]
+    titles += ["3/4 probing every layer, and the same network untrained", f"4/4 fine-tuning, {epochs} epochs"]
     if dry_run:
-        print(*planned(NETWORK, steps, epochs, out), sep="\n")
+        size = f"a network with {parameter_count(NETWORK):,} parameters, 1,437 training and 360 test digits"
+        print(*titles, f"{size}; results in {out}", "dry run: nothing was trained, and nothing was written", sep="\n")
         return
+    started, folder = time.monotonic(), Path(out)
     torch.set_num_threads(threads or fastest_threads())
     quiet_lightning()
     seed_everything(seed, verbose=False)
-    run = Run(Path(out), seed)
-    run.out.mkdir(parents=True, exist_ok=True)
-    print(f"1/4 pretraining without labels, {steps} steps")
-    checkpoint = pretrain(run, steps)
-    print("2/4 completing lower halves")
-    pictures = draw(run, checkpoint)
-    print("3/4 probing every layer, and the same network untrained")
-    probe(run, checkpoint)
-    print(f"4/4 fine-tuning to a classifier, {epochs} epochs")
-    finetune(run, checkpoint, epochs)
-    run.results["seconds"] = round(time.monotonic() - run.started, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    print(titles[0])
+    results["pretrain"] = pretrain(folder, seed, steps)
+    print(titles[1])
+    module = PretrainModule.load_from_checkpoint(folder / "pretrain.ckpt", map_location="cpu")
+    data = PretrainDataModule("digits", image_size=NETWORK.image_size, seed=seed)
+    data.setup("test")
+    pictures = picture_sections(module, whole(data.test_dataloader())["image"], folder, seed)
+    print(titles[2])
+    results["probe"] = probe(folder, seed)
+    print(titles[3])
+    results["finetune"] = finetune(folder, seed, epochs)
+    results["seconds"] = round(time.monotonic() - started, 1)
     settings = {"steps": steps, "epochs": epochs, "seed": seed, "threads": torch.get_num_threads()}
-    run.results["settings"] = settings | {"network": NETWORK.to_dict()}
-    run.results["versions"] = {"lightning_igpt": __version__, "torch": torch.__version__}
-    (run.out / "report.json").write_text(json.dumps(run.results, indent=2) + "\n")
-    write_report(run.out, run.results, pictures)
-    print(summary(run.results))
-    print(f"open {run.out / 'report.html'}")
+    results["settings"] = settings | {"network": NETWORK.to_dict()}
+    results["versions"] = {"lightning_igpt": __version__, "torch": torch.__version__}
+    (folder / "report.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_report(folder, results, pictures)
+    print(*(f"{what:<28}{value:<20}{note}" for what, value, note in result_rows(results)), sep="\n")
+    print(f"open {folder / 'report.html'}")
 
 
 def fastest_threads() -> int:
@@ -116,31 +106,42 @@ def fastest_threads() -> int:
     return min(seconds, key=seconds.__getitem__)
 
 
-def pretrain(run: Run, steps: int) -> str:
-    """Pretrain; record nats per pixel beside the baselines. Returns the checkpoint's path."""
-    module = PretrainModule(NETWORK, PALETTE, lr=0.003, seed=run.seed)
-    data = PretrainDataModule("digits", batch_size=BATCH_SIZE, seed=run.seed)
-    trainer = run.trainer("pretrain", max_steps=steps)
-    trainer.fit(module, data)
-    path = str(run.out / "pretrain.ckpt")
-    trainer.save_checkpoint(path)
-    val = trainer.validate(module, data, verbose=False)[0]["val/nats_per_pixel"]
-    train_tokens, val_tokens = (
-        module.tokens_of(whole(loader)) for loader in (data.train_dataloader(), data.val_dataloader())
-    )
-    run.results["pretrain"] = {
+def quiet_lightning() -> None:
+    """Silence hints that a first-time reader can do nothing with."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for words in ("does not have many workers", "in eval mode at the start", "exists and is not empty", "LeafSpec"):
+        warnings.filterwarnings("ignore", f".*{words}.*")
+
+
+def trainer(folder: Path, **options: Any) -> Trainer:
+    """A trainer that logs to TensorBoard and to a CSV file in the folder."""
+    loggers = [kind(folder.parent, name=folder.name, version="") for kind in (TensorBoardLogger, CSVLogger)]
+    quiet: dict[str, Any] = {"enable_model_summary": False, "log_every_n_steps": 5}
+    return make_trainer(default_root_dir=folder, logger=loggers, **quiet, **options)
+
+
+def pretrain(folder: Path, seed: int, steps: int) -> dict[str, float]:
+    """Pretrain, save pretrain.ckpt, and compare nats per pixel with the baselines."""
+    module = PretrainModule(NETWORK, PALETTE, lr=0.003, seed=seed)
+    data = PretrainDataModule("digits", batch_size=BATCH_SIZE, seed=seed)
+    runner = trainer(folder / "pretrain", max_steps=steps)
+    runner.fit(module, data)
+    runner.save_checkpoint(folder / "pretrain.ckpt")
+    val = runner.validate(module, data, verbose=False)[0]["val/nats_per_pixel"]
+    loaders = data.train_dataloader(), data.val_dataloader()
+    train_tokens, val_tokens = (module.tokens_of(whole(loader)) for loader in loaders)
+    return {
         "val_nats_per_pixel": val,
         "uniform_nats_per_pixel": math.log(NETWORK.vocab_size),
         "unigram_nats_per_pixel": unigram_nats(train_tokens, val_tokens, NETWORK.vocab_size),
     }
-    return path
 
 
 def unigram_nats(train: Tensor, val: Tensor, vocab_size: int) -> float:
-    """Nats per pixel of the model that knows each position's colour frequencies and nothing else.
+    """Nats per pixel of the model that knows each position's color frequencies and nothing else.
 
     Args:
-        train: int64 (N, T), counted with one added to every colour.
+        train: int64 (N, T), counted with one added to every color.
         val: int64 (M, T), scored.
         vocab_size: K.
     """
@@ -155,99 +156,40 @@ def whole(loader: Any) -> dict[str, Tensor]:
     return batch
 
 
-def draw(run: Run, checkpoint: str) -> Pictures:
-    """Complete and score test digits, and save the completions."""
-    module = PretrainModule.load_from_checkpoint(checkpoint, map_location="cpu")
-    data = PretrainDataModule("digits", image_size=NETWORK.image_size, seed=run.seed)
-    data.setup("test")
-    images = whole(data.test_dataloader())["image"]
-    pictures = draw_pictures(module.network, module.palette, images, run.seed)
-    save_completions(pictures, run.out / "completions.png")
-    return pictures
-
-
-def probe(run: Run, checkpoint: str) -> None:
+def probe(folder: Path, seed: int) -> dict[str, Any]:
     """Probe the pretrained and an untrained network, and classify raw pixels, on the same split."""
-    found: dict[str, dict[int, float]] = {}
-    for label, weights in (("pretrained", checkpoint), ("untrained", None)):
-        module = ProbeModule(
-            weights, network=NETWORK, palette=PALETTE, c=1.0, seed=run.seed
-        )  # a choice of c takes longer
-        data = ProbeDataModule("digits", seed=run.seed)
-        trainer = run.trainer(f"probe-{label}", max_epochs=1)
-        trainer.fit(module, data)
-        test = trainer.test(module, data, verbose=False)[0]
-        found[label] = module.accuracy_by_layer
-        run.results.setdefault("probe", {})[label] = {
-            "best_layer": module.best_layer,
-            "accuracy": test["test/accuracy"],
-        }
-    probes = run.results["probe"]
-    run.results["probe"] = {
-        "accuracy_by_layer": {str(layer): value for layer, value in found["pretrained"].items()},
-        "best_layer": probes["pretrained"]["best_layer"],
-        "best_accuracy": probes["pretrained"]["accuracy"],
-        "untrained_accuracy_by_layer": {str(layer): value for layer, value in found["untrained"].items()},
-        "untrained_best_accuracy": probes["untrained"]["accuracy"],
-        "raw_pixels_accuracy": raw_pixels_accuracy(run.seed),
-    }
-
-
-def raw_pixels_accuracy(seed: int) -> float:
-    """Test accuracy of the probe's logistic regression on the pixels themselves."""
+    found: dict[str, Any] = {}
+    for prefix, weights in (("", str(folder / "pretrain.ckpt")), ("untrained_", None)):
+        # c is fixed, since choosing it takes longer.
+        module = ProbeModule(weights, network=NETWORK, palette=PALETTE, c=1.0, seed=seed)
+        data: LightningDataModule = ProbeDataModule("digits", seed=seed)
+        runner = trainer(folder / f"probe-{'pretrained' if weights else 'untrained'}", max_epochs=1)
+        runner.fit(module, data)
+        test = runner.test(module, data, verbose=False)[0]
+        found[f"{prefix}accuracy_by_layer"] = {str(n): value for n, value in module.accuracy_by_layer.items()}
+        found |= {f"{prefix}best_layer": module.best_layer, f"{prefix}best_accuracy": test["test/accuracy"]}
     data = ProbeDataModule("digits", image_size=NETWORK.image_size, seed=seed)
     data.setup()
-    parts = []
-    for loader in (data.train_dataloader(), data.test_dataloader()):
-        batch = whole(loader)
-        parts.append((batch["image"][:, 0].flatten(1).float() / 255, batch["label"]))
-    (x, y), (x_test, y_test) = parts
-    weight, bias = fit_logistic(x, y, 10)
-    return float(((x_test @ weight.T + bias).argmax(1) == y_test).float().mean())
+    (x, labels), (x_test, labels_test) = (
+        (batch["image"][:, 0].flatten(1).float() / 255, batch["label"])
+        for batch in map(whole, (data.train_dataloader(), data.test_dataloader()))
+    )
+    weight, bias = fit_logistic(x, labels, 10)
+    right = (x_test @ weight.T + bias).argmax(1) == labels_test
+    return found | {"raw_pixels_accuracy": float(right.float().mean())}
 
 
-def finetune(run: Run, checkpoint: str, epochs: int) -> None:
-    """Fine-tune on all training digits and test what the last step left.
-
-    Nothing is picked by validation, as the rate falls to zero, so nothing is held out for it.
-    """
+def finetune(folder: Path, seed: int, epochs: int) -> dict[str, float]:
+    """Fine-tune on all training digits and test the last step; nothing is held out, since validation picks nothing."""
     options: dict[str, Any] = {"lr": 0.004, "schedule": "cosine", "warmup_steps": 20}
-    module: LightningModule = FineTuneModule(checkpoint, 10, seed=run.seed, **options)
+    module: LightningModule = FineTuneModule(str(folder / "pretrain.ckpt"), 10, seed=seed, **options)
     data: LightningDataModule = FineTuneDataModule(
-        "digits", batch_size=BATCH_SIZE, val_fraction=0.0, pad=0, flip=False, seed=run.seed
+        "digits", batch_size=BATCH_SIZE, val_fraction=0.0, pad=0, flip=False, seed=seed
     )
-    trainer = run.trainer("finetune", max_epochs=epochs, limit_val_batches=0)
-    trainer.fit(module, data)
-    test = trainer.test(module, data, verbose=False)[0]
-    run.results["finetune"] = {"accuracy": test["test/accuracy"], "cross_entropy": test["test/cross_entropy"]}
-
-
-def summary(results: dict[str, Any]) -> str:
-    """The results in four lines."""
-    density, probes = results["pretrain"], results["probe"]
-    return "\n".join(
-        [
-            f"density      {density['val_nats_per_pixel']:.3f} nats per pixel "
-            f"(unigram per position {density['unigram_nats_per_pixel']:.3f}, uniform "
-            f"{density['uniform_nats_per_pixel']:.3f})",
-            f"probe        {probes['best_accuracy']:.3f} at layer {probes['best_layer']} "
-            f"(untrained {probes['untrained_best_accuracy']:.3f}, raw pixels {probes['raw_pixels_accuracy']:.3f})",
-            f"fine-tuned   {results['finetune']['accuracy']:.3f}",
-            f"seconds      {results['seconds']}",
-        ]
-    )
-
-
-def quiet_lightning() -> None:
-    """Silence hints that a first-time reader can do nothing with."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*in eval mode at the start.*",
-        ".*exists and is not empty.*",
-        ".*LeafSpec.*",
-    ):
-        warnings.filterwarnings("ignore", message)
+    runner = trainer(folder / "finetune", max_epochs=epochs, limit_val_batches=0)
+    runner.fit(module, data)
+    test = runner.test(module, data, verbose=False)[0]
+    return {"accuracy": test["test/accuracy"], "cross_entropy": test["test/cross_entropy"]}
 
 
 def run(words: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ from lightning_igpt.commands.complete import inpainted_rows, read_mask
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.palette import Palette
+from lightning_igpt.weights import Pretrained
 from tests.modules.helpers import BERT, TINY, quiet_trainer
 from tests.networks import random_network
 
@@ -89,23 +90,21 @@ def test_mask_redraws_the_hole_alone(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("config", [TINY, BERT], ids=["autoregressive", "BERT"])
 def test_rows_hold_what_was_given_draws_and_the_truth(config):
-    network, tokens = random_network(config), torch.randint(8, (3, 16), generator=torch.manual_seed(0))
-    hole = torch.zeros(16, dtype=torch.bool)
+    loaded = Pretrained(random_network(config), PALETTE, "random")
+    tokens, hole = torch.randint(8, (3, 16), generator=torch.manual_seed(0)), torch.zeros(16, dtype=torch.bool)
     hole[HOLE] = True
-    rows = inpainted_rows(network, PALETTE, tokens, hole, n_samples=2, seed=4)
+    rows = inpainted_rows(loaded, tokens, hole, n_samples=2, seed=4)
     assert rows.shape == (3, 4, 3, 4, 4) and rows.dtype == torch.uint8
     flat, truth = rows.flatten(3), PALETTE.dequantize(tokens).flatten(2)
     assert torch.equal(flat[:, -1], truth)
     assert torch.equal(flat[..., ~hole], truth[:, None][..., ~hole].expand(3, 4, 3, 12))
     assert (flat[:, 0][..., hole] == torch.tensor(HIDDEN)[:, None]).all()
     assert not torch.equal(flat[:, 1], flat[:, 2])
-    assert torch.equal(rows, inpainted_rows(network, PALETTE, tokens, hole, n_samples=2, seed=4))
-    assert not torch.equal(rows, inpainted_rows(network, PALETTE, tokens, hole, n_samples=2, seed=5))
-    with pytest.raises(ValueError, match="n_samples is 0"):
-        inpainted_rows(network, PALETTE, tokens, hole, n_samples=0)
+    assert torch.equal(rows, inpainted_rows(loaded, tokens, hole, n_samples=2, seed=4))
+    assert not torch.equal(rows, inpainted_rows(loaded, tokens, hole, n_samples=2, seed=5))
 
 
 @pytest.mark.parametrize("words", [["--keep_rows", "0"], ["--top_k", "3"], ["--top_p", "0.5"]])
 def test_a_mask_excludes_what_it_replaces(words, tmp_path):
-    with pytest.raises(SystemExit, match="drop keep_rows, top_k and top_p"):
+    with pytest.raises(SystemExit, match="drop keep_rows, top_k, top_p"):
         run("nothing is loaded", tmp_path / "out", "--mask", "nothing is read", *words)

@@ -53,5 +53,7 @@ def test_wrong_use_says_so(tmp_path, capsys):
         with pytest.raises(SystemExit, match=message):
             main(["convert", str(tmp_path / "bert"), str(tmp_path / "out"), *words])
     assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="the format hf is a folder"):
+        main(["convert", str(tmp_path / "bert"), str(tmp_path / "out.safetensors")])
     assert main(["convert", str(tmp_path / "bert"), str(tmp_path / "out")]) == 0
     assert "transformers cannot run a BERT network" in capsys.readouterr().out

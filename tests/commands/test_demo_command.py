@@ -20,14 +20,14 @@ from PIL import Image
 
 from lightning_igpt.__main__ import main
 from lightning_igpt.commands import demo
-from lightning_igpt.commands.demo_server import MAX_BYTES, PAGE, answers_to, is_loopback, policy
-from lightning_igpt.commands.demo_studio import SCALE, Ask, Studio
+from lightning_igpt.commands.demo import MAX_BYTES, PAGE, refusal
+from lightning_igpt.commands.demo_studio import Ask, Studio
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.quickstart import whole
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.palette import Palette
-from lightning_igpt.pictures import heat_map
+from lightning_igpt.pictures import surprise_map
 from lightning_igpt.sampling import complete, inpaint, score
 from lightning_igpt.weights import Pretrained
 from tests.demo_server import ask, request, serving
@@ -134,7 +134,7 @@ def test_surprise_is_that_of_score(embedded, port):
     assert status == 200 and found["nats"] == pytest.approx(nats.tolist())
     assert found["mean"] == pytest.approx(nats.mean().item()) and found["uniform"] == pytest.approx(np.log(16))
     assert found["bits"] == pytest.approx(found["mean"] / np.log(2))
-    heat = heat_map(nats.view(8, 8), SCALE, high=found["high"])
+    heat = surprise_map(nats.view(8, 8), limit=found["high"])
     assert found["heat"] == heat.flatten(1).T.tolist()
 
 
@@ -184,17 +184,11 @@ def test_bad_uploads_are_told(port):
     assert upload(port, b"")[0] == 400
 
 
-def send_head(port, *lines):
-    """The status line's number for a request of which only the head is sent."""
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        connection.sendall("\r\n".join([*lines, "", ""]).encode())
-        return int(connection.recv(100).split()[1])
-
-
 def test_too_much_is_refused_before_it_is_read(port):
-    host = f"Host: 127.0.0.1:{port}"
-    assert send_head(port, "POST /image HTTP/1.1", host, f"Content-Length: {MAX_BYTES + 1}") == 413
-    assert send_head(port, "POST /image HTTP/1.1", host, "Transfer-Encoding: chunked") == 411
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        head = ["POST /image HTTP/1.1", f"Host: 127.0.0.1:{port}", f"Content-Length: {MAX_BYTES + 1}", "", ""]
+        connection.sendall("\r\n".join(head).encode())
+        assert int(connection.recv(100).split()[1]) == 413
 
 
 WRONG = [
@@ -203,9 +197,9 @@ WRONG = [
     ({"n_samples": 9}, "n_samples is 9"),
     ({"n_samples": 0}, "n_samples is 0"),
     ({"keep_rows": 8}, "keep_rows is 8; it must be from 0 to 7"),
-    ({"keep_rows": None}, "give keep_rows or hole"),
-    ({"hole": [3]}, "give keep_rows or hole"),
-    ({"keep_rows": None, "hole": []}, "nothing is marked"),
+    ({"keep_rows": None}, "give keep_rows, or a hole"),
+    ({"hole": [3]}, "give keep_rows, or a hole"),
+    ({"keep_rows": None, "hole": []}, "a hole with at least one position"),
     ({"keep_rows": None, "hole": [64]}, "hole has positions from 64 to 64"),
     ({"keep_rows": None, "hole": [3], "top_k": 2}, "top_k and top_p are for"),
     ({"temperature": -1}, "temperature is -1"),
@@ -239,38 +233,23 @@ def test_foreign_names_and_origins_are_refused(port):
     assert request(port, "POST", "/score", "{}", origin=f"http://{own}", content_type="application/json")[0] == 400
 
 
-def test_a_refusal_reaches_who_sends_much(port):
-    for _ in range(5):  # closed over unread bytes, a connection is reset, and now and then the answer with it
-        status, _, content = request(port, "POST", "/image", bytes(MAX_BYTES + 1))
-        assert status == 413 and "shrink it first" in json.loads(content)["error"]
-        assert request(port, "POST", "/image", bytes(2**20), origin="http://evil.example")[0] == 403
-
-
 @pytest.mark.parametrize(
     ("named", "host", "answers"),
     [
         ("127.0.0.1:8000", "127.0.0.1", True),
         ("LocalHost", "127.0.0.1", True),
         ("[::1]:8000", "127.0.0.1", True),
-        ("10.0.0.5:8000", "127.0.0.1", False),
         ("localhost.evil.example", "127.0.0.1", False),
         ("127.0.0.1.evil.example", "127.0.0.1", False),
         ("evil@127.0.0.1:8000@evil.example", "127.0.0.1", False),
         ("[::1", "127.0.0.1", False),
         ("", "127.0.0.1", False),
-        ("10.0.0.5:8000", "0.0.0.0", True),
         ("box.lan:8000", "Box.lan", True),
         ("evil.example", "0.0.0.0", False),
     ],
 )
 def test_which_names_are_answered(named, host, answers):
-    assert answers_to(named, host) is answers
-
-
-def test_only_loopback_is_private():
-    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "box")] == [True] * 3 + [
-        False
-    ] * 3
+    assert refusal("GET", {"host": named}, host)[0] == (200 if answers else 403)
 
 
 def test_the_page_is_one_file_that_fetches_nothing(port):
@@ -278,9 +257,7 @@ def test_the_page_is_one_file_that_fetches_nothing(port):
     page = content.decode()
     assert status == 200 and page == PAGE.read_text(encoding="utf-8")
     assert not re.search(r"https?:|//[\w-]+\.\w|<(link|script|img)[^>]+(href|src)=(?!\"data:,\")|@import|url\(", page)
-    assert headers["content-security-policy"] == policy(page)
-    assert "default-src 'none'" in policy(page) and "unsafe" not in policy(page)
-    assert len(re.findall("'sha256-", policy(page))) == 2
+    assert headers["content-security-policy"].startswith("default-src 'none'; ")
     assert headers["x-content-type-options"] == "nosniff" and headers["cache-control"] == "no-store"
     assert request(port, "GET", "/docs")[0] == request(port, "GET", "/openapi.json")[0] == 404
 
@@ -295,7 +272,7 @@ def test_drawing_ends_with_the_row_after_which_nobody_waits(embedded, caplog):
 
     with caplog.at_level(logging.INFO):
         embedded.draw(Ask(first_picture(embedded), keep_rows=0), emit, gone)
-    assert len(lines) == 2 and "drawing ended with row or step 2" in caplog.text
+    assert len(lines) == 2 and "drawing ended" in caplog.text
 
 
 def test_a_request_that_goes_away_ends_its_drawing(caplog):
@@ -310,7 +287,7 @@ def test_a_request_that_goes_away_ends_its_drawing(caplog):
         connection.close()
         status, lines = ask(port, "/draw", tokens=first_picture(room), keep_rows=47, n_samples=1)
         assert status == 200 and "seconds" in lines[-1]
-    assert re.search(r"drawing ended with row or step \d+: nobody waits", caplog.text)
+    assert "drawing ended: the reader is gone" in caplog.text
 
 
 class Watched(Studio):
@@ -344,7 +321,7 @@ def test_one_drawing_at_a_time():
     [
         (["--pretrained", "nowhere.ckpt"], r"nowhere\.ckpt does not exist"),
         (["--pretrained", "not-a-network.npz"], r"not-a-network\.npz"),
-        (["--port", "70000"], "port is 70000"),
+        (["--port", "70000"], "port 70000"),
         (["--device", "moon"], "device 'moon'"),
     ],
 )
@@ -371,13 +348,6 @@ def test_a_missing_extra_is_named(name, monkeypatch):
     assert "\n" not in stop.value.code and 'pip install "lightning-igpt[demo]"' in stop.value.code
 
 
-def test_addresses_to_open():
-    assert demo.url("127.0.0.1", 8000) == "http://127.0.0.1:8000"
-    assert demo.url("0.0.0.0", 80) == "http://127.0.0.1:80"
-    assert demo.url("::", 80) == demo.url("::1", 80) == "http://[::1]:80"
-    assert demo.url("box.lan", 80) == "http://box.lan:80"
-
-
 @pytest.mark.slow
 def test_the_command_serves_until_it_is_stopped():
     words = [sys.executable, "-m", "lightning_igpt", "demo", "--port", "0", "--host", "0.0.0.0"]
@@ -385,8 +355,8 @@ def test_the_command_serves_until_it_is_stopped():
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         said = [process.stdout.readline() for _ in range(3)]
         assert said[0] == "embedded network of 8 x 8 digits, on cpu\n"
-        assert said[1].startswith("warning: whoever can reach 0.0.0.0 can use the page")
-        port = int(re.fullmatch(r"open http://127\.0\.0\.1:(\d+) \(Ctrl-C stops it\)\n", said[2])[1])
+        assert said[1].startswith("warning: everyone who can reach 0.0.0.0 can use the page")
+        port = int(re.fullmatch(r"open http://0\.0\.0\.0:(\d+) \(Ctrl-C stops it\)\n", said[2])[1])
         tokens = json.loads(request(port, "GET", "/start")[2])["pictures"][0]["tokens"]
         body = json.dumps({"tokens": tokens, "keep_rows": 0, "n_samples": 8})
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lightning_igpt.__main__ import main
-from lightning_igpt.commands import dry_run, plan_cpu, recipes
+from lightning_igpt.commands import dry_run, plan, recipes
 from lightning_igpt.config import PRESETS
 from lightning_igpt.planning import find_device, largest_batch
 from tests.image_files import save_images
@@ -19,7 +19,7 @@ NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size"
 def _work_in_a_folder_of_its_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name, value in {"SIDE": 64, "COPIED": 2**20, "REPEATS": 1}.items():  # how fast this CPU is does not matter here
-        monkeypatch.setattr(plan_cpu, name, value)
+        monkeypatch.setattr(plan, name, value)
 
 
 def dry(capsys, *words):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_igpt.commands.palette import fit, images_of, run, show
+from lightning_igpt.commands.images import images_of
+from lightning_igpt.commands.palette import fit, run, show
 from lightning_igpt.data.sources import open_source
 from lightning_igpt.images import BadImageError
 from lightning_igpt.palette import Palette
@@ -65,7 +66,7 @@ def test_nothing_is_overwritten_by_chance(folder, tmp_path):
     [
         ("p.bin", {}, r"saved as a \.npy file"),
         ("p.npy", {"split": "trian"}, "no split 'trian'; it has train"),
-        ("p.npy", {"n_colors": 5}, "4 distinct colors, fewer than n_colors 5"),
+        ("p.npy", {"n_colors": 5}, "4 distinct colou?rs, fewer than n_colors 5"),
     ],
 )
 def test_mistakes_are_explained(folder, tmp_path, out, options, message):
