@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from lightning_igpt import callbacks, data, modules
 from lightning_igpt.callbacks.disk_check import check_folder
-from lightning_igpt.checkpointing import check_resumable, find_checkpoint, standing
+from lightning_igpt.checkpointing import check_resumable, find_checkpoint
 from lightning_igpt.commands import dry_run, recipes
 from lightning_igpt.commands.arguments import check_seed, one_line_errors
 from lightning_igpt.commands.lightning_parser import (
@@ -32,12 +31,8 @@ from lightning_igpt.commands.lightning_parser import (
 from lightning_igpt.commands.places import check_places
 from lightning_igpt.commands.predictions import write_predictions
 from lightning_igpt.commands.trainer_names import check_names
-from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.modules.deferred import never_drawn
-from lightning_igpt.strategies import choose_strategy
-from lightning_igpt.trainer import best_precision, make_trainer
+from lightning_igpt.trainer import make_trainer
 from lightning_igpt.weights.safety import check_opens_safely
-from lightning_igpt.weights.shards import is_shards
 
 __all__ = ["IGPTCLI", "callbacks", "data", "modules", "run"]  # importing the classes makes their short names known
 
@@ -75,12 +70,8 @@ class IGPTCLI(LightningCLI):
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Let a network be made without weights where no process will hold all of them."""
-        options = self.config[self.subcommand]
-        check_names(options["trainer"])
-        init_args = options["model"].get("init_args", {})
-        if "defer_init" in init_args and not init_args.get("pretrained") and will_shard(options):
-            init_args["defer_init"] = True
+        """Check the names of classes."""
+        check_names(self.config[self.subcommand]["trainer"])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, planned for model and data; only ``fit`` has to be told how long to train."""
@@ -103,7 +94,7 @@ class IGPTCLI(LightningCLI):
         options = super()._prepare_subcommand_kwargs(subcommand)
         path = options.get("ckpt_path")
         if path and str(path).split(":")[0] not in CHECKPOINT_WORDS:
-            check_opens_safely(standing(path))  # our modules do it themselves; a recipe may name others
+            check_opens_safely(path)  # our modules do it themselves; a recipe may name others
         return options | {"weights_only": True}
 
     def before_validate(self) -> None:
@@ -135,7 +126,7 @@ class IGPTCLI(LightningCLI):
         if resume:
             options["ckpt_path"] = self._found(resume)
             self.trainer.callbacks.append(callbacks.SameCheckpoint(options["ckpt_path"]))  # type: ignore[attr-defined]
-        elif path and path not in CHECKPOINT_WORDS and "://" not in path and not Path(standing(path)).exists():
+        elif path and path not in CHECKPOINT_WORDS and "://" not in path and not Path(path).exists():
             raise FileNotFoundError(f"ckpt_path {path} is no file; it names the checkpoint of a run to continue")
 
     def _place(self) -> Path | None:
@@ -160,7 +151,7 @@ class IGPTCLI(LightningCLI):
         place = Path(resume).expanduser()
         if not place.exists():
             raise FileNotFoundError(f"--resume {resume}: there is no such file or folder; say auto, or name one")
-        if place.is_file() or is_shards(place):
+        if place.is_file():
             check_resumable(place, self.model)
             return str(place)
         found = find_checkpoint(place, self.model)
@@ -200,17 +191,6 @@ class IGPTCLI(LightningCLI):
 class _DryRun(IGPTCLI):
     """Tells what would run, and runs nothing."""
 
-    def before_instantiate_classes(self) -> None:
-        check_names(self.config[self.subcommand]["trainer"])
-        init_args = self.config[self.subcommand]["model"].get("init_args", {})
-        if "defer_init" in init_args and not init_args.get("pretrained"):
-            init_args["defer_init"] = True  # a network of any size, without its weights
-
-    def instantiate_classes(self) -> None:
-        """Make model, data and trainer, but draw no weights."""
-        with never_drawn():
-            super().instantiate_classes()
-
     def _run_subcommand(self, subcommand: str) -> None:
         getattr(self, f"before_{subcommand}")()
         checkpoint = self.config_init[subcommand].get("ckpt_path")
@@ -219,28 +199,6 @@ class _DryRun(IGPTCLI):
 
     def check_folder(self, folder: Path) -> None:
         """Nothing is written, not even to see whether it could be."""
-
-
-def will_shard(options: Any) -> bool:
-    """Whether the strategy of a parsed recipe will spread the network over processes."""
-    trainer, init_args = options["trainer"], options["model"]["init_args"]
-    strategy = trainer.get("strategy") or "auto"
-    if not isinstance(strategy, str):
-        return str(strategy.get("class_path")).endswith(("FullyShardedStrategy", "ModelParallelStrategy"))
-    network = init_args.get("network") or "igpt_s"
-    config = ImageGPTConfig.resolve(network if isinstance(network, str | ImageGPTConfig) else dict(network))
-    if init_args.get("image_size"):
-        config = replace(config, image_size=init_args["image_size"])
-    accelerator, data = trainer.get("accelerator") or "auto", options.get("data") or {}
-    return choose_strategy(
-        strategy,
-        accelerator=accelerator,
-        devices=trainer.get("devices"),
-        num_nodes=trainer.get("num_nodes") or 1,
-        precision=str(trainer.get("precision") or best_precision(accelerator)),
-        config=config,
-        batch_size=data.get("init_args", {}).get("batch_size"),
-    ).sharded
 
 
 def run(words: Sequence[str]) -> IGPTCLI:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from lightning.pytorch import Trainer
 
 
 def multiplies_bfloat16(device: torch.device | str) -> bool:
@@ -21,3 +22,12 @@ def multiplies_bfloat16(device: torch.device | str) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return False
+
+
+def current_datamodule(trainer: Trainer) -> Any:
+    """The data module of the call that runs, None where it got loaders; ``trainer.datamodule`` may be an earlier call's.
+
+    ``Trainer._data_connector._datahook_selector``: lightning 2.6.
+    """
+    selector = trainer._data_connector._datahook_selector
+    return None if selector is None else selector.datamodule

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from lightning_igpt.checkpointing import consolidate_checkpoint, standing
 from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.places import check_file, check_folder
 from lightning_igpt.planning import parameter_count
 from lightning_igpt.weights import Pretrained, load_pretrained, native, openai, save_pretrained
 from lightning_igpt.weights.check import check_logits, compare_with_transformers
-from lightning_igpt.weights.shards import is_shards
 
 TOLERANCE = 1e-4  # of the largest logit; float32 in another order of operations stays far below
-SUFFIXES = {"openai-npz": ".npz", "safetensors": ".safetensors", "lightning": ".ckpt"}
+SUFFIXES = {"openai-npz": ".npz", "safetensors": ".safetensors"}
 
 
 def convert(
     source: str,
     out: str,
-    to: Literal["hf", "openai-npz", "safetensors", "lightning"] = "hf",
+    to: Literal["hf", "openai-npz", "safetensors"] = "hf",
     check: bool = False,
     image_size: int | None = None,
     palette: str | None = None,
@@ -55,8 +53,6 @@ def convert(
         check_folder(out, "OUT")
     else:
         check_file(out, "OUT", f"weights{SUFFIXES[to]}")
-    if to == "lightning":
-        _check_whole(source, {"image_size": image_size, **card})
     loaded = load_pretrained(source, palette=palette, image_size=image_size)
     logits = check_logits(loaded.network)
     _row("read", loaded.origin)
@@ -64,11 +60,7 @@ def convert(
     _row("check logits", " ".join(f"{value:.5f}" for value in logits[-1, :4].tolist()) + f" ... of pixel {len(logits)}")
     if check:
         _compare(loaded)
-    if to == "lightning":
-        consolidate_checkpoint(source, out)
-        _row("wrote", f"{out} ({to})")
-    else:
-        _write(loaded, Path(out), to, card)
+    _write(loaded, Path(out), to, card)
     head = loaded.head if to != "openai-npz" else None
     del loaded  # before it comes back from the disk; of large networks there is room for one
     again = load_pretrained(out)
@@ -119,15 +111,6 @@ def _compare(loaded: Pretrained) -> None:
     )
     if not found.difference <= TOLERANCE * max(1.0, found.largest):
         raise ValueError(f"transformers computes other logits: the largest difference is {found.difference:.3g}")
-
-
-def _check_whole(source: str, changes: dict[str, Any]) -> None:
-    """Raise where a checkpoint is not one to be joined, or would have to be changed."""
-    if not is_shards(standing(Path(source).expanduser())):
-        raise ValueError(f"--to lightning makes one file of a folder that a sharded run saved, but {source} is no such")
-    asked = [name for name, value in changes.items() if value is not None]
-    if asked:
-        raise ValueError(f"--to lightning changes nothing in a checkpoint; leave out --{asked[0]}")
 
 
 def _check_out(out: str, to: str) -> None:

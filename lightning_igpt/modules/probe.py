@@ -1,52 +1,34 @@
-"""Linear probes: a classifier on the pooled features of every layer (paper, sections 2.4, 3.4, 4.4 and 4.6).
-
-How the classifiers come about stands in ``lbfgs`` and ``sgd``.
-"""
+"""Linear probes: a classifier on the pooled features of every layer (paper, sections 2.4, 3.4, 4.4 and 4.6)."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.features import C_GRID
-from lightning_igpt.modules.batches import Batch, need_labels, read_batch
-from lightning_igpt.modules.probing.fitting import Logistic
-from lightning_igpt.modules.probing.heads import ConcatHead, vote
-from lightning_igpt.modules.probing.lbfgs import Lbfgs
-from lightning_igpt.modules.probing.scores import Scores
-from lightning_igpt.modules.probing.settings import (
-    check_concat,
-    check_fit,
-    check_same_probe,
-    check_votes,
-    choose_layers,
-)
-from lightning_igpt.modules.probing.sgd import RunningScale, Sgd
-from lightning_igpt.modules.resumable import ResumableModule
-from lightning_igpt.modules.shared import (
-    NetworkLike,
-    PaletteLike,
-    adopt_class_names,
-    build_network,
-    check_class_names,
-    check_mask_ratio,
-    evaluation_masks,
-    keep_rates,
-    register,
-    sample_numbers,
-)
+from lightning_igpt.model import ImageGPT
+from lightning_igpt.modules import build, resume, solvers
+from lightning_igpt.modules.batches import Batch, evaluation_masks, need_labels, read_batch, sample_numbers
+from lightning_igpt.modules.build import NetworkLike, PaletteLike
 from lightning_igpt.objectives import MASK_RATIO
+from lightning_igpt.optim import warmup_cosine
+from lightning_igpt.palette import Palette
 
 log = logging.getLogger(__name__)
 
 RESULTS = "probe_results"  # key in a checkpoint
+MOMENTUM = 0.9  # of SGD: paper, section 3.4
 
 
-class ProbeModule(ResumableModule):
+class ProbeModule(LightningModule):
     """Measure how linearly separable the classes are at each layer of a frozen network.
 
     With solver=lbfgs, one pass over the training images collects the features of all layers, one classifier per layer
@@ -68,14 +50,14 @@ class ProbeModule(ResumableModule):
         solver: ``lbfgs`` fits to all features at once, as the paper does for CIFAR and STL-10. ``sgd`` keeps no
             features, as the paper does for ImageNet: momentum 0.9 and a cosine to zero over the run; it needs a loader
             that shuffles.
-        concat: lbfgs only: an odd number of layers, centred on the best, that are fitted together as soon as validation
+        concat: lbfgs only: an odd number of layers, centered on the best, that are fitted together as soon as validation
             has picked that one (the paper: 5); logged as ``val/concat_accuracy`` and ``test/concat_accuracy``. Default:
             no such classifier.
         c: lbfgs only: inverse strength of the L2 penalty, as scikit-learn's C; the paper does not state it. From a list
             each layer takes what is best on a held-out tenth of the training images, then fits to all of them.
             Default: the list 0.001, 0.01, 0.1, 1, 10.
         standardize: Scale each feature to mean 0 and variance 1 first; the paper does not state it. Under SGD this is
-            batch normalisation without gain and bias, our choice as in the probes of MAE (He et al., 2022).
+            batch normalization without gain and bias, our choice as in the probes of MAE (He et al., 2022).
         max_iter: lbfgs only: upper bound on steps per classifier.
         lr: sgd only: learning rate at the start. The paper tried 30, 10, 3, ... and does not state its scaling.
         weight_decay: sgd only: L2 decay of the weights. The paper states none.
@@ -93,10 +75,16 @@ class ProbeModule(ResumableModule):
         ValueError: A layer does not exist, or arguments contradict each other or the loaded weights.
     """
 
+    network: ImageGPT
+    palette: Palette
     palette_colors: Tensor
+    origin: str | None
+    validated_at: int | None = None  # the optimizer step of the last validation
+    random_states: Any = None  # nothing is drawn in training
     weight: nn.Parameter  # (layers, C, D)
     bias: Tensor  # (layers, C); a parameter under SGD
     best: Tensor  # index into layers of the best on validation; -1 before any validation
+    results: list[dict[str, Any]]  # a row per layer: layer, c, val_accuracy, test_accuracy; last that of concat, "8-12"
 
     def __init__(
         self,
@@ -122,28 +110,40 @@ class ProbeModule(ResumableModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = solver == "sgd"  # L-BFGS sees all features at once, not batches
+        self.automatic_optimization = solver == "sgd"  # L-BFGS needs all features at once, not batches
         grid = list(C_GRID) if c is None else list(c) if isinstance(c, (list, tuple)) else [c]
         numbers = {"max_iter": max_iter, "lr": lr, "weight_decay": weight_decay, "max_feature_bytes": max_feature_bytes}
-        check_fit(solver, grid, **numbers)
-        check_class_names(class_names, num_classes)
-        check_mask_ratio(mask_ratio)
-        built = build_network(network, palette, pretrained, image_size=image_size)
-        self.network, self.palette, self.origin, self.origin_path = built
-        self.network.requires_grad_(False).eval()
-        check_votes(self.config.objective, mask_inputs, n_masks)
-        self.layers = choose_layers(layers, self.config.n_layer)
-        check_concat(concat, len(self.layers), solver)
+        _check_fit(solver, grid, **numbers)
+        build.check_class_names(class_names, num_classes)
+        build.check_mask_ratio(mask_ratio)
+        build.check_settings(above_zero={"n_masks": n_masks}, not_below_zero={})
         self.pretrained, self.class_names, self.lr, self.weight_decay = pretrained, class_names, lr, weight_decay
         self.solver, self.c, self.standardize, self.concat = solver, c, standardize, concat
         self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
-        logistic = Logistic(grid, standardize=standardize, max_iter=max_iter, seed=seed)
-        self._solver = Sgd(lr, weight_decay) if solver == "sgd" else Lbfgs(logistic, max_feature_bytes)
         probed = {"layers": layers, "solver": solver, "concat": concat, "c": c, "standardize": standardize}
         masks = {"mask_ratio": mask_ratio, "mask_inputs": mask_inputs, "n_masks": n_masks, "seed": seed}
         classes = {"num_classes": num_classes, "class_names": class_names}
-        register(self, self.network, self.palette, **probed, **numbers, **masks, **classes)
+        built = build.build_network(network, palette, pretrained, image_size=image_size)
+        build.register(self, built, **probed, **numbers, **masks, **classes)
+        self.network.requires_grad_(False).eval()
+        if self.config.objective == "bert" and not mask_inputs and n_masks > 1:
+            raise ValueError(f"mask_inputs=False uses no mask, but n_masks is {n_masks}; set n_masks=1")
+        self.layers = solvers.choose_layers(layers, self.config.n_layer)
+        solvers.check_concat(concat, len(self.layers), solver)
+        self.correct = solvers.Correct(len(self.layers) + 1)  # the last counts for concat
+        self._how = solvers.Logistic(grid, standardize, max_iter, seed)
+        self._training, self._validation = (solvers.FeatureStore(max_feature_bytes) for _ in range(2))
+        self._n_rows: int | None = None  # of the training images, where a sampler repeats some
         self._set_classes(num_classes or 0)
+
+    @property
+    def config(self) -> ImageGPTConfig:
+        """The network's shape; data modules read ``image_size`` here."""
+        return self.network.config
+
+    def tokens_of(self, batch: Any) -> Tensor:
+        """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
+        return read_batch(batch, self.palette, self.config).tokens
 
     @property
     def best_layer(self) -> int:
@@ -155,28 +155,24 @@ class ProbeModule(ResumableModule):
         return self.layers[self._picked()]
 
     @property
-    def results(self) -> list[dict[str, Any]]:
-        """A row per layer: layer, c, val_accuracy, test_accuracy, None where unknown; last that of concat, "8-12"."""
-        return self.scores.rows
-
-    @property
     def accuracy_by_layer(self) -> dict[int, float]:
         """Accuracy per layer of the last validation or test."""
-        return self.scores.by_layer(self._last) if self._last else {}
+        return self._by_layer(self._last) if self._last else {}
 
     @property
     def c_by_layer(self) -> dict[int, float]:
         """The c that each layer's classifier was fitted with; empty under SGD."""
-        return self.scores.by_layer("c")
+        return self._by_layer("c")
 
     def setup(self, stage: str) -> None:
-        super().setup(stage)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ValueError("a probe's network is frozen and is not sharded; use strategy='ddp', or one device")
         if not self.num_classes:
-            found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
-            if found is None:
-                raise ValueError("num_classes is unknown: the data does not tell it, so set num_classes=")
-            self._set_classes(int(found))
-        adopt_class_names(self, self.num_classes)
+            count, _ = build.classes_of_data(self.trainer)
+            if count is None:
+                raise ValueError("num_classes is unknown: the data does not name its classes, so set num_classes=")
+            self._set_classes(count)
+        build.adopt_class_names(self)
 
     def train(self, mode: bool = True) -> ProbeModule:
         """Keep the frozen network in evaluation mode, whatever Lightning asks for."""
@@ -197,38 +193,50 @@ class ProbeModule(ResumableModule):
                 weight, bias = weight.detach(), bias.detach()
             return torch.einsum("...ld,lcd->...lc", features, weight) + bias
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         if self.pretrained is None:
             log.warning("no pretrained=: probing a network that was never trained")
-
-    def on_train_start(self) -> None:
-        self.scores.clear()
-        self._solver.start(self)
-        super().on_train_start()
+        self._clear_results()
+        if self.solver == "lbfgs":  # forget an earlier fit
+            self._close()
+            self.weight.data.zero_()
+            self.bias.zero_()
+            self.best.fill_(-1)
+            if self.concat_head is not None:
+                self.concat_head.center.fill_(-1)
+        resume.start_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         read = read_batch(batch, self.palette, self.config)
         labels, features = need_labels(read, self.num_classes), self._features(read, batch_idx)[0]
-        return self._solver.step(self, features, labels, read.samples, batch_idx)
+        if self.solver == "lbfgs":
+            self._collect(features, labels, read.samples, batch_idx)
+            return None
+        logits = self.logits(features, batches=self.trainer.fit_loop.total_batch_idx + 1)  # (B, layers, C)
+        mean = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(len(self.layers)))
+        self.log("train/cross_entropy", mean, prog_bar=True)
+        return mean * len(self.layers)  # so that each layer learns as if it were alone
 
     def on_train_end(self) -> None:
-        self._solver.end(self)
+        if len(self._training):
+            log.warning("concat=%d was not fitted: without validation data no layer was picked", self.concat)
+        self._close()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        # Before the fit, a sanity check still finds bad batches and labels; other validation has nothing to say.
+        # Before the fit, a sanity check still finds bad batches and labels; other validation has nothing to count.
         if self.trainer.sanity_checking or self.weight.any():
             self._evaluate(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
+        build.note_validation(self)
         if self.trainer.sanity_checking or not self.weight.any():
             return
         accuracy = self._finish("val", "probe")
         self.best.fill_(int(accuracy.argmax()))
         self.log("val/accuracy", accuracy.max(), prog_bar=True, sync_dist=True)
         self.log("val/best_layer", float(self.best_layer), sync_dist=True)
-        if isinstance(self._solver, Lbfgs) and self._solver.waits:
-            self._solver.fit_together(self)
+        if len(self._training):
+            self._fit_together()
         self._finish_concat("val")
 
     def on_test_start(self) -> None:
@@ -260,51 +268,70 @@ class ProbeModule(ResumableModule):
         return self.logits(features)[:, :, self._picked()].softmax(-1).mean(0)
 
     def configure_optimizers(self) -> Any:
-        return self._solver.configure(self)
+        if self.solver == "lbfgs":
+            return solvers.WholeFit([self.weight])
+        total, _ = resume.total_steps(self.trainer)
+        groups: list[dict[str, Any]] = [
+            {"params": [self.weight], "weight_decay": self.weight_decay, "lr_scale": 1.0, "decayed": True},
+            {"params": [self.bias], "lr_scale": 1.0, "decayed": False},
+        ]
+        optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=MOMENTUM)
+        scheduler = warmup_cosine(optimizer, warmup_steps=0, total_steps=total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        super().check_checkpoint(checkpoint)
-        check_same_probe(self.hparams, checkpoint["hyper_parameters"], self.config.n_layer)
+        """Raise ValueError where the checkpoint's classifiers are not this probe's; names both values."""
+        build.check_stamp(self, checkpoint)
+        saved = checkpoint["hyper_parameters"]
+        for name, before in (("layers", "all"), ("solver", "lbfgs"), ("concat", None)):  # before they were options
+            theirs, mine = saved.get(name, before), self.hparams[name]
+            if name == "layers":
+                theirs, mine = solvers.choose_layers(theirs, self.config.n_layer), self.layers
+            if theirs != mine:
+                raise ValueError(f"the checkpoint's probe has {name}={theirs}, this one {name}={mine}; make them equal")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
+        build.stamp(self, checkpoint)
         checkpoint[RESULTS] = [dict(row) for row in self.results]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if "state_dict" in checkpoint:  # ModelParallelStrategy has loaded and removed it
-            self._set_classes(checkpoint["state_dict"]["bias"].shape[1])
-        self.scores.rows = [dict(row) for row in checkpoint.get(RESULTS, self.results)]
-        keep_rates(self, checkpoint)
-        for state in checkpoint.get("optimizer_states", []):
-            state["param_groups"][0]["weight_decay"] = self.weight_decay
-
-    def _moving(self) -> dict[str, Tensor]:
-        return {} if self.scale is None else {f"scale.{name}": value for name, value in self.scale.named_buffers()}
+        self.check_checkpoint(checkpoint)
+        build.take_origin(self, checkpoint)
+        self._set_classes(checkpoint["state_dict"]["bias"].shape[1])
+        self.results = [dict(row) for row in checkpoint.get(RESULTS, self.results)]
+        resume.load_run_state(self, checkpoint)
 
     def _picked(self) -> int:
         if len(self.layers) > 1 and self.best < 0:
-            raise ValueError("no layer was picked: fit with validation data, or name a single one in layers=")
+            raise ValueError("no layer was picked: fit with validation data, or name a single layer in layers=")
         return max(0, int(self.best))
 
     def _set_classes(self, num_classes: int) -> None:
-        """Make the classifiers, for a number of classes that the data may tell only in ``setup``."""
-        n_layers, width, descends = len(self.layers), self.config.n_embd, isinstance(self._solver, Sgd)
+        """Make the classifiers, for a number of classes that may come from the data only in ``setup``."""
+        n_layers, width, device = len(self.layers), self.config.n_embd, self.device
         self.num_classes = num_classes
         self.hparams["num_classes"] = num_classes or None
-        # A parameter, because Lightning's distributed strategies want one; under L-BFGS no gradient ever reaches it.
-        self.weight = nn.Parameter(torch.zeros(n_layers, num_classes, width, device=self.device))
-        bias = torch.zeros(n_layers, num_classes, device=self.device)
-        if descends:
+        # A parameter, because Lightning's distributed strategies need one; under L-BFGS no gradient ever reaches it.
+        self.weight = nn.Parameter(torch.zeros(n_layers, num_classes, width, device=device))
+        bias = torch.zeros(n_layers, num_classes, device=device)
+        if self.solver == "sgd":
             self.bias = nn.Parameter(bias)
         else:
             self.register_buffer("bias", bias)
-        self.register_buffer("best", torch.full((), -1, dtype=torch.long, device=self.device))
-        self.scale = RunningScale(n_layers, width).to(self.device) if descends and self.standardize else None
-        concat = ConcatHead(self.layers, self.concat, num_classes, width) if self.concat else None
-        self.concat_head = None if concat is None else concat.to(self.device)
-        self.scores = Scores(self.layers, num_classes).to(self.device)
-        self._last = ""
+        self.register_buffer("best", torch.full((), -1, dtype=torch.long, device=device))
+        scaled = self.solver == "sgd" and self.standardize
+        self.scale = solvers.RunningScale(n_layers, width).to(device) if scaled else None
+        concat = solvers.ConcatHead(self.layers, self.concat, num_classes, width) if self.concat else None
+        self.concat_head = None if concat is None else concat.to(device)
+        self._clear_results()
+
+    def _clear_results(self) -> None:
+        self.results = [_row(layer) for layer in self.layers]
+        self._last = ""  # the column of the last evaluation
+
+    def _by_layer(self, column: str) -> dict[int, float]:
+        values = {layer: row[column] for layer, row in zip(self.layers, self.results, strict=False)}
+        return {layer: value for layer, value in values.items() if value is not None}
 
     def _features(self, read: Batch, batch_idx: int, *, every_mask: bool = False) -> Tensor:
         """Pooled taps under the first or every mask of an evaluation, float32 (M, B, layers, D)."""
@@ -313,31 +340,104 @@ class ProbeModule(ResumableModule):
             taps = [self.network.features(read.tokens, self.layers, masked=mask) for mask in masks]
         return torch.stack(taps).float()
 
+    def _collect(self, features: Tensor, labels: Tensor, samples: Any, batch_idx: int) -> None:
+        """Keep the features (B, layers, D) of a training batch, and fit at the last.
+
+        Every image counts once, on several devices too: repeats are known by the loader's sample numbers, or by the
+        layout of torch's DistributedSampler, which Lightning puts into ordinary loaders.
+        """
+        if batch_idx and not len(self._training):
+            raise ValueError(
+                f"this run was cut off after {batch_idx} batches, before the fit, and a checkpoint does not hold the "
+                "features; start again without ckpt_path"
+            )
+        if not isinstance(samples, Tensor):
+            self._n_rows = solvers.rows_before_padding(self.trainer.train_dataloader)
+            row = torch.arange(len(self._training), len(self._training) + len(labels))
+            samples = row * self.trainer.world_size + self.global_rank
+        self._training.add(features, labels, samples)
+        if self.trainer.is_last_batch:
+            optimizer: Any = self.optimizers()
+            optimizer.step(self._fit_layers)
+            self.trainer.should_stop = True  # one pass is all there is to learn from frozen features
+
+    def _fit_layers(self) -> None:
+        heads = self._fit([[place] for place in range(len(self.layers))])
+        for place, (layer, head) in enumerate(zip(self.layers, heads, strict=True)):
+            self.weight.data[place], self.bias[place], self.results[place]["c"] = head
+            self.log(f"probe/layer_{layer}/c", head.c, on_step=False, on_epoch=True, sync_dist=True)
+        if self.concat_head is None:
+            self._close()
+
+    def _fit_together(self) -> None:
+        """Fit to the layers around the best, and count the images that validation has kept."""
+        head: Any = self.concat_head
+        kept, together = self._validation, len(self.layers)
+        head.center.copy_(self.best)
+        (fitted,) = self._fit([head.places])
+        head.weight.copy_(fitted.weight)
+        head.bias.copy_(fitted.bias)
+        self.results[together:] = [_row(head.name, fitted.c)]
+        self.log("probe/concat/c", fitted.c, sync_dist=True)
+        labels, samples = kept.labels.to(self.device), kept.numbers.to(self.device)  # (N,)
+        logits = head(lambda place: kept.column(place).to(self.device))  # (N * M, C)
+        logits = logits.unflatten(0, (len(labels), -1)).transpose(0, 1).unsqueeze(2)  # (M, N, 1, C)
+        self.correct.update(solvers.vote(logits, samples, seed=self.seed), labels, first=together)
+        self._close()
+
+    def _fit(self, groups: Sequence[Sequence[int]]) -> list[solvers.Head]:
+        options: dict[str, Any] = {"num_classes": self.num_classes, "device": self.device, "n_rows": self._n_rows}
+        options |= {"rank": self.global_rank, "world_size": self.trainer.world_size}
+        # A line search is lost in bfloat16, and in validation Lightning forbids gradients.
+        with torch.autocast(self.device.type, enabled=False), torch.inference_mode(False):
+            return solvers.fit_heads(self._training, groups, self._how, **options)
+
+    def _close(self) -> None:
+        self._training.close()
+        self._validation.close()
+
     def _evaluate(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Count; return probabilities (B, layers, C), predictions (B, layers) and labels (B,)."""
         read = read_batch(batch, self.palette, self.config)
         labels, features = need_labels(read, self.num_classes), self._features(read, batch_idx, every_mask=True)
         samples, head, logits = sample_numbers(self, read, batch_idx), self.concat_head, self.logits(features)
-        predictions = vote(logits, samples, seed=self.seed)
+        predictions = solvers.vote(logits, samples, seed=self.seed)
         if not self.trainer.sanity_checking:
-            self.scores.update(predictions, labels)
+            self.correct.update(predictions, labels)
             if head is not None and head.fitted:
                 together = head(lambda place: features[:, :, place]).unsqueeze(2)  # (M, B, 1, C)
-                self.scores.update(vote(together, samples, seed=self.seed), labels, first=len(self.layers))
-            elif isinstance(self._solver, Lbfgs) and self._solver.waits:
-                self._solver.keep(features, labels, samples)
+                self.correct.update(solvers.vote(together, samples, seed=self.seed), labels, first=len(self.layers))
+            elif len(self._training):  # until the layers are fitted together: of each label M rows
+                self._validation.add(features.transpose(0, 1).flatten(0, 1), labels, samples)
         return logits.softmax(-1).mean(0), predictions, labels
 
     def _finish(self, stage: str, prefix: str) -> Tensor:
-        """Log and return each layer's accuracy, (layers,)."""
+        """Tabulate, log and return each layer's accuracy, (layers,)."""
         self._last = f"{stage}_accuracy"
-        accuracy = self.scores.finish(self._last, range(len(self.layers)))
-        for layer, value in zip(self.layers, accuracy, strict=True):
+        accuracy: Tensor = self.correct.compute()[: len(self.layers)]
+        for layer, row, value in zip(self.layers, self.results, accuracy, strict=False):
+            row[self._last] = value.item()
             self.log(f"{prefix}/layer_{layer}/accuracy", value, sync_dist=True)
         return accuracy
 
     def _finish_concat(self, stage: str) -> None:
         if self.concat_head is not None and self.concat_head.fitted:
-            place = len(self.layers)
-            accuracy = self.scores.finish(f"{stage}_accuracy", range(place, place + 1))
-            self.log(f"{stage}/concat_accuracy", accuracy[0], sync_dist=True)
+            accuracy = self.correct.compute()[-1]
+            self.results[-1][self._last] = accuracy.item()
+            self.log(f"{stage}/concat_accuracy", accuracy, sync_dist=True)
+        self.correct.reset()
+
+
+def _row(layer: int | str, c: float | None = None) -> dict[str, Any]:
+    return {"layer": layer, "c": c, "val_accuracy": None, "test_accuracy": None}
+
+
+def _check_fit(solver: str, grid: Sequence[float], **numbers: float) -> None:
+    if solver not in ("lbfgs", "sgd"):
+        raise ValueError(f"solver is {solver!r}; it must be 'lbfgs' or 'sgd'")
+    if not grid:
+        raise ValueError("c is an empty list; give one value or several to choose from")
+    for c in grid:
+        build.check_settings(above_zero={"c": c}, not_below_zero={})
+    above = {name: numbers.pop(name) for name in ("max_iter", "lr")}
+    build.check_settings(above_zero=above, not_below_zero=numbers)
