@@ -118,6 +118,8 @@ def shard_network(module: Any) -> None:
     for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False  # FSDP2 keeps its buffers, and those made in inference mode cannot be trained
     if is_sharded(network):  # Lightning configures a model at each fit and evaluation
+        for part in filter(is_sharded, module.modules()):
+            part.reshard()  # after an evaluation the rest of the network is still gathered
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -127,7 +129,7 @@ def shard_network(module: Any) -> None:
         fully_shard(block.ln_1, **options)  # ImageGPT.features calls it before the block
         fully_shard(block, **options)
     for unit in (network, *(child for name, child in module.named_children() if name == "head")):
-        fully_shard(unit, reshard_after_forward=True, **options)
+        fully_shard(unit, **options)
     for method in ("hidden", "features"):
         register_fsdp_forward_method(network, method)
     if network.wte.weight.is_meta:
