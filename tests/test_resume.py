@@ -42,7 +42,9 @@ class Recorder(Callback):
     def on_validation_end(self, trainer, module):
         if not trainer.sanity_checking:
             metrics = trainer.callback_metrics
-            self.validations[trainer.global_step] = {name: metrics[name].item() for name in VALIDATED if name in metrics}
+            self.validations[trainer.global_step] = {
+                name: metrics[name].item() for name in VALIDATED if name in metrics
+            }
             self.save("validation", trainer)
 
     def on_train_epoch_end(self, trainer, _):

@@ -105,7 +105,9 @@ def shard_network(module: Any) -> None:
     Raises:
         ValueError: The strategy asks for tensor parallelism, or another strategy gets a sharded network.
     """
-    trainer, network = module.trainer, module.network
+    trainer, network = trainer_of(module), module.network
+    if trainer is None:  # load_from_checkpoint configures the model, too
+        return
     strategy = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy):
         if is_sharded(network):

@@ -143,7 +143,9 @@ def test_checkpoints_cross_strategies(tmp_path, make):
     assert_same_run(rest, run("one", ckpt_path=tmp_path / "two.ckpt"))
     one, two = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("one", "two"))
     assert one["state_dict"].keys() == two["state_dict"].keys()
-    assert torch.equal(load_pretrained(tmp_path / "two.ckpt").network.wte.weight, two["state_dict"]["network.wte.weight"])
+    assert torch.equal(
+        load_pretrained(tmp_path / "two.ckpt").network.wte.weight, two["state_dict"]["network.wte.weight"]
+    )
 
 
 def test_tensor_parallelism_is_refused(tmp_path):
@@ -178,7 +180,7 @@ class TestMethods:
             assert all(isinstance(parameter, DTensor) for parameter in sharded.h.parameters())
 
     def test_completions(self, networks):
-        plain, sharded = networks
+        _, sharded = networks
         prompt = batches(TINY, 1)[0]["tokens"][:2, :8]
         drawn = [complete(one, prompt, n_samples=2, generator=torch.Generator().manual_seed(3)) for one in networks]
         assert torch.equal(*drawn)
