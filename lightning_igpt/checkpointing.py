@@ -237,10 +237,7 @@ def _explained(error: Exception, target: Path, temporary: Path) -> OSError:
 
 def _sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut. Windows cannot open a folder and needs no such thing."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
-    finally:
         os.close(descriptor)

@@ -25,9 +25,18 @@ def multiplies_bfloat16(device: torch.device | str) -> bool:
 
 
 def current_datamodule(trainer: Trainer) -> Any:
-    """The data module of the call that runs, None where it got loaders; ``trainer.datamodule`` may be an earlier call's.
+    """The data module in use now, None where there are loaders; ``trainer.datamodule`` may be an earlier call's.
 
     ``Trainer._data_connector._datahook_selector``: lightning 2.6.
     """
     selector = trainer._data_connector._datahook_selector
     return None if selector is None else selector.datamodule
+
+
+def allow_clipping(optimizer: Any) -> Any:
+    """Let Lightning clip gradients of a fused optimizer, which it refuses in bf16-mixed, where no scale is involved.
+
+    ``Optimizer._step_supports_amp_scaling``: torch 2.10 to 2.14. Without the mark a GradScaler undoes its scale itself.
+    """
+    optimizer._step_supports_amp_scaling = False
+    return optimizer

@@ -85,7 +85,7 @@ def build_network(
 
 
 def register(module: Any, built: Built, **hyperparameters: Any) -> None:
-    """Attach network and palette; keep hyperparameters as plain values, so that a checkpoint needs nothing else to open.
+    """Attach network and palette; keep hyperparameters as plain values, so that a checkpoint opens by itself.
 
     The network's config takes the place of ``network`` and ``pretrained``: a checkpoint holds the weights.
     """
@@ -296,7 +296,7 @@ def check_class_names(names: Any, num_classes: int | None) -> None:
 
 
 def classes_of_data(trainer: Trainer) -> tuple[int | None, list[str] | None]:
-    """(number, names) of the classes of the data that is trained or evaluated on now, if it is a data module of ours."""
+    """(number, names) of the classes of the data module that is in use now, if it is one of this package's."""
     data = current_datamodule(trainer)
     return (data.num_classes, data.class_names) if hasattr(data, "needs_labels") else (None, None)
 

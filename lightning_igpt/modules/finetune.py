@@ -21,6 +21,7 @@ from lightning_igpt.modules.build import NetworkLike, PaletteLike
 from lightning_igpt.objectives import MASK_RATIO, majority_vote, masked_pixel_loss, next_pixel_loss
 from lightning_igpt.optim import make_adam, warmup_constant, warmup_cosine
 from lightning_igpt.palette import Palette
+from lightning_igpt.private import allow_clipping
 
 log = logging.getLogger(__name__)
 
@@ -185,21 +186,13 @@ class FineTuneModule(LightningModule):
         return _mean_over_masks(self._per_mask(read, batch_idx)).softmax(-1)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._adam()
+        optimizer = allow_clipping(self._adam())
         if self.schedule == "cosine":
             total, _ = resume.total_steps(self.trainer)
             scheduler = warmup_cosine(optimizer, warmup_steps=self.warmup_steps, total_steps=total)
         else:
             scheduler = warmup_constant(optimizer, warmup_steps=self.warmup_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        resume.clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Raise ValueError where a run of this module cannot continue from a checkpoint; names both values."""

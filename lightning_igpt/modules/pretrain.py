@@ -17,6 +17,7 @@ from lightning_igpt.modules.build import NetworkLike, PaletteLike
 from lightning_igpt.objectives import MASK_RATIO, masked_pixel_loss, nats_to_bits, next_pixel_loss, pixel_nats
 from lightning_igpt.optim import MuonAdam, default_warmup, make_adam, warmup_cosine
 from lightning_igpt.palette import Palette
+from lightning_igpt.private import allow_clipping
 from lightning_igpt.sampling import complete, inpaint
 
 
@@ -80,17 +81,9 @@ class PretrainModule(LightningModule):
         build.check_mask_ratio(mask_ratio)
         self.optimizer, self.lr, self.betas, self.weight_decay = optimizer, lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.mask_ratio, self.seed = warmup_steps, mask_ratio, seed
-        build.register(
-            self,
-            build.build_network(network, palette, pretrained, objective, image_size),
-            optimizer=optimizer,
-            lr=lr,
-            betas=list(betas),
-            weight_decay=weight_decay,
-            warmup_steps=warmup_steps,
-            mask_ratio=mask_ratio,
-            seed=seed,
-        )
+        adam = {"lr": lr, "betas": list(betas), "weight_decay": weight_decay, "warmup_steps": warmup_steps}
+        built = build.build_network(network, palette, pretrained, objective, image_size)
+        build.register(self, built, optimizer=optimizer, **adam, mask_ratio=mask_ratio, seed=seed)
         self.metrics = build.metrics_by_stage(build.Mean)
 
     @property
@@ -151,19 +144,11 @@ class PretrainModule(LightningModule):
         return self.palette.dequantize(complete(self.network, tokens[:, :given], generator=generator)[:, 0])
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._optimizer()
+        optimizer = allow_clipping(self._optimizer())
         total, per_epoch = resume.total_steps(self.trainer)
         warmup = default_warmup(total, per_epoch) if self.warmup_steps is None else self.warmup_steps
         scheduler = warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        resume.clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Raise ValueError where a run of this module cannot continue from a checkpoint; names both values."""

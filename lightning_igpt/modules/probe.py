@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.features import C_GRID
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.modules import build, resume, solvers
+from lightning_igpt.modules import build, heads, resume
 from lightning_igpt.modules.batches import Batch, evaluation_masks, need_labels, read_batch, sample_numbers
 from lightning_igpt.modules.build import NetworkLike, PaletteLike
+from lightning_igpt.modules.solvers import Lbfgs, Logistic, WholeFit
 from lightning_igpt.objectives import MASK_RATIO
 from lightning_igpt.optim import warmup_cosine
 from lightning_igpt.palette import Palette
@@ -43,32 +44,28 @@ class ProbeModule(LightningModule):
         layers: ``all``, or a list of layer numbers: 0 is the input of the first block, n_layer the final norm.
         network: Preset name or the fields of an ImageGPTConfig. Default: the network of ``pretrained``, else igpt_s.
         palette: As in PretrainModule. Default: the palette of ``pretrained``, else openai.
-        image_size: Side of the images in pixels. Default: the network's own. With ``pretrained`` of another size its
-            table of positions is interpolated.
+        image_size: Side of the images in pixels; positions are interpolated. Default: the network's own.
         num_classes: Number of classes. Default: the data's.
         class_names: Names of the classes. Default: the data's.
         solver: ``lbfgs`` fits to all features at once, as the paper does for CIFAR and STL-10. ``sgd`` keeps no
             features, as the paper does for ImageNet: momentum 0.9 and a cosine to zero over the run; it needs a loader
             that shuffles.
-        concat: lbfgs only: an odd number of layers, centered on the best, that are fitted together as soon as validation
-            has picked that one (the paper: 5); logged as ``val/concat_accuracy`` and ``test/concat_accuracy``. Default:
-            no such classifier.
+        concat: lbfgs only: an odd number of layers, centered on the best, that are fitted together once validation has
+            picked that (the paper: 5); logged as ``val/concat_accuracy`` and ``test/concat_accuracy``. Default: none.
         c: lbfgs only: inverse strength of the L2 penalty, as scikit-learn's C; the paper does not state it. From a list
-            each layer takes what is best on a held-out tenth of the training images, then fits to all of them.
-            Default: the list 0.001, 0.01, 0.1, 1, 10.
+            (default: 0.001, 0.01, 0.1, 1, 10) each layer takes what is best on a held-out tenth of the training images,
+            then fits to all of them.
         standardize: Scale each feature to mean 0 and variance 1 first; the paper does not state it. Under SGD this is
             batch normalization without gain and bias, our choice as in the probes of MAE (He et al., 2022).
         max_iter: lbfgs only: upper bound on steps per classifier.
         lr: sgd only: learning rate at the start. The paper tried 30, 10, 3, ... and does not state its scaling.
         weight_decay: sgd only: L2 decay of the weights. The paper states none.
         mask_ratio: BERT networks only: probability that an input pixel is hidden.
-        mask_inputs: BERT networks only: hide input pixels, in evaluation too, as the paper does. False probes whole
-            images.
+        mask_inputs: BERT networks only: hide input pixels, in evaluation too, as the paper does.
         n_masks: BERT networks only: masks under which an image is evaluated. With several, accuracy counts the class
             that most masks vote for (section 4.6: 5), ties at random; predictions are the mean of the probabilities.
-            In training an image has one mask.
-        max_feature_bytes: lbfgs only: features beyond so many bytes per process (default 4 GiB) wait in temporary files
-            instead of memory; TMPDIR says where.
+        max_feature_bytes: lbfgs only: features beyond so many bytes per process (default 4 GiB) move to temporary
+            files; TMPDIR names their folder.
         seed: Seed of BERT's masks, of ties between their votes, and of the tenth that c is chosen on.
 
     Raises:
@@ -84,7 +81,7 @@ class ProbeModule(LightningModule):
     weight: nn.Parameter  # (layers, C, D)
     bias: Tensor  # (layers, C); a parameter under SGD
     best: Tensor  # index into layers of the best on validation; -1 before any validation
-    results: list[dict[str, Any]]  # a row per layer: layer, c, val_accuracy, test_accuracy; last that of concat, "8-12"
+    results: list[dict[str, Any]]  # a row per layer: layer, c, val_accuracy, test_accuracy; last that of concat
 
     def __init__(
         self,
@@ -113,7 +110,7 @@ class ProbeModule(LightningModule):
         self.automatic_optimization = solver == "sgd"  # L-BFGS needs all features at once, not batches
         grid = list(C_GRID) if c is None else list(c) if isinstance(c, (list, tuple)) else [c]
         numbers = {"max_iter": max_iter, "lr": lr, "weight_decay": weight_decay, "max_feature_bytes": max_feature_bytes}
-        _check_fit(solver, grid, **numbers)
+        heads.check_fit(solver, grid, **numbers)
         build.check_class_names(class_names, num_classes)
         build.check_mask_ratio(mask_ratio)
         build.check_settings(above_zero={"n_masks": n_masks}, not_below_zero={})
@@ -128,12 +125,10 @@ class ProbeModule(LightningModule):
         self.network.requires_grad_(False).eval()
         if self.config.objective == "bert" and not mask_inputs and n_masks > 1:
             raise ValueError(f"mask_inputs=False uses no mask, but n_masks is {n_masks}; set n_masks=1")
-        self.layers = solvers.choose_layers(layers, self.config.n_layer)
-        solvers.check_concat(concat, len(self.layers), solver)
-        self.correct = solvers.Correct(len(self.layers) + 1)  # the last counts for concat
-        self._how = solvers.Logistic(grid, standardize, max_iter, seed)
-        self._training, self._validation = (solvers.FeatureStore(max_feature_bytes) for _ in range(2))
-        self._n_rows: int | None = None  # of the training images, where a sampler repeats some
+        self.layers = heads.choose_layers(layers, self.config.n_layer)
+        heads.check_concat(concat, len(self.layers), solver)
+        self.correct = heads.Correct(len(self.layers) + 1)  # the last counts for concat
+        self._lbfgs = Lbfgs(Logistic(grid, standardize, max_iter, seed), max_feature_bytes)
         self._set_classes(num_classes or 0)
 
     @property
@@ -198,7 +193,7 @@ class ProbeModule(LightningModule):
             log.warning("no pretrained=: probing a network that was never trained")
         self._clear_results()
         if self.solver == "lbfgs":  # forget an earlier fit
-            self._close()
+            self._lbfgs.close()
             self.weight.data.zero_()
             self.bias.zero_()
             self.best.fill_(-1)
@@ -210,7 +205,7 @@ class ProbeModule(LightningModule):
         read = read_batch(batch, self.palette, self.config)
         labels, features = need_labels(read, self.num_classes), self._features(read, batch_idx)[0]
         if self.solver == "lbfgs":
-            self._collect(features, labels, read.samples, batch_idx)
+            self._lbfgs.collect(self, features, labels, read.samples, batch_idx)
             return None
         logits = self.logits(features, batches=self.trainer.fit_loop.total_batch_idx + 1)  # (B, layers, C)
         mean = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(len(self.layers)))
@@ -218,9 +213,9 @@ class ProbeModule(LightningModule):
         return mean * len(self.layers)  # so that each layer learns as if it were alone
 
     def on_train_end(self) -> None:
-        if len(self._training):
+        if len(self._lbfgs.training):
             log.warning("concat=%d was not fitted: without validation data no layer was picked", self.concat)
-        self._close()
+        self._lbfgs.close()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         # Before the fit, a sanity check still finds bad batches and labels; other validation has nothing to count.
@@ -235,8 +230,8 @@ class ProbeModule(LightningModule):
         self.best.fill_(int(accuracy.argmax()))
         self.log("val/accuracy", accuracy.max(), prog_bar=True, sync_dist=True)
         self.log("val/best_layer", float(self.best_layer), sync_dist=True)
-        if len(self._training):
-            self._fit_together()
+        if len(self._lbfgs.training):
+            self._lbfgs.fit_together(self)
         self._finish_concat("val")
 
     def on_test_start(self) -> None:
@@ -269,7 +264,7 @@ class ProbeModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         if self.solver == "lbfgs":
-            return solvers.WholeFit([self.weight])
+            return WholeFit([self.weight])
         total, _ = resume.total_steps(self.trainer)
         groups: list[dict[str, Any]] = [
             {"params": [self.weight], "weight_decay": self.weight_decay, "lr_scale": 1.0, "decayed": True},
@@ -286,7 +281,7 @@ class ProbeModule(LightningModule):
         for name, before in (("layers", "all"), ("solver", "lbfgs"), ("concat", None)):  # before they were options
             theirs, mine = saved.get(name, before), self.hparams[name]
             if name == "layers":
-                theirs, mine = solvers.choose_layers(theirs, self.config.n_layer), self.layers
+                theirs, mine = heads.choose_layers(theirs, self.config.n_layer), self.layers
             if theirs != mine:
                 raise ValueError(f"the checkpoint's probe has {name}={theirs}, this one {name}={mine}; make them equal")
 
@@ -319,14 +314,18 @@ class ProbeModule(LightningModule):
         else:
             self.register_buffer("bias", bias)
         self.register_buffer("best", torch.full((), -1, dtype=torch.long, device=device))
-        scaled = self.solver == "sgd" and self.standardize
-        self.scale = solvers.RunningScale(n_layers, width).to(device) if scaled else None
-        concat = solvers.ConcatHead(self.layers, self.concat, num_classes, width) if self.concat else None
-        self.concat_head = None if concat is None else concat.to(device)
+        scaled, concat = self.solver == "sgd" and self.standardize, self.concat
+        self.scale = heads.RunningScale(n_layers, width).to(device) if scaled else None
+        self.concat_head = heads.ConcatHead(self.layers, concat, num_classes, width).to(device) if concat else None
         self._clear_results()
 
+    @staticmethod
+    def row(layer: int | str, c: float | None = None) -> dict[str, Any]:
+        """An empty row of ``results``."""
+        return {"layer": layer, "c": c, "val_accuracy": None, "test_accuracy": None}
+
     def _clear_results(self) -> None:
-        self.results = [_row(layer) for layer in self.layers]
+        self.results = [self.row(layer) for layer in self.layers]
         self._last = ""  # the column of the last evaluation
 
     def _by_layer(self, column: str) -> dict[int, float]:
@@ -340,75 +339,19 @@ class ProbeModule(LightningModule):
             taps = [self.network.features(read.tokens, self.layers, masked=mask) for mask in masks]
         return torch.stack(taps).float()
 
-    def _collect(self, features: Tensor, labels: Tensor, samples: Any, batch_idx: int) -> None:
-        """Keep the features (B, layers, D) of a training batch, and fit at the last.
-
-        Every image counts once, on several devices too: repeats are known by the loader's sample numbers, or by the
-        layout of torch's DistributedSampler, which Lightning puts into ordinary loaders.
-        """
-        if batch_idx and not len(self._training):
-            raise ValueError(
-                f"this run was cut off after {batch_idx} batches, before the fit, and a checkpoint does not hold the "
-                "features; start again without ckpt_path"
-            )
-        if not isinstance(samples, Tensor):
-            self._n_rows = solvers.rows_before_padding(self.trainer.train_dataloader)
-            row = torch.arange(len(self._training), len(self._training) + len(labels))
-            samples = row * self.trainer.world_size + self.global_rank
-        self._training.add(features, labels, samples)
-        if self.trainer.is_last_batch:
-            optimizer: Any = self.optimizers()
-            optimizer.step(self._fit_layers)
-            self.trainer.should_stop = True  # one pass is all there is to learn from frozen features
-
-    def _fit_layers(self) -> None:
-        heads = self._fit([[place] for place in range(len(self.layers))])
-        for place, (layer, head) in enumerate(zip(self.layers, heads, strict=True)):
-            self.weight.data[place], self.bias[place], self.results[place]["c"] = head
-            self.log(f"probe/layer_{layer}/c", head.c, on_step=False, on_epoch=True, sync_dist=True)
-        if self.concat_head is None:
-            self._close()
-
-    def _fit_together(self) -> None:
-        """Fit to the layers around the best, and count the images that validation has kept."""
-        head: Any = self.concat_head
-        kept, together = self._validation, len(self.layers)
-        head.center.copy_(self.best)
-        (fitted,) = self._fit([head.places])
-        head.weight.copy_(fitted.weight)
-        head.bias.copy_(fitted.bias)
-        self.results[together:] = [_row(head.name, fitted.c)]
-        self.log("probe/concat/c", fitted.c, sync_dist=True)
-        labels, samples = kept.labels.to(self.device), kept.numbers.to(self.device)  # (N,)
-        logits = head(lambda place: kept.column(place).to(self.device))  # (N * M, C)
-        logits = logits.unflatten(0, (len(labels), -1)).transpose(0, 1).unsqueeze(2)  # (M, N, 1, C)
-        self.correct.update(solvers.vote(logits, samples, seed=self.seed), labels, first=together)
-        self._close()
-
-    def _fit(self, groups: Sequence[Sequence[int]]) -> list[solvers.Head]:
-        options: dict[str, Any] = {"num_classes": self.num_classes, "device": self.device, "n_rows": self._n_rows}
-        options |= {"rank": self.global_rank, "world_size": self.trainer.world_size}
-        # A line search is lost in bfloat16, and in validation Lightning forbids gradients.
-        with torch.autocast(self.device.type, enabled=False), torch.inference_mode(False):
-            return solvers.fit_heads(self._training, groups, self._how, **options)
-
-    def _close(self) -> None:
-        self._training.close()
-        self._validation.close()
-
     def _evaluate(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Count; return probabilities (B, layers, C), predictions (B, layers) and labels (B,)."""
         read = read_batch(batch, self.palette, self.config)
         labels, features = need_labels(read, self.num_classes), self._features(read, batch_idx, every_mask=True)
         samples, head, logits = sample_numbers(self, read, batch_idx), self.concat_head, self.logits(features)
-        predictions = solvers.vote(logits, samples, seed=self.seed)
+        predictions = heads.vote(logits, samples, seed=self.seed)
         if not self.trainer.sanity_checking:
             self.correct.update(predictions, labels)
             if head is not None and head.fitted:
                 together = head(lambda place: features[:, :, place]).unsqueeze(2)  # (M, B, 1, C)
-                self.correct.update(solvers.vote(together, samples, seed=self.seed), labels, first=len(self.layers))
-            elif len(self._training):  # until the layers are fitted together: of each label M rows
-                self._validation.add(features.transpose(0, 1).flatten(0, 1), labels, samples)
+                self.correct.update(heads.vote(together, samples, seed=self.seed), labels, first=len(self.layers))
+            elif len(self._lbfgs.training):  # until the layers are fitted together: of each label M rows
+                self._lbfgs.validation.add(features.transpose(0, 1).flatten(0, 1), labels, samples)
         return logits.softmax(-1).mean(0), predictions, labels
 
     def _finish(self, stage: str, prefix: str) -> Tensor:
@@ -426,18 +369,3 @@ class ProbeModule(LightningModule):
             self.results[-1][self._last] = accuracy.item()
             self.log(f"{stage}/concat_accuracy", accuracy, sync_dist=True)
         self.correct.reset()
-
-
-def _row(layer: int | str, c: float | None = None) -> dict[str, Any]:
-    return {"layer": layer, "c": c, "val_accuracy": None, "test_accuracy": None}
-
-
-def _check_fit(solver: str, grid: Sequence[float], **numbers: float) -> None:
-    if solver not in ("lbfgs", "sgd"):
-        raise ValueError(f"solver is {solver!r}; it must be 'lbfgs' or 'sgd'")
-    if not grid:
-        raise ValueError("c is an empty list; give one value or several to choose from")
-    for c in grid:
-        build.check_settings(above_zero={"c": c}, not_below_zero={})
-    above = {name: numbers.pop(name) for name in ("max_iter", "lr")}
-    build.check_settings(above_zero=above, not_below_zero=numbers)

@@ -108,18 +108,6 @@ def total_steps(trainer: Trainer) -> tuple[int, int | None]:
     return min(ends), per_epoch
 
 
-def clip_gradients(module: LightningModule, optimizer: Any, value: float | None, algorithm: str | None) -> None:
-    """Clip as Lightning does, which in bf16-mixed refuses to for a fused optimizer, though no loss scale is involved."""
-    if not value or str(module.trainer.precision) != "bf16-mixed":
-        module.clip_gradients(optimizer, value, algorithm)
-        return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if algorithm == "value":
-        torch.nn.utils.clip_grad_value_(parameters, value)
-    else:
-        torch.nn.utils.clip_grad_norm_(parameters, value)
-
-
 def _draws(module: Any) -> bool:
     """Whether training uses up random numbers: only dropout does."""
     return module.config.dropout > 0 and any(parameter.requires_grad for parameter in module.network.parameters())

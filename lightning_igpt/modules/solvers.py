@@ -1,28 +1,25 @@
-"""The parts of ProbeModule: where features wait, how classifiers are fitted to them, and votes of several masks.
+"""ProbeModule's solver L-BFGS: where features wait, and how classifiers are fitted to them by all processes of a run.
 
-The regression itself is in ``features``; here it is shared among the processes of a run.
+The regression itself is in ``features``.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler
-from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_igpt.features import choose_c, fit_logistic, usable_grid
-from lightning_igpt.objectives import majority_vote
+from lightning_igpt.modules.heads import vote
 
 log = logging.getLogger(__name__)
-
-EPS = 1e-6  # added to the variance, as in the probes of MAE
 
 
 class FeatureStore:
@@ -206,155 +203,71 @@ def _gather(rows: Tensor, world_size: int) -> Tensor:
     return torch.cat(gather_all_tensors(rows)) if world_size > 1 else rows
 
 
-class RunningScale(nn.Module):
-    """Scale each feature of each layer to mean 0 and variance 1: batch normalization without gain and bias.
-
-    A training batch, that of all processes together, is scaled by its own statistics. In evaluation their means over
-    all training batches scale, since frozen features do not drift.
-    """
-
-    mean: Tensor
-    variance: Tensor
-
-    def __init__(self, n_layers: int, width: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(n_layers * width))
-        self.register_buffer("variance", torch.ones(n_layers * width))
-
-    def forward(self, features: Tensor, batches: int | None = None) -> Tensor:
-        """Scaled features (..., layers, D); in training ``batches`` is their count so far, this batch included."""
-        flat = features.reshape(-1, len(self.mean))
-        mean, variance = self.mean.float(), self.variance.float()
-        rows = 0 if batches is None else len(flat)
-        if rows and _are_several():  # else the device need not be asked
-            rows = int(_of_all_processes(torch.tensor(rows, device=flat.device)))
-        if batches is not None and rows > 1:  # a single row has no variance
-            mean = _of_all_processes(flat.sum(0)) / rows
-            variance = _of_all_processes((flat - mean).square().sum(0)) / rows
-            unbiased = variance * rows / (rows - 1)
-            self.mean.lerp_(mean.to(self.mean.dtype), 1 / batches)
-            self.variance.lerp_(unbiased.to(self.variance.dtype), 1 / batches)
-        return ((flat - mean) * (variance + EPS).rsqrt()).view_as(features)
-
-
-def _of_all_processes(value: Tensor) -> Tensor:
-    """The sum over all processes, in place; all must call it together."""
-    if _are_several():
-        torch.distributed.all_reduce(value)
-    return value
-
-
-def _are_several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-class Correct(Metric):
-    """How many predictions of each of n classifiers are right."""
-
-    right: Tensor
-    total: Tensor
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.add_state("right", torch.zeros(n, dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(n, dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, predictions: Tensor, labels: Tensor, first: int = 0) -> None:
-        """Count int64 predictions (B, k) of the k classifiers from place ``first`` on, against int64 labels (B,)."""
-        places = slice(first, first + predictions.shape[1])
-        self.right[places] += (predictions == labels[:, None]).sum(0)
-        self.total[places] += len(labels)
-
-    def compute(self) -> Tensor:
-        """The share that is right, float32 (n,)."""
-        return self.right.float() / self.total.clamp(min=1).float()
-
-
-class ConcatHead(nn.Module):
-    """A classifier of the concatenated features of ``count`` of the probed ``layers`` (paper, section 4.4)."""
-
-    weight: Tensor  # (C, count * D)
-    bias: Tensor  # (C,)
-    center: Tensor  # place in layers that the concatenated layers are centered on; -1 before the fit
-
-    def __init__(self, layers: Sequence[int], count: int, num_classes: int, width: int) -> None:
-        super().__init__()
-        self.layers, self.count = list(layers), count
-        self.register_buffer("weight", torch.zeros(num_classes, count * width))
-        self.register_buffer("bias", torch.zeros(num_classes))
-        self.register_buffer("center", torch.tensor(-1))
-
-    @property
-    def fitted(self) -> bool:
-        """Whether there is a classifier."""
-        return int(self.center) >= 0
-
-    @property
-    def places(self) -> list[int]:
-        """Places in ``layers`` of the ``count`` layers nearest in depth to the center, from shallow to deep.
-
-        At the ends the window is moved, not cut: of layers 0 to 12, five around 11 are 8 to 12.
-        """
-        by_depth = sorted(range(len(self.layers)), key=self.layers.__getitem__)
-        start = by_depth.index(int(self.center)) - self.count // 2
-        start = min(max(0, start), len(self.layers) - self.count)
-        return by_depth[start : start + self.count]
-
-    @property
-    def name(self) -> str:
-        """The layers, such as 8-12, or 8+10+12 where some between are not probed."""
-        layers = [self.layers[place] for place in self.places]
-        gapless = layers == list(range(layers[0], layers[-1] + 1))
-        return f"{layers[0]}-{layers[-1]}" if gapless and len(layers) > 1 else "+".join(map(str, layers))
-
-    def forward(self, read: Callable[[int], Tensor]) -> Tensor:
-        """Logits (..., C), where ``read`` gives the features (..., D) of the layer in a place, read in turn."""
-        parts = self.weight.float().chunk(self.count, dim=1)  # count of (C, D)
-        logits = self.bias.float()
-        for place, part in zip(self.places, parts, strict=True):
-            logits = logits + read(place) @ part.T
-        return logits
-
-
-def vote(logits: Tensor, samples: Tensor, *, seed: int) -> Tensor:
-    """The classes that most masks name, for each of n classifiers by itself (paper, section 4.6), int64 (B, n).
+class Lbfgs:
+    """What ProbeModule does to fit its classifiers to all features at once: collect them in one pass, then fit.
 
     Args:
-        logits: Float (M, B, n, C).
-        samples: int64 (B,), the number of each sample; decides ties together with ``seed``.
-        seed: Any integer.
+        how: The settings of a fit.
+        max_bytes: As in FeatureStore, per process.
     """
-    votes = logits.argmax(-1)  # (M, B, n)
-    if len(votes) == 1:
-        return votes[0]
-    _, n_rows, n_heads, num_classes = logits.shape
-    numbers = samples.repeat_interleave(n_heads)
-    return majority_vote(votes.flatten(1), numbers, num_classes, seed=seed).view(n_rows, n_heads)
 
+    def __init__(self, how: Logistic, max_bytes: int) -> None:
+        self.how = how
+        self.n_rows: int | None = None  # of the training images, where a sampler repeats some
+        self.training, self.validation = FeatureStore(max_bytes), FeatureStore(max_bytes)
 
-def choose_layers(layers: Any, n_layer: int) -> list[int]:
-    """The layer numbers that ``layers`` stands for: ``all``, or a list of numbers from 0 to ``n_layer``.
+    def collect(self, probe: Any, features: Tensor, labels: Tensor, samples: Any, batch_idx: int) -> None:
+        """Keep the features (B, layers, D) of a training batch, and fit at the last.
 
-    Raises:
-        ValueError: It is neither.
-    """
-    if layers != "all" and not isinstance(layers, (list, tuple, range)):
-        raise ValueError(f"layers is {layers!r}; it must be 'all' or a list of layer numbers")
-    chosen = list(range(n_layer + 1)) if layers == "all" else list(layers)
-    if not chosen or not all(0 <= layer <= n_layer for layer in chosen):
-        raise ValueError(f"layers is {layers}; name one or more from 0 to {n_layer}, or 'all'")
-    return chosen
+        Every image counts once, on several devices too: repeats are known by the loader's sample numbers, or by the
+        layout of torch's DistributedSampler, which Lightning puts into ordinary loaders.
+        """
+        trainer = probe.trainer
+        if batch_idx and not len(self.training):
+            raise ValueError(
+                f"this run was cut off after {batch_idx} batches, before the fit, and a checkpoint does not hold the "
+                "features; start again without ckpt_path"
+            )
+        if not isinstance(samples, Tensor):
+            self.n_rows = rows_before_padding(trainer.train_dataloader)
+            row = torch.arange(len(self.training), len(self.training) + len(labels))
+            samples = row * trainer.world_size + trainer.global_rank
+        self.training.add(features, labels, samples)
+        if trainer.is_last_batch:
+            probe.optimizers().step(lambda: self._fit_layers(probe))
+            trainer.should_stop = True  # one pass is all there is to learn from frozen features
 
+    def fit_together(self, probe: Any) -> None:
+        """Fit to the layers around the best, and count the images that validation has kept."""
+        head, kept, together, device = probe.concat_head, self.validation, len(probe.layers), probe.device
+        head.center.copy_(probe.best)
+        (fitted,) = self._fit(probe, [head.places])
+        head.weight.copy_(fitted.weight)
+        head.bias.copy_(fitted.bias)
+        probe.results[together:] = [probe.row(head.name, fitted.c)]
+        probe.log("probe/concat/c", fitted.c, sync_dist=True)
+        labels, samples = kept.labels.to(device), kept.numbers.to(device)  # (N,)
+        logits = head(lambda place: kept.column(place).to(device))  # (N * M, C)
+        logits = logits.unflatten(0, (len(labels), -1)).transpose(0, 1).unsqueeze(2)  # (M, N, 1, C)
+        probe.correct.update(vote(logits, samples, seed=probe.seed), labels, first=together)
+        self.close()
 
-def check_concat(concat: int | None, n_layers: int, solver: str) -> None:
-    """Raise ValueError where so many layers cannot be fitted together."""
-    if concat is None:
-        return
-    if concat < 1 or concat % 2 == 0:
-        raise ValueError(f"concat is {concat}; it must be an odd number, as the layers are centered on the best")
-    if concat > n_layers:
-        raise ValueError(
-            f"concat is {concat}, but only {n_layers} layers are probed; lower it, or name more in layers="
-        )
-    if solver == "sgd":
-        raise ValueError(f"concat={concat} needs the features that solver='sgd' does not keep; use solver='lbfgs'")
+    def close(self) -> None:
+        """Forget all features."""
+        self.training.close()
+        self.validation.close()
+
+    def _fit_layers(self, probe: Any) -> None:
+        heads = self._fit(probe, [[place] for place in range(len(probe.layers))])
+        for place, (layer, head) in enumerate(zip(probe.layers, heads, strict=True)):
+            probe.weight.data[place], probe.bias[place], probe.results[place]["c"] = head
+            probe.log(f"probe/layer_{layer}/c", head.c, on_step=False, on_epoch=True, sync_dist=True)
+        if probe.concat_head is None:
+            self.close()
+
+    def _fit(self, probe: Any, groups: Sequence[Sequence[int]]) -> list[Head]:
+        options: dict[str, Any] = {"num_classes": probe.num_classes, "device": probe.device, "n_rows": self.n_rows}
+        options |= {"rank": probe.global_rank, "world_size": probe.trainer.world_size}
+        # A line search is lost in bfloat16, and in validation Lightning forbids gradients.
+        with torch.autocast(probe.device.type, enabled=False), torch.inference_mode(False):
+            return fit_heads(self.training, groups, self.how, **options)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_igpt.features import choose_c, fit_logistic
 from lightning_igpt.modules import ProbeModule
-from lightning_igpt.modules.solvers import RunningScale
+from lightning_igpt.modules.heads import RunningScale
 from lightning_igpt.objectives import draw_mask, majority_vote
 from tests.modules.helpers import (
     BERT,
@@ -295,7 +295,7 @@ def test_concat_equals_scikit_learn_on_the_layers_around_the_best(tmp_path):
     }
     again = quiet_trainer(tmp_path).validate(module, noisy_loader(90, seed=1), verbose=False)[0]
     assert again["val/concat_accuracy"] == pytest.approx(found["val"])
-    assert not len(module._training) and not len(module._validation)
+    assert not len(module._lbfgs.training) and not len(module._lbfgs.validation)
 
 
 def test_concat_survives_a_checkpoint(tmp_path):
@@ -314,7 +314,7 @@ def test_concat_without_validation_is_left_out_with_a_warning(tmp_path, caplog):
     module = deep_probe(c=0.1, concat=3)
     trainer = quiet_trainer(tmp_path, max_epochs=1)
     trainer.fit(module, loader())
-    assert "concat=3 was not fitted" in caplog.text and not len(module._training)
+    assert "concat=3 was not fitted" in caplog.text and not len(module._lbfgs.training)
     assert "test/concat_accuracy" not in trainer.test(module, loader(), verbose=False)[0]
     assert len(module.results) == 6
 

@@ -1,7 +1,5 @@
 """Sharded training (FSDP2) computes what one device computes, and its checkpoints are one file that loads anywhere."""
 
-import os
-
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
@@ -16,21 +14,10 @@ from lightning_igpt.strategies import FullyShardedStrategy
 from lightning_igpt.weights import load_pretrained
 from tests.modules.helpers import BERT, TINY, quiet_trainer
 from tests.processes import Losses, Shared, batches, in_processes, whole
+from tests.sharding import process_group  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # of weights, after steps of Adam at a rate of 0.01
-
-
-@pytest.fixture(scope="module")
-def process_group():
-    """Let trainers make a group of this process alone, and take it away again."""
-    before = dict(os.environ)
-    os.environ.pop("PL_GLOBAL_SEED", None)  # to which Lightning goes back when it makes a group
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def pretrain(**options):
@@ -161,7 +148,7 @@ class TestMethods:
     """What is called on a sharded network besides its forward."""
 
     @pytest.fixture
-    def networks(self, tmp_path, process_group, request):
+    def networks(self, tmp_path, process_group, request):  # noqa: F811
         config = getattr(request, "param", TINY)
         made = []
         for sharded in (False, True):
@@ -196,7 +183,7 @@ class TestMethods:
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_half_precision(tmp_path, process_group, precision):
+def test_half_precision(tmp_path, process_group, precision):  # noqa: F811
     options = {"precision": precision, "gradient_clip_val": 1000.0}
     expected, _ = train(finetune, tmp_path, sharded=False, **options)
     mine, module = train(finetune, tmp_path, **options)
@@ -205,14 +192,14 @@ def test_half_precision(tmp_path, process_group, precision):
     assert {parameter.dtype for parameter in module.parameters()} == {dtype}
 
 
-def test_callbacks(tmp_path, process_group):
+def test_callbacks(tmp_path, process_group):  # noqa: F811
     chosen = [CompletionGrid(2, 1), OnlineProbe(num_classes=3)]
     (_, _, metrics), _ = train(pretrain, tmp_path, count=4, logger=True, callbacks=chosen)
     assert len(list(tmp_path.rglob("completions/*.png"))) == 1
     assert metrics["online_probe/layer_1/accuracy"] > 0
 
 
-def test_what_cannot_be_sharded_says_so(tmp_path, process_group):
+def test_what_cannot_be_sharded_says_so(tmp_path, process_group):  # noqa: F811
     data = Shared(batches(TINY, 1))
     with pytest.raises(ValueError, match=r"not sharded; use strategy='ddp'"):
         trainer(tmp_path).fit(ProbeModule(network=TINY, palette="gray:8", num_classes=3), data)

@@ -11,7 +11,8 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Rando
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_igpt.modules import solvers
-from lightning_igpt.modules.solvers import ConcatHead, FeatureStore, Logistic, fit_heads, rows_once, vote
+from lightning_igpt.modules.heads import ConcatHead, Correct, vote
+from lightning_igpt.modules.solvers import FeatureStore, Logistic, fit_heads, rows_once
 
 CPU = torch.device("cpu")
 GROUPS = [[0], [1], [2], [0, 2]]
@@ -242,7 +243,7 @@ def test_only_layouts_that_are_known_are_relied_on(loader, limit):
 def test_accuracies_are_those_of_torchmetrics():
     generator = torch.Generator().manual_seed(0)
     labels, predictions = torch.randint(3, (50,), generator=generator), torch.randint(3, (50, 4), generator=generator)
-    ours, theirs = solvers.Correct(4), [MulticlassAccuracy(3, average="micro") for _ in range(4)]
+    ours, theirs = Correct(4), [MulticlassAccuracy(3, average="micro") for _ in range(4)]
     for rows in torch.arange(50).split(7):
         ours.update(predictions[rows, :3], labels[rows])
         ours.update(predictions[rows, 3:], labels[rows], first=3)
