@@ -36,8 +36,7 @@ def convert(
         out: Where to: a folder for hf, else a file. Missing folders are made.
         to: hf is the layout of transformers' ImageGPT, with palette and model card; the classifier of a fine-tuned
             network becomes an ImageGPTForImageClassification. openai-npz is one file of OpenAI's variables for NumPy,
-            with the palette. safetensors is one file under this package's own names, config in its header. lightning
-            makes one .ckpt file, from which the run can go on, of a folder that a sharded run saved.
+            with the palette. safetensors is one file under this package's own names, config in its header.
         check: Compare with transformers on random tokens and print the largest difference.
         image_size: Side of the images of the written network; positions are interpolated where it is another.
         palette: The palette that the network was trained with, where the source holds none: openai, gray:16, a .npy
