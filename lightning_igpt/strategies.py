@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from collections.abc import Mapping
 from itertools import chain
@@ -18,11 +16,6 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from lightning_igpt.checkpointing import check_whole
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.planning import ACTIVATION_BYTES, Choice, choose, usable_bytes
-
-log = logging.getLogger(__name__)
-
-# One of them is set where something starts a process for each device, or a user has said which machine this is.
-LAUNCHERS = {"TORCHELASTIC_RUN_ID", "GROUP_RANK", "NODE_RANK", "SLURM_NTASKS", "LSB_JOBID", "OMPI_COMM_WORLD_RANK"}
 
 
 class Chosen(NamedTuple):
@@ -124,12 +117,6 @@ def choose_strategy(
     Raises:
         ValueError: ``fsdp2`` is asked for, and the number of devices is unknown.
     """
-    if num_nodes > 1 and not LAUNCHERS & os.environ.keys():
-        log.warning(
-            "num_nodes is %d, and no variable says which machine this is: processes will wait for the others; start "
-            "them with torchrun or srun, or set NODE_RANK, MASTER_ADDR and MASTER_PORT",
-            num_nodes,
-        )
     kind, count = _devices(accelerator, devices)
     if isinstance(given, str) and given.lower() == "fsdp2":
         if count is None:

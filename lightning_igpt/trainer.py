@@ -122,10 +122,9 @@ def make_trainer(
         accumulate=int(kwargs.get("accumulate_grad_batches") or 1),
     )
     chosen = _callbacks(callbacks, max_steps if by_steps else None, checkpoint_every, monitor, kwargs)
-    for wanted in (CompileBlocks(compile), Recompute(recompute)):  # in this order: compiled, blocks keep less
-        chosen += [] if any(isinstance(one, type(wanted)) for one in chosen) else [wanted]
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        chosen += _patient_bar(chosen, kwargs.get("enable_progress_bar", not kwargs.get("barebones")))
+    _add(chosen, CompileBlocks(compile), Recompute(recompute))  # in this order: compiled, blocks keep less
+    if _is_cuda(accelerator) and kwargs.get("enable_progress_bar", not kwargs.get("barebones")) is not False:
+        _add(chosen, TQDMProgressBar(refresh_rate=20), of=ProgressBar)  # Lightning's waits for the loss at every step
     return Trainer(
         max_steps=max_steps,
         max_epochs=-1 if by_steps else max_epochs,
@@ -165,15 +164,17 @@ def best_precision(accelerator: str = "auto") -> str:
 
 def _precision(accelerator: str) -> tuple[str, str]:
     """The precision that suits, and why."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        if multiplies_bfloat16("cuda"):
-            return "bf16-mixed", "this GPU has bfloat16"
-        return "32-true", "this GPU has no bfloat16"
+    if _is_cuda(accelerator):
+        fast = multiplies_bfloat16("cuda")
+        return ("bf16-mixed", "this GPU has bfloat16") if fast else ("32-true", "this GPU has no bfloat16")
     if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
-        if multiplies_bfloat16("cpu"):
-            return "bf16-mixed", "this CPU has AMX or AVX512-BF16"
-        return "32-true", "this CPU has no AMX or AVX512-BF16"
+        fast, names = multiplies_bfloat16("cpu"), "AMX or AVX512-BF16"
+        return ("bf16-mixed", f"this CPU has {names}") if fast else ("32-true", f"this CPU has no {names}")
     return "32-true", "on this device nothing faster was tested"
+
+
+def _is_cuda(accelerator: str) -> bool:
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 class _Speed(Callback):
@@ -236,15 +237,15 @@ def _callbacks(
         return chosen
     if kwargs.get("enable_checkpointing") is not False and not any(isinstance(one, ModelCheckpoint) for one in chosen):
         chosen += _checkpoints(max_steps, checkpoint_every, monitor)
-    if kwargs.get("logger") is not False and not any(isinstance(one, LearningRateMonitor) for one in chosen):
-        chosen.append(LearningRateMonitor(logging_interval="step"))
-    return chosen + [kind() for kind in ALWAYS if not any(isinstance(one, kind) for one in chosen)]
+    if kwargs.get("logger") is not False:
+        _add(chosen, LearningRateMonitor(logging_interval="step"))
+    _add(chosen, *(kind() for kind in ALWAYS))
+    return chosen
 
 
-def _patient_bar(chosen: list[Callback], enabled: bool | None) -> list[Callback]:
-    """Lightning's own bar asks the GPU for the loss after every step, and waits until it has it."""
-    wanted = enabled is not False and not any(isinstance(one, ProgressBar) for one in chosen)
-    return [TQDMProgressBar(refresh_rate=20)] if wanted else []
+def _add(chosen: list[Callback], *defaults: Callback, of: type[Callback] | None = None) -> None:
+    """Append callbacks of whose class, or of class ``of``, there is none."""
+    chosen += [new for new in defaults if not any(isinstance(old, of or type(new)) for old in chosen)]
 
 
 def _checkpoints(max_steps: int | None, every: int | None, monitor: str | None) -> list[Callback]:

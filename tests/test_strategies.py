@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_igpt.config import PRESETS
 from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.modules import PretrainModule
-from lightning_igpt.strategies import LAUNCHERS, FullyShardedStrategy, choose_strategy
+from lightning_igpt.strategies import FullyShardedStrategy, choose_strategy
 from lightning_igpt.trainer import make_trainer
 from tests.modules.helpers import TINY, loader
 
@@ -98,14 +98,3 @@ def test_the_choice_is_logged(tmp_path, caplog):
         trainer.fit(PretrainModule(TINY, "gray:8"), loader())
     assert isinstance(trainer.strategy, SingleDeviceStrategy)
     assert sum("strategy SingleDeviceStrategy (one device)" in message for message in caplog.messages) == 1
-
-
-def test_machines_without_a_launcher_are_warned_of(caplog, monkeypatch):
-    for name in LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
-    choose(accelerator="cpu", devices=1, num_nodes=2)
-    assert "num_nodes is 2, and no variable says which machine this is" in caplog.text
-    caplog.clear()
-    monkeypatch.setenv("NODE_RANK", "0")
-    choose(accelerator="cpu", devices=1, num_nodes=2)
-    assert not caplog.text

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_igpt import trainer as making
@@ -184,9 +184,3 @@ def test_two_processes_are_told_and_compiled_as_one(tmp_path):
         found.append([float(word) for word in line.split()[1:]])
     assert found[0][0] == found[1][0] == 8  # 16 images of all processes in two seconds
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
-
-
-def test_on_cuda_the_progress_bar_does_not_wait_at_every_step():
-    (bar,) = making._patient_bar([], None)
-    assert isinstance(bar, ProgressBar) and bar.refresh_rate == 20
-    assert making._patient_bar([TQDMProgressBar()], None) == making._patient_bar([], False) == []

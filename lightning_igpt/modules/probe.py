@@ -33,23 +33,22 @@ class ProbeModule(LightningModule):
     """Measure how linearly separable the classes are at each layer of a frozen network.
 
     With solver=lbfgs, one pass over the training images collects the features of all layers, one classifier per layer
-    is fitted to them, and ``fit`` ends. With solver=sgd the classifiers are trained on batches for as long as the
-    trainer says. Validation logs ``probe/layer_<l>/accuracy``, picks the best layer and logs its ``val/accuracy``; test
-    logs ``test/layer_<l>/accuracy`` and, as ``test/accuracy``, that of the layer picked on validation. On several
-    devices each training image counts once; only a sampler of your own must not repeat images.
+    is fitted to them, and ``fit`` ends. With solver=sgd the classifiers are trained on batches. Validation logs
+    ``probe/layer_<l>/accuracy``, picks the best layer and logs its ``val/accuracy``; test logs
+    ``test/layer_<l>/accuracy`` and, as ``test/accuracy``, that of the layer picked on validation. On several devices
+    each training image counts once; only a sampler of your own must not repeat images.
 
     Args:
-        pretrained: The network to probe: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI
-            checkpoint. None probes an untrained network, as a baseline; then give ``network``.
+        pretrained: The network to probe, as in FineTuneModule. None probes an untrained network, as a baseline; then
+            give ``network``.
         layers: ``all``, or a list of layer numbers: 0 is the input of the first block, n_layer the final norm.
         network: Preset name or the fields of an ImageGPTConfig. Default: the network of ``pretrained``, else igpt_s.
         palette: As in PretrainModule. Default: the palette of ``pretrained``, else openai.
         image_size: Side of the images in pixels; positions are interpolated. Default: the network's own.
         num_classes: Number of classes. Default: the data's.
         class_names: Names of the classes. Default: the data's.
-        solver: ``lbfgs`` fits to all features at once, as the paper does for CIFAR and STL-10. ``sgd`` keeps no
-            features, as the paper does for ImageNet: momentum 0.9 and a cosine to zero over the run; it needs a loader
-            that shuffles.
+        solver: ``lbfgs`` fits to all features at once, as the paper does for CIFAR and STL-10. ``sgd`` keeps none, as
+            the paper does for ImageNet: momentum 0.9, a cosine to zero; it needs a loader that shuffles.
         concat: lbfgs only: an odd number of layers, centered on the best, that are fitted together once validation has
             picked that (the paper: 5); logged as ``val/concat_accuracy`` and ``test/concat_accuracy``. Default: none.
         c: lbfgs only: inverse strength of the L2 penalty, as scikit-learn's C; the paper does not state it. From a list
@@ -64,8 +63,7 @@ class ProbeModule(LightningModule):
         mask_inputs: BERT networks only: hide input pixels, in evaluation too, as the paper does.
         n_masks: BERT networks only: masks under which an image is evaluated. With several, accuracy counts the class
             that most masks vote for (section 4.6: 5), ties at random; predictions are the mean of the probabilities.
-        max_feature_bytes: lbfgs only: features beyond so many bytes per process (default 4 GiB) move to temporary
-            files; TMPDIR names their folder.
+        max_feature_bytes: lbfgs only: features beyond so many bytes per process move to temporary files, in TMPDIR.
         seed: Seed of BERT's masks, of ties between their votes, and of the tenth that c is chosen on.
 
     Raises:
@@ -142,11 +140,7 @@ class ProbeModule(LightningModule):
 
     @property
     def best_layer(self) -> int:
-        """Number of the layer that did best on validation.
-
-        Raises:
-            ValueError: There are several, and no validation picked one.
-        """
+        """Number of the layer that did best on validation; ValueError where no validation picked one of several."""
         return self.layers[self._picked()]
 
     @property
@@ -192,13 +186,8 @@ class ProbeModule(LightningModule):
         if self.pretrained is None:
             log.warning("no pretrained=: probing a network that was never trained")
         self._clear_results()
-        if self.solver == "lbfgs":  # forget an earlier fit
-            self._lbfgs.close()
-            self.weight.data.zero_()
-            self.bias.zero_()
-            self.best.fill_(-1)
-            if self.concat_head is not None:
-                self.concat_head.center.fill_(-1)
+        if self.solver == "lbfgs":
+            self._lbfgs.forget(self)
         resume.start_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
@@ -218,7 +207,7 @@ class ProbeModule(LightningModule):
         self._lbfgs.close()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        # Before the fit, a sanity check still finds bad batches and labels; other validation has nothing to count.
+        # Before the fit, a sanity check still looks for bad batches and labels; other validation has nothing to count.
         if self.trainer.sanity_checking or self.weight.any():
             self._evaluate(batch, batch_idx)
 

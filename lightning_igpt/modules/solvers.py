@@ -216,6 +216,15 @@ class Lbfgs:
         self.n_rows: int | None = None  # of the training images, where a sampler repeats some
         self.training, self.validation = FeatureStore(max_bytes), FeatureStore(max_bytes)
 
+    def forget(self, probe: Any) -> None:
+        """Forget features and classifiers of an earlier fit."""
+        self.close()
+        probe.weight.data.zero_()
+        probe.bias.zero_()
+        probe.best.fill_(-1)
+        if probe.concat_head is not None:
+            probe.concat_head.center.fill_(-1)
+
     def collect(self, probe: Any, features: Tensor, labels: Tensor, samples: Any, batch_idx: int) -> None:
         """Keep the features (B, layers, D) of a training batch, and fit at the last.
 
