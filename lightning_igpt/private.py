@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from lightning.pytorch import Trainer
 
 
 def multiplies_bfloat16(device: torch.device | str) -> bool:
@@ -24,7 +23,7 @@ def multiplies_bfloat16(device: torch.device | str) -> bool:
     return False
 
 
-def current_datamodule(trainer: Trainer) -> Any:
+def current_datamodule(trainer: Any) -> Any:
     """The data module in use now, None where there are loaders; ``trainer.datamodule`` may be an earlier call's.
 
     ``Trainer._data_connector._datahook_selector``: lightning 2.6.

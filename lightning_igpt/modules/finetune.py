@@ -40,8 +40,7 @@ class FineTuneModule(LightningModule):
         num_classes: Number of classes.
         network: Preset name or the fields of an ImageGPTConfig. Default: the network of ``pretrained``, else igpt_s.
         palette: As in PretrainModule. Default: the palette of ``pretrained``, else openai.
-        image_size: Side of the images in pixels. Default: the network's own. With ``pretrained`` of another size its
-            table of positions is interpolated.
+        image_size: Side of the images in pixels; positions are interpolated. Default: the network's own.
         lr: Learning rate; often a tenth of the one used in pretraining.
         betas: Adam's decay rates of the moments.
         weight_decay: Decoupled weight decay on matrices.

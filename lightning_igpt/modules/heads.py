@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -179,3 +179,18 @@ def check_fit(solver: str, grid: Sequence[float], **numbers: float) -> None:
         check_settings(above_zero={"c": c}, not_below_zero={})
     above = {name: numbers.pop(name) for name in ("max_iter", "lr")}
     check_settings(above_zero=above, not_below_zero=numbers)
+
+
+def check_same_probe(mine: Mapping[str, Any], saved: Mapping[str, Any], n_layer: int) -> None:
+    """Raise ValueError where a checkpoint's hyperparameters are those of other classifiers than the module's."""
+    for name, before in (("layers", "all"), ("solver", "lbfgs"), ("concat", None)):  # before they were options
+        theirs, ours = saved.get(name, before), mine[name]
+        if name == "layers":
+            theirs, ours = choose_layers(theirs, n_layer), choose_layers(ours, n_layer)
+        if theirs != ours:
+            raise ValueError(f"the checkpoint's probe has {name}={theirs}, this one {name}={ours}; make them equal")
+
+
+def empty_row(layer: int | str, c: float | None = None) -> dict[str, Any]:
+    """A row of ``ProbeModule.results`` before any evaluation."""
+    return {"layer": layer, "c": c, "val_accuracy": None, "test_accuracy": None}

@@ -266,13 +266,7 @@ class ProbeModule(LightningModule):
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Raise ValueError where the checkpoint's classifiers are not this probe's; names both values."""
         build.check_stamp(self, checkpoint)
-        saved = checkpoint["hyper_parameters"]
-        for name, before in (("layers", "all"), ("solver", "lbfgs"), ("concat", None)):  # before they were options
-            theirs, mine = saved.get(name, before), self.hparams[name]
-            if name == "layers":
-                theirs, mine = heads.choose_layers(theirs, self.config.n_layer), self.layers
-            if theirs != mine:
-                raise ValueError(f"the checkpoint's probe has {name}={theirs}, this one {name}={mine}; make them equal")
+        heads.check_same_probe(self.hparams, checkpoint["hyper_parameters"], self.config.n_layer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         build.stamp(self, checkpoint)
@@ -308,13 +302,8 @@ class ProbeModule(LightningModule):
         self.concat_head = heads.ConcatHead(self.layers, concat, num_classes, width).to(device) if concat else None
         self._clear_results()
 
-    @staticmethod
-    def row(layer: int | str, c: float | None = None) -> dict[str, Any]:
-        """An empty row of ``results``."""
-        return {"layer": layer, "c": c, "val_accuracy": None, "test_accuracy": None}
-
     def _clear_results(self) -> None:
-        self.results = [self.row(layer) for layer in self.layers]
+        self.results = [heads.empty_row(layer) for layer in self.layers]
         self._last = ""  # the column of the last evaluation
 
     def _by_layer(self, column: str) -> dict[int, float]:

@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, DistributedSampler
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_igpt.features import choose_c, fit_logistic, usable_grid
-from lightning_igpt.modules.heads import vote
+from lightning_igpt.modules.heads import empty_row, vote
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ class Lbfgs:
         (fitted,) = self._fit(probe, [head.places])
         head.weight.copy_(fitted.weight)
         head.bias.copy_(fitted.bias)
-        probe.results[together:] = [probe.row(head.name, fitted.c)]
+        probe.results[together:] = [empty_row(head.name, fitted.c)]
         probe.log("probe/concat/c", fitted.c, sync_dist=True)
         labels, samples = kept.labels.to(device), kept.numbers.to(device)  # (N,)
         logits = head(lambda place: kept.column(place).to(device))  # (N * M, C)
