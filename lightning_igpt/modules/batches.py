@@ -23,7 +23,7 @@ from lightning_igpt.sampling import check_tokens
 HALF_A_BYTE = 0.5 / 255
 LARGEST = 64  # side of the paper's largest images; 224 would be 50,176 tokens
 MOST_NORMALIZED = 10  # no usual mean and deviation map [0, 1] beyond this
-MAX_PROCESSES = 65_536  # keeps the sample numbers of different processes apart
+MAX_PROCESSES = 65_536  # separates the sample numbers of processes
 
 
 class Batch(NamedTuple):

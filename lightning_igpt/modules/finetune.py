@@ -51,7 +51,7 @@ class FineTuneModule(LightningModule):
             final norm at ``lr``, block l of L at ``lr * layer_decay**(L - l)``, embeddings at
             ``lr * layer_decay**(L + 1)``. From ELECTRA (Clark et al., 2020), with the exponents of BEiT (Bao et al.,
             2022). None or 1 gives all the same rate, as in the paper.
-        generative_weight: Weight of L_gen beside L_clf; the paper found 1 better than 0, which is classification only.
+        generative_weight: Weight of L_gen next to L_clf; the paper found 1 better than 0, which is classification only.
         mask_ratio: BERT networks only: probability that an input pixel is hidden.
         mask_inputs: BERT networks only: hide input pixels, in evaluation too, as the paper does. False trains and
             evaluates the classifier on whole images; with nothing hidden there is no L_gen, so generative_weight must
