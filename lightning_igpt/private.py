@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+
+
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,3 +50,21 @@ def int8_product() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch
 def uncompiled(module: Any) -> Any:
     """The module that ``torch.compile`` wraps, or the module itself. ``_orig_mod``: torch 2.10 to 2.14."""
     return getattr(module, "_orig_mod", module)
+
+
+def current_datamodule(trainer: Any) -> Any:
+    """The data module in use now, None where there are loaders; ``trainer.datamodule`` may be an earlier call's.
+
+    ``Trainer._data_connector._datahook_selector``: lightning 2.6.
+    """
+    selector = trainer._data_connector._datahook_selector
+    return None if selector is None else selector.datamodule
+
+
+def allow_clipping(optimizer: Any) -> Any:
+    """Let Lightning clip gradients of a fused optimizer, which it refuses in bf16-mixed, where no scale is involved.
+
+    ``Optimizer._step_supports_amp_scaling``: torch 2.10 to 2.14. Without the mark a GradScaler undoes its scale itself.
+    """
+    optimizer._step_supports_amp_scaling = False
+    return optimizer

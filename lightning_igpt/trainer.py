@@ -17,7 +17,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_igpt.callbacks import (
     ClassificationReport,
     CompileBlocks,
-    DiskCheck,
     FiniteGuard,
     LayerCurve,
     Preempt,
@@ -25,22 +24,14 @@ from lightning_igpt.callbacks import (
     RunRecord,
     Throughput,
 )
-from lightning_igpt.callbacks.throughput import is_frozen
-from lightning_igpt.checkpointing import AtomicCheckpointIO
+from lightning_igpt.checkpointing import AtomicCheckpointIO, SteadyCheckpoint
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.private import multiplies_bfloat16
 from lightning_igpt.strategies import Chosen, choose_strategy
 
 Plugin: TypeAlias = CheckpointIO | Precision | ClusterEnvironment | LayerSync
-ALWAYS: tuple[type[Callback], ...] = (
-    LayerCurve,
-    ClassificationReport,
-    RunRecord,
-    Throughput,
-    DiskCheck,
-    FiniteGuard,
-    Preempt,
-)  # each idle where it has nothing to do
+# Each idle where it has nothing to do.
+ALWAYS: tuple[type[Callback], ...] = (LayerCurve, ClassificationReport, RunRecord, Throughput, FiniteGuard, Preempt)
 PRODUCTS = {
     "highest": "in full",
     "high": "as TF32 where the device has it",
@@ -70,10 +61,10 @@ def make_trainer(
 ) -> Trainer:
     """A plain Trainer: speed by what the device does well, checkpoints that survive a crash, useful intervals.
 
-    When training starts, it is told which strategy was chosen and why, and what was chosen for speed.
+    When training starts, the log names the strategy and what was chosen for speed, with reasons.
 
     Args:
-        max_steps: Optimiser steps of the run. Pretraining counts in steps, as the paper does.
+        max_steps: Optimizer steps of the run. Pretraining counts in steps, as the paper does.
         max_epochs: Passes over the data; for probing (1) and fine-tuning.
         precision: Lightning's name of a precision. Default: bf16-mixed where the device computes it fast, else 32-true.
         compile: Compile the network's blocks for training; auto does where the run is long enough to gain by it, as
@@ -89,27 +80,24 @@ def make_trainer(
         devices: Number or list of devices, or ``auto``.
         val_check_interval: Batches between validations (int), or a fraction of an epoch (float). Default: 10
             validations in a run counted in steps, one per epoch otherwise.
-        checkpoint_every: Optimiser steps between checkpoints. Default: as often as validation, at most 1000 steps.
+        checkpoint_every: Optimizer steps between checkpoints. Default: a tenth of a run counted in steps, at most 1000
+            steps; else an epoch. A checkpoint waits for a validation that is due at its step.
         monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy (higher is better) or
-            val/nats_per_pixel (lower is better), beside the newest.
-        callbacks: Added to the ones chosen here, which are ModelCheckpoint, LearningRateMonitor, LayerCurve,
-            ClassificationReport, RunRecord, Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and,
-            on CUDA, a progress bar that asks the GPU for the loss at every 20th step only; one of such a class among
-            them replaces ours.
+            val/nats_per_pixel (lower is better), besides the newest.
+        callbacks: Added to those chosen here: ModelCheckpoint, LearningRateMonitor, LayerCurve, ClassificationReport,
+            RunRecord, Throughput, CompileBlocks, Recompute, FiniteGuard, Preempt and, on CUDA, a progress bar that
+            reads the loss from the GPU at every 20th step only. A callback of such a class replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
-        strategy: Default: nothing special on one device, DDP on several, and FSDP2 where the network with its optimiser
-            does not fit on each. ``fsdp2`` asks for the last; ``ddp``, ``fsdp``, ``deepspeed_stage_2`` and so on are
-            Lightning's, with Lightning's settings.
+        strategy: Default: nothing special on one device, DDP on several, and FSDP2 where the network with its optimizer
+            does not fit on each. ``fsdp2`` asks for the last; ``ddp``, ``deepspeed_stage_2`` and so on are Lightning's,
+            with Lightning's settings.
         module: What will be trained. With it and data, strategy and recompute follow from how much memory the network
-            takes; without, the network is taken to fit on one device. Command line: known already.
+            takes; without, the network is expected to fit on one device. The command line passes both.
         data: What it will be trained on.
         **kwargs: Anything else that Trainer takes.
 
-    Returns:
-        The trainer.
-
     Raises:
-        ValueError: Neither max_steps nor max_epochs is given, or one of the others is none of its words.
+        ValueError: Neither max_steps nor max_epochs is given, or an option is none of its words.
     """
     _check_word("compile", compile, (True, False, "auto"))
     _check_word("matmul_precision", matmul_precision, (None, *PRODUCTS))
@@ -122,7 +110,7 @@ def make_trainer(
         val_check_interval = -(-max_steps * int(kwargs.get("accumulate_grad_batches", 1)) // 10)
     if by_steps and kwargs.get("check_val_every_n_epoch", 1) == 1:
         kwargs["check_val_every_n_epoch"] = None  # steps, not passes over the data, are the clock
-    precision, why = (precision, "as told") if precision else _precision(accelerator)
+    precision, why = (precision, "as given") if precision else _precision(accelerator)
     parallel = choose_strategy(
         strategy or "auto",
         accelerator=accelerator,
@@ -131,12 +119,12 @@ def make_trainer(
         precision=str(precision),
         config=_trained(module),
         batch_size=getattr(data, "batch_size", None),
+        accumulate=int(kwargs.get("accumulate_grad_batches") or 1),
     )
     chosen = _callbacks(callbacks, max_steps if by_steps else None, checkpoint_every, monitor, kwargs)
-    for wanted in (CompileBlocks(compile), Recompute(recompute)):  # in this order: compiled, blocks keep less
-        chosen += [] if any(isinstance(one, type(wanted)) for one in chosen) else [wanted]
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        chosen += _patient_bar(chosen, kwargs.get("enable_progress_bar", not kwargs.get("barebones")))
+    _add(chosen, CompileBlocks(compile), Recompute(recompute))  # in this order: compiled, blocks keep less
+    if _is_cuda(accelerator) and kwargs.get("enable_progress_bar", not kwargs.get("barebones")) is not False:
+        _add(chosen, TQDMProgressBar(refresh_rate=20), of=ProgressBar)  # Lightning's waits for the loss at every step
     return Trainer(
         max_steps=max_steps,
         max_epochs=-1 if by_steps else max_epochs,
@@ -159,7 +147,11 @@ def _check_word(name: str, value: Any, words: tuple[Any, ...]) -> None:
 def _trained(module: Any) -> ImageGPTConfig | None:
     """The network that takes memory for training; that of a probe takes none."""
     config = getattr(module, "config", None)
-    return config if isinstance(config, ImageGPTConfig) and not is_frozen(module.network) else None
+    return config if isinstance(config, ImageGPTConfig) and not _is_frozen(module.network) else None
+
+
+def _is_frozen(network: torch.nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in network.parameters())
 
 
 def best_precision(accelerator: str = "auto") -> str:
@@ -172,19 +164,21 @@ def best_precision(accelerator: str = "auto") -> str:
 
 def _precision(accelerator: str) -> tuple[str, str]:
     """The precision that suits, and why."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        if multiplies_bfloat16("cuda"):
-            return "bf16-mixed", "this GPU has bfloat16"
-        return "32-true", "this GPU has no bfloat16"
+    if _is_cuda(accelerator):
+        fast = multiplies_bfloat16("cuda")
+        return ("bf16-mixed", "this GPU has bfloat16") if fast else ("32-true", "this GPU has no bfloat16")
     if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
-        if multiplies_bfloat16("cpu"):
-            return "bf16-mixed", "this CPU has AMX or AVX512-BF16"
-        return "32-true", "this CPU has no AMX or AVX512-BF16"
-    return "32-true", "on this device nothing faster was tried"
+        fast, names = multiplies_bfloat16("cpu"), "AMX or AVX512-BF16"
+        return ("bf16-mixed", f"this CPU has {names}") if fast else ("32-true", f"this CPU has no {names}")
+    return "32-true", "on this device nothing faster was tested"
+
+
+def _is_cuda(accelerator: str) -> bool:
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 class _Speed(Callback):
-    """Sets how float32 matrices are multiplied, for as long as the trainer runs; tells what was chosen for speed.
+    """Sets how float32 matrices are multiplied, for as long as the trainer runs; logs what was chosen for speed.
 
     TF32 is chosen for networks in training only: a probe's classifiers are fitted to a tolerance below its rounding.
     """
@@ -196,7 +190,7 @@ class _Speed(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._earlier, wanted = torch.get_float32_matmul_precision(), self.matmul
         in_float32 = stage == "fit" and str(trainer.precision).startswith("32")
-        if wanted is None and in_float32 and not is_frozen(getattr(pl_module, "network", pl_module)):
+        if wanted is None and in_float32 and not _is_frozen(getattr(pl_module, "network", pl_module)):
             untouched = self._earlier == "highest"  # which is how torch starts
             wanted = "high" if untouched and _has_tf32(trainer.strategy.root_device) else None
         torch.set_float32_matmul_precision(wanted or self._earlier)
@@ -243,15 +237,15 @@ def _callbacks(
         return chosen
     if kwargs.get("enable_checkpointing") is not False and not any(isinstance(one, ModelCheckpoint) for one in chosen):
         chosen += _checkpoints(max_steps, checkpoint_every, monitor)
-    if kwargs.get("logger") is not False and not any(isinstance(one, LearningRateMonitor) for one in chosen):
-        chosen.append(LearningRateMonitor(logging_interval="step"))
-    return chosen + [kind() for kind in ALWAYS if not any(isinstance(one, kind) for one in chosen)]
+    if kwargs.get("logger") is not False:
+        _add(chosen, LearningRateMonitor(logging_interval="step"))
+    _add(chosen, *(kind() for kind in ALWAYS))
+    return chosen
 
 
-def _patient_bar(chosen: list[Callback], enabled: bool | None) -> list[Callback]:
-    """Lightning's own bar asks the GPU for the loss after every step, and waits until it has it."""
-    wanted = enabled is not False and not any(isinstance(one, ProgressBar) for one in chosen)
-    return [TQDMProgressBar(refresh_rate=20)] if wanted else []
+def _add(chosen: list[Callback], *defaults: Callback, of: type[Callback] | None = None) -> None:
+    """Append callbacks of whose class, or of class ``of``, there is none."""
+    chosen += [new for new in defaults if not any(isinstance(old, of or type(new)) for old in chosen)]
 
 
 def _checkpoints(max_steps: int | None, every: int | None, monitor: str | None) -> list[Callback]:
@@ -263,7 +257,7 @@ def _checkpoints(max_steps: int | None, every: int | None, monitor: str | None) 
     if max_steps is None and every is None:
         return chosen
     every = every or min(1000, max(1, (max_steps or 10_000) // 10))
-    return [*chosen, ModelCheckpoint(filename="{step}", every_n_train_steps=every)]
+    return [*chosen, SteadyCheckpoint(filename="{step}", every_n_train_steps=every)]
 
 
 def _plugins(given: Any) -> list[Any]:

@@ -68,8 +68,8 @@ def test_two_processes_equal_one(tmp_path, objective):
     assert len(expected["losses"]) == 6
     for found, strategy in (
         (one["accumulate 2"], "SingleDeviceStrategy"),
-        (two["accumulate 1"], "StaticDDPStrategy"),
-        (two["accumulate 2"], "StaticDDPStrategy"),
+        (two["accumulate 1"], "DDPStrategy"),
+        (two["accumulate 2"], "DDPStrategy"),
     ):
         assert found["strategy"] == strategy
         assert found["nats"] == pytest.approx(expected["nats"], rel=1e-5)

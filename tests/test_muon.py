@@ -112,7 +112,7 @@ def pretraining():
 def test_a_resumed_run_equals_its_twin_bit_for_bit(tmp_path):
     """From files that weights_only=True opens."""
     whole = fit(pretraining, ENDLESS, save_to=tmp_path)
-    for place in ("step-1", "within-3", "step-5"):
+    for place in ("step-1", "validation-3", "step-5"):
         assert_resumes(pretraining, ENDLESS, whole, tmp_path / f"{place}.ckpt")
 
 

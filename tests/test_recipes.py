@@ -21,7 +21,7 @@ from lightning_igpt import cli
 from lightning_igpt.__main__ import main
 from lightning_igpt.commands import recipes
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.modules.shared import total_steps
+from lightning_igpt.modules.resume import total_steps
 from lightning_igpt.optim import default_warmup
 from lightning_igpt.palette import Palette
 from lightning_igpt.planning import train_flops_per_token

@@ -1,8 +1,8 @@
-"""What a batch may look like, and what to say when it does not.
+"""What a batch may contain, and the masks of its samples.
 
 A batch is a mapping with ``image`` (and ``label``), an ``(image, label)`` pair, images alone, or a mapping with
-``tokens``, whose ``palette`` is checked where it is there. Images are uint8 (B, 3, S, S), or floats in [0, 1], which
-are rounded to bytes.
+``tokens``, whose ``palette`` is checked if present. Images are uint8 (B, 3, S, S), or floats in [0, 1], which are
+rounded to bytes.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.modules.resume import trainer_of
+from lightning_igpt.objectives import draw_mask
 from lightning_igpt.palette import Palette
 from lightning_igpt.sampling import check_tokens
 
 HALF_A_BYTE = 0.5 / 255
 LARGEST = 64  # side of the paper's largest images; 224 would be 50,176 tokens
-MOST_NORMALISED = 10  # no usual mean and deviation take [0, 1] so far
+MOST_NORMALIZED = 10  # no usual mean and deviation map [0, 1] beyond this
+MAX_PROCESSES = 65_536  # separates the sample numbers of processes
 
 
 class Batch(NamedTuple):
-    """A batch as the network sees it."""
+    """A batch as the network reads it."""
 
     tokens: Tensor  # int64 (B, T)
     labels: Any  # int64 (B,), or None; need_labels checks
@@ -41,7 +44,7 @@ def read_batch(batch: Any, palette: Palette, config: ImageGPTConfig) -> Batch:
     if isinstance(batch, Mapping):
         labels, samples = batch.get("label"), batch.get("sample")
         if "tokens" in batch:
-            _check_mark(batch.get("palette"), palette)
+            _check_palette_column(batch.get("palette"), palette)
             return Batch(_check_tokens(batch["tokens"], config), labels, samples)
         if "image" not in batch:
             raise TypeError(f"the batch has the keys {sorted(map(str, batch))}; a module looks for 'image' or 'tokens'")
@@ -63,9 +66,7 @@ def need_labels(batch: Batch, num_classes: int) -> Tensor:
     """
     labels = batch.labels
     if labels is None:
-        raise ValueError(
-            "this batch has no labels, but probing and fine-tuning need them: yield 'label' beside 'image'"
-        )
+        raise ValueError("this batch has no labels, which probing and fine-tuning need: yield 'label' next to 'image'")
     if not isinstance(labels, Tensor):
         raise ValueError(f"labels must be an integer tensor; got {type(labels).__name__}: encode names as numbers")
     if labels.shape != batch.tokens.shape[:1] or labels.is_floating_point():
@@ -81,12 +82,11 @@ def need_labels(batch: Batch, num_classes: int) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images as uint8: floats in [0, 1] are rounded to bytes.
+    """Images as uint8: bytes unchanged, floats in [0, 1] rounded.
 
     Raises:
-        TypeError: Another type than uint8 or float.
-        ValueError: Floats outside [0, 1] by half a byte or more, as after a normalisation; they would quantise to wrong
-            colours. Undone, it leaves errors of rounding, which are less.
+        TypeError: Integers of another type.
+        ValueError: Floats beyond half a byte outside [0, 1], as normalization gives them.
     """
     if images.dtype == torch.uint8:
         return images
@@ -94,11 +94,51 @@ def to_bytes(images: Tensor) -> Tensor:
         raise TypeError(f"images must be uint8, or floats in [0, 1]; got {images.dtype}")
     low, high = images.aminmax()
     if not (low > -HALF_A_BYTE and high < 1 + HALF_A_BYTE):
-        cure = "Leave out the normalisation, or undo it by images * std + mean: the palette does its own"
-        if low >= 0 and high > MOST_NORMALISED:
-            cure = "If they are bytes, say so by images.to(torch.uint8); else divide them by 255"
+        cure = "Leave out the normalization, or undo it by images * std + mean: the palette does its own"
+        if low >= 0 and high > MOST_NORMALIZED:
+            cure = "If they are bytes, convert them by images.to(torch.uint8); else divide them by 255"
         raise ValueError(f"float images must lie in [0, 1]; these run from {low:.3g} to {high:.3g}. {cure}")
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def mask_for(module: Any, batch: Batch, batch_idx: int, number: int = 0) -> Tensor | None:
+    """BERT's mask, bool (B, T), of a batch: a function of the sample numbers; None for autoregressive networks.
+
+    Args:
+        module: A module of this package: its ``config``, ``seed`` and ``mask_ratio`` are used.
+        batch: The batch.
+        batch_idx: Lightning's number of the batch.
+        number: Which of several masks of the same sample.
+    """
+    if module.config.objective == "autoregressive":
+        return None
+    samples = sample_numbers(module, batch, batch_idx)
+    seed = module.seed + 1_000_003 * number  # far from the seeds that people choose
+    return draw_mask(samples, module.config.n_positions, seed=seed, ratio=module.mask_ratio)
+
+
+def evaluation_masks(module: Any, batch: Batch, batch_idx: int) -> list[Tensor | None]:
+    """The masks of an evaluation, which uses ``module.mask_inputs`` and ``module.n_masks`` as well.
+
+    The paper hides pixels in evaluation too, and lets five masks vote (section 4.6). Without ``mask_inputs`` there is
+    one mask, which hides nothing. ``[None]`` for autoregressive networks.
+    """
+    if module.config.objective == "autoregressive":
+        return [None]
+    if not module.mask_inputs:
+        return [torch.zeros_like(batch.tokens, dtype=torch.bool)]
+    return [mask_for(module, batch, batch_idx, number) for number in range(module.n_masks)]
+
+
+def sample_numbers(module: Any, batch: Batch, batch_idx: int) -> Tensor:
+    """The number of each sample, int64 (B,): the loader's, or made of batch, process and row."""
+    if batch.samples is not None:
+        return batch.samples
+    trainer = trainer_of(module)
+    count = trainer.fit_loop.total_batch_idx + 1 if module.training and trainer is not None else batch_idx
+    size = len(batch.tokens)
+    first = (count * MAX_PROCESSES + module.global_rank) * size
+    return torch.arange(first, first + size, device=batch.tokens.device)
 
 
 def _to_tokens(images: Any, palette: Palette, config: ImageGPTConfig) -> Tensor:
@@ -109,7 +149,7 @@ def _to_tokens(images: Any, palette: Palette, config: ImageGPTConfig) -> Tensor:
         )
     side = config.image_size
     if images.ndim == 4 and images.shape[1] == 1:
-        images = images.expand(-1, 3, -1, -1)  # grey
+        images = images.expand(-1, 3, -1, -1)  # gray
     if images.ndim != 4 or images.shape[1] != 3:
         hint = ""
         if images.ndim == 4 and images.shape[3] in (1, 3):
@@ -126,19 +166,19 @@ def _to_tokens(images: Any, palette: Palette, config: ImageGPTConfig) -> Tensor:
     return palette.quantize(to_bytes(images))
 
 
-def _check_mark(mark: Any, palette: Palette) -> None:
+def _check_palette_column(column: Any, palette: Palette) -> None:
     """Rows of ``palette.transform`` and ``lightning_igpt.tokenize`` name their palette by its SHA-256, as text."""
-    names = {mark} if isinstance(mark, str) else set(mark) if isinstance(mark, (list, tuple)) else set()
+    names = {column} if isinstance(column, str) else set(column) if isinstance(column, (list, tuple)) else set()
     for name in names:
         if isinstance(name, str) and name != palette.sha256:
             raise ValueError(
                 f"the tokens of this batch have the palette {name[:12]}, but the network's is {palette.sha256[:12]}: "
-                "every token would mean another colour. Make the tokens with the network's palette"
+                "every token would mean another color. Make the tokens with the network's palette"
             )
-    if isinstance(mark, Tensor):  # the class number of a ClassLabel, whose name does not come along
+    if isinstance(column, Tensor):  # the class number of a ClassLabel, whose name a loader of tensors leaves out
         warnings.warn(
-            "this batch does not say which palette its tokens have: a loader without text gives only the class number "
-            f"of the column 'palette'. See that its name is {palette.sha256}, or use this package's data modules, "
+            "this batch does not name the palette of its tokens: a loader without text gives only the class number of "
+            f"the column 'palette'. Check that its name is {palette.sha256}, or use this package's data modules, "
             "which check it",
             stacklevel=2,
         )

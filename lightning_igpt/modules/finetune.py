@@ -4,43 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_igpt.modules.batches import Batch, need_labels, read_batch
-from lightning_igpt.modules.deferred import check_deferred
-from lightning_igpt.modules.metrics import Mean
-from lightning_igpt.modules.resumable import ResumableModule
-from lightning_igpt.modules.shared import (
-    NetworkLike,
-    PaletteLike,
-    adopt_class_names,
-    build_network,
-    check_class_names,
-    check_mask_ratio,
-    check_optimizer,
-    check_settings,
-    evaluation_masks,
-    follow_schedule,
-    keep_rates,
-    mask_for,
-    note_validation,
-    register,
-    sample_numbers,
-    total_steps,
-)
+from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.model import ImageGPT
+from lightning_igpt.modules import build, resume
+from lightning_igpt.modules.batches import Batch, evaluation_masks, mask_for, need_labels, read_batch, sample_numbers
+from lightning_igpt.modules.build import NetworkLike, PaletteLike
 from lightning_igpt.objectives import MASK_RATIO, majority_vote, masked_pixel_loss, next_pixel_loss
 from lightning_igpt.optim import make_adam, warmup_constant, warmup_cosine
+from lightning_igpt.palette import Palette
+from lightning_igpt.private import allow_clipping
 
 log = logging.getLogger(__name__)
 
 
-class FineTuneModule(ResumableModule):
+class FineTuneModule(LightningModule):
     """Turn a pretrained network into a classifier.
 
     The head reads the mean over positions of the final norm's output and starts at zero. Logs ``train/cross_entropy``,
@@ -54,8 +40,7 @@ class FineTuneModule(ResumableModule):
         num_classes: Number of classes.
         network: Preset name or the fields of an ImageGPTConfig. Default: the network of ``pretrained``, else igpt_s.
         palette: As in PretrainModule. Default: the palette of ``pretrained``, else openai.
-        image_size: Side of the images in pixels. Default: the network's own. With ``pretrained`` of another size its
-            table of positions is interpolated.
+        image_size: Side of the images in pixels; positions are interpolated. Default: the network's own.
         lr: Learning rate; often a tenth of the one used in pretraining.
         betas: Adam's decay rates of the moments.
         weight_decay: Decoupled weight decay on matrices.
@@ -66,7 +51,7 @@ class FineTuneModule(ResumableModule):
             final norm at ``lr``, block l of L at ``lr * layer_decay**(L - l)``, embeddings at
             ``lr * layer_decay**(L + 1)``. From ELECTRA (Clark et al., 2020), with the exponents of BEiT (Bao et al.,
             2022). None or 1 gives all the same rate, as in the paper.
-        generative_weight: Weight of L_gen beside L_clf; the paper found 1 better than 0, which is classification only.
+        generative_weight: Weight of L_gen next to L_clf; the paper found 1 better than 0, which is classification only.
         mask_ratio: BERT networks only: probability that an input pixel is hidden.
         mask_inputs: BERT networks only: hide input pixels, in evaluation too, as the paper does. False trains and
             evaluates the classifier on whole images; with nothing hidden there is no L_gen, so generative_weight must
@@ -76,15 +61,17 @@ class FineTuneModule(ResumableModule):
             the probabilities.
         class_names: Names of the classes. Default: the checkpoint's, else the data's.
         seed: Seed of BERT's masks and of ties between their votes.
-        defer_init: From scratch only: make the network without weights, and draw them when a trainer sets the module
-            up, bit for bit as they would be otherwise. Sharded, no process then ever holds more than its part and one
-            whole matrix.
 
     Raises:
         ValueError: Arguments contradict each other or the loaded weights.
     """
 
+    network: ImageGPT
+    palette: Palette
     palette_colors: Tensor
+    origin: str | None
+    validated_at: int | None = None  # the optimizer step of the last validation
+    random_states: Any = None  # of a checkpoint, until training starts
 
     def __init__(
         self,
@@ -106,7 +93,6 @@ class FineTuneModule(ResumableModule):
         n_masks: int = 1,
         class_names: list[str] | None = None,
         seed: int = 0,
-        defer_init: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -116,43 +102,50 @@ class FineTuneModule(ResumableModule):
         layer_decay = 1.0 if layer_decay is None else layer_decay
         if not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1, which is no decay")
-        check_class_names(class_names, num_classes)
-        check_optimizer(lr, betas, weight_decay, warmup_steps)
-        check_settings(above_zero={"n_masks": n_masks}, not_below_zero={"generative_weight": generative_weight})
-        check_mask_ratio(mask_ratio)
-        check_deferred(defer_init, pretrained)
-        built = build_network(network, palette, pretrained, image_size=image_size, defer_init=defer_init)
-        self.network, self.palette, self.origin, self.origin_path = built
-        if self.config.objective == "bert" and not mask_inputs:
-            _check_unmasked(generative_weight, n_masks)
-        self.head = nn.Linear(self.config.n_embd, num_classes, bias=False)
-        nn.init.zeros_(self.head.weight)
+        build.check_class_names(class_names, num_classes)
+        build.check_optimizer(lr, betas, weight_decay, warmup_steps)
+        build.check_settings(above_zero={"n_masks": n_masks}, not_below_zero={"generative_weight": generative_weight})
+        build.check_mask_ratio(mask_ratio)
         self.lr, self.betas, self.weight_decay, self.warmup_steps = lr, (betas[0], betas[1]), weight_decay, warmup_steps
         self.schedule, self.layer_decay, self.generative_weight = schedule, layer_decay, generative_weight
         self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
         self.num_classes, self.class_names, self._named = num_classes, class_names, class_names is not None
-        if generative_weight == 0:
-            self.network.lm_head.requires_grad_(False)  # no gradient reaches it, which distributed training refuses
         training = {"schedule": schedule, "layer_decay": layer_decay, "generative_weight": generative_weight}
         masks = {"mask_ratio": mask_ratio, "mask_inputs": mask_inputs, "n_masks": n_masks, "seed": seed}
         classes = {"num_classes": num_classes, "class_names": class_names}
         adam = {"lr": lr, "betas": list(betas), "weight_decay": weight_decay, "warmup_steps": warmup_steps}
-        register(self, self.network, self.palette, **classes, **adam, **training, **masks)
-        stages = ("val", "test")
-        self.accuracy = nn.ModuleDict({stage: MulticlassAccuracy(num_classes, average="micro") for stage in stages})
-        self.cross_entropy = nn.ModuleDict({stage: Mean() for stage in stages})
+        built = build.build_network(network, palette, pretrained, image_size=image_size)
+        build.register(self, built, **classes, **adam, **training, **masks)
+        if self.config.objective == "bert" and not mask_inputs:
+            _check_unmasked(generative_weight, n_masks)
+        self.head = nn.Linear(self.config.n_embd, num_classes, bias=False, device="cpu")
+        nn.init.zeros_(self.head.weight)
+        if generative_weight == 0:
+            self.network.lm_head.requires_grad_(False)  # no gradient reaches it, which distributed training refuses
+        self.accuracy = build.metrics_by_stage(lambda: MulticlassAccuracy(num_classes, average="micro"))
+        self.cross_entropy = build.metrics_by_stage(build.Mean)
+
+    @property
+    def config(self) -> ImageGPTConfig:
+        """The network's shape; data modules read ``image_size`` here."""
+        return self.network.config
+
+    def tokens_of(self, batch: Any) -> Tensor:
+        """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
+        return read_batch(batch, self.palette, self.config).tokens
+
+    def configure_model(self) -> None:
+        build.shard_network(self)
 
     def setup(self, stage: str) -> None:
-        super().setup(stage)
-        adopt_class_names(self, self.num_classes)
+        build.adopt_class_names(self)
 
     def forward(self, batch: Any) -> Tensor:
         """Class logits, float32 (B, C), of a batch; with several masks those of the mean probabilities."""
         return _mean_over_masks(self._per_mask(read_batch(batch, self.palette, self.config), 0))
 
     def on_train_start(self) -> None:
-        super().on_train_start()
-        follow_schedule(self.trainer)
+        resume.start_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         read = read_batch(batch, self.palette, self.config)
@@ -174,9 +167,13 @@ class FineTuneModule(ResumableModule):
         """For callbacks: as test_step."""
         return self._evaluate(batch, batch_idx, "val")
 
+    def on_validation_start(self) -> None:
+        build.warn_if_untrained(self, self.head.weight)
+
+    on_test_start = on_predict_start = on_validation_start
+
     def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        note_validation(self)
+        build.note_validation(self)
 
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """For callbacks: ``probabilities`` float32 (B, C), ``prediction`` and ``label``, both int64 (B,)."""
@@ -188,29 +185,33 @@ class FineTuneModule(ResumableModule):
         return _mean_over_masks(self._per_mask(read, batch_idx)).softmax(-1)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._adam()
+        optimizer = allow_clipping(self._adam())
         if self.schedule == "cosine":
-            total, _ = total_steps(self.trainer)
+            total, _ = resume.total_steps(self.trainer)
             scheduler = warmup_cosine(optimizer, warmup_steps=self.warmup_steps, total_steps=total)
         else:
             scheduler = warmup_constant(optimizer, warmup_steps=self.warmup_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        saved = checkpoint.get("hyper_parameters", {})
-        self._keep_class_names(saved.get("class_names"))
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._check_layer_decay(saved.get("layer_decay", 1.0))
-        keep_rates(self, checkpoint)
-
-    def _check_layer_decay(self, saved: float) -> None:
-        """Refuse to continue a run under another layer-wise decay: its optimiser's groups have other scales."""
-        if saved != self.layer_decay:
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise ValueError where a run of this module cannot continue from a checkpoint; names both values."""
+        build.check_stamp(self, checkpoint)
+        saved = checkpoint.get("hyper_parameters", {}).get("layer_decay", 1.0)
+        if saved != self.layer_decay and not resume.is_evaluating(self):  # the optimizer's groups have other scales
             raise ValueError(
                 f"layer_decay is {self.layer_decay}, but the run to continue has {saved}; keep {saved}, or start a new "
                 "run from its weights with pretrained="
             )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        build.stamp(self, checkpoint)
+        resume.save_random_states(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_checkpoint(checkpoint)
+        build.take_origin(self, checkpoint)
+        self._keep_class_names(checkpoint.get("hyper_parameters", {}).get("class_names"))
+        resume.load_run_state(self, checkpoint)
 
     def _keep_class_names(self, saved: list[str] | None) -> None:
         """Name the classes as in training, whatever the data at hand calls its own."""
@@ -221,7 +222,7 @@ class FineTuneModule(ResumableModule):
         self.class_names = self.hparams["class_names"] = saved
 
     def _adam(self) -> torch.optim.AdamW:
-        """The optimiser, with a group for each layer where they train at different rates."""
+        """The optimizer, with a group for each layer where they train at different rates."""
         options: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
         network, head = self.network, self.head
         if self.layer_decay == 1:

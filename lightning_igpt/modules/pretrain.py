@@ -6,50 +6,33 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_igpt.config import Objective
-from lightning_igpt.modules.batches import read_batch
-from lightning_igpt.modules.deferred import check_deferred
-from lightning_igpt.modules.metrics import Mean
-from lightning_igpt.modules.resumable import ResumableModule
-from lightning_igpt.modules.shared import (
-    NetworkLike,
-    PaletteLike,
-    build_network,
-    check_mask_ratio,
-    check_optimizer,
-    follow_schedule,
-    keep_rates,
-    mask_for,
-    note_validation,
-    register,
-    total_steps,
-)
-from lightning_igpt.objectives import (
-    MASK_RATIO,
-    masked_pixel_loss,
-    nats_to_bits,
-    next_pixel_loss,
-    pixel_nats,
-)
+from lightning_igpt.config import ImageGPTConfig, Objective
+from lightning_igpt.model import ImageGPT
+from lightning_igpt.modules import build, resume
+from lightning_igpt.modules.batches import mask_for, read_batch
+from lightning_igpt.modules.build import NetworkLike, PaletteLike
+from lightning_igpt.objectives import MASK_RATIO, masked_pixel_loss, nats_to_bits, next_pixel_loss, pixel_nats
 from lightning_igpt.optim import MuonAdam, default_warmup, make_adam, warmup_cosine
+from lightning_igpt.palette import Palette
+from lightning_igpt.private import allow_clipping
 from lightning_igpt.sampling import complete, inpaint
 
 
-class PretrainModule(ResumableModule):
+class PretrainModule(LightningModule):
     """Train an Image GPT on images without labels.
 
-    A batch is ``{"image": uint8 (B, 3, S, S)}``, an ``(image, label)`` pair, or images alone; it is quantised on the
+    A batch is ``{"image": uint8 (B, 3, S, S)}``, an ``(image, label)`` pair, or images alone; it is quantized on the
     module's device. Logs ``train/nats_per_pixel``, ``val/nats_per_pixel``, ``val/bits_per_pixel`` (and ``test/...``);
     for BERT these are means over the masked pixels.
 
     Args:
         network: Preset name (igpt_tiny, igpt_s, igpt_m, igpt_l, igpt_xl) or the fields of an ImageGPTConfig, such as
             n_layer, n_head, n_embd, vocab_size, image_size. Default: the network of ``pretrained``, else igpt_s.
-        palette: ``openai`` (the 512 released colours), ``gray:K``, a .npy file, a Hugging Face folder or hub id, or the
-            colours as a list. Default: the palette of ``pretrained``, else openai.
+        palette: ``openai`` (the 512 released colors), ``gray:K``, a .npy file, a Hugging Face folder or hub id, or the
+            colors as a list. Default: the palette of ``pretrained``, else openai.
         objective: ``autoregressive`` or ``bert``. Default: the network's own.
         pretrained: Start from these weights: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI
             checkpoint. To continue an interrupted run use ckpt_path instead.
@@ -63,14 +46,17 @@ class PretrainModule(ResumableModule):
         warmup_steps: Steps of linear warm-up. Default: one epoch, at most a tenth of the run.
         mask_ratio: BERT only: probability that a pixel is hidden.
         seed: Seed of BERT's masks and of the samples drawn by predict.
-        defer_init: Make the network without weights, and draw them when a trainer sets the module up, bit for bit as
-            they would be otherwise. Sharded, no process then ever holds more than its part and one whole matrix.
 
     Raises:
         ValueError: Arguments contradict each other, such as a palette of another size than vocab_size.
     """
 
+    network: ImageGPT
+    palette: Palette
     palette_colors: Tensor
+    origin: str | None
+    validated_at: int | None = None  # the optimizer step of the last validation
+    random_states: Any = None  # of a checkpoint, until training starts
 
     def __init__(
         self,
@@ -87,42 +73,40 @@ class PretrainModule(ResumableModule):
         warmup_steps: int | None = None,
         mask_ratio: float = MASK_RATIO,
         seed: int = 0,
-        defer_init: bool = False,
     ) -> None:
         super().__init__()
         if optimizer not in ("adam", "muon"):
             raise ValueError(f"optimizer is {optimizer!r}; it must be adam or muon")
-        check_optimizer(lr, betas, weight_decay, warmup_steps)
-        check_mask_ratio(mask_ratio)
-        check_deferred(defer_init, pretrained)
-        built = build_network(network, palette, pretrained, objective, image_size, defer_init)
-        self.network, self.palette, self.origin, self.origin_path = built
+        build.check_optimizer(lr, betas, weight_decay, warmup_steps)
+        build.check_mask_ratio(mask_ratio)
         self.optimizer, self.lr, self.betas, self.weight_decay = optimizer, lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.mask_ratio, self.seed = warmup_steps, mask_ratio, seed
-        register(
-            self,
-            self.network,
-            self.palette,
-            optimizer=optimizer,
-            lr=lr,
-            betas=list(betas),
-            weight_decay=weight_decay,
-            warmup_steps=warmup_steps,
-            mask_ratio=mask_ratio,
-            seed=seed,
-        )
-        self.metrics = torch.nn.ModuleDict({"val": Mean(), "test": Mean()})
+        adam = {"lr": lr, "betas": list(betas), "weight_decay": weight_decay, "warmup_steps": warmup_steps}
+        built = build.build_network(network, palette, pretrained, objective, image_size)
+        build.register(self, built, optimizer=optimizer, **adam, mask_ratio=mask_ratio, seed=seed)
+        self.metrics = build.metrics_by_stage(build.Mean)
+
+    @property
+    def config(self) -> ImageGPTConfig:
+        """The network's shape; data modules read ``image_size`` here."""
+        return self.network.config
+
+    def tokens_of(self, batch: Any) -> Tensor:
+        """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
+        return read_batch(batch, self.palette, self.config).tokens
+
+    def configure_model(self) -> None:
+        build.shard_network(self)
 
     def forward(self, batch: Any) -> Tensor:
         """Logits (B, T, K) of a batch; a BERT network sees all pixels."""
-        tokens = read_batch(batch, self.palette, self.config).tokens
+        tokens = self.tokens_of(batch)
         if self.config.objective == "bert":
             return self.network(tokens, masked=torch.zeros_like(tokens, dtype=torch.bool))  # type: ignore[no-any-return]
         return self.network(tokens)  # type: ignore[no-any-return]
 
     def on_train_start(self) -> None:
-        super().on_train_start()
-        follow_schedule(self.trainer)
+        resume.start_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         tokens, masked = self._inputs(batch, batch_idx)
@@ -137,17 +121,21 @@ class PretrainModule(ResumableModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, "test")
 
+    def on_validation_start(self) -> None:
+        build.warn_if_untrained(self, self.network.lm_head.weight)
+
+    on_test_start = on_predict_start = on_validation_start
+
     def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
         self._log_metric("val")
-        note_validation(self)
+        build.note_validation(self)
 
     def on_test_epoch_end(self) -> None:
         self._log_metric("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Keep the upper half of each image and draw the lower: uint8 (B, 3, S, S)."""
-        tokens = read_batch(batch, self.palette, self.config).tokens
+        tokens = self.tokens_of(batch)
         generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx * 65_536 + self.global_rank)
         given = self.config.image_size // 2 * self.config.image_size  # tokens in whole rows
         if self.config.objective == "bert":
@@ -156,27 +144,30 @@ class PretrainModule(ResumableModule):
         return self.palette.dequantize(complete(self.network, tokens[:, :given], generator=generator)[:, 0])
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._optimizer()
-        total, per_epoch = total_steps(self.trainer)
+        optimizer = allow_clipping(self._optimizer())
+        total, per_epoch = resume.total_steps(self.trainer)
         warmup = default_warmup(total, per_epoch) if self.warmup_steps is None else self.warmup_steps
         scheduler = warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        super().check_checkpoint(checkpoint)
-        if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            return  # weights will do
-        settings = checkpoint.get("hyper_parameters")
-        found = settings.get("optimizer", "adam") if isinstance(settings, Mapping) else "adam"  # older ones have none
-        if found != self.optimizer:
+        """Raise ValueError where a run of this module cannot continue from a checkpoint; names both values."""
+        build.check_stamp(self, checkpoint)
+        saved = checkpoint.get("hyper_parameters", {}).get("optimizer", "adam")  # older ones have none
+        if saved != self.optimizer and not resume.is_evaluating(self):
             raise ValueError(
-                f"optimizer is {self.optimizer}, but the run to continue has {found}; keep {found}, or start a new run "
+                f"optimizer is {self.optimizer}, but the run to continue has {saved}; keep {saved}, or start a new run "
                 "from its weights with pretrained="
             )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        build.stamp(self, checkpoint)
+        resume.save_random_states(self, checkpoint)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        keep_rates(self, checkpoint)
+        self.check_checkpoint(checkpoint)
+        build.take_origin(self, checkpoint)
+        resume.load_run_state(self, checkpoint)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters, blocks = self.network.parameters(), self.network.blocks()
@@ -208,6 +199,6 @@ class PretrainModule(ResumableModule):
         metric = self.metrics[stage]
         nats = metric.compute()  # type: ignore[operator]
         metric.reset()  # type: ignore[operator]
-        # The metric is the same on every process already; sync_dist only tells Lightning so.
+        # The metric is the same on every process already; sync_dist declares this to Lightning.
         self.log(f"{stage}/nats_per_pixel", nats, prog_bar=True, sync_dist=True)
         self.log(f"{stage}/bits_per_pixel", nats_to_bits(nats), sync_dist=True)

@@ -1,7 +1,4 @@
-"""Linear probes: a classifier on the pooled features of every layer (paper, sections 2.4, 3.4, 4.4 and 4.6).
-
-How the classifiers come about stands in ``lbfgs`` and ``sgd``.
-"""
+"""Linear probes: a classifier on the pooled features of every layer (paper, sections 2.4, 3.4, 4.4 and 4.6)."""
 
 from __future__ import annotations
 
@@ -10,93 +7,79 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.features import C_GRID
-from lightning_igpt.modules.batches import Batch, need_labels, read_batch
-from lightning_igpt.modules.probing.fitting import Logistic
-from lightning_igpt.modules.probing.heads import ConcatHead, vote
-from lightning_igpt.modules.probing.lbfgs import Lbfgs
-from lightning_igpt.modules.probing.scores import Scores
-from lightning_igpt.modules.probing.settings import (
-    check_concat,
-    check_fit,
-    check_same_probe,
-    check_votes,
-    choose_layers,
-)
-from lightning_igpt.modules.probing.sgd import RunningScale, Sgd
-from lightning_igpt.modules.resumable import ResumableModule
-from lightning_igpt.modules.shared import (
-    NetworkLike,
-    PaletteLike,
-    adopt_class_names,
-    build_network,
-    check_class_names,
-    check_mask_ratio,
-    evaluation_masks,
-    keep_rates,
-    register,
-    sample_numbers,
-)
+from lightning_igpt.model import ImageGPT
+from lightning_igpt.modules import build, heads, resume
+from lightning_igpt.modules.batches import Batch, evaluation_masks, need_labels, read_batch, sample_numbers
+from lightning_igpt.modules.build import NetworkLike, PaletteLike
+from lightning_igpt.modules.solvers import Lbfgs, Logistic, WholeFit
 from lightning_igpt.objectives import MASK_RATIO
+from lightning_igpt.optim import warmup_cosine
+from lightning_igpt.palette import Palette
 
 log = logging.getLogger(__name__)
 
 RESULTS = "probe_results"  # key in a checkpoint
+MOMENTUM = 0.9  # of SGD: paper, section 3.4
 
 
-class ProbeModule(ResumableModule):
+class ProbeModule(LightningModule):
     """Measure how linearly separable the classes are at each layer of a frozen network.
 
     With solver=lbfgs, one pass over the training images collects the features of all layers, one classifier per layer
-    is fitted to them, and ``fit`` ends. With solver=sgd the classifiers are trained on batches for as long as the
-    trainer says. Validation logs ``probe/layer_<l>/accuracy``, picks the best layer and logs its ``val/accuracy``; test
-    logs ``test/layer_<l>/accuracy`` and, as ``test/accuracy``, that of the layer picked on validation. On several
-    devices each training image counts once; only a sampler of your own must not repeat images.
+    is fitted to them, and ``fit`` ends. With solver=sgd the classifiers are trained on batches. Validation logs
+    ``probe/layer_<l>/accuracy``, picks the best layer and logs its ``val/accuracy``; test logs
+    ``test/layer_<l>/accuracy`` and, as ``test/accuracy``, that of the layer picked on validation. On several devices
+    each training image counts once; only a sampler of your own must not repeat images.
 
     Args:
-        pretrained: The network to probe: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI
-            checkpoint. None probes an untrained network, as a baseline; then give ``network``.
+        pretrained: The network to probe, as in FineTuneModule. None probes an untrained network, as a baseline; then
+            give ``network``.
         layers: ``all``, or a list of layer numbers: 0 is the input of the first block, n_layer the final norm.
         network: Preset name or the fields of an ImageGPTConfig. Default: the network of ``pretrained``, else igpt_s.
         palette: As in PretrainModule. Default: the palette of ``pretrained``, else openai.
-        image_size: Side of the images in pixels. Default: the network's own. With ``pretrained`` of another size its
-            table of positions is interpolated.
+        image_size: Side of the images in pixels; positions are interpolated. Default: the network's own.
         num_classes: Number of classes. Default: the data's.
         class_names: Names of the classes. Default: the data's.
-        solver: ``lbfgs`` fits to all features at once, as the paper does for CIFAR and STL-10. ``sgd`` keeps no
-            features, as the paper does for ImageNet: momentum 0.9 and a cosine to zero over the run; it needs a loader
-            that shuffles.
-        concat: lbfgs only: an odd number of layers, centred on the best, that are fitted together as soon as validation
-            has picked that one (the paper: 5); logged as ``val/concat_accuracy`` and ``test/concat_accuracy``. Default:
-            no such classifier.
+        solver: ``lbfgs`` fits to all features at once, as the paper does for CIFAR and STL-10. ``sgd`` keeps none, as
+            the paper does for ImageNet: momentum 0.9, a cosine to zero; it needs a loader that shuffles.
+        concat: lbfgs only: an odd number of layers, centered on the best, that are fitted together once validation has
+            picked that (the paper: 5); logged as ``val/concat_accuracy`` and ``test/concat_accuracy``. Default: none.
         c: lbfgs only: inverse strength of the L2 penalty, as scikit-learn's C; the paper does not state it. From a list
-            each layer takes what is best on a held-out tenth of the training images, then fits to all of them.
-            Default: the list 0.001, 0.01, 0.1, 1, 10.
+            (default: 0.001, 0.01, 0.1, 1, 10) each layer takes what is best on a held-out tenth of the training images,
+            then fits to all of them.
         standardize: Scale each feature to mean 0 and variance 1 first; the paper does not state it. Under SGD this is
-            batch normalisation without gain and bias, our choice as in the probes of MAE (He et al., 2022).
+            batch normalization without gain and bias, our choice as in the probes of MAE (He et al., 2022).
         max_iter: lbfgs only: upper bound on steps per classifier.
         lr: sgd only: learning rate at the start. The paper tried 30, 10, 3, ... and does not state its scaling.
         weight_decay: sgd only: L2 decay of the weights. The paper states none.
         mask_ratio: BERT networks only: probability that an input pixel is hidden.
-        mask_inputs: BERT networks only: hide input pixels, in evaluation too, as the paper does. False probes whole
-            images.
+        mask_inputs: BERT networks only: hide input pixels, in evaluation too, as the paper does.
         n_masks: BERT networks only: masks under which an image is evaluated. With several, accuracy counts the class
             that most masks vote for (section 4.6: 5), ties at random; predictions are the mean of the probabilities.
-            In training an image has one mask.
-        max_feature_bytes: lbfgs only: features beyond so many bytes per process (default 4 GiB) wait in temporary files
-            instead of memory; TMPDIR says where.
+        max_feature_bytes: lbfgs only: features beyond so many bytes per process move to temporary files, in TMPDIR.
         seed: Seed of BERT's masks, of ties between their votes, and of the tenth that c is chosen on.
 
     Raises:
         ValueError: A layer does not exist, or arguments contradict each other or the loaded weights.
     """
 
+    network: ImageGPT
+    palette: Palette
     palette_colors: Tensor
+    origin: str | None
+    validated_at: int | None = None  # the optimizer step of the last validation
+    random_states: Any = None  # nothing is drawn in training
     weight: nn.Parameter  # (layers, C, D)
     bias: Tensor  # (layers, C); a parameter under SGD
     best: Tensor  # index into layers of the best on validation; -1 before any validation
+    results: list[dict[str, Any]]  # a row per layer: layer, c, val_accuracy, test_accuracy; last that of concat
 
     def __init__(
         self,
@@ -122,61 +105,63 @@ class ProbeModule(ResumableModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = solver == "sgd"  # L-BFGS sees all features at once, not batches
+        self.automatic_optimization = solver == "sgd"  # L-BFGS needs all features at once, not batches
         grid = list(C_GRID) if c is None else list(c) if isinstance(c, (list, tuple)) else [c]
         numbers = {"max_iter": max_iter, "lr": lr, "weight_decay": weight_decay, "max_feature_bytes": max_feature_bytes}
-        check_fit(solver, grid, **numbers)
-        check_class_names(class_names, num_classes)
-        check_mask_ratio(mask_ratio)
-        built = build_network(network, palette, pretrained, image_size=image_size)
-        self.network, self.palette, self.origin, self.origin_path = built
-        self.network.requires_grad_(False).eval()
-        check_votes(self.config.objective, mask_inputs, n_masks)
-        self.layers = choose_layers(layers, self.config.n_layer)
-        check_concat(concat, len(self.layers), solver)
+        heads.check_fit(solver, grid, **numbers)
+        build.check_class_names(class_names, num_classes)
+        build.check_mask_ratio(mask_ratio)
+        build.check_settings(above_zero={"n_masks": n_masks}, not_below_zero={})
         self.pretrained, self.class_names, self.lr, self.weight_decay = pretrained, class_names, lr, weight_decay
         self.solver, self.c, self.standardize, self.concat = solver, c, standardize, concat
         self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
-        logistic = Logistic(grid, standardize=standardize, max_iter=max_iter, seed=seed)
-        self._solver = Sgd(lr, weight_decay) if solver == "sgd" else Lbfgs(logistic, max_feature_bytes)
         probed = {"layers": layers, "solver": solver, "concat": concat, "c": c, "standardize": standardize}
         masks = {"mask_ratio": mask_ratio, "mask_inputs": mask_inputs, "n_masks": n_masks, "seed": seed}
         classes = {"num_classes": num_classes, "class_names": class_names}
-        register(self, self.network, self.palette, **probed, **numbers, **masks, **classes)
+        built = build.build_network(network, palette, pretrained, image_size=image_size)
+        build.register(self, built, **probed, **numbers, **masks, **classes)
+        self.network.requires_grad_(False).eval()
+        if self.config.objective == "bert" and not mask_inputs and n_masks > 1:
+            raise ValueError(f"mask_inputs=False uses no mask, but n_masks is {n_masks}; set n_masks=1")
+        self.layers = heads.choose_layers(layers, self.config.n_layer)
+        heads.check_concat(concat, len(self.layers), solver)
+        self.correct = heads.Correct(len(self.layers) + 1)  # the last counts for concat
+        self._lbfgs = Lbfgs(Logistic(grid, standardize, max_iter, seed), max_feature_bytes)
         self._set_classes(num_classes or 0)
 
     @property
-    def best_layer(self) -> int:
-        """Number of the layer that did best on validation.
+    def config(self) -> ImageGPTConfig:
+        """The network's shape; data modules read ``image_size`` here."""
+        return self.network.config
 
-        Raises:
-            ValueError: There are several, and no validation picked one.
-        """
-        return self.layers[self._picked()]
+    def tokens_of(self, batch: Any) -> Tensor:
+        """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
+        return read_batch(batch, self.palette, self.config).tokens
 
     @property
-    def results(self) -> list[dict[str, Any]]:
-        """A row per layer: layer, c, val_accuracy, test_accuracy, None where unknown; last that of concat, "8-12"."""
-        return self.scores.rows
+    def best_layer(self) -> int:
+        """Number of the layer that did best on validation; ValueError where no validation picked one of several."""
+        return self.layers[self._picked()]
 
     @property
     def accuracy_by_layer(self) -> dict[int, float]:
         """Accuracy per layer of the last validation or test."""
-        return self.scores.by_layer(self._last) if self._last else {}
+        return self._by_layer(self._last) if self._last else {}
 
     @property
     def c_by_layer(self) -> dict[int, float]:
         """The c that each layer's classifier was fitted with; empty under SGD."""
-        return self.scores.by_layer("c")
+        return self._by_layer("c")
 
     def setup(self, stage: str) -> None:
-        super().setup(stage)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ValueError("a probe's network is frozen and is not sharded; use strategy='ddp', or one device")
         if not self.num_classes:
-            found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
-            if found is None:
-                raise ValueError("num_classes is unknown: the data does not tell it, so set num_classes=")
-            self._set_classes(int(found))
-        adopt_class_names(self, self.num_classes)
+            count, _ = build.classes_of_data(self.trainer)
+            if count is None:
+                raise ValueError("num_classes is unknown: the data does not name its classes, so set num_classes=")
+            self._set_classes(count)
+        build.adopt_class_names(self)
 
     def train(self, mode: bool = True) -> ProbeModule:
         """Keep the frozen network in evaluation mode, whatever Lightning asks for."""
@@ -197,38 +182,45 @@ class ProbeModule(ResumableModule):
                 weight, bias = weight.detach(), bias.detach()
             return torch.einsum("...ld,lcd->...lc", features, weight) + bias
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         if self.pretrained is None:
             log.warning("no pretrained=: probing a network that was never trained")
-
-    def on_train_start(self) -> None:
-        self.scores.clear()
-        self._solver.start(self)
-        super().on_train_start()
+        self._clear_results()
+        if self.solver == "lbfgs":
+            self._lbfgs.forget(self)
+        resume.start_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         read = read_batch(batch, self.palette, self.config)
         labels, features = need_labels(read, self.num_classes), self._features(read, batch_idx)[0]
-        return self._solver.step(self, features, labels, read.samples, batch_idx)
+        if self.solver == "lbfgs":
+            self._lbfgs.collect(self, features, labels, read.samples, batch_idx)
+            return None
+        logits = self.logits(features, batches=self.trainer.fit_loop.total_batch_idx + 1)  # (B, layers, C)
+        mean = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(len(self.layers)))
+        self.log("train/cross_entropy", mean, prog_bar=True)
+        return mean * len(self.layers)  # so that each layer learns as if it were alone
 
     def on_train_end(self) -> None:
-        self._solver.end(self)
+        if len(self._lbfgs.training):
+            log.warning("concat=%d was not fitted: without validation data no layer was picked", self.concat)
+        self._lbfgs.close()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        # Before the fit, a sanity check still finds bad batches and labels; other validation has nothing to say.
+        # Before the fit, a sanity check still looks for bad batches and labels; other validation has nothing to count.
         if self.trainer.sanity_checking or self.weight.any():
             self._evaluate(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
+        build.note_validation(self)
         if self.trainer.sanity_checking or not self.weight.any():
             return
         accuracy = self._finish("val", "probe")
         self.best.fill_(int(accuracy.argmax()))
         self.log("val/accuracy", accuracy.max(), prog_bar=True, sync_dist=True)
         self.log("val/best_layer", float(self.best_layer), sync_dist=True)
-        if isinstance(self._solver, Lbfgs) and self._solver.waits:
-            self._solver.fit_together(self)
+        if len(self._lbfgs.training):
+            self._lbfgs.fit_together(self)
         self._finish_concat("val")
 
     def on_test_start(self) -> None:
@@ -260,51 +252,63 @@ class ProbeModule(ResumableModule):
         return self.logits(features)[:, :, self._picked()].softmax(-1).mean(0)
 
     def configure_optimizers(self) -> Any:
-        return self._solver.configure(self)
+        if self.solver == "lbfgs":
+            return WholeFit([self.weight])
+        total, _ = resume.total_steps(self.trainer)
+        groups: list[dict[str, Any]] = [
+            {"params": [self.weight], "weight_decay": self.weight_decay, "lr_scale": 1.0, "decayed": True},
+            {"params": [self.bias], "lr_scale": 1.0, "decayed": False},
+        ]
+        optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=MOMENTUM)
+        scheduler = warmup_cosine(optimizer, warmup_steps=0, total_steps=total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        super().check_checkpoint(checkpoint)
-        check_same_probe(self.hparams, checkpoint["hyper_parameters"], self.config.n_layer)
+        """Raise ValueError where the checkpoint's classifiers are not this probe's; names both values."""
+        build.check_stamp(self, checkpoint)
+        heads.check_same_probe(self.hparams, checkpoint["hyper_parameters"], self.config.n_layer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
+        build.stamp(self, checkpoint)
         checkpoint[RESULTS] = [dict(row) for row in self.results]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if "state_dict" in checkpoint:  # ModelParallelStrategy has loaded and removed it
-            self._set_classes(checkpoint["state_dict"]["bias"].shape[1])
-        self.scores.rows = [dict(row) for row in checkpoint.get(RESULTS, self.results)]
-        keep_rates(self, checkpoint)
-        for state in checkpoint.get("optimizer_states", []):
-            state["param_groups"][0]["weight_decay"] = self.weight_decay
-
-    def _moving(self) -> dict[str, Tensor]:
-        return {} if self.scale is None else {f"scale.{name}": value for name, value in self.scale.named_buffers()}
+        self.check_checkpoint(checkpoint)
+        build.take_origin(self, checkpoint)
+        self._set_classes(checkpoint["state_dict"]["bias"].shape[1])
+        self.results = [dict(row) for row in checkpoint.get(RESULTS, self.results)]
+        resume.load_run_state(self, checkpoint)
 
     def _picked(self) -> int:
         if len(self.layers) > 1 and self.best < 0:
-            raise ValueError("no layer was picked: fit with validation data, or name a single one in layers=")
+            raise ValueError("no layer was picked: fit with validation data, or name a single layer in layers=")
         return max(0, int(self.best))
 
     def _set_classes(self, num_classes: int) -> None:
-        """Make the classifiers, for a number of classes that the data may tell only in ``setup``."""
-        n_layers, width, descends = len(self.layers), self.config.n_embd, isinstance(self._solver, Sgd)
+        """Make the classifiers, for a number of classes that may come from the data only in ``setup``."""
+        n_layers, width, device = len(self.layers), self.config.n_embd, self.device
         self.num_classes = num_classes
         self.hparams["num_classes"] = num_classes or None
-        # A parameter, because Lightning's distributed strategies want one; under L-BFGS no gradient ever reaches it.
-        self.weight = nn.Parameter(torch.zeros(n_layers, num_classes, width, device=self.device))
-        bias = torch.zeros(n_layers, num_classes, device=self.device)
-        if descends:
+        # A parameter, because Lightning's distributed strategies need one; under L-BFGS no gradient ever reaches it.
+        self.weight = nn.Parameter(torch.zeros(n_layers, num_classes, width, device=device))
+        bias = torch.zeros(n_layers, num_classes, device=device)
+        if self.solver == "sgd":
             self.bias = nn.Parameter(bias)
         else:
             self.register_buffer("bias", bias)
-        self.register_buffer("best", torch.full((), -1, dtype=torch.long, device=self.device))
-        self.scale = RunningScale(n_layers, width).to(self.device) if descends and self.standardize else None
-        concat = ConcatHead(self.layers, self.concat, num_classes, width) if self.concat else None
-        self.concat_head = None if concat is None else concat.to(self.device)
-        self.scores = Scores(self.layers, num_classes).to(self.device)
-        self._last = ""
+        self.register_buffer("best", torch.full((), -1, dtype=torch.long, device=device))
+        scaled, concat = self.solver == "sgd" and self.standardize, self.concat
+        self.scale = heads.RunningScale(n_layers, width).to(device) if scaled else None
+        self.concat_head = heads.ConcatHead(self.layers, concat, num_classes, width).to(device) if concat else None
+        self._clear_results()
+
+    def _clear_results(self) -> None:
+        self.results = [heads.empty_row(layer) for layer in self.layers]
+        self._last = ""  # the column of the last evaluation
+
+    def _by_layer(self, column: str) -> dict[int, float]:
+        values = {layer: row[column] for layer, row in zip(self.layers, self.results, strict=False)}
+        return {layer: value for layer, value in values.items() if value is not None}
 
     def _features(self, read: Batch, batch_idx: int, *, every_mask: bool = False) -> Tensor:
         """Pooled taps under the first or every mask of an evaluation, float32 (M, B, layers, D)."""
@@ -318,26 +322,28 @@ class ProbeModule(ResumableModule):
         read = read_batch(batch, self.palette, self.config)
         labels, features = need_labels(read, self.num_classes), self._features(read, batch_idx, every_mask=True)
         samples, head, logits = sample_numbers(self, read, batch_idx), self.concat_head, self.logits(features)
-        predictions = vote(logits, samples, seed=self.seed)
+        predictions = heads.vote(logits, samples, seed=self.seed)
         if not self.trainer.sanity_checking:
-            self.scores.update(predictions, labels)
+            self.correct.update(predictions, labels)
             if head is not None and head.fitted:
                 together = head(lambda place: features[:, :, place]).unsqueeze(2)  # (M, B, 1, C)
-                self.scores.update(vote(together, samples, seed=self.seed), labels, first=len(self.layers))
-            elif isinstance(self._solver, Lbfgs) and self._solver.waits:
-                self._solver.keep(features, labels, samples)
+                self.correct.update(heads.vote(together, samples, seed=self.seed), labels, first=len(self.layers))
+            elif len(self._lbfgs.training):  # until the layers are fitted together: of each label M rows
+                self._lbfgs.validation.add(features.transpose(0, 1).flatten(0, 1), labels, samples)
         return logits.softmax(-1).mean(0), predictions, labels
 
     def _finish(self, stage: str, prefix: str) -> Tensor:
-        """Log and return each layer's accuracy, (layers,)."""
+        """Tabulate, log and return each layer's accuracy, (layers,)."""
         self._last = f"{stage}_accuracy"
-        accuracy = self.scores.finish(self._last, range(len(self.layers)))
-        for layer, value in zip(self.layers, accuracy, strict=True):
+        accuracy: Tensor = self.correct.compute()[: len(self.layers)]
+        for layer, row, value in zip(self.layers, self.results, accuracy, strict=False):
+            row[self._last] = value.item()
             self.log(f"{prefix}/layer_{layer}/accuracy", value, sync_dist=True)
         return accuracy
 
     def _finish_concat(self, stage: str) -> None:
         if self.concat_head is not None and self.concat_head.fitted:
-            place = len(self.layers)
-            accuracy = self.scores.finish(f"{stage}_accuracy", range(place, place + 1))
-            self.log(f"{stage}/concat_accuracy", accuracy[0], sync_dist=True)
+            accuracy = self.correct.compute()[-1]
+            self.results[-1][self._last] = accuracy.item()
+            self.log(f"{stage}/concat_accuracy", accuracy, sync_dist=True)
+        self.correct.reset()

@@ -60,7 +60,7 @@ def test_bytes_survive_a_normalisation_that_was_undone():
         (IMAGES[0], ValueError, r"shape \(B, 3, 4, 4\); got \(3, 4, 4\)"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ValueError, "8 x 8 but .* reads 4 x 4 .* with image_size=8$"),
         (torch.zeros(2, 3, 4, 6, dtype=torch.uint8), ValueError, "4 x 6 but the network reads 4 x 4"),
-        (IMAGES.float() / 127.5 - 1, ValueError, "Leave out the normalisation"),
+        (IMAGES.float() / 127.5 - 1, ValueError, "Leave out the normalization"),
         (IMAGES.float(), ValueError, r"to\(torch\.uint8\); else divide them by 255"),
         (torch.zeros(2, 4, 4, 4), ValueError, r"images\[:, :3\] drops transparency"),
         (torch.zeros(2, 3, 224, 224), ValueError, r"224 x 224 .*\(image_size=4\); resize them$"),

@@ -1,15 +1,35 @@
+"""Probes find what scikit-learn and torch find on the same features."""
+
+import math
+import tempfile
+
 import lightning
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from torch.utils.data import DataLoader
 
-from lightning_igpt.features import fit_logistic
-from lightning_igpt.modules import PretrainModule, ProbeModule
+from lightning_igpt.features import choose_c, fit_logistic
+from lightning_igpt.modules import ProbeModule
+from lightning_igpt.modules.heads import RunningScale
 from lightning_igpt.objectives import draw_mask, majority_vote
-from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
-from tests.modules.probing.helpers import accuracy, features_of, noisy_loader, probe
+from tests.modules.helpers import (
+    BERT,
+    TINY,
+    deep_probe,
+    features_of,
+    labelled_images,
+    loader,
+    noisy_loader,
+    probe,
+    quiet_trainer,
+)
+
+
+def sgd_probe(**options):
+    return probe(solver="sgd", **options)
 
 
 def test_accuracy_by_layer_equals_scikit_learn_on_the_same_features(tmp_path):
@@ -63,10 +83,6 @@ def test_a_probe_without_classifiers_is_not_evaluated(tmp_path):
             run(probe(), loader())
 
 
-def test_forward_takes_images_without_labels():
-    assert probe()(labelled_images(2)[0]).shape == (2, 3, 3)
-
-
 def test_the_network_is_frozen_and_in_evaluation_mode(tmp_path):
     module = ProbeModule(network={**TINY.to_dict(), "dropout": 0.5}, palette="gray:8", num_classes=3)
     before = {name: value.clone() for name, value in module.network.state_dict().items()}
@@ -75,37 +91,6 @@ def test_the_network_is_frozen_and_in_evaluation_mode(tmp_path):
     module.train()
     assert not module.network.training
     assert not any(parameter.requires_grad for parameter in module.network.parameters())
-
-
-def test_checkpoint_holds_the_classifiers(tmp_path):
-    module = probe()
-    trainer = quiet_trainer(tmp_path, max_epochs=1)
-    trainer.fit(module, loader(), loader())
-    again = ProbeModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
-    assert again.num_classes == 3 and again.best_layer == module.best_layer
-    expected = torch.cat(quiet_trainer(tmp_path).predict(module, loader()))
-    torch.testing.assert_close(torch.cat(quiet_trainer(tmp_path).predict(again, loader())), expected)
-    torch.testing.assert_close(expected.sum(1), torch.ones(32))
-
-
-def test_chain_from_a_pretraining_run_folder(tmp_path):
-    torch.manual_seed(0)
-    pretrain = PretrainModule(TINY, "gray:8")
-    quiet_trainer(tmp_path / "run", max_steps=1).fit(pretrain, loader())
-    module = ProbeModule(str(tmp_path / "run"), num_classes=3)
-    assert torch.equal(module.network.wte.weight, pretrain.network.wte.weight)
-    assert module.palette == pretrain.palette
-
-
-def test_bert_features_come_from_masked_inputs(tmp_path):
-    module = ProbeModule(network=BERT, palette="gray:8", num_classes=3)
-    masks = []
-    original = module.network.features
-    module.network.features = lambda tokens, layers, masked: (
-        masks.append(masked) or original(tokens, layers, masked=masked)
-    )
-    quiet_trainer(tmp_path, max_epochs=1).fit(module, loader(), loader())
-    assert 0.05 < torch.cat(masks).float().mean() < 0.25
 
 
 def test_wrong_use_says_so(tmp_path):
@@ -156,14 +141,6 @@ def test_settings_out_of_range_are_refused(options, message):
         probe(**options)
 
 
-def test_voting_without_masks_is_refused():
-    with pytest.raises(ValueError, match=r"mask_inputs=False uses no mask, but n_masks is 5"):
-        ProbeModule(network=BERT, palette="gray:8", num_classes=3, mask_inputs=False, n_masks=5)
-
-
-# --- masks ----------------------------------------------------------------------------------------------------------
-
-
 def bert_probe(**options):
     torch.manual_seed(0)
     return ProbeModule(network=BERT, palette="gray:8", num_classes=3, mask_ratio=0.5, seed=5, c=0.1, **options)
@@ -193,20 +170,6 @@ def test_votes_and_mean_probabilities_equal_one_mask_after_another(tmp_path):
     assert test["test/concat_accuracy"] == pytest.approx(expected[module.best_layer])
     found = torch.cat(quiet_trainer(tmp_path).predict(module, val))
     torch.testing.assert_close(found, probabilities[module.best_layer], rtol=1e-4, atol=1e-5)
-
-
-def test_whole_images_where_inputs_are_not_masked(tmp_path):
-    module = bert_probe(mask_inputs=False)
-    quiet_trainer(tmp_path, max_epochs=1).fit(module, noisy_loader(300), noisy_loader(90, seed=1))
-    nothing = lambda samples: torch.zeros(len(samples), 16, dtype=torch.bool)  # noqa: E731
-    x, y = features_of(module, noisy_loader(300), [0, 1, 2], nothing)
-    x_val, y_val = features_of(module, noisy_loader(90, seed=1), [0, 1, 2], nothing)
-    for layer in range(3):
-        classifier = fit_logistic(x[:, layer], y, 3, c=0.1)
-        assert module.accuracy_by_layer[layer] == pytest.approx(accuracy(classifier, x_val[:, layer], y_val))
-
-
-# --- results and checkpoints ----------------------------------------------------------------------------------------
 
 
 def test_results_have_a_row_per_layer(tmp_path):
@@ -292,8 +255,201 @@ def test_a_checkpoint_without_the_newer_settings_opens(tmp_path):
             quiet_trainer(tmp_path).test(probe(**options), loader(), ckpt_path=path)
 
 
-def test_a_float64_network_is_probed_in_float32(tmp_path):
-    module = probe(c=1.0)
-    module.network.double()
-    quiet_trainer(tmp_path, max_epochs=1).fit(module, loader(), loader())
-    assert module.weight.dtype == torch.float32 and module.best_layer in (0, 1, 2)
+def test_each_layer_chooses_its_c_on_training_images_alone(tmp_path):
+    module = probe(c=[1.0, 0.001, 0.03], seed=1)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, noisy_loader(300), noisy_loader(90, seed=1))
+    features, labels = features_of(module, noisy_loader(300), [0, 1, 2])
+    for layer in range(3):
+        c = choose_c(features[:, layer], labels, 3, grid=[0.001, 0.03, 1.0], seed=1)
+        weight, bias = fit_logistic(features[:, layer], labels, 3, c=c)
+        assert module.c_by_layer[layer] == c
+        assert trainer.callback_metrics[f"probe/layer_{layer}/c"].item() == pytest.approx(c)
+        torch.testing.assert_close(module.weight[layer], weight)
+        torch.testing.assert_close(module.bias[layer], bias)
+    assert len(set(module.c_by_layer.values())) > 1
+    other = probe(c=[1.0, 0.001, 0.03], seed=1)
+    quiet_trainer(tmp_path, max_epochs=1).fit(other, noisy_loader(300), noisy_loader(30, seed=9))
+    assert other.c_by_layer == module.c_by_layer  # whatever the validation images
+
+
+def test_concat_equals_scikit_learn_on_the_layers_around_the_best(tmp_path):
+    module = deep_probe(c=0.1, concat=3)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, noisy_loader(300), noisy_loader(90, seed=1))
+    found = {"val": trainer.callback_metrics["val/concat_accuracy"].item()}
+    found["test"] = trainer.test(module, noisy_loader(80, seed=2), verbose=False)[0]["test/concat_accuracy"]
+    middle = min(max(module.best_layer, 1), 4)
+    layers = [middle - 1, middle, middle + 1]
+    x, y = features_of(module, noisy_loader(300), layers)
+    scaler = StandardScaler().fit(x.flatten(1))
+    theirs = LogisticRegression(C=0.1, max_iter=5000, tol=1e-7).fit(scaler.transform(x.flatten(1)), y)
+    for stage, data in (("val", noisy_loader(90, seed=1)), ("test", noisy_loader(80, seed=2))):
+        x_new, y_new = features_of(module, data, layers)
+        assert found[stage] == pytest.approx(theirs.score(scaler.transform(x_new.flatten(1)), y_new.numpy()), abs=1e-6)
+    assert module.results[-1] == {
+        "layer": f"{layers[0]}-{layers[2]}",
+        "c": 0.1,
+        "val_accuracy": pytest.approx(found["val"]),
+        "test_accuracy": pytest.approx(found["test"]),
+    }
+    again = quiet_trainer(tmp_path).validate(module, noisy_loader(90, seed=1), verbose=False)[0]
+    assert again["val/concat_accuracy"] == pytest.approx(found["val"])
+    assert not len(module._lbfgs.training) and not len(module._lbfgs.validation)
+
+
+def test_concat_survives_a_checkpoint(tmp_path):
+    module = deep_probe(c=[0.1, 0.01], concat=3)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, noisy_loader(300), noisy_loader(90, seed=1))
+    again = ProbeModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
+    assert again.results == module.results and again.c_by_layer == module.c_by_layer
+    assert again.results[-1]["val_accuracy"] == trainer.callback_metrics["val/concat_accuracy"].item()
+    expected = trainer.test(module, noisy_loader(80, seed=2), verbose=False)
+    assert quiet_trainer(tmp_path).test(again, noisy_loader(80, seed=2), verbose=False) == expected
+    assert "test/concat_accuracy" in expected[0]
+
+
+def test_concat_without_validation_is_left_out_with_a_warning(tmp_path, caplog):
+    module = deep_probe(c=0.1, concat=3)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, loader())
+    assert "concat=3 was not fitted" in caplog.text and not len(module._lbfgs.training)
+    assert "test/concat_accuracy" not in trainer.test(module, loader(), verbose=False)[0]
+    assert len(module.results) == 6
+
+
+def test_one_pass_serves_all_layers_and_goes_no_deeper(tmp_path):
+    module = deep_probe(layers=[0, 3], c=1.0)
+    calls = []
+    for number, block in enumerate(module.network.h):
+        block.register_forward_hook(lambda *_, number=number: calls.append(number))
+    quiet_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0).fit(module, loader(32), loader(16))
+    assert calls == [0, 1, 2] * 6  # 4 batches of training, 2 of validation
+
+
+def test_files_change_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    probes = [
+        deep_probe(layers=[0, 2, 5], c=[0.01, 0.1], concat=3, max_feature_bytes=limit)
+        for limit in (2**20, 3 * 3 * 16 * 4 * 50, 0)
+    ]
+    for module in probes:
+        quiet_trainer(tmp_path, max_epochs=1).fit(module, noisy_loader(300), noisy_loader(90, seed=1))
+        assert module.results == probes[0].results
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, probes[0].state_dict()[name]), name
+    assert not list(folder.iterdir())
+
+
+def test_an_image_that_comes_twice_counts_once(tmp_path, caplog):
+    rows = list(noisy_loader(90).dataset)
+    once, twice = probe(c=1.0), probe(c=1.0)
+    for module, data in ((once, rows), (twice, rows + rows[:30])):
+        quiet_trainer(tmp_path, max_epochs=1).fit(module, DataLoader(data, 16), noisy_loader(30))
+    assert torch.equal(once.weight, twice.weight)
+    assert "30 of 120 training images came before" in caplog.text
+
+
+def test_a_pass_that_was_cut_off_is_not_continued(tmp_path):
+    class CutOff(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[CutOff()]).fit(probe(), loader())
+    with pytest.raises(ValueError, match="cut off after 2 batches, before the fit"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(probe(), loader(), ckpt_path=tmp_path / "cut.ckpt")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_it_reaches_what_l_bfgs_finds(tmp_path, precision):
+    found = {}
+    for solver in ("lbfgs", "sgd"):
+        module = probe(solver=solver)
+        trainer = quiet_trainer(tmp_path, max_epochs=8, precision=precision)
+        torch.manual_seed(1)
+        trainer.fit(module, loader(96, shuffle=True), loader(48))
+        assert trainer.current_epoch == (8 if solver == "sgd" else 1)
+        found[solver] = module.accuracy_by_layer
+        test = quiet_trainer(tmp_path).test(module, loader(48), verbose=False)[0]
+        assert test["test/accuracy"] == pytest.approx(max(found[solver].values()))
+    assert found["sgd"] == pytest.approx(found["lbfgs"], abs=0.03) and min(found["lbfgs"].values()) > 0.9
+    assert module.c_by_layer == {} and [row["c"] for row in module.results] == [None] * 3
+    assert "train/cross_entropy" in trainer.callback_metrics
+
+
+def test_steps_equal_separate_classifiers_with_batch_normalisation(tmp_path):
+    """Each layer as torch would train it alone: BatchNorm1d without affine, Linear, SGD with momentum, cosine."""
+    module = sgd_probe(lr=0.3, weight_decay=0.01)
+    data = loader(24)
+    quiet_trainer(tmp_path, max_epochs=2).fit(module, data)
+    for layer in range(3):
+        norm, linear = torch.nn.BatchNorm1d(16, affine=False, eps=1e-6, momentum=None), torch.nn.Linear(16, 3)
+        for parameter in linear.parameters():
+            torch.nn.init.zeros_(parameter)
+        groups = [{"params": [linear.weight], "weight_decay": 0.01}, {"params": [linear.bias]}]
+        optimizer = torch.optim.SGD(groups, lr=0.3, momentum=0.9)
+        for step, batch in enumerate([*data, *data]):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.3 * 0.5 * (1 + math.cos(math.pi * step / 6))
+            features = module.network.features(module.palette.quantize(batch["image"]), [layer])[:, 0].detach()
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(linear(norm(features)), batch["label"]).backward()
+            optimizer.step()
+        torch.testing.assert_close(module.weight[layer].data, linear.weight.data, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(module.bias[layer].data, linear.bias.data, rtol=1e-4, atol=1e-5)
+        expected = linear(norm.eval()(features))
+        logits = module.eval()(batch["image"])[:, layer]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_learning_rate_ends_at_zero(tmp_path):
+    for options, steps in (({"max_epochs": 3}, 12), ({"max_steps": 5, "max_epochs": -1}, 5)):
+        module = sgd_probe()
+        trainer = quiet_trainer(tmp_path, **options)
+        trainer.fit(module, loader(shuffle=True))
+        assert trainer.global_step == steps
+        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-8)
+    with pytest.raises(ValueError, match="where the run ends"):
+        quiet_trainer(tmp_path, max_epochs=-1).fit(sgd_probe(), loader())
+
+
+def test_a_resumed_run_takes_its_own_rate_and_decay(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(sgd_probe(), loader(shuffle=True))
+    module = sgd_probe(lr=0.5, weight_decay=0.25)
+    trainer_two = quiet_trainer(tmp_path, max_epochs=2)
+    rates = []
+    module.on_train_batch_start = lambda *_: rates.append(trainer_two.optimizers[0].param_groups[0]["lr"])
+    trainer_two.fit(module, loader(shuffle=True), ckpt_path=trainer.checkpoint_callback.best_model_path)
+    assert rates[0] == pytest.approx(0.25)  # half way down the cosine of 8 steps
+    assert [group["weight_decay"] for group in trainer_two.optimizers[0].param_groups] == [0.25, 0.0]
+
+
+def test_without_standardisation_raw_features_are_classified(tmp_path):
+    module = sgd_probe(standardize=False, lr=1.0)
+    trainer = quiet_trainer(tmp_path, max_epochs=2)
+    trainer.fit(module, loader(shuffle=True), loader())
+    features = torch.randn(4, 3, 16)
+    expected = torch.einsum("bld,lcd->blc", features, module.weight) + module.bias
+    torch.testing.assert_close(module.logits(features), expected)
+    again = ProbeModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
+    assert torch.equal(again.bias, module.bias) and again.results == module.results
+
+
+def test_running_statistics_are_means_over_batches():
+    scale, batches = RunningScale(2, 3), torch.randn(5, 4, 2, 3, generator=torch.manual_seed(0)) * 3 + 1
+    for number, batch in enumerate(batches, 1):
+        flat = batch.flatten(1)
+        expected = (flat - flat.mean(0)) / (flat.var(0, correction=0) + 1e-6).sqrt()
+        torch.testing.assert_close(scale(batch, number), expected.view_as(batch))
+    flat = batches.flatten(2)
+    mean, variance = flat.mean((0, 1)), flat.var(1).mean(0)
+    torch.testing.assert_close(scale.mean, mean)
+    torch.testing.assert_close(scale.variance, variance)
+    one = batches[0, :1]
+    torch.testing.assert_close(scale(one, 6), ((one.flatten(1) - mean) / (variance + 1e-6).sqrt()).view_as(one))
+    assert torch.equal(scale(one), scale(one, 6))

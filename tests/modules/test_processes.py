@@ -6,7 +6,6 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 
 from lightning_igpt.modules import PretrainModule, ProbeModule
-from lightning_igpt.strategies import StaticDDPStrategy
 from tests.modules.helpers import TINY, quiet_trainer
 from tests.processes import Shared, batches, in_processes
 
@@ -25,7 +24,7 @@ def test_each_process_drops_others(tmp_path):
     def work(rank):
         seed_everything(0)
         seen = Generators()
-        trainer = quiet_trainer(tmp_path, max_steps=2, devices=2, strategy=StaticDDPStrategy(), callbacks=[seen])
+        trainer = quiet_trainer(tmp_path, max_steps=2, devices=2, strategy="ddp", callbacks=[seen])
         trainer.fit(PretrainModule(replace(TINY, dropout=0.5), "gray:8"), Shared(batches(TINY, 2)))
         for state in seen.states:
             both = [torch.empty_like(state) for _ in range(2)]
@@ -47,7 +46,7 @@ def test_the_probe_by_sgd_scales_by_the_images_of_all(tmp_path):
     twin = fit(1)
 
     def work(rank):
-        module = fit(2, strategy=StaticDDPStrategy())
+        module = fit(2, strategy="ddp")
         for name, value in module.state_dict().items():
             torch.testing.assert_close(value, twin.state_dict()[name], rtol=1e-4, atol=1e-5)
         moved = [value for name, value in module.named_buffers() if "scale" in name]

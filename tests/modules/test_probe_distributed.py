@@ -12,7 +12,7 @@ SCRIPT = """
 import json, os, sys, torch
 from lightning_igpt.modules import ProbeModule
 from tests.modules.helpers import TINY, quiet_trainer
-from tests.modules.probing.helpers import noisy_loader
+from tests.modules.helpers import noisy_loader
 from torch.utils.data import DataLoader, DistributedSampler
 
 if __name__ == "__main__":

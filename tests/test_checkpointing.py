@@ -1,6 +1,10 @@
-"""Which checkpoint a run goes on from."""
+"""Checkpoint files are whole or absent, and the newest that fits is the one that a run continues from."""
 
+import errno
 import os
+import re
+import resource
+import time
 
 import pytest
 import torch
@@ -9,8 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_igpt as igpt
-from lightning_igpt.checkpointing import find_checkpoint
-from lightning_igpt.checkpointing.sharded import _mark
+from lightning_igpt.checkpointing import AtomicCheckpointIO, find_checkpoint
 from tests.image_files import tiny
 
 NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size": 4}
@@ -75,7 +78,7 @@ def test_what_cannot_be_continued_is_passed_over(damage, run, caplog):
     if (run / "a" / "step=4.ckpt").exists():
         os.utime(run / "a" / "step=4.ckpt", (9, 9))
     assert name_of(find_checkpoint(run, module())) == "step=3.ckpt"
-    assert ("step=4.ckpt is passed over" in caplog.text) == (damage is not os.unlink)
+    assert ("step=4.ckpt is skipped" in caplog.text) == (damage is not os.unlink)
 
 
 def test_another_network_or_class_does_not_fit(run):
@@ -96,31 +99,6 @@ def test_no_checkpoint_is_no_error(tmp_path):
     (tmp_path / ".step=1.ckpt").write_bytes(b"half")
     (tmp_path / "gone.ckpt").symlink_to(tmp_path / "nothing.ckpt")
     assert find_checkpoint(tmp_path) is None
-
-
-def sharded(folder, step):
-    """A folder as a sharded strategy writes it, with the mark of a whole one."""
-    import torch.distributed.checkpoint as dcp
-
-    folder.mkdir(parents=True)
-    values = torch.full((2,), float(step))
-    optimizer = {"state": {"weight": {"exp_avg": values}}, "param_groups": [{"lr": 0.1, "params": ["weight"]}]}
-    dcp.save({"state_dict": {"weight": values}, "optimizer_0": optimizer}, checkpoint_id=folder, no_dist=True)
-    torch.save({"loops": {}, "lr_schedulers": [], "global_step": step}, folder / "meta.pt")
-    _mark(folder)
-    os.utime(folder, (step, step))
-    return folder
-
-
-def test_folders_of_shards_count_and_unfinished_ones_do_not(tmp_path):
-    older, newer = sharded(tmp_path / "step=1.ckpt", 1), sharded(tmp_path / "step=2.ckpt", 2)
-    assert find_checkpoint(tmp_path) == newer
-    (newer / "__0_0.distcp").write_bytes(b"half")
-    assert find_checkpoint(tmp_path) == older
-    newer.rename(tmp_path / ".step=2.ckpt.shards.tmp")
-    assert find_checkpoint(tmp_path) == older
-    older.rename(tmp_path / ".step=1.ckpt.shards.old")  # a kill between two renames
-    assert find_checkpoint(tmp_path) == older and not older.exists()
 
 
 def stamp_of(value):
@@ -179,3 +157,99 @@ def test_a_trainer_tells_where_it_saves(tmp_path):
         ), number
     trainer().fit(module(), igpt.PretrainDataModule(tiny(26), batch_size=4))
     assert find_checkpoint(trainer(logger=logger)) == found  # not the newer one of another logger
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    io, path = AtomicCheckpointIO(), tmp_path / "deep" / "last.ckpt"
+    io.save_checkpoint({"step": 1}, path)
+
+    def fail(checkpoint, file):
+        file.write(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        io.save_checkpoint({"step": 2}, path)
+    monkeypatch.undo()
+    assert io.load_checkpoint(path) == {"step": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_temporary_files_lie_beside_the_target(tmp_path, monkeypatch):
+    """A rename is atomic within one file system only."""
+    seen, real = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda checkpoint, file: seen.append(file.name) or real(checkpoint, file))
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
+    assert [name.rpartition("/")[0] for name in seen] == [str(tmp_path)]
+    assert not seen[0].endswith("a.ckpt")
+
+
+def test_what_killed_saves_left_is_removed(tmp_path):
+    """Under the same name by the next save; under another once nothing was written to it for an hour."""
+    names = {".last.ckpt.tmp": False, ".old.ckpt.tmp": False, ".new.ckpt.tmp": True, ".notes.tmp": True}
+    for name in names:
+        (tmp_path / name).write_bytes(b"half of it")
+    os.utime(tmp_path / ".old.ckpt.tmp", (time.time() - 7200,) * 2)
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"last.ckpt", *(name for name, stays in names.items() if stays)}
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """Both numbers; in a child, because the limit cannot be taken back."""
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(1_000_000)}, path)
+        except OSError as error:
+            told = re.search(
+                r"last.ckpt could not be saved; the checkpoint .* is as it was.*: 1\d\d,\d{3} bytes", str(error)
+            )
+            os._exit(0 if told and error.errno == errno.EFBIG else 3)
+        os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_what_the_disk_gives_back_is_compared(tmp_path, monkeypatch):
+    path, real = tmp_path / "last.ckpt", torch.save
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+
+    def rot(checkpoint, file):
+        real(checkpoint, file)
+        file.seek(file.tell() // 2)
+        file.write(b"rotten")
+
+    monkeypatch.setattr(torch, "save", rot)
+    with pytest.raises(OSError, match=r"last.ckpt could not be saved.*damaged"):
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(10_000)}, path)
+    monkeypatch.undo()
+    assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
+
+
+def test_flipped_bits_are_noticed(tmp_path):
+    """torch.load compares no checksums: it would give other weights without a word."""
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(10_000)}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)["weights"], torch.ones(10_000))
+    with pytest.raises(ValueError, match="damaged"):
+        AtomicCheckpointIO().load_checkpoint(path)
+
+
+def test_last_is_the_last_whole_file(tmp_path):
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
+    assert io.last == tmp_path / "a.ckpt"
+    with pytest.raises(OSError):
+        io.save_checkpoint({"step": 2}, tmp_path / "a.ckpt" / "b.ckpt")
+    assert io.last == tmp_path / "a.ckpt"
+    other = AtomicCheckpointIO()
+    other.load_checkpoint(tmp_path / "a.ckpt")
+    assert other.last == tmp_path / "a.ckpt"

@@ -1,0 +1,243 @@
+"""Checkpoint files that are whole or absent, and the choice of the one that an interrupted run continues from.
+
+Lightning 2.6 writes a checkpoint to the folder for temporary files and moves it from there. Where that folder is on
+another file system, a kill during the move destroys the previous checkpoint too.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import time
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+log = logging.getLogger(__name__)
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORGOTTEN = 3600.0  # seconds without a write after which a temporary file belongs to a process that died
+KINDS = {"loops": dict, "state_dict": dict, "optimizer_states": list, "lr_schedulers": list}  # what a run continues
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write next to the target, flush to the disk, compare checksums, then rename; read with torch's safe loader.
+
+    Addresses with a protocol, such as ``s3://``, are written by Lightning's own means.
+
+    Attributes:
+        last: The file that was last saved or loaded whole by this process.
+    """
+
+    last: Path | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save a checkpoint so that ``path`` holds either the old file or the whole new one.
+
+        Raises:
+            OSError: The folder cannot be written, the disk is full, or it gives back other bytes than were written; the
+                old file is as it was.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_forgotten(target.parent)
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            check_whole(temporary)
+            temporary.replace(target)
+            _sync_folder(target.parent)
+        except (OSError, RuntimeError, ValueError) as error:  # torch makes a RuntimeError of a write that failed
+            raise _explained(error, target, temporary) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.last = target
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load tensors and plain values; a file that holds anything else is refused, unless ``weights_only=False``.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        if "://" not in str(path) and Path(path).is_file():
+            check_whole(Path(path))
+            self.last = Path(path)
+        return super().load_checkpoint(path, map_location, weights_only is None or weights_only)
+
+
+def check_whole(path: Path) -> None:
+    """Raise ValueError unless every entry of a file by ``torch.save`` equals its checksum, which torch never compares.
+
+    A file that did not change since an earlier call is not read again.
+    """
+    status = path.stat()
+    _compare_checksums(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache
+def _compare_checksums(path: Path, size: int, modified: int) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except Exception as error:  # zipfile has many errors for damage
+        raise ValueError(f"{path} is damaged or incomplete ({error}); use another checkpoint") from error
+    if broken is not None:
+        raise ValueError(f"{path} is damaged: {broken} differs from its checksum; use another checkpoint")
+
+
+def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None = None) -> Path | None:
+    """The newest checkpoint that a run can continue from, for ``trainer.fit(ckpt_path=...)``.
+
+    Those that are damaged, that hold no optimizer, or that are another network's or palette's are skipped with a
+    warning.
+
+    Args:
+        where: The run's trainer, which knows where its loggers and its ModelCheckpoints save; or a folder, which is
+            searched with all below it.
+        module: The module that continues. None leaves it to the trainer to find out whether it fits.
+
+    Returns:
+        None where there is no checkpoint at all.
+
+    Raises:
+        ValueError: There are checkpoints, and a run can continue from none of them; the message says why.
+    """
+    errors: list[str] = []
+    # With equal times the name decides, not the order of the folder: processes on other machines must agree.
+    for path in sorted(_candidates(where), key=lambda path: (-_time_of(path), str(path))):
+        try:
+            check_resumable(path, module)
+        except Exception as error:  # a file may hold anything, and fail anywhere
+            reason = str(error) if isinstance(error, (ValueError, OSError)) else f"it is damaged ({error!r})"
+            log.warning("%s is skipped: %s", path, reason)
+            errors.append(f"{path}: {reason}")
+        else:
+            return path
+    if errors:
+        raise ValueError(
+            f"none of the {len(errors)} checkpoints there can be continued; the newest is {errors[0]}. To start a new run, "
+            "use another folder (default_root_dir) or remove them"
+        )
+    return None
+
+
+def check_resumable(path: Path, module: LightningModule | None = None) -> None:
+    """Raise unless a run can continue from a checkpoint.
+
+    Raises:
+        ValueError: It is damaged, was saved without the optimizer, or by another class, network or palette.
+    """
+    check_whole(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch's unpickler has many
+        raise ValueError(f"{path} cannot be opened without running code, or is damaged: {error}") from error
+    if not isinstance(checkpoint, dict) or not KINDS.keys() <= checkpoint.keys():
+        raise ValueError(f"{path} holds weights, but not the optimizer; start a new run from it with pretrained=")
+    kinds: dict[str, type] = {"callbacks": dict, **KINDS}
+    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name, kind()), kind)]
+    if wrong:
+        raise ValueError(f"{path} is damaged: its {', '.join(wrong)} cannot be read; use another checkpoint")
+    check: Any = getattr(module, "check_checkpoint", None)
+    if check is not None:
+        check(checkpoint)
+
+
+class SteadyCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint by optimizer steps, which lets a validation that is due at the same step run first.
+
+    A run that resumes from a checkpoint then owes no validation, and a checkpoint knows the metrics of its weights.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time, and no validation follows."""
+        if not _validation_follows(trainer, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if it is time; ModelCheckpoint itself saves nothing in sanity checks and evaluations."""
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)
+
+
+def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+    every, batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    if not trainer.enable_validation or (every and (trainer.current_epoch + 1) % every):
+        return False
+    if batches in (None, float("inf")):
+        return trainer.is_last_batch
+    return (1 + (batch_idx if every else trainer.fit_loop.total_batch_idx)) % batches == 0
+
+
+def _time_of(path: Path) -> float:
+    """When it was written; 0 for a file that was removed meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _candidates(where: str | Path | Trainer) -> list[Path]:
+    if isinstance(where, Trainer):
+        # Not all below the root, which may be a folder of many runs.
+        places = [place for folder in _folders(where) for place in folder.rglob("*.ckpt")]
+        places += Path(where.default_root_dir).glob("*.ckpt")
+    else:
+        places = list(Path(where).expanduser().rglob("*.ckpt"))
+    return [path for path in dict.fromkeys(places) if path.is_file() and not path.name.startswith(".")]
+
+
+def _folders(trainer: Trainer) -> list[Path]:
+    """Where ModelCheckpoint saves: in its dirpath, or in the logger's folder, whatever its version."""
+    named = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    roots = [(logger.save_dir or trainer.default_root_dir, logger.name or "") for logger in trainer.loggers]
+    folders = [Path(trainer.default_root_dir) / "checkpoints", *(Path(root) / str(name) for root, name in roots)]
+    return folders + [Path(folder) for folder in named if folder and "://" not in str(folder)]
+
+
+def _remove_forgotten(folder: Path) -> None:
+    """Remove what saves that were killed have left."""
+    for path in folder.glob(".*.ckpt.tmp"):
+        if time.time() - _time_of(path) > FORGOTTEN:
+            path.unlink(missing_ok=True)
+            log.info("removed %s, which an interrupted save had left", path)
+
+
+def _explained(error: Exception, target: Path, temporary: Path) -> OSError:
+    """The error with what the user needs to know; where the disk is full, with both numbers."""
+    kept = "; the checkpoint that was there is as it was" if target.exists() else ""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    number = cause.errno if cause is not None else None
+    reason = str(error) if cause is None else cause.strerror or str(cause)
+    if number in FULL:
+        written = temporary.stat().st_size if temporary.exists() else 0
+        free = shutil.disk_usage(target.parent).free
+        reason = f"{reason}: {written:,} bytes of it were written, {free:,} are free; make room, or save elsewhere"
+    return OSError(number or errno.EIO, f"{target} could not be saved{kept}. {reason}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut. Windows cannot open a folder and needs no such thing."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

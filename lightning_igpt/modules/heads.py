@@ -1,0 +1,196 @@
+"""The parts of ProbeModule that classify and count: features of one layer or several, votes of several masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_igpt.modules.build import check_settings
+from lightning_igpt.objectives import majority_vote
+
+EPS = 1e-6  # added to the variance, as in the probes of MAE
+
+
+class RunningScale(nn.Module):
+    """Scale each feature of each layer to mean 0 and variance 1: batch normalization without gain and bias.
+
+    A training batch, that of all processes together, is scaled by its own statistics. In evaluation their means over
+    all training batches scale, since frozen features do not drift.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, n_layers: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_layers * width))
+        self.register_buffer("variance", torch.ones(n_layers * width))
+
+    def forward(self, features: Tensor, batches: int | None = None) -> Tensor:
+        """Scaled features (..., layers, D); in training ``batches`` is their count so far, this batch included."""
+        flat = features.reshape(-1, len(self.mean))
+        mean, variance = self.mean.float(), self.variance.float()
+        rows = 0 if batches is None else len(flat)
+        if rows and _are_several():  # else the device need not be asked
+            rows = int(_of_all_processes(torch.tensor(rows, device=flat.device)))
+        if batches is not None and rows > 1:  # a single row has no variance
+            mean = _of_all_processes(flat.sum(0)) / rows
+            variance = _of_all_processes((flat - mean).square().sum(0)) / rows
+            unbiased = variance * rows / (rows - 1)
+            self.mean.lerp_(mean.to(self.mean.dtype), 1 / batches)
+            self.variance.lerp_(unbiased.to(self.variance.dtype), 1 / batches)
+        return ((flat - mean) * (variance + EPS).rsqrt()).view_as(features)
+
+
+def _of_all_processes(value: Tensor) -> Tensor:
+    """The sum over all processes, in place; all must call it together."""
+    if _are_several():
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def _are_several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+class Correct(Metric):
+    """How many predictions of each of n classifiers are right."""
+
+    right: Tensor
+    total: Tensor
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.add_state("right", torch.zeros(n, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(n, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, predictions: Tensor, labels: Tensor, first: int = 0) -> None:
+        """Count int64 predictions (B, k) of the k classifiers from place ``first`` on, against int64 labels (B,)."""
+        places = slice(first, first + predictions.shape[1])
+        self.right[places] += (predictions == labels[:, None]).sum(0)
+        self.total[places] += len(labels)
+
+    def compute(self) -> Tensor:
+        """The share that is right, float32 (n,)."""
+        return self.right.float() / self.total.clamp(min=1).float()
+
+
+class ConcatHead(nn.Module):
+    """A classifier of the concatenated features of ``count`` of the probed ``layers`` (paper, section 4.4)."""
+
+    weight: Tensor  # (C, count * D)
+    bias: Tensor  # (C,)
+    center: Tensor  # place in layers that the concatenated layers are centered on; -1 before the fit
+
+    def __init__(self, layers: Sequence[int], count: int, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.layers, self.count = list(layers), count
+        self.register_buffer("weight", torch.zeros(num_classes, count * width))
+        self.register_buffer("bias", torch.zeros(num_classes))
+        self.register_buffer("center", torch.tensor(-1))
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there is a classifier."""
+        return int(self.center) >= 0
+
+    @property
+    def places(self) -> list[int]:
+        """Places in ``layers`` of the ``count`` layers nearest in depth to the center, from shallow to deep.
+
+        At the ends the window is moved, not cut: of layers 0 to 12, five around 11 are 8 to 12.
+        """
+        by_depth = sorted(range(len(self.layers)), key=self.layers.__getitem__)
+        start = by_depth.index(int(self.center)) - self.count // 2
+        start = min(max(0, start), len(self.layers) - self.count)
+        return by_depth[start : start + self.count]
+
+    @property
+    def name(self) -> str:
+        """The layers, such as 8-12, or 8+10+12 where some between are not probed."""
+        layers = [self.layers[place] for place in self.places]
+        gapless = layers == list(range(layers[0], layers[-1] + 1))
+        return f"{layers[0]}-{layers[-1]}" if gapless and len(layers) > 1 else "+".join(map(str, layers))
+
+    def forward(self, read: Callable[[int], Tensor]) -> Tensor:
+        """Logits (..., C), where ``read`` gives the features (..., D) of the layer in a place, read in turn."""
+        parts = self.weight.float().chunk(self.count, dim=1)  # count of (C, D)
+        logits = self.bias.float()
+        for place, part in zip(self.places, parts, strict=True):
+            logits = logits + read(place) @ part.T
+        return logits
+
+
+def vote(logits: Tensor, samples: Tensor, *, seed: int) -> Tensor:
+    """The classes that most masks name, for each of n classifiers by itself (paper, section 4.6), int64 (B, n).
+
+    Args:
+        logits: Float (M, B, n, C).
+        samples: int64 (B,), the number of each sample; decides ties together with ``seed``.
+        seed: Any integer.
+    """
+    votes = logits.argmax(-1)  # (M, B, n)
+    if len(votes) == 1:
+        return votes[0]
+    _, n_rows, n_heads, num_classes = logits.shape
+    numbers = samples.repeat_interleave(n_heads)
+    return majority_vote(votes.flatten(1), numbers, num_classes, seed=seed).view(n_rows, n_heads)
+
+
+def choose_layers(layers: Any, n_layer: int) -> list[int]:
+    """The layer numbers that ``layers`` stands for: ``all``, or a list of numbers from 0 to ``n_layer``.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if layers != "all" and not isinstance(layers, (list, tuple, range)):
+        raise ValueError(f"layers is {layers!r}; it must be 'all' or a list of layer numbers")
+    chosen = list(range(n_layer + 1)) if layers == "all" else list(layers)
+    if not chosen or not all(0 <= layer <= n_layer for layer in chosen):
+        raise ValueError(f"layers is {layers}; name one or more from 0 to {n_layer}, or 'all'")
+    return chosen
+
+
+def check_concat(concat: int | None, n_layers: int, solver: str) -> None:
+    """Raise ValueError where so many layers cannot be fitted together."""
+    if concat is None:
+        return
+    if concat < 1 or concat % 2 == 0:
+        raise ValueError(f"concat is {concat}; it must be an odd number, as the layers are centered on the best")
+    if concat > n_layers:
+        raise ValueError(
+            f"concat is {concat}, but only {n_layers} layers are probed; lower it, or name more in layers="
+        )
+    if solver == "sgd":
+        raise ValueError(f"concat={concat} needs the features that solver='sgd' does not keep; use solver='lbfgs'")
+
+
+def check_fit(solver: str, grid: Sequence[float], **numbers: float) -> None:
+    """Raise ValueError where a setting of a solver makes no sense."""
+    if solver not in ("lbfgs", "sgd"):
+        raise ValueError(f"solver is {solver!r}; it must be 'lbfgs' or 'sgd'")
+    if not grid:
+        raise ValueError("c is an empty list; give one value or several to choose from")
+    for c in grid:
+        check_settings(above_zero={"c": c}, not_below_zero={})
+    above = {name: numbers.pop(name) for name in ("max_iter", "lr")}
+    check_settings(above_zero=above, not_below_zero=numbers)
+
+
+def check_same_probe(mine: Mapping[str, Any], saved: Mapping[str, Any], n_layer: int) -> None:
+    """Raise ValueError where a checkpoint's hyperparameters are those of other classifiers than the module's."""
+    for name, before in (("layers", "all"), ("solver", "lbfgs"), ("concat", None)):  # before they were options
+        theirs, ours = saved.get(name, before), mine[name]
+        if name == "layers":
+            theirs, ours = choose_layers(theirs, n_layer), choose_layers(ours, n_layer)
+        if theirs != ours:
+            raise ValueError(f"the checkpoint's probe has {name}={theirs}, this one {name}={ours}; make them equal")
+
+
+def empty_row(layer: int | str, c: float | None = None) -> dict[str, Any]:
+    """A row of ``ProbeModule.results`` before any evaluation."""
+    return {"layer": layer, "c": c, "val_accuracy": None, "test_accuracy": None}

@@ -1,0 +1,167 @@
+"""What a resumed run restores beyond Lightning's own state: random numbers, and the recipe's rates and schedule.
+
+Exact for checkpoints written between two optimizer steps. The order of the images is the data module's concern.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+RANDOM = "random_states"  # key in a checkpoint: of each process, the states of its generators
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """The trainer that a module is attached to, if any."""
+    try:
+        return module.trainer
+    except RuntimeError:  # how Lightning says that there is none
+        return None
+
+
+def is_fitting(module: LightningModule) -> bool:
+    """Whether a module is attached to a trainer that runs ``fit``, its validations included."""
+    trainer = trainer_of(module)
+    return trainer is not None and trainer.state.fn == TrainerFn.FITTING
+
+
+def is_evaluating(module: LightningModule) -> bool:
+    """Whether a module is attached to a trainer that runs ``validate``, ``test`` or ``predict``."""
+    return trainer_of(module) is not None and not is_fitting(module)
+
+
+def save_random_states(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Add the generators' states of all processes to a checkpoint; all processes call it together."""
+    trainer = trainer_of(module)
+    if trainer is None or not _draws(module):
+        return
+    states = {"cpu": torch.get_rng_state()}
+    if module.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(module.device)
+    everyone: list[Any] = [states] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(everyone, states)
+    checkpoint[RANDOM] = everyone
+
+
+def load_run_state(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Prepare a checkpoint for a run that continues it: the recipe's rates win, and random states wait for training."""
+    if not is_fitting(module):
+        return
+    module.random_states = checkpoint.get(RANDOM)
+    _keep_rates(module, checkpoint)
+    _forget_foreign_files(module.trainer, checkpoint)
+
+
+def start_training(module: Any) -> None:
+    """Set the random numbers of dropout and the learning rates; call it from ``on_train_start``."""
+    states: list[dict[str, Tensor]] | None = module.random_states
+    module.random_states = None
+    trainer: Trainer = module.trainer
+    if states is not None and len(states) == trainer.world_size:
+        mine = states[trainer.global_rank]
+        torch.set_rng_state(mine["cpu"].cpu())
+        if "cuda" in mine and module.device.type == "cuda":
+            torch.cuda.set_rng_state(mine["cuda"].cpu(), module.device)
+    elif states is not None:
+        log.warning(
+            "the checkpoint was saved by %d processes and this run has %d: dropout draws other numbers than it would "
+            "have drawn",
+            len(states),
+            trainer.world_size,
+        )
+    elif _draws(module) and trainer.global_rank > 0:  # else all processes would drop the same
+        torch.manual_seed((torch.initial_seed() + trainer.global_rank) % 2**63)
+    _follow_schedule(trainer)
+    loop = trainer.fit_loop
+    if loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch:
+        loop.reset_restart_stage()  # else Lightning 2.6 does not count the epoch that begins, for later checkpoints
+
+
+def total_steps(trainer: Trainer) -> tuple[int, int | None]:
+    """(optimizer steps of the run, optimizer steps per pass over the data if the data module knows its size)."""
+    batches = getattr(getattr(trainer, "datamodule", None), "batches_per_epoch", None)
+    if batches is None:
+        total = trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ValueError("a cosine needs to know where the run ends: give the trainer max_steps or max_epochs")
+        return int(total), None
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+    # Lightning steps on an accumulation window that the end of an epoch cuts short, too.
+    per_epoch = max(1, -(-batches // trainer.accumulate_grad_batches))
+    ends = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        ends.append(per_epoch * trainer.max_epochs)
+    if not ends:
+        raise ValueError("a cosine needs to know where the run ends: give the trainer max_steps or max_epochs")
+    return min(ends), per_epoch
+
+
+def _draws(module: Any) -> bool:
+    """Whether training uses up random numbers: only dropout does."""
+    return module.config.dropout > 0 and any(parameter.requires_grad for parameter in module.network.parameters())
+
+
+def _keep_rates(module: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Let a resumed run train with the module's learning rate, betas and weight decay, not the checkpoint's.
+
+    Lightning restores the optimizer with the settings that it was saved with, whatever recipe and flags say. Groups
+    that this package made note their scale of the rate (layer-wise decay) and whether they are decayed.
+    """
+    rates: list[float] = []
+    for state in checkpoint.get("optimizer_states", []):
+        groups = [group for group in state["param_groups"] if {"lr_scale", "decayed", "initial_lr"} <= group.keys()]
+        for group in groups:
+            group["initial_lr"] = module.lr * group["lr_scale"]
+            if "betas" in group:  # Muon and SGD have none
+                group["betas"] = module.betas
+            if group["decayed"]:
+                group["weight_decay"] = module.weight_decay
+        rates += [group["initial_lr"] for group in groups]
+    for state in checkpoint.get("lr_schedulers", []):
+        if len(state.get("base_lrs", [])) == len(rates):
+            state["base_lrs"] = rates
+
+
+def _follow_schedule(trainer: Trainer) -> None:
+    """Set each learning rate to what its schedule says now; a restored rate may come from a shorter run's schedule."""
+    for config in trainer.lr_scheduler_configs:
+        schedule = config.scheduler
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            parts = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, base, factor in parts:
+                group["lr"] = base * factor(schedule.last_epoch)
+
+
+def _forget_foreign_files(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Drop the state of a ModelCheckpoint that names files outside of its folder.
+
+    ModelCheckpoint removes its older files, and Lightning 2.6 would remove any file that a checkpoint names by an
+    address such as ``local://``. A run that resumes in another folder keeps none of this state anyway.
+    """
+    states = checkpoint.get("callbacks") or {}
+    for callback in trainer.checkpoint_callbacks:
+        state = states.get(callback.state_key)
+        if isinstance(callback, ModelCheckpoint) and state is not None:
+            named = [state.get(name) for name in ("best_model_path", "kth_best_model_path", "last_model_path")]
+            named += list(state.get("best_k_models") or {})
+            if not all(_is_inside(str(path), str(callback.dirpath)) for path in named if path):
+                del states[callback.state_key]
+                log.info("%s starts without its old state: that names files outside of %s", callback, callback.dirpath)
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    if "://" in folder:
+        return path.startswith(folder) and ".." not in path
+    return "://" not in path and Path(path).resolve().is_relative_to(Path(folder).resolve())

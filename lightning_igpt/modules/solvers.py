@@ -1,0 +1,282 @@
+"""ProbeModule's solver L-BFGS: where features wait, and how classifiers are fitted to them by all processes of a run.
+
+The regression itself is in ``features``.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from torch import Tensor
+from torch.utils.data import BatchSampler, DistributedSampler
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_igpt.features import choose_c, fit_logistic, usable_grid
+from lightning_igpt.modules.heads import empty_row, vote
+
+log = logging.getLogger(__name__)
+
+
+class FeatureStore:
+    """Rows of features that grow by batches and are read by columns, one layer at a time.
+
+    Args:
+        max_bytes: Features kept in memory; beyond it they move to temporary files without names (Python's ``tempfile``,
+            which follows TMPDIR), so that none outlives the process.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._columns: list[Any] = []  # a spooled file each
+        self._width = 0
+        self.close()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._labels))
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels of all rows, int64 (N,)."""
+        return torch.cat(self._labels)
+
+    @property
+    def numbers(self) -> Tensor:
+        """The sample numbers of all rows, int64 (N,)."""
+        return torch.cat(self._numbers)
+
+    def add(self, features: Tensor, labels: Tensor, numbers: Tensor) -> None:
+        """Append rows: float features (B, K, D) for K columns, kept as float32; labels and numbers, int64 (B,).
+
+        Raises:
+            OSError: The folder for temporary files is full.
+        """
+        self._labels.append(labels.cpu())
+        self._numbers.append(numbers.cpu())
+        columns = features.detach().float().cpu().transpose(0, 1).contiguous()  # (K, B, D)
+        self._width = columns.shape[-1]
+        if not self._columns:
+            size = max(1, self.max_bytes // len(columns))
+            self._columns = [tempfile.SpooledTemporaryFile(size) for _ in columns]  # noqa: SIM115 - see close()
+        try:
+            for file, rows in zip(self._columns, columns, strict=True):
+                file.write(rows.numpy().tobytes())
+        except OSError as error:
+            raise OSError(
+                f"the features of {len(self)} images do not fit into {tempfile.gettempdir()} ({error}); set TMPDIR to "
+                "a folder with more room, probe fewer layers, or use solver=sgd, which keeps none"
+            ) from error
+
+    def column(self, index: int) -> Tensor:
+        """One layer's features of all rows, contiguous float32 (N, D) on the CPU."""
+        file = self._columns[index]
+        file.seek(0)
+        return torch.frombuffer(bytearray(file.read()), dtype=torch.float32).view(-1, self._width)
+
+    def close(self) -> None:
+        """Forget all rows and free memory and files; columns in use stay valid."""
+        for file in self._columns:
+            file.close()
+        self._labels: list[Tensor] = []
+        self._numbers: list[Tensor] = []
+        self._columns = []
+
+
+class Head(NamedTuple):
+    """A fitted linear classifier of raw features."""
+
+    weight: Tensor  # (C, D)
+    bias: Tensor  # (C,)
+    c: float
+
+
+class Logistic(NamedTuple):
+    """How to fit a classifier by L-BFGS: the settings of ``ProbeModule``."""
+
+    grid: Sequence[float]  # values of c to choose from
+    standardize: bool
+    max_iter: int
+    seed: int
+
+    def fit(self, features: Tensor, labels: Tensor, num_classes: int) -> Head:
+        """Choose c and fit to float (N, D) and int64 (N,)."""
+        options: dict[str, Any] = {"standardize": self.standardize, "max_iter": self.max_iter}
+        c = choose_c(features, labels, num_classes, grid=self.grid, seed=self.seed, **options)
+        return Head(*fit_logistic(features, labels, num_classes, c=c, **options), c)
+
+
+class WholeFit(torch.optim.Optimizer):
+    """An optimizer of one step, in which its closure fits the parameters; Lightning saves checkpoints by its steps."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> Any:
+        return closure()
+
+
+def fit_heads(
+    store: FeatureStore,
+    groups: Sequence[Sequence[int]],
+    how: Logistic,
+    *,
+    num_classes: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    n_rows: int | None = None,
+) -> list[Head]:
+    """Fit a classifier to each group of columns, concatenated, on all processes' rows, each row once.
+
+    The processes take turns in fitting, so that several work at a time, and every process gets all classifiers. Rows
+    are put into the order of their numbers, so that what is held out does not depend on the number of processes; those
+    with a number from ``n_rows`` on are padding and left out.
+
+    Raises:
+        ValueError: All rows have the same label.
+    """
+    labels, order = _rows(store, device, world_size, n_rows)
+    how = how._replace(grid=usable_grid(how.grid, len(labels)))  # here, so that a warning comes once
+    heads: dict[int, Head] = {}
+    for first in range(0, len(groups), world_size):
+        features = torch.empty(0)
+        for owner, group in enumerate(groups[first : first + world_size]):
+            parts = [_gather(store.column(column).to(device), world_size) for column in group]
+            if owner == rank:
+                features = torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # (N, columns * D)
+        if first + rank < len(groups):
+            heads[first + rank] = how.fit(features if order is None else features[order], labels, num_classes)
+    if world_size > 1:
+        mine = {number: Head(head.weight.cpu(), head.bias.cpu(), head.c) for number, head in heads.items()}
+        everyone: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(everyone, mine)
+        heads = {number: head for part in everyone for number, head in part.items()}
+    return [heads[number] for number in range(len(groups))]
+
+
+def rows_once(numbers: Tensor, n_rows: int | None = None) -> Tensor:
+    """Where each of int64 ``numbers`` (N,) comes first, by ascending number, without those from ``n_rows`` on."""
+    order = numbers.argsort(stable=True)
+    ascending = numbers[order]
+    keep = torch.ones_like(ascending, dtype=torch.bool)
+    keep[1:] = ascending[1:] != ascending[:-1]
+    return order[keep if n_rows is None else keep & (ascending < n_rows)]
+
+
+def rows_before_padding(loader: Any) -> int | None:
+    """Rows that torch's DistributedSampler shares out among processes, padded with repeats at the end.
+
+    Its row k of process r is number ``k * processes + r`` of the whole, so the repeats are the numbers from the value
+    returned on. None for any other loader: what its sampler repeats is unknown.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    if type(batches) not in (BatchSampler, type(None)):
+        return None
+    sampler: Any = getattr(batches, "sampler", None) or getattr(loader, "sampler", None)
+    return len(sampler.dataset) if type(sampler) in (DistributedSampler, DistributedSamplerWrapper) else None
+
+
+def _rows(
+    store: FeatureStore, device: torch.device, world_size: int, n_rows: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """(labels of the rows to fit to, their places among all processes' rows; None if these are all, in order)."""
+    labels = _gather(store.labels.to(device), world_size)
+    numbers = _gather(store.numbers.to(device), world_size)
+    order = rows_once(numbers, n_rows)
+    if len(order) < len(numbers):
+        level = logging.INFO if world_size > 1 else logging.WARNING  # several processes: the sampler has padded
+        log.log(level, "%d of %d training images came before and are left out", len(numbers) - len(order), len(numbers))
+    labels = labels[order]
+    if bool((labels == labels[0]).all()):
+        raise ValueError(
+            f"all {len(labels)} training images have the label {int(labels[0])}; a probe needs two classes"
+        )
+    return labels, None if torch.equal(order, torch.arange(len(numbers), device=device)) else order
+
+
+def _gather(rows: Tensor, world_size: int) -> Tensor:
+    """The rows of all processes, in the order of ranks."""
+    return torch.cat(gather_all_tensors(rows)) if world_size > 1 else rows
+
+
+class Lbfgs:
+    """What ProbeModule does to fit its classifiers to all features at once: collect them in one pass, then fit.
+
+    Args:
+        how: The settings of a fit.
+        max_bytes: As in FeatureStore, per process.
+    """
+
+    def __init__(self, how: Logistic, max_bytes: int) -> None:
+        self.how = how
+        self.n_rows: int | None = None  # of the training images, where a sampler repeats some
+        self.training, self.validation = FeatureStore(max_bytes), FeatureStore(max_bytes)
+
+    def forget(self, probe: Any) -> None:
+        """Forget features and classifiers of an earlier fit."""
+        self.close()
+        probe.weight.data.zero_()
+        probe.bias.zero_()
+        probe.best.fill_(-1)
+        if probe.concat_head is not None:
+            probe.concat_head.center.fill_(-1)
+
+    def collect(self, probe: Any, features: Tensor, labels: Tensor, samples: Any, batch_idx: int) -> None:
+        """Keep the features (B, layers, D) of a training batch, and fit at the last.
+
+        Every image counts once, on several devices too: repeats are known by the loader's sample numbers, or by the
+        layout of torch's DistributedSampler, which Lightning puts into ordinary loaders.
+        """
+        trainer = probe.trainer
+        if batch_idx and not len(self.training):
+            raise ValueError(
+                f"this run was cut off after {batch_idx} batches, before the fit, and a checkpoint does not hold the "
+                "features; start again without ckpt_path"
+            )
+        if not isinstance(samples, Tensor):
+            self.n_rows = rows_before_padding(trainer.train_dataloader)
+            row = torch.arange(len(self.training), len(self.training) + len(labels))
+            samples = row * trainer.world_size + trainer.global_rank
+        self.training.add(features, labels, samples)
+        if trainer.is_last_batch:
+            probe.optimizers().step(lambda: self._fit_layers(probe))
+            trainer.should_stop = True  # one pass is all there is to learn from frozen features
+
+    def fit_together(self, probe: Any) -> None:
+        """Fit to the layers around the best, and count the images that validation has kept."""
+        head, kept, together, device = probe.concat_head, self.validation, len(probe.layers), probe.device
+        head.center.copy_(probe.best)
+        (fitted,) = self._fit(probe, [head.places])
+        head.weight.copy_(fitted.weight)
+        head.bias.copy_(fitted.bias)
+        probe.results[together:] = [empty_row(head.name, fitted.c)]
+        probe.log("probe/concat/c", fitted.c, sync_dist=True)
+        labels, samples = kept.labels.to(device), kept.numbers.to(device)  # (N,)
+        logits = head(lambda place: kept.column(place).to(device))  # (N * M, C)
+        logits = logits.unflatten(0, (len(labels), -1)).transpose(0, 1).unsqueeze(2)  # (M, N, 1, C)
+        probe.correct.update(vote(logits, samples, seed=probe.seed), labels, first=together)
+        self.close()
+
+    def close(self) -> None:
+        """Forget all features."""
+        self.training.close()
+        self.validation.close()
+
+    def _fit_layers(self, probe: Any) -> None:
+        heads = self._fit(probe, [[place] for place in range(len(probe.layers))])
+        for place, (layer, head) in enumerate(zip(probe.layers, heads, strict=True)):
+            probe.weight.data[place], probe.bias[place], probe.results[place]["c"] = head
+            probe.log(f"probe/layer_{layer}/c", head.c, on_step=False, on_epoch=True, sync_dist=True)
+        if probe.concat_head is None:
+            self.close()
+
+    def _fit(self, probe: Any, groups: Sequence[Sequence[int]]) -> list[Head]:
+        options: dict[str, Any] = {"num_classes": probe.num_classes, "device": probe.device, "n_rows": self.n_rows}
+        options |= {"rank": probe.global_rank, "world_size": probe.trainer.world_size}
+        # A line search is lost in bfloat16, and in validation Lightning forbids gradients.
+        with torch.autocast(probe.device.type, enabled=False), torch.inference_mode(False):
+            return fit_heads(self.training, groups, self.how, **options)
