@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_igpt import trainer as making
-from lightning_igpt.callbacks import ClassificationReport, CompileBlocks, LayerCurve, Throughput
+from lightning_igpt.callbacks import CompileBlocks, Throughput
 from lightning_igpt.checkpointing import AtomicCheckpointIO
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.trainer import best_precision, make_trainer
@@ -74,7 +74,7 @@ def test_choices_for_speed_are_told_once(tmp_path, caplog, bfloat16):
     precision = "bf16-mixed (this CPU has AMX" if bfloat16 else "32-true (this CPU has no AMX"
     assert lines(caplog) == [
         f"precision {precision} or AVX512-BF16), "
-        "compile off (about 0 minutes of work at 0.1 TFLOP/s), float32 products in full"
+        "compile off (about 1 second of work at 0.1 TFLOP/s), float32 products in full"
     ]
 
 
@@ -88,7 +88,7 @@ def test_choices_for_speed_can_be_overridden(tmp_path, caplog):
         )  # fmt: skip
         trainer.fit(PretrainModule(TINY, "gray:8"), loader(64))
     assert lines(caplog) == [
-        "precision 64-true (as told), compile off (as set), float32 products as TF32 where the device has it"
+        "precision 64-true (as given), compile off (as told), float32 products as TF32 where the device has it"
     ]
     assert products.seen == "high" and torch.get_float32_matmul_precision() == "highest"  # it ends with the run
     mine = [CompileBlocks(False), Throughput(peak_tflops=1)]
@@ -96,18 +96,6 @@ def test_choices_for_speed_can_be_overridden(tmp_path, caplog):
     assert [one for one in callbacks if isinstance(one, (CompileBlocks, Throughput))] == mine
     ours = [one for one in make_trainer(**options).callbacks if isinstance(one, (CompileBlocks, Throughput))]
     assert {type(one) for one in ours} == {CompileBlocks, Throughput} and len(ours) == 2
-
-
-def test_an_error_leaves_products_as_they_were(tmp_path):
-    class Broken(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            raise RuntimeError("out of luck")
-
-    options = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "default_root_dir": tmp_path}
-    trainer = make_trainer(max_steps=1, matmul_precision="medium", callbacks=Broken(), **options)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        trainer.fit(PretrainModule(TINY, "gray:8"), loader())
-    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_tf32_is_for_networks_trained_in_float32(tmp_path, monkeypatch):
@@ -145,22 +133,6 @@ def test_monitor_keeps_the_best(tmp_path):
     callback, newest = checkpoints(trainer)
     assert torch.load(newest.best_model_path, weights_only=True)["epoch"] == 3  # a run goes on from there
     assert callback.best_model_score.item() == max(seen[1:])  # the first is the sanity check's
-
-
-def test_pictures_of_what_was_found_come_by_themselves(tmp_path):
-    options = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False}
-    for name, module in {
-        "probe": ProbeModule(network=TINY, palette="gray:8", num_classes=3),
-        "finetune": FineTuneModule(num_classes=3, network=TINY, palette="gray:8"),
-    }.items():
-        trainer = make_trainer(default_root_dir=tmp_path / name, **options)
-        trainer.fit(module, loader(), loader())
-        trainer.test(module, loader(), verbose=False)
-    found = {(path.relative_to(tmp_path).parts[0], path.name) for path in tmp_path.rglob("*.png")}
-    assert ("probe", "probe_by_layer.png") in found and ("finetune", "confusion.png") in found
-    mine = [LayerCurve(), ClassificationReport(n_worst=2)]
-    callbacks = make_trainer(callbacks=mine, **options).callbacks
-    assert [one for one in callbacks if isinstance(one, (LayerCurve, ClassificationReport))] == mine
 
 
 def test_the_command_lines_defaults_are_no_choices(tmp_path):
@@ -207,29 +179,8 @@ def test_two_processes_are_told_and_compiled_as_one(tmp_path):
         command = [sys.executable, str(script), str(devices)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stderr.count("compile on (as set)") == 1 and "torch.compile failed" not in done.stderr
+        assert done.stderr.count("compile on (as told)") == 1 and "torch.compile failed" not in done.stderr
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
         found.append([float(word) for word in line.split()[1:]])
     assert found[0][0] == found[1][0] == 8  # 16 images of all processes in two seconds
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
-
-
-def test_on_cuda_the_progress_bar_does_not_wait_at_every_step():
-    (bar,) = making._patient_bar([], None)
-    assert isinstance(bar, ProgressBar) and bar.refresh_rate == 20
-    assert making._patient_bar([TQDMProgressBar()], None) == making._patient_bar([], False) == []
-
-
-@pytest.mark.parametrize(
-    "options", [{"compile": "yes"}, {"compile": None}, {"matmul_precision": "low"}, {"recompute": 1}]
-)
-def test_wrong_words_for_speed_are_refused(options):
-    (name,) = options
-    with pytest.raises(ValueError, match=f"^{name} is {options[name]!r}"):
-        make_trainer(max_steps=1, **options)
-
-
-def test_barebones(tmp_path):
-    trainer = make_trainer(max_steps=2, barebones=True, accelerator="cpu", default_root_dir=tmp_path)
-    trainer.fit(PretrainModule(TINY, "gray:8"), loader(64))
-    assert trainer.global_step == 2 and not checkpoints(trainer)
