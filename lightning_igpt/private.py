@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -21,3 +21,15 @@ def multiplies_bfloat16(device: torch.device | str) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return False
+
+
+def stop_workers(iterator: Any) -> None:
+    """Stop the worker processes of a DataLoader's iterator, also those that ignore SIGTERM.
+
+    ``_MultiProcessingDataLoaderIter._workers`` and ``_shutdown_workers``: torch 2.10 to 2.14.
+    """
+    workers = list(iterator._workers)
+    iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from lightning_igpt.config import PRESETS, ImageGPTConfig
-from lightning_igpt.data.order import MIX_BLOCK, EndlessOrder, EvalOrder, MixedOrder, mix_quotas
+from lightning_igpt.data.order import EndlessOrder, EvalOrder
 from lightning_igpt.lookup import _SPLIT, _Cells, _fill, _prune, _split
 from lightning_igpt.palette import Palette
 from lightning_igpt.rgb import to_rgb
@@ -137,92 +137,48 @@ sizes = st.integers(1, 60)
 
 @st.composite
 def orders(draw):
-    """(options of an order, devices): all of them valid."""
-    world = draw(st.sampled_from([1, 2, 3, 4]))
-    global_batch = world * draw(st.integers(1, 5))
-    rows = global_batch + draw(st.integers(0, 60))
-    return {"n_images": rows, "global_batch": global_batch, "seed": draw(st.integers(0, 2**31))}, world
+    """(options of an order, devices, accumulated batches): all of them valid."""
+    world, accumulate = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 4))
+    batch_size = world * accumulate * draw(st.integers(1, 5))
+    rows = batch_size + draw(st.integers(0, 60))
+    options = {"n_images": rows, "batch_size": batch_size, "seed": draw(st.integers(0, 2**31)), "n_steps": 1}
+    return options, world, accumulate
 
 
 @law
 @given(orders(), st.integers(0, 3))
 def test_a_pass_takes_each_row_once_but_for_the_rest(drawn, number_of_pass):
-    options, _ = drawn
-    order = EndlessOrder(**options, length=1)
-    per_pass = options["n_images"] // options["global_batch"]
-    first = number_of_pass * per_pass
-    draws = list(chain(*(order.batch(number) for number in range(first, first + per_pass))))
+    options, *_ = drawn
+    order, n_images = EndlessOrder(**options), options["n_images"]
+    per_pass = n_images // options["batch_size"]
+    steps = range(number_of_pass * per_pass, (number_of_pass + 1) * per_pass)
+    draws = [draw for step in steps for draw in order.draws(step)]
     rows = [row for row, _ in draws]
-    assert len(set(rows)) == len(rows) == per_pass * options["global_batch"] and set(rows) <= set(
-        range(options["n_images"])
-    )
+    assert len(set(rows)) == len(rows) == per_pass * options["batch_size"] and set(rows) <= set(range(n_images))
     assert len({sample for _, sample in draws}) == len(draws)
-    assert all(sample // options["n_images"] == number_of_pass for _, sample in draws)
+    assert all(sample // n_images == number_of_pass for _, sample in draws)
 
 
 @law
 @given(orders(), st.lists(st.integers(0, 500), min_size=1, max_size=6))
-def test_any_batch_is_the_same_for_any_history_and_number_of_devices(drawn, numbers):
-    options, world = drawn
-    ranks = [EndlessOrder(**options, length=1, rank=rank, world_size=world) for rank in range(world)]
+def test_any_step_is_the_same_for_any_history_devices_and_accumulation(drawn, numbers):
+    options, world, accumulate = drawn
+    ranks = [EndlessOrder(**options, rank=rank, world_size=world, accumulate=accumulate) for rank in range(world)]
     for number in numbers:
-        whole = EndlessOrder(**options, length=1).batch(number)
-        assert list(chain(*(rank.batch(number) for rank in ranks))) == whole
+        whole, at_once = list(EndlessOrder(**options).draws(number)), ranks[0].at_once
+        shares = [list(rank.draws(number)) for rank in ranks]
+        slices = [share[m * at_once : (m + 1) * at_once] for m in range(accumulate) for share in shares]
+        assert list(chain(*slices)) == whole
 
 
 @law
 @given(orders(), st.integers(0, 200), st.integers(1, 9))
-def test_a_run_goes_on_from_any_batch(drawn, done, length):
-    options, _ = drawn
-    resumed = EndlessOrder(**options, length=length, batches_done=lambda: done)
-    fresh = EndlessOrder(**options, length=done + length)
-    assert list(resumed) == list(fresh)[done:] and len(resumed) == length
-
-
-@st.composite
-def mixes(draw):
-    world = draw(st.sampled_from([1, 2, 4]))
-    sizes = draw(st.lists(st.integers(1, 400), min_size=2, max_size=4))
-    weights = draw(st.lists(st.floats(0.01, 1), min_size=len(sizes), max_size=len(sizes)))
-    global_batch = world * draw(st.integers(1, 25))
-    assume(sum(sizes) >= global_batch)
-    return {
-        "sizes": sizes,
-        "weights": weights,
-        "global_batch": global_batch,
-        "seed": draw(st.integers(0, 2**31)),
-    }, world
-
-
-@settings(law, max_examples=20)
-@given(mixes(), st.integers(0, 3))
-def test_a_mix_keeps_its_shares_and_reads_each_source_in_passes(drawn, block):
-    options, _ = drawn
-    order = MixedOrder(**options, length=1)
-    quotas = mix_quotas(options["weights"])
-    starts = [sum(options["sizes"][:i]) for i in range(len(quotas))]
-    last = (block + 1) * MIX_BLOCK
-    draws = [draw for number in range(-(-last // options["global_batch"])) for draw in order.batch(number)][:last]
-    assert [sample for _, sample in draws] == list(range(last))
-    rows = np.array([row for row, _ in draws])
-    for start, size, quota in zip(starts, options["sizes"], quotas, strict=True):
-        mine = (rows >= start) & (rows < start + size)
-        assert all(part.sum() == quota for part in np.split(mine, block + 1))
-        own = rows[mine] - start
-        for first in range(0, len(own) - size + 1, size):
-            assert len(set(own[first : first + size])) == size
-    ideal = np.array(options["weights"]) / sum(options["weights"]) * MIX_BLOCK
-    assert sum(quotas) == MIX_BLOCK and np.abs(np.array(quotas) - ideal).max() < 1
-
-
-@settings(law, max_examples=20)
-@given(mixes(), st.lists(st.integers(0, 300), min_size=1, max_size=5))
-def test_any_batch_of_a_mix_is_the_same_for_any_history_and_number_of_devices(drawn, numbers):
-    options, world = drawn
-    ranks = [MixedOrder(**options, length=1, rank=rank, world_size=world) for rank in range(world)]
-    for number in numbers:
-        whole = MixedOrder(**options, length=1).batch(number)
-        assert list(chain(*(rank.batch(number) for rank in ranks))) == whole
+def test_a_run_continues_from_any_step(drawn, step, n_steps):
+    options = drawn[0] | {"n_steps": n_steps}
+    resumed = EndlessOrder(**options, first_step=lambda: step)
+    fresh = EndlessOrder(**options | {"n_steps": step + n_steps})
+    assert list(resumed) == list(fresh)[step * options["batch_size"] :]
+    assert len(resumed) == n_steps * options["batch_size"]
 
 
 @law

@@ -30,7 +30,7 @@ from lightning_igpt.commands.parsers import VerbParser
 from lightning_igpt.commands.places import check_file
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import PretrainDataModule
-from lightning_igpt.data.base import ImageDataModule
+from lightning_igpt.data.datamodule import ImageDataModule
 from lightning_igpt.data.loaders import DEFAULT_IMAGE_SIZE
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import save_png
@@ -90,7 +90,7 @@ def open_data(options: Namespace, recipe: DictConfig) -> tuple[ImageDataModule, 
     data = make_data(options)
     recipe["data"] = options.data.as_dict()  # so that flags count where the network refers to them
     wanted = wishes(section_of(recipe, "model"), options)
-    mark = data.sources[0].tokens
+    mark = data.opened.tokens
     default = mark.image_size if mark else DEFAULT_IMAGE_SIZE
     # Set here, the size needs no trainer to be asked for its network's.
     size = data.image_size = options.image_size or data.image_size or wanted.image_size or default

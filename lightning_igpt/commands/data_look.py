@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lightning_igpt.data.bad_images import MAX_STAND_INS, BadImage
-from lightning_igpt.data.base import ImageDataModule
+from lightning_igpt.data.datamodule import ImageDataModule
+from lightning_igpt.data.readers import MAX_STAND_INS, BadImage
 from lightning_igpt.data.sources import Source
 from lightning_igpt.data.splits import Part
-from lightning_igpt.data.stream_parts import HoldOut
-from lightning_igpt.data.streamed import StreamedImages
+from lightning_igpt.data.streams import HoldOut
 from lightning_igpt.data.transforms import Augment, Resize
 from lightning_igpt.images import FORMATS, BadImageError, decode, resize_center_crop
 from lightning_igpt.palette import Palette
@@ -182,8 +181,8 @@ def kind_of(data: ImageDataModule, palette: Palette) -> Kind:
         data: With an image size.
         palette: That of the network.
     """
-    mark = data.sources[0].tokens
-    resize, augment = data.training_transform()
+    mark = data.opened.tokens
+    resize, augment = data.training_resize(), data.augmentation()
     if mark is None:
         return Images(palette, resize, augment)
     return Tokens(mark.sha256, palette if palette.sha256 == mark.sha256 else None, resize.size, augment)
@@ -209,17 +208,16 @@ def rows_by_split(data: ImageDataModule, limit: int) -> dict[str, Iterator[Row]]
         data: After ``setup``.
         limit: Rows per split; 0 means all.
     """
-    images = data.images
-    if isinstance(images, StreamedImages):
-        division = images.division
+    division = data.division
+    assert division is not None
+    if data.opened.streaming:
         splits = [split for split in (division.train, division.val, division.test) if split is not None]
         return {split: stream_rows(division.source, split, limit) for split in dict.fromkeys(splits)}
-    assert images is not None
     found: dict[str, Iterator[Row]] = {}
-    for part in images.parts.values():
+    for part in data.parts.values():
         if part.split not in found:  # a hold-out is in the split of the training part, which comes first
-            whole = Part(part.source, part.split, part.dataset, members=part.members)
-            found[part.split] = stored_rows(whole, images.source, spread(len(whole), limit))
+            whole = Part(part.source, part.split, part.dataset)
+            found[part.split] = stored_rows(whole, data.opened, spread(len(whole), limit))
     return found
 
 
@@ -290,18 +288,18 @@ def letterbox(image: Image.Image, side: int) -> Tensor:
 
 def _usable(data: ImageDataModule, kind: Kind, n_images: int) -> Iterator[tuple[Row, Any]]:
     """Training rows that can be used, and what they hold: evenly spread, of streams the first."""
-    images = data.images
-    assert images is not None
-    if isinstance(images, StreamedImages):
-        division, fraction = images.division, data.settings.val_fraction
+    division, fraction = data.division, data.val_fraction
+    assert division is not None
+    if data.opened.streaming:
         rows = stream_rows(division.source, division.train, limit=0)
         if division.val is None and fraction > 0:
-            rows = filter(lambda row: HoldOut(fraction, held_out=False).keeps(row.value), rows)
+            kept = HoldOut("image", fraction, held_out=False)
+            rows = filter(lambda row: kept({"image": row.value}), rows)
     else:
-        part = images.parts["train"]
+        part = data.parts["train"]
         places = spread(len(part), n_images)
         others = (place for place in range(len(part)) if place not in places)  # in the place of bad ones
-        rows = stored_rows(part, images.source, chain(places, others))
+        rows = stored_rows(part, data.opened, chain(places, others))
     opened = ((row, kind.open(row)) for row in islice(rows, MAX_STAND_INS + n_images))
     return islice((pair for pair in opened if not isinstance(pair[1], BadImage)), n_images)
 

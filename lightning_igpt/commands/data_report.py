@@ -11,11 +11,8 @@ from typing import NamedTuple
 import torch
 
 from lightning_igpt.commands.data_look import Kind, Seen, Tokens
-from lightning_igpt.data.base import ImageDataModule
-from lightning_igpt.data.readers import CACHE_LIMIT
+from lightning_igpt.data.datamodule import ImageDataModule
 from lightning_igpt.data.sources import Source
-from lightning_igpt.data.stored import StoredImages
-from lightning_igpt.data.streamed import StreamedImages
 from lightning_igpt.data.transforms import PadCropFlip, RandomCrop
 from lightning_igpt.palette import Palette
 
@@ -45,8 +42,8 @@ def source_lines(data: ImageDataModule) -> Iterator[str]:
     Args:
         data: After ``setup``.
     """
-    uses = stream_uses(data) if isinstance(data.images, StreamedImages) else stored_uses(data)
-    for source in data.sources:
+    uses = stream_uses(data) if data.opened.streaming else stored_uses(data)
+    for source in (data.opened,):
         yield _line("source", source.name)
         mine = {use.split: use for use in uses if use.source == source.name}
         names = [*source.splits, *(split for split in mine if split not in source.splits)]
@@ -59,34 +56,31 @@ def source_lines(data: ImageDataModule) -> Iterator[str]:
 
 def stored_uses(data: ImageDataModule) -> list[Use]:
     """The splits and slices that make up the parts, each with all its purposes."""
-    assert isinstance(data.images, StoredImages)
     found: dict[tuple[str, str], Use] = {}
-    for role, part in data.images.parts.items():
-        for member in part.members or (part,):
-            purpose = VERBS[role]
-            if member.rows is not None:
-                purpose += f" on {len(member):,}" + (" (held out)" if role == "val" else "")
-            key = (member.source, member.split)
-            before = f"{found[key].purpose}, " if key in found else ""
-            found[key] = Use(*key, f"{len(member.dataset):,}", before + purpose)
+    for role, part in data.parts.items():
+        purpose = VERBS[role]
+        if part.rows is not None:
+            purpose += f" on {len(part):,}" + (" (held out)" if role == "val" else "")
+        key = (part.source, part.split)
+        before = f"{found[key].purpose}, " if key in found else ""
+        found[key] = Use(*key, f"{len(part.dataset):,}", before + purpose)
     return list(found.values())
 
 
 def stream_uses(data: ImageDataModule) -> list[Use]:
     """The same for streams, whose hold-out is a share."""
-    assert isinstance(data.images, StreamedImages)
-    division, settings = data.images.division, data.settings
-    train, first = data.hparams["train_split"] or "train", data.sources[0]
-    validates = f"validates on the first {settings.val_images:,}"
-    purposes = {(source.name, train): "trains" for source in data.sources}
+    division, first = data.division, data.opened
+    assert division is not None
+    validates = f"validates on the first {data.val_images:,}"
+    purposes = {(first.name, division.train): "trains"}
     if division.val is not None:
         purposes[first.name, division.val] = validates
-    elif settings.val_fraction:
-        purposes[first.name, train] = f"trains on about {1 - settings.val_fraction:.0%}, {validates} of the rest"
+    elif data.val_fraction:
+        share = f"trains on about {1 - data.val_fraction:.0%}"
+        purposes[first.name, division.train] = f"{share}, {validates} of the rest"
     if division.test is not None:
         purposes[first.name, division.test] = "tests"
-    sources = {source.name: source for source in data.sources}
-    return [Use(*key, n_rows(sources[key[0]], key[1]), purpose) for key, purpose in purposes.items()]
+    return [Use(*key, n_rows(first, key[1]), purpose) for key, purpose in purposes.items()]
 
 
 def n_rows(source: Source, split: str) -> str:
@@ -104,21 +98,20 @@ def class_lines(data: ImageDataModule) -> Iterator[str]:
     Args:
         data: After ``setup``.
     """
-    names, images = data.class_names, data.images
+    names = data.class_names
     if names is None:
         yield _line("classes", "none")
         return
     shown, more = names[:N_CLASSES], f"and {len(names) - N_CLASSES:,} more" if len(names) > N_CLASSES else ""
-    if not isinstance(images, StoredImages):
+    if data.opened.streaming:
         yield _line("classes", f"{len(names):,}, counts unknown (stream): {', '.join(shown)} {more}".rstrip())
         return
-    part = images.parts["train"]
     try:
-        labels = images.source.labels(part.split)
+        labels = data.parts["train"].labels(data.opened)
     except ValueError as error:  # pretraining does without
         yield _line("classes", f"{len(names):,}, but the labels are of no use: {error}")
         return
-    counts = torch.bincount(labels if part.rows is None else labels[part.rows], minlength=len(names)).tolist()
+    counts = torch.bincount(labels, minlength=len(names)).tolist()
     yield _line("classes", f"{len(names):,}, with {min(counts):,} to {max(counts):,} training images each")
     width = max(len(name) for name in shown)
     yield from (f"  {name:<{width}}  {count:>9,}" for name, count in zip(shown, counts, strict=False))
@@ -134,7 +127,7 @@ def seen_lines(data: ImageDataModule, seen: Mapping[str, Seen]) -> Iterator[str]
         seen: What was found, by split.
     """
     total = reduce(add, seen.values(), Seen())
-    order = "the first " if isinstance(data.images, StreamedImages) else ""
+    order = "the first " if data.opened.streaming else ""
     yield _line("looked at", ", ".join(f"{order}{one.n_rows:,} of {split}" for split, one in seen.items()))
     if total.sizes:
         modes = ", ".join(f"{mode} {count:,}" for mode, count in total.modes.most_common())
@@ -149,8 +142,8 @@ def seen_lines(data: ImageDataModule, seen: Mapping[str, Seen]) -> Iterator[str]
     yield from (f"  {' '.join(f'{bad.place}: {bad.reason}'.split())}" for bad in total.bad[:N_BAD])
     if len(total.bad) > N_BAD:
         yield f"  and {len(total.bad) - N_BAD:,} more"
-    share, allowed = len(total.bad) / total.n_rows, data.settings.max_bad_share
-    if data.settings.on_bad_image == "error":
+    share, allowed = len(total.bad) / total.n_rows, data.max_bad_share
+    if data.on_bad_image == "error":
         yield "  on_bad_image is error: a run stops at the first of them; skip leaves them out"
     elif share > allowed:
         yield f"  on_bad_image is skip, but max_bad_share is {allowed:g} and these are {share:.2g}: a run stops"
@@ -184,18 +177,18 @@ def training_lines(data: ImageDataModule, kind: Kind, seen: Mapping[str, Seen]) 
         kind: How images are looked at.
         seen: What was found, by split, that of training first.
     """
-    size, settings = kind.size, data.settings
+    size = kind.size
     yield _line("training", f"{type(data).__name__}: {size} x {size} pixels, {size**2:,} tokens per image")
     yield _line("  crop", _crop(kind, next(iter(seen.values()))))
     yield _line("  augment", _augment(kind))
     yield _line("  cache", _cache(data, kind))
-    blocks = f"yes, shuffled within shards and blocks of {settings.shuffle_buffer:,}"
-    yield _line("  streaming", blocks if isinstance(data.images, StreamedImages) else "no")
+    blocks = f"yes, shuffled within shards and blocks of {data.shuffle_buffer:,}"
+    yield _line("  streaming", blocks if data.opened.streaming else "no")
     n_batches = data.batches_per_epoch
     if n_batches is None:
         yield _line("  batches", f"of {data.batch_size}; how many in a pass is unknown (stream)")
     elif n_batches == 0:
-        n_train = data.images.n_train if data.images is not None else 0
+        n_train = data.n_train
         yield _line("  batches", f"none: batch_size is {data.batch_size}, more than the {n_train} training images")
     else:
         yield _line("  batches", f"{n_batches:,} of {data.batch_size} in a pass on one device")
@@ -222,19 +215,9 @@ def _augment(kind: Kind) -> str:
 
 
 def _cache(data: ImageDataModule, kind: Kind) -> str:
-    settings, images = data.settings, data.images
-    if isinstance(kind, Tokens) or not isinstance(images, StoredImages):
+    if isinstance(kind, Tokens) or data.opened.streaming:
         return "none needed for tokens" if isinstance(kind, Tokens) else "none, rows of a stream do not come back"
-    if settings.cache == "disk":
-        return f"disk: tokens in {settings.token_folder}, {settings.n_crops} of each image"
-    if settings.cache == "none":
-        return "none"
-    needed = images.n_train * 3 * kind.size**2
-    amount = f"{needed / 2**20:.1f} MiB for the training images"
-    if settings.cache == "auto" and (settings.num_workers or needed > CACHE_LIMIT):
-        why = "num_workers is not 0" if settings.num_workers else f"more than {CACHE_LIMIT // 2**20} MiB"
-        return f"none: auto keeps nothing here ({why}); memory would take {amount}"
-    return f"memory: {amount}" + (", but not those cropped at random" if isinstance(kind.resize, RandomCrop) else "")
+    return f"disk: tokens, {data.n_crops} of each image" if data.cache == "disk" else "none"
 
 
 def _no_use(split: str, uses: Mapping[str, Use]) -> str:

@@ -19,7 +19,7 @@ from lightning_igpt.commands.plan_facts import facts
 from lightning_igpt.commands.plan_recipe import Recipe
 from lightning_igpt.commands.plan_text import GIB, hours
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.data.sources import as_list, name_of
+from lightning_igpt.data.sources import name_of
 from lightning_igpt.planning import parameter_count
 from lightning_igpt.trainer import choices
 from lightning_igpt.weights.safety import check_opens_safely
@@ -86,10 +86,10 @@ def network(config: ImageGPTConfig) -> str:
 
 def images(data: Any) -> dict[str, int]:
     """Images of each part, where they can be counted without copying or downloading anything; else nothing."""
-    if not hasattr(data, "source") or not all(_is_cheap(one) for one in as_list(data.source)):
+    if not hasattr(data, "source") or not _is_cheap(data.source):
         return {}
     data.setup("fit")
-    parts = getattr(data.images, "parts", {})
+    parts = getattr(data, "parts", {})
     return {role: len(part) for role, part in parts.items()}
 
 

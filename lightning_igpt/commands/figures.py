@@ -28,7 +28,7 @@ from lightning_igpt.commands.figures_runs import run_figures
 from lightning_igpt.commands.images import read_originals
 from lightning_igpt.commands.places import check_folder
 from lightning_igpt.commands.score import check_finite
-from lightning_igpt.data.bad_images import OnBadImage
+from lightning_igpt.data.readers import OnBadImage
 from lightning_igpt.images import resize_center_crop
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import Pretrained, load_pretrained

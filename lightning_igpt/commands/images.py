@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_igpt.data.bad_images import OnBadImage
+from lightning_igpt.data.readers import OnBadImage
 from lightning_igpt.data.sources import open_source
 from lightning_igpt.images import SUFFIXES, BadImageError, decode, resize_center_crop
 from lightning_igpt.progress import track

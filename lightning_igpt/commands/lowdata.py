@@ -93,7 +93,6 @@ def lowdata(
         label_column=label_column,
         train_split=train_split,
         test_split=test_split,
-        cache="none",  # every image is read once
     )
     parts = open_parts(data, budgets[-1])
     subsets = draw_subsets(parts.train_labels, parts.n_classes, budgets[-1], n_subsets, seed=seed)

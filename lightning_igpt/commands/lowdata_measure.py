@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_igpt.data import ProbeDataModule
-from lightning_igpt.data.dataset import ImageBatches
+from lightning_igpt.data.readers import ImageBatches
 from lightning_igpt.features import fit_logistic
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules.batches import read_batch

@@ -17,7 +17,7 @@ from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.places import check_file
-from lightning_igpt.data.bad_images import OnBadImage
+from lightning_igpt.data.readers import OnBadImage
 from lightning_igpt.objectives import nats_to_bits
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import color_bar, contact_sheet, heading, heat_map, image_grid, save_png, stack

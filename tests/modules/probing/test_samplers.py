@@ -40,7 +40,7 @@ class Reordering(BatchSampler):
         (DataLoader(DATA, batch_sampler=Reordering(RandomSampler(DATA), 2, False)), None, False),
         (DataLoader(DATA, batch_sampler=Reordering(shared(), 2, False)), None, False),
         (DataLoader(DATA, batch_size=None, sampler=EvalOrder(7, batch_size=2)), None, True),
-        (DataLoader(DATA, batch_size=None, sampler=EndlessOrder(7, global_batch=2, length=3)), None, False),
+        (DataLoader(DATA, batch_size=2, sampler=EndlessOrder(7, batch_size=2, n_steps=3)), None, False),
         ([DATA], None, False),
     ],
 )
