@@ -4,7 +4,6 @@ import pytest
 
 from lightning_igpt.data.folders import list_files, open_image_folder
 from lightning_igpt.images import SUFFIXES
-from lightning_igpt.images import SUFFIXES
 from tests.image_files import save_images
 
 
