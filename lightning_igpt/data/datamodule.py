@@ -7,39 +7,14 @@ from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
-from lightning_igpt.data.loaders import (
-    Loader,
-    all_states,
-    make_loader,
-    matching_palette,
-    matching_size,
-    n_steps,
-    place_of,
-)
+from lightning_igpt.data import loaders, readers, streams
+from lightning_igpt.data.loaders import Loader, make_loader, matching_palette, place_of
 from lightning_igpt.data.order import EndlessOrder, EvalOrder, StreamOrder
-from lightning_igpt.data.readers import (
-    BadImagePolicy,
-    BadImages,
-    ImageBatches,
-    ImageReader,
-    OnBadImage,
-    Reader,
-    write_list,
-)
+from lightning_igpt.data.readers import BadImagePolicy, ImageBatches, OnBadImage
 from lightning_igpt.data.sources import ImageSource, Source, name_of, open_source
 from lightning_igpt.data.splits import Division, Part, divide, make_parts
-from lightning_igpt.data.streams import (
-    StreamBatches,
-    StreamOnce,
-    StreamPart,
-    StreamReader,
-    begin,
-    keep,
-    n_readers,
-    open_part,
-)
+from lightning_igpt.data.streams import StreamBatches, StreamPart, StreamReader
 from lightning_igpt.data.tokens import TokenReader, cached_tokens
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
 
@@ -136,7 +111,7 @@ class ImageDataModule(LightningDataModule):
         }
         self._check_options()
         self.parts: dict[str, Part] = {}  # train and, where there are any, val and test; of a stream what is kept
-        self.left_out: dict[str, BadImages] = {}  # by part
+        self.left_out: dict[str, readers.BadImages] = {}  # by part
         self._opened: Source | None = None
         self._stream: Loader | None = None
         self._stream_states: list[list[str]] = []  # of a checkpoint: of each process, of each worker
@@ -218,7 +193,7 @@ class ImageDataModule(LightningDataModule):
         options: dict[str, Any] = {
             **place._asdict(),
             "batch_size": self.batch_size,
-            "n_steps": n_steps(trainer, per_pass, self.opened.name),
+            "n_steps": loaders.n_steps(trainer, per_pass, self.opened.name),
             "seed": self.seed,
             "first_step": lambda: 0 if trainer is None else trainer.global_step,
         }
@@ -226,11 +201,11 @@ class ImageDataModule(LightningDataModule):
         if not self.opened.streaming:
             part = self.parts["train"]
             order = EndlessOrder(len(part), **options)
-            images = self._images("train", resize, policy, augment, need_labels=self.needs_labels)
+            images = self._images("train", resize, True, augment, self.needs_labels)
             return make_loader(images, order, self._log("train"), order.at_once, self.num_workers)
         rows = self._stream_part("train", self.needs_labels)
-        workers = n_readers(rows, self.num_workers, place.world_size)
-        states = begin(self._stream_states, place.rank, place.world_size, max(1, workers))
+        workers = streams.n_readers(rows, self.num_workers, place.world_size)
+        states = streams.begin(self._stream_states, place.rank, place.world_size, max(1, workers))
         reader = StreamReader(rows, resize, augment, policy)
         batches = StreamBatches(reader, place.rank, place.world_size, self.seed, self.shuffle_buffer, states)
         order = StreamOrder(**options)
@@ -242,11 +217,7 @@ class ImageDataModule(LightningDataModule):
         return self.eval_loader("val") if self.division is None or "val" in self.roles() else []
 
     def test_dataloader(self) -> Loader:
-        """Every test image once.
-
-        Raises:
-            ValueError: There is no test split.
-        """
+        """Every test image once; ValueError where there is no test split."""
         return self.eval_loader("test")
 
     def predict_dataloader(self) -> Loader:
@@ -263,7 +234,7 @@ class ImageDataModule(LightningDataModule):
         """Every image of a part once, in order, resized from its middle square.
 
         Raises:
-            ValueError: There is no such part, or it is a stream that several processes would have to share.
+            ValueError: There is no such part, or it is a stream that several processes would have to divide.
         """
         self._check_role(role)
         need_labels = self.needs_labels if need_labels is None else need_labels
@@ -278,17 +249,17 @@ class ImageDataModule(LightningDataModule):
                         f"{rows.where} is a stream; {place.world_size} devices cannot divide it so that each image "
                         "comes once. Use one device (--trainer.devices 1), or streaming=False"
                     )
-                once = StreamOnce(StreamReader(rows, resize, None, policy), at_once)
+                once = streams.StreamOnce(StreamReader(rows, resize, None, policy), at_once)
                 return make_loader(once, None, self._log(role), None, min(self.num_workers, 1))
-            self.parts.setdefault("val", keep(rows, self.val_images))
+            self.parts.setdefault("val", streams.keep(rows, self.val_images))
             labels = rows.labels(self.parts["val"].dataset)
-        images = self._images(role, resize, policy, None, need_labels=need_labels, labels=labels)
+        images = self._images(role, resize, False, None, need_labels, labels)
         order = EvalOrder(len(images), batch_size=at_once, rank=place.rank, world_size=place.world_size)
         return make_loader(images, order, self._log(role), None, self.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
         """Of a stream, where every worker of every process is; else nothing: the step alone decides the order."""
-        return {} if self._stream is None else {"stream_states": all_states(self._stream)}
+        return {} if self._stream is None else {"stream_states": loaders.all_states(self._stream)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep where a stream was; what versions before 0.2 saved is ignored."""
@@ -302,7 +273,7 @@ class ImageDataModule(LightningDataModule):
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if bad := self.bad_images:
             rank = self.trainer.global_rank
-            path = write_list(bad, folder / (f"bad_images_{rank}.csv" if rank else "bad_images.csv"))
+            path = readers.write_list(bad, folder / (f"bad_images_{rank}.csv" if rank else "bad_images.csv"))
             rank_zero_warn(f"{len(bad)} images could not be read and were left out; they are listed in {path}")
 
     def training_resize(self) -> Resize:
@@ -314,17 +285,10 @@ class ImageDataModule(LightningDataModule):
         return None
 
     def _images(
-        self,
-        role: str,
-        resize: Resize,
-        policy: BadImagePolicy,
-        augment: Augment | None,
-        *,
-        need_labels: bool,
-        labels: Tensor | None = None,
+        self, role: str, resize: Resize, replace: bool, augment: Augment | None, need_labels: bool, labels: Any = None
     ) -> ImageBatches:
         """A stored part as batches; labels that nobody needs may be absent or unusable."""
-        part, source = self.parts[role], self.opened
+        part, source, policy = self.parts[role], self.opened, self._policy(replace=replace)
         if labels is None and not source.streaming:
             try:
                 labels = part.labels(source) if need_labels or source.class_names is not None else None
@@ -334,9 +298,9 @@ class ImageDataModule(LightningDataModule):
                 rank_zero_info(f"batches will carry no labels: {error}")
         palette = matching_palette(self.trainer, source, self.palette, cache=self.cache == "disk")
         if source.tokens is not None:
-            reader: Reader = TokenReader(part, part.dataset, source.image_column, resize.size)
+            reader: readers.Reader = TokenReader(part, part.dataset, source.image_column, resize.size)
         elif self.cache != "disk":
-            reader = ImageReader(part, source.image_column, resize, policy)
+            reader = readers.ImageReader(part, source.image_column, resize, policy)
         else:
             assert palette is not None
             options = {"n_crops": self.n_crops if role == "train" else 1, "num_workers": self.num_workers}
@@ -350,20 +314,20 @@ class ImageDataModule(LightningDataModule):
         fraction = self.val_fraction if self.division.val is None and role != "test" else 0.0
         # Hidden labels of a test split do not concern a prediction.
         labels = need_labels or role != "test"
-        return open_part(
+        return streams.open_part(
             self.opened, split or self.division.train, need_labels, labels, fraction=fraction, held_out=role == "val"
         )
 
     def _policy(self, *, replace: bool) -> BadImagePolicy:
         return BadImagePolicy(self.on_bad_image, replace, self.seed)
 
-    def _log(self, role: str) -> BadImages:
+    def _log(self, role: str) -> readers.BadImages:
         n_images = None if role not in self.parts or self.opened.streaming else len(self.parts[role].dataset)
-        self.left_out[role] = BadImages(self.max_bad_share, n_images)
+        self.left_out[role] = readers.BadImages(self.max_bad_share, n_images)
         return self.left_out[role]
 
     def _size(self) -> int:
-        return matching_size(self.trainer, self.opened, self.image_size)
+        return loaders.matching_size(self.trainer, self.opened, self.image_size)
 
     def _check_role(self, role: str) -> None:
         if self.division is None:

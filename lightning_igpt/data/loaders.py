@@ -72,15 +72,7 @@ class Loader(DataLoader[dict[str, Tensor]]):
 def make_loader(
     images: Any, order: Sampler[Any] | None, bad_images: BadImages, batch_size: int | None, num_workers: int
 ) -> Loader:
-    """Read batches in ``num_workers`` processes or, with 0, in this one.
-
-    Args:
-        images: Gives whole batches.
-        order: Yields draws, or with ``batch_size=None`` whole batches of them; None for a data set to iterate over.
-        bad_images: Records images that were left out.
-        batch_size: Images that this device computes at once.
-        num_workers: Processes.
-    """
+    """Read batches in ``num_workers`` processes or, with 0, in this one."""
     return Loader(
         images,
         bad_images,

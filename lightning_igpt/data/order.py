@@ -121,12 +121,6 @@ class EvalOrder(DistributedSampler[list[Draw]]):
     Each rank reads a contiguous share in batches of nearly equal size. All ranks have the same number of batches,
     so that collective calls inside a step cannot hang.
 
-    Args:
-        n_images: Number of rows.
-        batch_size: Largest number of rows per batch and rank.
-        rank: This process.
-        world_size: Number of processes.
-
     Raises:
         ValueError: There are fewer rows than processes.
     """

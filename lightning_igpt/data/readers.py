@@ -41,12 +41,7 @@ class BadImage(NamedTuple):
 
 
 class BadImages:
-    """The images left out so far, each once.
-
-    Args:
-        max_share: Largest share of images that may be left out.
-        n_images: Number of images; None where it is unknown.
-    """
+    """The images left out so far, each once."""
 
     def __init__(self, max_share: float, n_images: int | None = None) -> None:
         self.max_share, self.n_images = max_share, n_images
@@ -150,14 +145,7 @@ STOP = BadImagePolicy()
 
 
 class ImageReader:
-    """Decodes and resizes image files.
-
-    Args:
-        part: The rows.
-        image_column: Column of ``{"bytes", "path"}``.
-        resize: Makes an image square.
-        policy: What happens to images that cannot be read.
-    """
+    """Decodes and resizes image files."""
 
     def __init__(self, part: Part, image_column: str, resize: Resize, policy: BadImagePolicy = STOP) -> None:
         self.part, self.image_column, self.resize, self.policy = part, image_column, resize, policy
@@ -209,14 +197,7 @@ def square(resize: Resize, image: Image.Image, sample: int) -> NDArray[np.uint8]
 
 
 class ImageBatches(Dataset[dict[str, Any]]):
-    """Indexed by a list of (place, sample) pairs; gives a finished batch.
-
-    Args:
-        reader: Where the pixels or tokens come from.
-        n_images: Number of places.
-        labels: int64 (n_images,), or None.
-        augment: Changes training images.
-    """
+    """Indexed by a list of (place, sample) pairs; gives a finished batch."""
 
     def __init__(
         self, reader: Reader, n_images: int, *, labels: Tensor | None = None, augment: Augment | None = None

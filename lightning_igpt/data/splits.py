@@ -24,19 +24,12 @@ _Range: TypeAlias = tuple[str, int, int]  # split, first row, row after the last
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one split.
-
-    Args:
-        source: Name of the source, for messages.
-        split: Name of the split.
-        dataset: The whole split.
-        rows: int64, the rows that belong to this part, ascending; None means all.
-    """
+    """Rows of one split."""
 
     source: str
     split: str
     dataset: datasets.Dataset
-    rows: NDArray[np.int64] | None = None
+    rows: NDArray[np.int64] | None = None  # those of this part, ascending; None means all
 
     def __len__(self) -> int:
         return len(self.dataset) if self.rows is None else len(self.rows)
@@ -111,11 +104,6 @@ def divide(
 
 def make_parts(division: Division, *, val_fraction: float, seed: int) -> dict[str, Part]:
     """Parts that never share a row with training.
-
-    Args:
-        division: The splits of a source that is no stream.
-        val_fraction: Share of the training split held out where there is no validation split, in [0, 1).
-        seed: Decides which rows are held out, together with the number of rows and nothing else.
 
     Returns:
         ``train`` and, where there are any, ``val`` and ``test``.

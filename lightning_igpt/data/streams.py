@@ -48,17 +48,11 @@ _EMPTY_PASSES = 100  # a reader may get shards without rows in some passes, but 
 
 @dataclass(frozen=True)
 class HoldOut:
-    """For ``filter``: divides rows by a hash of their content, so that copies of an image stay together.
-
-    Args:
-        column: Column of images or tokens.
-        fraction: Share of the rows that are held out.
-        held_out: Whether to keep the held-out rows, or the others.
-    """
+    """For ``filter``: divides rows by a hash of their content, so that copies of an image stay together."""
 
     column: str
     fraction: float
-    held_out: bool
+    held_out: bool  # keep the rows that are held out, or the others
 
     def __call__(self, row: Mapping[str, Any]) -> bool:
         """Whether to keep a row."""
@@ -70,21 +64,13 @@ class HoldOut:
 
 @dataclass(frozen=True)
 class StreamPart:
-    """Rows of one split of a stream.
-
-    Args:
-        source: Where they come from.
-        split: Name of the split.
-        rows: The rows of the part.
-        own_names: The classes as this split numbers them; None: as the training split does.
-        need_labels: Whether a label that is missing or no class is an error; else it is -1.
-    """
+    """Rows of one split of a stream."""
 
     source: Source
     split: str
     rows: datasets.IterableDataset
-    own_names: Sequence[str] | None = None
-    need_labels: bool = True
+    own_names: Sequence[str] | None = None  # the classes as this split numbers them
+    need_labels: bool = True  # a label that is missing or no class is an error; else it is -1
 
     def read(self, row: Mapping[str, Any], resize: Resize, sample: int) -> NDArray[Any] | BadImage:
         """One row as a grid, uint8 (3, S, S) or int16 (1, S, S), or what is wrong with it.
@@ -141,14 +127,7 @@ class StreamPart:
 
 
 class StreamReader:
-    """Turns rows into batches.
-
-    Args:
-        part: The rows.
-        resize: Makes an image square.
-        augment: Changes training images.
-        policy: What happens to images that cannot be read.
-    """
+    """Turns rows into batches."""
 
     def __init__(
         self,
@@ -192,21 +171,13 @@ class StreamBatches(Dataset[dict[str, Any]]):
     """Endless batches of a stream, asked for by draws as ``StreamOrder`` numbers them.
 
     A map-style data set, so that torch knows a length and gives the draws to the workers in turn.
-
-    Args:
-        reader: Turns rows into batches.
-        rank: This process.
-        world_size: Number of processes.
-        seed: Decides the order of shards and rows.
-        buffer: Rows of the shuffle buffer.
-        states: Where each worker of this process begins, as ``STATE`` reports it; empty: at the first row.
     """
 
     def __init__(
         self, reader: StreamReader, rank: int, world_size: int, seed: int, buffer: int, states: Sequence[str] = ()
     ) -> None:
         self.reader, self.rank, self.world_size, self.seed, self.buffer = reader, rank, world_size, seed, buffer
-        self.states = states
+        self.states = states  # where each worker of this process begins, as STATE reports it; empty: at the first row
         self._rows: Iterator[Mapping[str, Any]] | None = None  # of each worker process its own
         self._pass, self._stream = 0, reader.part.rows
 

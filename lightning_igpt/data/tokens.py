@@ -188,37 +188,30 @@ def cached_tokens(
     """
     if trainer is not None and trainer.local_rank > 0:
         trainer.strategy.barrier("token cache")
-    bad, made = _make_cache(part, image_column, palette, resize, policy, n_crops, num_workers)
+    bad, made = _make_cache(part, image_column, palette, resize, policy.action == "skip", n_crops, num_workers)
     if trainer is not None and trainer.local_rank == 0:
         trainer.strategy.barrier("token cache")
     return TokenReader(part, made, TOKENS_COLUMN, resize.size, n_crops, policy, bad)
 
 
 def _make_cache(
-    part: Part,
-    image_column: str,
-    palette: Palette,
-    resize: Resize,
-    policy: BadImagePolicy,
-    n_crops: int,
-    num_workers: int,
+    part: Part, column: str, palette: Palette, resize: Resize, skip: bool, n_crops: int, num_workers: int
 ) -> tuple[dict[int, BadImage], datasets.Dataset]:
     """The rows that could not be read, and the tokens."""
-    images = part.dataset.select_columns([image_column])
+    images = part.dataset.select_columns([column])
     if not images.cache_files:  # map keeps only what it makes of files
         images = datasets.Dataset.from_generator(
             _rows, gen_kwargs={"images": images}, features=images.features, split=datasets.Split(str(images.split))
         )
-    skip, files = policy.action == "skip", _state_of_files(images, image_column)
-    length = n_crops * resize.size**2
+    files, length = _state_of_files(images, column), n_crops * resize.size**2
     try:
         with quiet():
             made = images.map(
-                TokenSquares(_ready(palette), image_column, resize, n_crops, skip, files),
+                TokenSquares(_ready(palette), column, resize, n_crops, skip, files),
                 batched=True,
                 batch_size=max(1, min(1000, 2**22 // length)),
                 with_indices=True,
-                remove_columns=[image_column],
+                remove_columns=[column],
                 features=datasets.Features(
                     {TOKENS_COLUMN: _tokens_feature(length), _ERROR_COLUMN: datasets.Value("string")}
                 ),
@@ -230,7 +223,7 @@ def _make_cache(
         raise BadImageError(f"{where}, {error}. {REPAIR}") from error
     errors = made.with_format("arrow")[:][_ERROR_COLUMN].to_pylist()
     wrong = [row for row, error in enumerate(errors) if error]
-    paths = [value and value["path"] for value in images[wrong][image_column]] if wrong else []
+    paths = [value and value["path"] for value in images[wrong][column]] if wrong else []
     bad = {row: BadImage(part.describe(row, path), errors[row]) for row, path in zip(wrong, paths, strict=True)}
     return bad, made
 
@@ -256,8 +249,7 @@ class TokenReader:
     Args:
         part: The rows.
         dataset: The data set of the part, or tokens made of it row by row.
-        column: Column of lists of n_crops * S * S tokens.
-        size: Side S of the images.
+        column: Column of lists of n_crops * S * S tokens; S is ``size``.
         n_crops: Squares of each image, of which every pass over the part takes the next.
         policy: What happens to images that could not be read when the tokens were made.
         bad: These images by row; their tokens mean nothing.
