@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+
+
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,3 +68,15 @@ def allow_clipping(optimizer: Any) -> Any:
     """
     optimizer._step_supports_amp_scaling = False
     return optimizer
+
+
+def stop_workers(iterator: Any) -> None:
+    """Stop the worker processes of a DataLoader's iterator, also those that ignore SIGTERM.
+
+    ``_MultiProcessingDataLoaderIter._workers`` and ``_shutdown_workers``: torch 2.10 to 2.14.
+    """
+    workers = list(iterator._workers)
+    iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()

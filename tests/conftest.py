@@ -81,7 +81,7 @@ def asked_once():
     """
     constants = {
         "lightning.fabric.utilities.registry": ("entry_points", functools.cache),  # of every installed package
-        "lightning_igpt.data.locations": ("load_digits", once),  # 1,797 PNG files
+        "lightning_igpt.data.sources": ("load_digits", once),  # 1,797 PNG files
         "inspect": ("stack", lambda stack: functools.partial(stack, 0)),  # jsonargparse needs no lines of source code
     }
     with pytest.MonkeyPatch.context() as patch:

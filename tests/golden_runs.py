@@ -192,7 +192,7 @@ RUNS = {
     "pretrain": pretraining,
     "pretrain, bert": partial(pretraining, objective="bert"),
     "pretrain, dropout": partial(pretraining, dropout=0.1),
-    "pretrain, accumulating": partial(pretraining, batch_size=6, accumulate=3),
+    "pretrain, accumulating": partial(pretraining, batch_size=18, accumulate=3),
     "pretrain, muon": partial(pretraining, optimizer="muon"),
     "finetune": finetuning,
     "finetune, layer decay": partial(finetuning, layer_decay=0.7),

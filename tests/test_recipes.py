@@ -86,9 +86,7 @@ def network_of(recipe):
 
 
 def images_per_step(recipe):
-    trainer = recipe["trainer"]
-    devices = trainer["devices"] * (trainer.get("num_nodes") or 1)
-    return recipe["data"]["init_args"]["batch_size"] * devices * trainer.get("accumulate_grad_batches", 1)
+    return recipe["data"]["init_args"]["batch_size"]
 
 
 @pytest.fixture(scope="module")
@@ -232,9 +230,8 @@ def test_the_papers_settings(name):
     if paper.objective == "bert":
         assert options["mask_ratio"] == 0.15
     assert options["warmup_steps"] is None
-    per_device = recipe["data"]["init_args"]["batch_size"] * trainer["devices"]
-    data = SimpleNamespace(batches_per_epoch=IMAGENET_TRAIN // per_device)
     accumulate = trainer["accumulate_grad_batches"] or 1
+    data = SimpleNamespace(batches_per_epoch=IMAGENET_TRAIN // images_per_step(recipe) * accumulate)
     run = SimpleNamespace(
         max_steps=paper.steps,
         max_epochs=-1,

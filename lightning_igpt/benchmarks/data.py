@@ -1,4 +1,4 @@
-"""How fast files become batches, beside bare decoding, plain ``datasets`` and the processor of ``transformers``.
+"""How fast files become batches, next to bare decoding, plain ``datasets`` and the processor of ``transformers``.
 
 All images are made here: seeded low-frequency noise with some grain, which compresses about as photographs do. All
 sides decode the same files to the same squares of 32 x 32 pixels. Bare decoding is the least that any loader can do:
@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
@@ -34,13 +31,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lightning_igpt.benchmarks.harness import conditions, options_parser, print_json, say_unused
+from lightning_igpt.data.folders import quiet
 from lightning_igpt.data.pretrain import PretrainDataModule
 from lightning_igpt.palette import Palette
 
 SIZE = 32
 BATCH = 128
 PROCESSOR_BATCH = 4  # the processor's fastest: larger batches leave the CPU's cache
-WARM_UP = 20  # batches before memory is compared
 PALETTE = "openai"
 
 Counts: TypeAlias = Iterator[int]  # endless; each item is the number of images that were read meanwhile
@@ -65,7 +62,7 @@ KINDS = {
 
 
 def make_files(kind: Kind, count: int, seed: int = 0) -> list[bytes]:
-    """``count`` encoded pictures: smooth colours, and grain that no two share at the same place."""
+    """``count`` encoded pictures: smooth colors and grain."""
     generator = np.random.default_rng(seed)
     shape = (kind.height, kind.width, 3)
     grain = generator.normal(0, 8, shape).astype(np.float32)
@@ -100,9 +97,9 @@ def bare_pixels(file: bytes) -> NDArray[np.uint8]:
     return np.asarray(_square(Image.open(io.BytesIO(file))))
 
 
-def data_module(path: Path, *, batch_size: int, passes_before: int = 0, **options: Any) -> Counts:
+def data_module(path: Path, *, batch_size: int, **options: Any) -> Counts:
     """Everything a training run pays: rows, decoding, shuffled batches."""
-    for batch in _batches(path, batch_size=batch_size, passes_before=passes_before, **options):
+    for batch in _batches(path, batch_size=batch_size, **options):
         yield len(next(iter(batch.values())))
 
 
@@ -122,7 +119,7 @@ def plain_datasets(path: Path, batch_size: int) -> Counts:
 def tokens(path: Path, batch_size: int) -> Counts:
     """The data module, and the palette on every batch."""
     palette = Palette.load(PALETTE)
-    for batch in _batches(path, batch_size=batch_size, cache="none"):
+    for batch in _batches(path, batch_size=batch_size):
         yield len(palette.quantize(batch["image"]))
 
 
@@ -148,34 +145,30 @@ def _square(image: Image.Image) -> Image.Image:
     return image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
 
 
-def _batches(path: Path, *, batch_size: int, passes_before: int = 0, **options: Any) -> Iterator[dict[str, Any]]:
+def _batches(path: Path, *, batch_size: int, **options: Any) -> Iterator[dict[str, Any]]:
     common = {"image_size": SIZE, "batch_size": batch_size, "val_fraction": 0}
     data = PretrainDataModule(str(path), random_crop=False, **common, **options)
     data.setup()
     loader = data.train_dataloader()
-    for _ in range(passes_before):
-        for _ in loader:
-            pass
     while True:
         yield from loader
 
 
 def measurements(kind: str, path: Path, files: Sequence[bytes], batch: int) -> dict[str, Counts]:
     """What is measured on one kind of file, by name."""
-    found = {
+    sides = {
         "bare decoding": bare_decoding(files),
-        "data module": data_module(path, batch_size=batch, cache="none"),
+        "data module": data_module(path, batch_size=batch),
         "datasets + DataLoader": plain_datasets(path, batch),
         "data module, tokens": tokens(path, batch),
     }
     if importlib.util.find_spec("transformers"):
-        found["transformers, tokens"] = processor_tokens(files)
+        sides["transformers, tokens"] = processor_tokens(files)
     if kind != SMALL:
-        return found
-    found["pixel cache in memory"] = data_module(path, batch_size=batch, passes_before=1, cache="memory")
-    found["token cache on disk"] = data_module(path, batch_size=batch, passes_before=1, cache="disk", palette=PALETTE)
-    found["streaming"] = data_module(path, batch_size=batch, streaming=True)
-    return found
+        return sides
+    sides["token cache"] = data_module(path, batch_size=batch, cache="disk", palette=PALETTE)
+    sides["streaming"] = data_module(path, batch_size=batch, streaming=True)
+    return sides
 
 
 def rate(counts: Counts, seconds: float) -> float:
@@ -193,30 +186,6 @@ def in_turns(sides: dict[str, Counts], *, seconds: float, repeats: int) -> dict[
         next(counts)
     turns = [{name: rate(counts, seconds) for name, counts in sides.items()} for _ in range(repeats)]
     return {name: [turn[name] for turn in turns] for name in sides}
-
-
-def memory_growth(path: Path, rows: int, batch: int) -> float:
-    """MiB that a new process holds more after reading ``rows`` rows than shortly after it began."""
-    # A new one, because this one has freed so much that it could keep a lot before it grew.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_growth, path, rows, batch).result()
-
-
-def _growth(path: Path, rows: int, batch: int) -> float:
-    with _everything_in(path.parent):
-        counts = data_module(path, batch_size=batch, cache="none")
-        for _ in range(WARM_UP):
-            next(counts)
-        before, read = _private_bytes(), 0
-        while read < rows:
-            read += next(counts)
-        return (_private_bytes() - before) / 2**20
-
-
-def _private_bytes() -> int:
-    # Without shared pages: the Arrow file is mapped, and its pages are the kernel's to take back.
-    resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
-    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def summary(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -243,36 +212,30 @@ def print_table(kind: str, rows: dict[str, dict[str, float]]) -> None:
 
 @contextmanager
 def _everything_in(folder: Path) -> Iterator[None]:
-    """One thread, no progress bars, and every cache in ``folder``; afterwards as before."""
-    variable, threads, bars = "LIGHTNING_IGPT_CACHE", torch.get_num_threads(), datasets.are_progress_bars_disabled()
-    before, own = datasets.config.HF_DATASETS_CACHE, os.environ.get(variable, "")
-    datasets.config.HF_DATASETS_CACHE, os.environ[variable] = folder / "datasets", str(folder / "own")
-    datasets.disable_progress_bars()
+    """One thread, no progress bars, and the cache of ``datasets`` in ``folder``; afterwards as before."""
+    threads, before = torch.get_num_threads(), datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
     torch.set_num_threads(1)
     try:
-        yield
+        with quiet():
+            yield
     finally:
         torch.set_num_threads(threads)
-        if not bars:
-            datasets.enable_progress_bars()
-        datasets.config.HF_DATASETS_CACHE, os.environ[variable] = before, own
+        datasets.config.HF_DATASETS_CACHE = before
 
 
-def benchmark(folder: Path, *, batch: int, seconds: float, repeats: int, images: int, rows: int) -> dict[str, Any]:
+def benchmark(folder: Path, *, batch: int, seconds: float, repeats: int, images: int) -> dict[str, Any]:
     """Measure everything, print tables, and return what the JSON says."""
     result: dict[str, Any] = {"unit": "images per second of CPU time", "batch": batch, "size": SIZE}
-    found = conditions("cpu", datasets, PIL, np)  # here, where there is one thread
-    print(f"{result['unit']}; {platform.platform()}; {found['versions']}")
+    circumstances = conditions("cpu", datasets, PIL, np)  # here, where there is one thread
+    print(f"{result['unit']}; {platform.platform()}; {circumstances['versions']}")
     for name, kind in KINDS.items():
         files = make_files(kind, max(images // kind.share, batch, PROCESSOR_BATCH))
         path = write_parquet(files, folder / f"{name}.parquet")
         sides = measurements(name, path, files, batch)
         result[name] = summary(in_turns(sides, seconds=seconds, repeats=repeats))
         print_table(f"{name}, {statistics.mean(map(len, files)):,.0f} bytes", result[name])
-    if Path("/proc/self/statm").exists():
-        result["memory_growth_mib"] = round(memory_growth(folder / f"{SMALL}.parquet", rows, batch), 2)
-        print(f"\nmemory that {rows:,} rows leave behind: {result['memory_growth_mib']} MiB")
-    return result | found
+    return result | circumstances
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -280,13 +243,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = options_parser("data", __doc__, preset="igpt_s", batch_size=BATCH, repeats=25)
     parser.add_argument("--seconds", type=float, default=0.15, help="CPU time of one turn (default 0.15)")
     parser.add_argument("--images", type=int, default=20_000, help="small PNG files to make (default 20000)")
-    parser.add_argument("--rows", type=int, default=200_000, help="rows read while memory is watched (default 200000)")
     parser.add_argument("--quick", action="store_true", help="short turns and few images: half a minute")
     options = parser.parse_args(words)
     say_unused(words, "preset", "precision", "compile", "device")
-    sizes = {name: getattr(options, name) for name in ("seconds", "repeats", "images", "rows")}
+    sizes = {name: getattr(options, name) for name in ("seconds", "repeats", "images")}
     if options.quick:
-        sizes = {"seconds": 0.05, "repeats": 3, "images": 1_000, "rows": 5_000}
+        sizes = {"seconds": 0.05, "repeats": 3, "images": 1_000}
     if wrong := [name for name, value in sizes.items() if value <= 0]:
         parser.error(f"--{wrong[0]} is {sizes[wrong[0]]}; it must be above 0")
     with TemporaryDirectory() as folder, _everything_in(Path(folder)):

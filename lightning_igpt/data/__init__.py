@@ -7,6 +7,6 @@ source has labels. The modules know these keys and nothing else of this package.
 from lightning_igpt.data.finetune import FineTuneDataModule
 from lightning_igpt.data.pretrain import PretrainDataModule
 from lightning_igpt.data.probe import ProbeDataModule
-from lightning_igpt.data.tokenize import tokenize
+from lightning_igpt.data.tokens import tokenize
 
 __all__ = ["FineTuneDataModule", "PretrainDataModule", "ProbeDataModule", "tokenize"]

@@ -1,28 +1,52 @@
-"""Which column holds the images, which the labels, and labels as class numbers that mean the same in every split."""
+"""Which column holds images, tokens or labels, and labels as class numbers that mean the same in every split."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from math import isqrt
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_igpt.spelling import closest
+from lightning_igpt.tokenizing import PALETTE_COLUMN
 
+TOKENS_COLUMN = "tokens"
 LABEL_NAMES = ("label", "labels", "cls")  # cls is WebDataset's
 MAX_CLASSES = 1_000_000  # beyond this a column of integers holds ids of something else
 
 
+class TokenMark(NamedTuple):
+    """What the ids of a data set mean."""
+
+    sha256: str  # of the palette
+    image_size: int  # side of the pictures in pixels
+
+
+def is_tokenized(features: Mapping[str, Any]) -> bool:
+    """Whether there is a column ``tokens`` of lists of integers."""
+    number = getattr(features.get(TOKENS_COLUMN), "feature", None)
+    return isinstance(number, datasets.Value) and "int" in number.dtype
+
+
+def marked_palette(rows: datasets.Dataset) -> TokenMark:
+    """Read which palette and picture size the ids of a data set belong to.
+
+    Raises:
+        ValueError: There are no ids, nothing names their palette, they belong to several, or they fill no square.
+    """
+    if not is_tokenized(rows.features):
+        raise ValueError(
+            f"there is no column {TOKENS_COLUMN!r} of integers; the columns are {', '.join(rows.features)}"
+        )
+    return TokenMark(_sha256(rows), _image_size(rows))
+
+
 def find_image_column(features: datasets.Features, wanted: str | None, *, where: str) -> str:
     """Name the column of images: ``wanted``, or else the only one of type Image.
-
-    Args:
-        features: The columns and their types.
-        wanted: The option ``image_column``.
-        where: Name of the source, for messages.
 
     Raises:
         ValueError: There is no such column, none or several of type Image, or ``wanted`` cannot hold images.
@@ -35,21 +59,17 @@ def find_image_column(features: datasets.Features, wanted: str | None, *, where:
                 "image_column takes a column of type Image, of encoded bytes, of paths, or {bytes, path}"
             )
         return wanted
-    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if len(found) != 1:
-        problem = f"several columns of images ({_listed(found)})" if found else "no column of type Image"
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if len(images) != 1:
+        problem = f"several columns of images ({_listed(images)})" if images else "no column of type Image"
         raise ValueError(f"{where} has {problem}; set image_column. Its columns: {_listed(features)}")
-    return str(found[0])
+    return str(images[0])
 
 
 def find_label_column(features: datasets.Features, wanted: str | None, *, needed: bool, where: str) -> str | None:
     """Name the column of labels: ``wanted``, or else the only ClassLabel, or else integers called "label(s)".
 
-    Args:
-        features: The columns and their types.
-        wanted: The option ``label_column``.
-        needed: Without labels, raise instead of returning None.
-        where: Name of the source, for messages.
+    Without labels it returns None, or raises if they are ``needed``.
 
     Raises:
         ValueError: ``wanted`` does not exist or is of no use, or labels are needed and the choice is not clear.
@@ -62,14 +82,14 @@ def find_label_column(features: datasets.Features, wanted: str | None, *, needed
                 "strings"
             )
         return wanted
-    found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    found = found or [name for name in LABEL_NAMES if name in features and _is_integer(features[name])]
-    if len(found) == 1:
-        return str(found[0])
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = labels or [name for name in LABEL_NAMES if name in features and _is_integer(features[name])]
+    if len(labels) == 1:
+        return str(labels[0])
     if not needed:
         return None
-    if found:
-        raise ValueError(f"{where} has several columns of labels ({_listed(found)}); set label_column to one of them")
+    if labels:
+        raise ValueError(f"{where} has several columns of labels ({_listed(labels)}); set label_column to one of them")
     raise ValueError(
         f"{where} has no labels: no ClassLabel column and no integers named 'label'. Set label_column, or for a folder "
         f"of images put each class into a sub-folder (two or more). Its columns: {_listed(features)}"
@@ -79,9 +99,7 @@ def find_label_column(features: datasets.Features, wanted: str | None, *, needed
 def check_column(features: datasets.Features, name: str, *, option: str, where: str) -> None:
     """Raise ValueError where a column does not exist; the message lists those that do."""
     if name not in features:
-        close = closest(name, features)
-        hint = f" Did you mean {close!r}?" if close else ""
-        raise ValueError(f"{option} is {name!r}, but {where} has the columns {_listed(features)}.{hint}")
+        raise ValueError(f"{option} is {name!r}, but {where} has the columns {_listed(features)}")
 
 
 def class_names_of(dataset: datasets.Dataset | datasets.IterableDataset, column: str) -> list[str]:
@@ -136,8 +154,8 @@ def encode_labels(dataset: datasets.Dataset, column: str, class_names: Sequence[
         )
     feature = dataset.features[column]
     if _is_string(feature):
-        names, numbers = _distinct(values)
-        return _by_name(names, numbers, class_names, where=where)
+        distinct, numbers = np.unique(np.array(values.to_pylist(), dtype=object), return_inverse=True)
+        return _by_name(distinct.tolist(), numbers, class_names, where=where)
     numbers = values.to_numpy().astype(np.int64)
     names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else list(class_names)
     _check_range(numbers, len(names), where=where)
@@ -168,13 +186,40 @@ def _check_range(numbers: np.ndarray, n_classes: int, *, where: str) -> None:
     )
 
 
+def _sha256(rows: datasets.Dataset) -> str:
+    feature = rows.features.get(PALETTE_COLUMN)
+    if feature is None:
+        raise ValueError(
+            f"nothing says which palette the column {TOKENS_COLUMN!r} belongs to: there is no column "
+            f"{PALETTE_COLUMN!r} that names it. Make the data set with lightning_igpt.tokenize, or by "
+            "map(palette.transform(), batched=True), which both write it"
+        )
+    if isinstance(feature, datasets.ClassLabel):
+        hashes = list(feature.names)
+    else:
+        hashes = rows.select_columns([PALETTE_COLUMN]).with_format("arrow")[:][PALETTE_COLUMN].unique().to_pylist()
+    if wrong := [value for value in hashes if not re.fullmatch("[0-9a-f]{64}", str(value))]:
+        raise ValueError(f"the column {PALETTE_COLUMN!r} should hold the SHA-256 of a palette; it holds {wrong[0]!r}")
+    if len(hashes) != 1:
+        listed = ", ".join(value[:12] for value in hashes)
+        raise ValueError(f"tokens of {len(hashes)} palettes ({listed}) are in one data set; tokenize it with one")
+    return str(hashes[0])
+
+
+def _image_size(rows: datasets.Dataset) -> int:
+    length = getattr(rows.features[TOKENS_COLUMN], "length", -1)
+    if length < 0:
+        if not len(rows):
+            raise ValueError(f"the column {TOKENS_COLUMN!r} has no fixed length and no rows, so no picture size")
+        length = len(rows.with_format(None)[0][TOKENS_COLUMN])
+    size = isqrt(length)
+    if not length or size * size != length:
+        raise ValueError(f"rows of {length} tokens fill no square picture; the nearest is {size} x {size} = {size**2}")
+    return size
+
+
 def _read(dataset: datasets.Dataset, column: str) -> Any:  # pyarrow.ChunkedArray
     return dataset.select_columns([column]).with_format("arrow")[:][column]
-
-
-def _distinct(values: Any) -> tuple[list[str], np.ndarray]:
-    names, numbers = np.unique(np.array(values.to_pylist(), dtype=object), return_inverse=True)
-    return names.tolist(), numbers
 
 
 def _can_hold_images(feature: object) -> bool:

@@ -16,7 +16,7 @@ from PIL import Image
 def load_digits() -> datasets.DatasetDict:
     """Build the digits in memory.
 
-    The split is stratified, seeded and fixed. A grey level v of 0..16 becomes the byte ``rint(v * 255 / 16)``.
+    The split is stratified, seeded and fixed. A gray level v of 0..16 becomes the byte ``rint(v * 255 / 16)``.
 
     Returns:
         Splits ``train`` (1,437 rows) and ``test`` (360 rows) with the features ``image`` (8x8 PNG, mode L) and
@@ -26,22 +26,22 @@ def load_digits() -> datasets.DatasetDict:
     from sklearn.model_selection import train_test_split
 
     digits = load_from_sklearn()
-    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
-    train, test = train_test_split(np.arange(len(grey)), test_size=360, stratify=digits.target, random_state=0)
+    gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
+    train, test = train_test_split(np.arange(len(gray)), test_size=360, stratify=digits.target, random_state=0)
     return datasets.DatasetDict(
-        {name: _to_dataset(grey[rows], digits.target[rows]) for name, rows in (("train", train), ("test", test))}
+        {name: _to_dataset(gray[rows], digits.target[rows]) for name, rows in (("train", train), ("test", test))}
     )
 
 
-def _to_dataset(grey: NDArray[np.uint8], labels: NDArray[np.int64]) -> datasets.Dataset:
+def _to_dataset(gray: NDArray[np.uint8], labels: NDArray[np.int64]) -> datasets.Dataset:
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
     )
-    rows = {"image": [{"bytes": _png(image), "path": None} for image in grey], "label": labels.tolist()}
+    rows = {"image": [{"bytes": _png(image), "path": None} for image in gray], "label": labels.tolist()}
     return datasets.Dataset.from_dict(rows, features=features)
 
 
-def _png(grey: NDArray[np.uint8]) -> bytes:
+def _png(gray: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(grey).save(buffer, format="PNG")
+    Image.fromarray(gray).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_igpt.data.base import ImageDataModule
+from lightning_igpt.data.datamodule import ImageDataModule
 from lightning_igpt.data.sources import ImageSource
 from lightning_igpt.data.transforms import Augment, PadCropFlip
 
@@ -31,7 +31,8 @@ class FineTuneDataModule(ImageDataModule):
             raise ValueError(f"pad is {pad}; it must be at least 0")
         self.pad, self.flip = pad, flip
 
-    def _augment(self) -> Augment | None:
+    def augmentation(self) -> Augment | None:
+        """Pad, cut and mirror."""
         size = self._size()
         if self.pad >= size:
             raise ValueError(f"pad is {self.pad}, but reflection needs fewer pixels than the image has ({size})")

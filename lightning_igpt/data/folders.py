@@ -1,14 +1,18 @@
-"""A local folder of image files as splits and labels, by the names of its sub-folders.
+"""What a path holds: image files by folder names, Parquet, Arrow, WebDataset shards, or a saved data set.
 
-``datasets`` has a loader for this too. It takes any folder or file called "train" or "test" for a split, also where
-that is a class, and then leaves the other images out without a word; so the folder is read here.
+``datasets`` has a loader for folders of images too. It makes a split of any folder or file called "train" or "test",
+also where that is a class, and then leaves the other images out silently; so such folders are read here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 from lightning.pytorch.utilities import rank_zero_warn
@@ -25,18 +29,82 @@ SPLIT_NAMES = {name: name for name in ("train", "validation", "valid", "val", "d
 UNREADABLE = frozenset(
     {".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".raw", ".psd", ".svg"}
 )
+TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # suffix: what ``datasets`` calls it
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of ``datasets`` in log files, where every redraw is a line."""
+    if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -> Any:
+    """Open a file or a folder as a Dataset or a DatasetDict; Parquet, Arrow and tars as streams if ``streaming``.
+
+    Raises:
+        ValueError: Nothing usable is there; the message says what was looked for.
+    """
+    if path.is_file():
+        return _open_file(path, streaming)
+    if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+        return datasets.load_from_disk(str(path))
+    if any(file.name in _METADATA for file in list_files(path, frozenset({".csv", ".jsonl", ".parquet"}))):
+        return datasets.load_dataset("imagefolder", data_dir=str(path))
+    kinds = {"image": SUFFIXES, "Parquet": {".parquet"}, "Arrow": {".arrow"}, "WebDataset": {".tar"}}
+    files = {kind: list_files(path, frozenset(suffixes)) for kind, suffixes in kinds.items()}
+    files = {kind: paths for kind, paths in files.items() if paths}
+    if len(files) > 1:
+        counts = " and ".join(f"{len(paths)} {kind} files" for kind, paths in files.items())
+        raise ValueError(f"{path} holds {counts}; give a folder of one kind")
+    if "image" in files:
+        return open_image_folder(path, files["image"])
+    if "Arrow" in files:  # by the folder alone ``datasets`` does not recognize these
+        return datasets.load_dataset("arrow", data_dir=str(path), streaming=streaming)
+    if files:
+        return datasets.load_dataset(str(path), name, streaming=streaming)
+    if unreadable := list_files(path, UNREADABLE):
+        suffixes = ", ".join(sorted({file.suffix.lower() for file in unreadable}))
+        raise ValueError(
+            f"{path} holds {len(unreadable)} images, but in formats that are not read ({suffixes}); convert them to "
+            "JPEG or PNG"
+        )
+    raise ValueError(
+        f"{path} holds no images ({' '.join(sorted(SUFFIXES))}), no Parquet, Arrow or WebDataset (.tar) files, and no "
+        "data set written by save_to_disk, at any depth"
+    )
+
+
+def _open_file(path: Path, streaming: bool) -> Any:
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        raise ValueError(f"{path} is a single image; give the folder that holds your images")
+    if suffix in UNREADABLE:
+        raise ValueError(f"{path} is an image in a format that is not read; convert it to JPEG or PNG")
+    if suffix not in TABLES:
+        raise ValueError(
+            f"{path} is a file that is not Parquet, Arrow or a WebDataset tar; give such a file, or a folder"
+        )
+    return datasets.load_dataset(TABLES[suffix], data_files={"train": str(path)}, streaming=streaming)
 
 
 def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     """Files below ``folder`` with one of ``suffixes``, relative to it and sorted; hidden ones are left out.
 
-    Links are followed, but no folder is read twice, so a link to a folder above does not multiply the files.
+    Links are followed, but no folder is read twice, so a link to a parent folder does not multiply the files.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     seen: set[tuple[int, int]] = set()
     starts = [folder]
-    for start in starts:  # links join at the end: a folder also reached without one keeps its own name, so its class
-        for place, folders, files in os.walk(start):
+    for start in starts:  # links are appended: a folder also reached without one keeps its own name, so its class
+        for place, folders, names in os.walk(start):
             status = Path(place).stat()
             if (status.st_dev, status.st_ino) in seen:
                 folders.clear()
@@ -44,15 +112,12 @@ def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
             seen.add((status.st_dev, status.st_ino))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             starts += [Path(place, name) for name in folders if Path(place, name).is_symlink()]
-            found += [
-                Path(place, name).relative_to(folder)
-                for name in files
-                if not name.startswith(".") and Path(name).suffix.lower() in suffixes
-            ]
-    return sorted(found)
+            visible = (Path(place, name) for name in names if not name.startswith("."))
+            files += [path.relative_to(folder) for path in visible if path.suffix.lower() in suffixes]
+    return sorted(files)
 
 
-def open_image_folder(folder: Path, files: list[Path] | None = None) -> datasets.DatasetDict:
+def open_image_folder(folder: Path, files: list[Path]) -> datasets.DatasetDict:
     """Read the layout of a folder of images; the files stay where they are.
 
     ``<split>/<class>/...``, ``<class>/...``, ``<split>/...`` and loose files are understood. Sub-folders are splits
@@ -66,24 +131,21 @@ def open_image_folder(folder: Path, files: list[Path] | None = None) -> datasets
         files: Its images, as ``list_files`` gives them.
 
     Raises:
-        ValueError: A sub-folder is named after a split and other images are beside it, two name the same split, or
-            splits lie inside other folders.
+        ValueError: Some sub-folders are named after splits and others are not, two name the same split, or splits lie
+            inside other folders.
     """
-    unreadable = Counter(path.suffix.lower() for path in list_files(folder, UNREADABLE))
-    if unreadable:
+    if unreadable := Counter(path.suffix.lower() for path in list_files(folder, UNREADABLE)):
         rank_zero_warn(
             f"{folder} also holds {unreadable.total()} images in formats that are not read "
             f"({', '.join(sorted(unreadable))}); they are left out. Convert them to JPEG or PNG to use them"
         )
-    return _read_layout(folder, list_files(folder, SUFFIXES) if files is None else files)
-
-
-def _read_layout(folder: Path, files: list[Path]) -> datasets.DatasetDict:
     top = {path.parts[0] if len(path.parts) > 1 else "" for path in files}
     named = sorted(name for name in top if name.lower() in SPLIT_NAMES)
-    if len(top) == 1 and "" not in top and not named:  # one folder around everything
+    while len(top) == 1 and "" not in top and not named:  # one folder around everything
         lone = top.pop()
-        return _read_layout(folder / lone, [path.relative_to(lone) for path in files])
+        folder, files = folder / lone, [path.relative_to(lone) for path in files]
+        top = {path.parts[0] if len(path.parts) > 1 else "" for path in files}
+        named = sorted(name for name in top if name.lower() in SPLIT_NAMES)
     if not named:
         _check_no_inner_splits(folder, files)
         return _to_datasets(folder, {"train": [(path, path) for path in files]})
@@ -109,7 +171,7 @@ def _check_split_folders(folder: Path, named: list[str], files: list[Path]) -> N
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise ValueError(
-            f"{folder} has folders named after splits ({', '.join(named)}) and other images beside them ({shown}). "
+            f"{folder} has folders named after splits ({', '.join(named)}) and other images next to them ({shown}). "
             f"Where {named[0]} is a split, move the other images into train/, or away; where it is a class, rename it "
             "or give a DatasetDict"
         )
@@ -121,13 +183,13 @@ def _check_split_folders(folder: Path, named: list[str], files: list[Path]) -> N
 
 def _to_datasets(folder: Path, splits: dict[str, list[tuple[Path, Path]]]) -> datasets.DatasetDict:
     # A split of loose files has no labels, as the test images of many competitions; the others keep theirs.
-    labelled = {split for split, paths in splits.items() if all(len(below.parts) > 1 for _, below in paths)}
-    classes = {below.parts[0] for split in labelled for _, below in splits[split]}
+    labeled = {split for split, paths in splits.items() if all(len(below.parts) > 1 for _, below in paths)}
+    classes = {below.parts[0] for split in labeled for _, below in splits[split]}
     result = datasets.DatasetDict()
     for split, paths in splits.items():
         columns = {"image": [str(folder / path) for path, _ in paths]}
         features = datasets.Features({"image": datasets.Image(decode=False)})
-        if split in labelled and len(classes) > 1:
+        if split in labeled and len(classes) > 1:
             columns["label"] = [below.parts[0] for _, below in paths]
             features["label"] = datasets.ClassLabel(names=sorted(set(columns["label"])))
         result[split] = datasets.Dataset.from_dict(columns, features=features)

@@ -1,76 +1,68 @@
-"""DataLoaders for batches made by an order, and what the trainer says about the run they are for."""
+"""DataLoaders over finished batches, and what a data module reads from its trainer."""
 
 from __future__ import annotations
 
 import os
 import signal
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from lightning_igpt.data.bad_images import BadImages
-from lightning_igpt.data.dataset import BAD
-from lightning_igpt.data.stream_progress import StreamProgress
-from lightning_igpt.data.streams import PLACE
+from lightning_igpt.data.readers import BAD, BadImages
+from lightning_igpt.data.sources import Source
+from lightning_igpt.data.streams import STATE
 from lightning_igpt.images import BadImageError
 from lightning_igpt.palette import Palette
+from lightning_igpt.private import stop_workers
 
 DEFAULT_IMAGE_SIZE = 32
 
 
 class Loader(DataLoader[dict[str, Tensor]]):
-    """A DataLoader that Lightning takes for resumable: for any other it warns, falsely here, of unreliable results.
+    """A DataLoader that removes and records what workers report in a batch: bad images, their place in a stream.
 
-    Its place comes from the loop's own count (``batches_done``), so there is nothing to save. What workers tell beside
-    the batches, of bad images and of their place in a stream, is taken off here.
+    Lightning makes another of some loaders, by the arguments of ``__init__`` and the attributes of the same names.
     """
 
-    bad_images: BadImages | None = None
-    progress: StreamProgress | None = None
-    _watched: Any = None  # the iterator whose workers will be stopped
-    _stopper: weakref.finalize[[Any, int], Loader] | None = None
+    def __init__(self, dataset: Any, bad_images: BadImages, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.bad_images = bad_images
+        self.states: dict[int, str] = {}  # of a stream: where each worker is after the last batch given
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
-        # Asked for its first batch only, the order is asked where the run stands: Lightning may make an iterator before
-        # it has restored that (for trainer.estimated_stepping_batches, which schedules ask for).
-        iterator: Any = super().__iter__()
-        if self.num_workers > 0 and iterator is not self._watched:
-            # Told to stop before anything else of the loader goes, and before Python ends: workers that ignore SIGTERM
-            # are waited for otherwise. When a cycle is collected, their queues are closed first, and they never hear.
-            self._stopper = weakref.finalize(self, _stop, iterator, os.getpid())
-            self._watched = iterator
-        while True:
-            try:
-                batch = next(iterator, None)
-                stripped = None if batch is None else self._strip(batch)
-            except Exception as error:
-                if self.num_workers > 0:
-                    _stop(iterator, os.getpid())  # and not when the traceback goes, which holds them
-                    self._iterator = None
-                if not isinstance(error, BadImageError):
-                    raise
-                # From a worker it comes with the worker's whole traceback in its text.
-                raise BadImageError(str(error).rpartition(f"{BadImageError.__name__}: ")[2].strip()) from error
-            if stripped is None:
-                return
-            yield stripped
+        # A generator, so that the order reads the step with the first batch: Lightning makes the iterator before it
+        # has restored that where trainer.estimated_stepping_batches is asked for.
+        iterator = super().__iter__()
+        stop: Callable[[], Any] = list
+        if self.num_workers > 0:
+            # Before anything else of the loader is collected, and before Python ends: workers ignore SIGTERM.
+            stop = weakref.finalize(self, _stop, iterator, os.getpid())
+        try:
+            for batch in iterator:
+                yield self._record(batch)
+        except Exception as error:
+            stop()  # not when the traceback, which holds the workers, is collected
+            self._iterator = None
+            if not isinstance(error, BadImageError):
+                raise
+            # From a worker it has the worker's whole traceback in its text.
+            raise BadImageError(str(error).rpartition(f"{BadImageError.__name__}: ")[2].strip()) from error
 
-    def _strip(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        bad, place = batch.pop(BAD, []), batch.pop(PLACE, None)
-        if self.bad_images is not None:
-            self.bad_images.note(bad, len(batch["sample"]) + len(bad))
-        if self.progress is not None and place is not None:
-            self.progress.note(*place)
+    def _record(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        bad, state = batch.pop(BAD, []), batch.pop(STATE, None)
+        self.bad_images.note(bad, len(batch["sample"]) + len(bad))
+        if state is not None:
+            self.states[state[0]] = state[1]
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """Nothing; it is here because Lightning warns of other loaders that results of a resumed run are unreliable."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -78,99 +70,133 @@ class Loader(DataLoader[dict[str, Tensor]]):
 
 
 def make_loader(
-    images: Dataset[dict[str, Any]],
-    order: Sampler[Any] | None,
-    *,
-    num_workers: int,
-    bad_images: BadImages,
-    progress: StreamProgress | None = None,
+    images: Any, order: Sampler[Any] | None, bad_images: BadImages, batch_size: int | None, num_workers: int
 ) -> Loader:
-    """Read the batches of ``order``, in ``num_workers`` processes or, with 0, in this one.
-
-    Args:
-        images: Gives whole batches.
-        order: What to ask for; None for a data set that is iterated over.
-        num_workers: Processes.
-        bad_images: Takes note of images that were left out.
-        progress: Takes note of the place in a stream.
-    """
-    loader = Loader(
+    """Read batches in ``num_workers`` processes or, with 0, in this one."""
+    return Loader(
         images,
-        batch_size=None,  # the order yields whole batches
+        bad_images,
+        batch_size=batch_size,
         sampler=order,
+        collate_fn=_as_it_is,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_signals_to_the_main_process,
-        generator=torch.Generator(),  # else each new iterator would take a number of those that dropout draws
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # else each new iterator would use up one of the numbers that dropout draws
     )
-    loader.bad_images, loader.progress = bad_images, progress
-    return loader
 
 
-def rank_and_world(trainer: Trainer | None) -> tuple[int, int]:
-    """Number of this process and of all; (0, 1) without a trainer."""
-    return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+class Place(NamedTuple):
+    """Which part of every optimizer step this process computes."""
+
+    rank: int
+    world_size: int
+    accumulate: int
 
 
-def batches_done(trainer: Trainer | None) -> int:
-    """Batches per device whose gradients are in the weights since the run began, resumed parts included."""
+def place_of(trainer: Trainer | None) -> Place:
+    """That of this process; all of every step without a trainer."""
     if trainer is None:
-        return 0
-    # The loop counts after the optimiser's work, so batches that workers have prefetched do not move it; and it counts
-    # over all epochs and resumptions, however the epochs were cut.
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    epoch_ended = progress.is_last_batch and progress.current.processed == progress.current.ready
-    # No checkpoint holds the gradients of a window of accumulation that is not complete.
-    waiting = 0 if epoch_ended else progress.current.processed % trainer.accumulate_grad_batches
-    return int(progress.total.processed) - waiting
+        return Place(0, 1, 1)
+    return Place(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
 
 
-def epoch_length(trainer: Trainer | None, batches_per_epoch: int) -> int:
-    """Batches per device in one Lightning epoch.
+def n_steps(trainer: Trainer | None, per_pass: int | None, source: str) -> int:
+    """Optimizer steps in one Lightning epoch.
 
     With ``max_steps`` and no ``max_epochs`` it is the whole run: Lightning resumes in the middle of an epoch exactly,
     but not at the end of one when ``max_steps`` is set. Otherwise it is one pass over the data.
+
+    Raises:
+        ValueError: The length of a pass is unknown, and so the length of an epoch.
     """
-    if trainer is None or trainer.max_steps < 1:
-        return batches_per_epoch
-    if trainer.max_epochs in (None, -1):
-        return trainer.max_steps * trainer.accumulate_grad_batches
-    if not getattr(trainer, "fast_dev_run", False):
+    if trainer is None:
+        return per_pass or 2**31
+    fast = getattr(trainer, "fast_dev_run", False)
+    if trainer.max_steps > 0 and (trainer.max_epochs in (None, -1) or (fast and per_pass is None)):
+        return trainer.max_steps
+    if per_pass is None:
+        raise ValueError(
+            f"{source} is a stream of unknown length, so nothing says where an epoch ends; give the trainer max_steps, "
+            "and not max_epochs"
+        )
+    if trainer.max_steps > 0 and not fast:
         rank_zero_warn(
             "max_steps and max_epochs are both set: a run that resumes from a checkpoint made at the end of an epoch "
             "will stop too early (Lightning then miscounts epochs). Set only one of them"
         )
-    return batches_per_epoch
+    return per_pass
 
 
-def network_image_size(trainer: Trainer | None, default: int = DEFAULT_IMAGE_SIZE) -> int:
-    """The ``image_size`` of the network in training, or ``default`` where none says."""
-    module = trainer.lightning_module if trainer is not None else None
-    size = getattr(getattr(module, "config", None), "image_size", None)
-    if size is None:
-        rank_zero_info(f"no network says its image_size; images are {default} x {default}")
-    return size or default
-
-
-def network_palette(trainer: Trainer | None) -> Palette | None:
-    """The palette of the module in training; None where it has none."""
+def network_of(trainer: Trainer | None) -> tuple[int | None, Palette | None]:
+    """Image size and palette of the network that is trained or evaluated; None where there is none."""
     module = trainer.lightning_module if trainer is not None else None
     palette = getattr(module, "palette", None)
-    return palette if isinstance(palette, Palette) else None
+    size = getattr(getattr(module, "config", None), "image_size", None)
+    return size, palette if isinstance(palette, Palette) else None
+
+
+def matching_size(trainer: Trainer | None, source: Source, wanted: int | None) -> int:
+    """The side of the images: as ``wanted``, as the network's, as that of the tokens, or 32.
+
+    Raises:
+        ValueError: Tokens have another size.
+    """
+    own = None if source.tokens is None else source.tokens.image_size
+    size = wanted or network_of(trainer)[0] or own
+    if size is None:
+        rank_zero_info(f"no network says its image_size; images are {DEFAULT_IMAGE_SIZE} x {DEFAULT_IMAGE_SIZE}")
+        return DEFAULT_IMAGE_SIZE
+    if own not in (None, size):
+        raise ValueError(
+            f"{source.name} holds tokens of {own} x {own} images, but image_size is {size}; make tokens of that size "
+            "from the images"
+        )
+    return size
+
+
+def matching_palette(trainer: Trainer | None, source: Source, wanted: str | None, *, cache: bool) -> Palette | None:
+    """The palette of tokens: as ``wanted``, or the network's; None where nobody says.
+
+    Raises:
+        ValueError: A cache of tokens needs one, or tokens and network have different ones.
+    """
+    mine, network = None if wanted is None else Palette.load(wanted), network_of(trainer)[1]
+    mark = None if source.tokens is None else source.tokens.sha256
+    if mark is not None and mine is not None and mine.sha256 != mark:
+        raise ValueError(f"{source.name} holds tokens of the palette {mark[:12]}, not of {mine.sha256[:12]}")
+    sha256 = mine.sha256 if mine is not None else mark
+    if network is not None and sha256 not in (None, network.sha256) and (mark or cache):
+        raise ValueError(
+            f"{source.name} is to be read with the palette {str(sha256)[:12]}, but the network has "
+            f"{network.sha256[:12]}: every token would mean another color. Use one palette for both"
+        )
+    if cache and mark is None and mine is None and network is None:
+        raise ValueError("cache=disk keeps tokens: give palette, or use it with a trainer whose module has one")
+    return mine or network
+
+
+def all_states(loader: Loader) -> list[list[str]]:
+    """Where the workers of every process are in a stream; all processes must call it together."""
+    own = [state for _, state in sorted(loader.states.items())]
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, own)
+    return states
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _stop(iterator: Any, owner: int) -> None:
-    if os.getpid() != owner:  # a worker of another loader, which has a copy of this one
-        return
-    workers = list(iterator._workers)
-    iterator._shutdown_workers()
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()  # they ignore SIGTERM, and Python would wait for them for ever
+    if os.getpid() == owner:  # not in a worker of another loader, which has a copy of this one
+        stop_workers(iterator)
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     # A scheduler signals every process of a job. A worker that dies of it would end the run before it can save.
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_igpt.data.base import ImageDataModule
+from lightning_igpt.data.datamodule import ImageDataModule
 from lightning_igpt.data.loaders import Loader
 from lightning_igpt.data.sources import ImageSource
 
@@ -16,7 +16,7 @@ class ProbeDataModule(ImageDataModule):
         source: "digits" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, or of
             WebDataset shards; a folder written by save_to_disk; in Python also the objects of datasets. See
             ``ImageDataModule``.
-        shuffle: For ``solver=sgd``: shuffled batches in an endless, resumable order. The default, for L-BFGS, reads
+        shuffle: For ``solver=sgd``: shuffled batches in an endless order. The default, for L-BFGS, reads
             every image exactly once, in order.
         **common: The other options of ``ImageDataModule``.
     """
@@ -27,4 +27,4 @@ class ProbeDataModule(ImageDataModule):
 
     def train_dataloader(self) -> Loader:
         """Every training image once, in order; or shuffled batches without end."""
-        return super().train_dataloader() if self.shuffle else self._eval_loader("train")
+        return super().train_dataloader() if self.shuffle else self.eval_loader("train")

@@ -1,222 +1,258 @@
-"""Where the pixels or tokens of a place come from: image files, a cache of their pixels, or a column of tokens."""
+"""From places in a part to whole batches: decoding, images that cannot be read, augmentation, labels.
+
+Not here: columns of tokens (``tokens.py``), streams (``streams.py``).
+"""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
-import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from lightning_igpt.data.bad_images import BadImage, OnBadImage, stand_ins
-from lightning_igpt.data.dataset import Reading
+from lightning_igpt.data.order import Draw
 from lightning_igpt.data.splits import Part
-from lightning_igpt.data.transforms import Resize
+from lightning_igpt.data.transforms import Augment, Resize, draw_generator
 from lightning_igpt.images import BadImageError, decode
 
-CACHE_LIMIT = 256 * 2**20  # bytes; 87,381 images of 32 x 32
+OnBadImage: TypeAlias = Literal["error", "skip"]
+
+BAD = "bad_images"  # key of a batch: what was left out; the loader removes it
+MAX_STAND_INS = 100  # tried for one image before the data set itself is called bad
+REPAIR = "Repair or remove it; on_bad_image=skip leaves such images out"
+_SHOWN = 10  # warnings of single images; the list has them all
+_ENOUGH_READ = 1000  # images after which a share of those read means something
+
+
+class BadImage(NamedTuple):
+    """An image that could not be read."""
+
+    place: str  # source, split, row and, where there is one, path
+    reason: str
+    number: int = -1  # its place in the part; -1 in a stream
+
+
+class BadImages:
+    """The images left out so far, each once."""
+
+    def __init__(self, max_share: float, n_images: int | None = None) -> None:
+        self.max_share, self.n_images = max_share, n_images
+        self.reasons: dict[str, str] = {}  # by place
+        self.numbers: set[int] = set()
+        self.n_read = 0
+
+    def note(self, bad: list[BadImage], n_read: int) -> None:
+        """Record a batch of ``n_read`` images of which ``bad`` could not be read.
+
+        Raises:
+            BadImageError: More than ``max_share`` of all images are bad; where their number is unknown, of at least
+                1,000 read so far.
+        """
+        self.n_read += n_read
+        for image in bad:
+            if image.place not in self.reasons:
+                self.reasons[image.place] = image.reason
+                self.numbers.add(image.number)
+                if len(self.reasons) <= _SHOWN:
+                    rank_zero_warn(f"left out {image.place}: {image.reason}")
+        total, n_bad = self.n_images or self.n_read, len(self.reasons)
+        if bad and n_bad > self.max_share * total and (self.n_images or self.n_read >= _ENOUGH_READ):
+            first, reason = next(iter(self.reasons.items()))
+            raise BadImageError(
+                f"{n_bad} of {total} images cannot be read, more than max_bad_share={self.max_share:g} allows; the "
+                f"first is {first}: {reason}. Repair or remove them, or set max_bad_share"
+            )
+
+
+class Reading(NamedTuple):
+    """What a reader makes of the draws it is asked for."""
+
+    grids: NDArray[Any]  # (B, 3, S, S) uint8 pixels, or (B, 1, S, S) int16 tokens
+    places: list[int]  # of the part, for each grid; a stand-in's where the one asked for could not be read
+    samples: list[int]  # number of the draw, for each grid
+    bad: list[BadImage]
+
+
+class Reader(Protocol):
+    """Gives pixels or tokens of places in a part."""
+
+    def read(self, places: list[int], samples: list[int]) -> Reading:
+        """Read the draws ``zip(places, samples)``."""
+        ...
 
 
 class BadImagePolicy(NamedTuple):
     """What a reader does with an image that cannot be read.
 
-    ``error`` raises; ``skip`` leaves the image out and, if ``replace``, reads another one of the part instead.
+    ``error`` raises; ``skip`` leaves the image out and, if ``replace``, reads another one of the part instead, chosen
+    by ``seed`` and place alone, whoever reads.
     """
 
     action: OnBadImage = "error"
     replace: bool = True
     seed: int = 0
 
+    def settle(
+        self, reading: Reading, bad: Mapping[int, BadImage], part: Part, read: Callable[[int, int], Any]
+    ) -> Reading:
+        """Put stand-ins in the place of bad images, or take these out.
+
+        Args:
+            reading: What was read, with anything in the place of bad images.
+            bad: The bad images by their index in the batch.
+            part: Where stand-ins come from.
+            read: Maps (place, sample) to a grid or a BadImage.
+
+        Raises:
+            BadImageError: The policy is "error", nothing of the batch can be read, or no stand-in can.
+        """
+        if not bad:
+            return reading
+        first = next(iter(bad.values()))
+        if self.action == "error":
+            raise BadImageError(f"{first.place}: {first.reason}. {REPAIR}")
+        grids, places, samples, _ = reading
+        if self.replace:
+            for index in bad:
+                places[index], grids[index] = self._stand_in(places[index], samples[index], part, read)
+            return Reading(grids, places, samples, list(bad.values()))
+        good = [index for index in range(len(places)) if index not in bad]
+        if not good:
+            raise BadImageError(
+                f"none of the {len(places)} images of a batch can be read; the first is {first.place}: {first.reason}"
+            )
+        return Reading(grids[good], [places[i] for i in good], [samples[i] for i in good], list(bad.values()))
+
+    def _stand_in(self, place: int, sample: int, part: Part, read: Callable[[int, int], Any]) -> tuple[int, Any]:
+        generator = draw_generator(self.seed, place)
+        for _ in range(MAX_STAND_INS):
+            other = int(generator.integers(len(part)))
+            grid = read(other, sample)
+            if not isinstance(grid, BadImage):
+                return other, grid
+        raise BadImageError(f"no image of {part.source}, split {part.split!r}, could be read in {MAX_STAND_INS} tries")
+
 
 STOP = BadImagePolicy()
 
 
-class PixelCache:
-    """Resized images that were decoded once, filled as they are read.
-
-    Args:
-        n_images: Number of rows.
-        size: Side of the images; memory is ``n_images * 3 * size**2`` bytes.
-        shared: Put it into shared memory, where the workers of a DataLoader find each other's images.
-    """
-
-    def __init__(self, n_images: int, size: int, *, shared: bool) -> None:
-        # Tensors, because these stay shared when they are sent to a worker; read through NumPy, whose small copies do
-        # not wait for a pool of threads.
-        self.pixels = torch.zeros(n_images, 3, size, size, dtype=torch.uint8)
-        self.filled = torch.zeros(n_images, dtype=torch.bool)
-        # The lock is also the barrier that lets no processor see a row's mark before its pixels.
-        self.lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if shared:
-            for tensor in (self.pixels, self.filled):
-                tensor.share_memory_()  # type: ignore[no-untyped-call]
-            self.lock = multiprocessing.Lock()
-
-    def read(self, rows: list[int]) -> tuple[NDArray[np.uint8], list[int]]:
-        """Return uint8 (B, 3, S, S) and the places in it that are not filled yet."""
-        with self.lock:
-            absent = np.flatnonzero(~self.filled.numpy()[rows]).tolist()
-        return self.pixels.numpy()[rows], absent
-
-    def write(self, rows: list[int], pixels: NDArray[np.uint8]) -> None:
-        """Keep ``pixels``, uint8 (B, 3, S, S)."""
-        self.pixels.numpy()[rows] = pixels
-        with self.lock:
-            self.filled.numpy()[rows] = True
-
-
-def make_cache(policy: str, n_images: int, size: int, *, num_workers: int) -> PixelCache | None:
-    """A cache of pixels by the option ``cache``: "memory", "none" or "auto"."""
-    # Not by itself with workers: they decode beside the training, and shared memory is small in containers.
-    fits = num_workers == 0 and n_images * 3 * size**2 <= CACHE_LIMIT
-    if policy == "none" or (policy == "auto" and not fits):
-        return None
-    return PixelCache(n_images, size, shared=num_workers > 0)
-
-
 class ImageReader:
-    """Decodes and resizes image files.
+    """Decodes and resizes image files."""
 
-    Args:
-        part: The rows.
-        image_column: Column of ``{"bytes", "path"}``.
-        resize: Makes an image square.
-        cache: Where resized images are kept; those that a random crop made, and stand-ins, are not.
-        policy: What happens to images that cannot be read.
-    """
-
-    def __init__(
-        self,
-        part: Part,
-        image_column: str,
-        resize: Resize,
-        *,
-        cache: PixelCache | None = None,
-        policy: BadImagePolicy = STOP,
-    ) -> None:
-        self.part, self.image_column, self.resize, self.cache, self.policy = part, image_column, resize, cache, policy
+    def __init__(self, part: Part, image_column: str, resize: Resize, policy: BadImagePolicy = STOP) -> None:
+        self.part, self.image_column, self.resize, self.policy = part, image_column, resize, policy
         self._images = part.dataset.select_columns([image_column]).with_format("arrow")
 
     def read(self, places: list[int], samples: list[int]) -> Reading:
         """Read pixels, uint8 (B, 3, S, S).
 
         Raises:
-            BadImageError: An image cannot be read and the policy is "error", or nothing of the batch can be.
+            BadImageError: See ``BadImagePolicy.settle``.
         """
-        places = list(places)
-        if self.cache is None:
-            pixels, _, bad = self._decode_all(places, samples)
-        else:
-            pixels, absent = self.cache.read(places)
-            if not absent:
-                return Reading(pixels, places, samples, [])
-            of_absent = self._decode_all([places[number] for number in absent], [samples[number] for number in absent])
-            pixels[absent], bad = of_absent[0], {absent[number]: image for number, image in of_absent[2].items()}
-            fixed = [absent[number] for number in of_absent[1]]
-            self.cache.write([places[number] for number in fixed], pixels[fixed])
-        return self._without(bad, pixels, places, samples) if bad else Reading(pixels, places, samples, [])
-
-    def values(self, places: list[int]) -> list[dict[str, Any]]:
-        """The undecoded images, ``{"bytes", "path"}``; both are None where one is missing."""
-        if not places:
-            return []
-        contents, paths = self._images[self.part.rows_of(places)][self.image_column].flatten()
-        pairs = zip(contents.to_pylist(), paths.to_pylist(), strict=True)
-        return [{"bytes": content, "path": path} for content, path in pairs]
-
-    def decode(self, place: int, value: Mapping[str, Any]) -> Image.Image | BadImage:
-        """One image, or what is wrong with it.
-
-        Raises:
-            BadImageError: It cannot be read and the policy is "error".
-        """
-        try:
-            return decode(value)
-        except BadImageError as error:
-            bad = BadImage(self._describe(place, value), str(error), place)
-            if self.policy.action == "error":
-                raise BadImageError(
-                    f"{bad.place}: {error}. Repair or remove it; on_bad_image=skip leaves such images out"
-                ) from error
-            return bad
-
-    def _decode_all(
-        self, places: list[int], samples: list[int]
-    ) -> tuple[NDArray[np.uint8], list[int], dict[int, BadImage]]:
-        """uint8 (B, 3, S, S), which of them no other draw would change, and what is bad in their stead."""
         size = self.resize.size
         # One tall picture becomes an array once; an array of every image and a stack take twice as long.
         tall = Image.new("RGB", (size, size * len(places)))
-        fixed: list[int] = []
         bad: dict[int, BadImage] = {}
-        for number, (place, value) in enumerate(zip(places, self.values(places), strict=True)):
-            image = self.decode(place, value)
+        for index, (place, value) in enumerate(zip(places, self._values(places), strict=True)):
+            image = self._decode(place, value)
             if isinstance(image, BadImage):
-                bad[number] = image
-                continue
-            tall.paste(self.resize(image, samples[number]), (0, number * size))
-            if not self.resize.is_random(image):
-                fixed.append(number)
-        return np.asarray(tall).reshape(-1, size, size, 3).transpose(0, 3, 1, 2).copy(), fixed, bad
+                bad[index] = image
+                if self.policy.action == "error":
+                    break
+            else:
+                tall.paste(self.resize(image, samples[index]), (0, index * size))
+        pixels = np.asarray(tall).reshape(-1, size, size, 3).transpose(0, 3, 1, 2).copy()
+        return self.policy.settle(Reading(pixels, list(places), samples, []), bad, self.part, self._one)
 
-    def _without(
-        self, bad: dict[int, BadImage], pixels: NDArray[np.uint8], places: list[int], samples: list[int]
-    ) -> Reading:
-        """What was read with stand-ins for bad images, or without them."""
-        if self.policy.replace:
-            for number in bad:
-                places[number], pixels[number] = self._stand_in(places[number], samples[number])
-            return Reading(pixels, places, samples, list(bad.values()))
-        good = [number for number in range(len(places)) if number not in bad]
-        if not good:
-            first = next(iter(bad.values()))
-            raise BadImageError(
-                f"none of the {len(places)} images of a batch can be read; the first is {first.place}: {first.reason}"
-            )
-        return Reading(pixels[good], [places[i] for i in good], [samples[i] for i in good], list(bad.values()))
+    def _values(self, places: list[int]) -> Iterator[dict[str, Any]]:
+        """The undecoded images, ``{"bytes", "path"}``; both are None where one is missing."""
+        contents, paths = self._images[self.part.rows_of(places)][self.image_column].flatten()
+        pairs = zip(contents.to_pylist(), paths.to_pylist(), strict=True)
+        return ({"bytes": content, "path": path} for content, path in pairs)
 
-    def _stand_in(self, place: int, sample: int) -> tuple[int, NDArray[np.uint8]]:
-        for other in stand_ins(self.policy.seed, place, len(self.part)):
-            image = self.decode(other, *self.values([other]))
-            if not isinstance(image, BadImage):
-                return other, self._square(image, sample)
-        raise BadImageError(f"found no image of {self.part.source}, split {self.part.split!r}, that can be read")
+    def _decode(self, place: int, value: Mapping[str, Any]) -> Image.Image | BadImage:
+        try:
+            return decode(value)
+        except BadImageError as error:
+            (row,) = self.part.rows_of([place])
+            return BadImage(self.part.describe(row, value["path"]), str(error), place)
 
-    def _square(self, image: Image.Image, sample: int) -> NDArray[np.uint8]:
-        pixels: NDArray[np.uint8] = np.asarray(self.resize(image, sample)).transpose(2, 0, 1)  # (3, S, S)
-        return pixels
-
-    def _describe(self, place: int, value: Mapping[str, Any]) -> str:
-        path = value["path"]
-        (row,) = self.part.rows_of([place])
-        return self.part.describe(row) + (f" ({path})" if path else "")
+    def _one(self, place: int, sample: int) -> NDArray[np.uint8] | BadImage:
+        image = self._decode(place, next(self._values([place])))
+        return image if isinstance(image, BadImage) else square(self.resize, image, sample)
 
 
-class TokenColumn:
-    """Reads a column of tokens, as ``lightning_igpt.tokenize`` makes it.
+def square(resize: Resize, image: Image.Image, sample: int) -> NDArray[np.uint8]:
+    """The pixels of a resized image, uint8 (3, S, S)."""
+    pixels: NDArray[np.uint8] = np.asarray(resize(image, sample)).transpose(2, 0, 1)
+    return pixels
 
-    Args:
-        part: The rows.
-        column: Column of lists of S * S tokens.
-        size: Side S of the images.
-    """
 
-    def __init__(self, part: Part, column: str, size: int) -> None:
-        self.part, self.column, self.size = part, column, size
-        self._tokens = part.dataset.select_columns([column]).with_format("arrow")
+class ImageBatches(Dataset[dict[str, Any]]):
+    """Indexed by a list of (place, sample) pairs; gives a finished batch."""
 
-    def read(self, places: list[int], samples: list[int]) -> Reading:
-        """Read tokens, int16 (B, 1, S, S)."""
-        rows = self._tokens[self.part.rows_of(places)][self.column].combine_chunks()
-        lengths = pc.list_value_length(rows).fill_null(0).to_numpy()
-        if (lengths != self.size**2).any():
-            wrong = int(np.flatnonzero(lengths != self.size**2)[0])
-            (row,) = self.part.rows_of([places[wrong]])
-            raise ValueError(f"{self.part.describe(row)}: there are {lengths[wrong]} tokens, not {self.size}^2")
-        flat = rows.flatten().to_numpy(zero_copy_only=False)
-        return Reading(flat.astype(np.int16).reshape(-1, 1, self.size, self.size), places, samples, [])
+    def __init__(
+        self, reader: Reader, n_images: int, *, labels: Tensor | None = None, augment: Augment | None = None
+    ) -> None:
+        self.reader, self.n_images, self.labels, self.augment = reader, n_images, labels, augment
+
+    def __len__(self) -> int:
+        return self.n_images
+
+    def __getitem__(self, draws: Sequence[Draw]) -> dict[str, Any]:
+        """Read one batch.
+
+        Returns:
+            ``image`` uint8 (B, 3, S, S) or ``tokens`` int16 (B, S * S), ``sample`` int64 (B,) and, with labels,
+            ``label`` int64 (B,).
+
+        Raises:
+            BadImageError: An image cannot be used; the message names source, split, row and path.
+            TypeError: The sampler is not one of this package's.
+        """
+        check_draws(draws)
+        reading = self.reader.read([place for place, _ in draws], [sample for _, sample in draws])
+        labels = None if self.labels is None else self.labels[reading.places]
+        return make_batch(reading, labels, self.augment)
+
+    __getitems__ = __getitem__  # what torch calls with the draws of a batch
+
+
+def check_draws(draws: Any) -> None:
+    """Raise TypeError unless these are draws of one of this package's orders."""
+    if not isinstance(draws, list) or not isinstance(draws[0], tuple):
+        raise TypeError(
+            "this data set is read in its own order; overfit_batches and other samplers do not work with it. To "
+            "overfit, give a small source and limit_train_batches"
+        )
+
+
+def make_batch(reading: Reading, labels: Tensor | None, augment: Augment | None) -> dict[str, Any]:
+    """Augment what was read and give it the keys that modules read."""
+    grids, samples = reading.grids, reading.samples
+    if augment is not None:
+        grids = augment(grids, samples)
+    values = torch.from_numpy(np.ascontiguousarray(grids))
+    batch: dict[str, Any] = {"tokens": values.flatten(1)} if values.shape[1] == 1 else {"image": values}
+    batch["sample"] = torch.tensor(samples, dtype=torch.int64)
+    if labels is not None:
+        batch["label"] = labels
+    if reading.bad:
+        batch[BAD] = reading.bad
+    return batch
+
+
+def write_list(reasons: Mapping[str, str], path: Path) -> Path:
+    """Write images that were left out, and why, as CSV; return the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("image", "reason"), *reasons.items()])
+    return path

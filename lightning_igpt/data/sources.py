@@ -1,9 +1,8 @@
-"""One door for every place images come from, and what is known of them before any is decoded."""
+"""One entry for every place images come from, and what is known of them before any is decoded."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -11,20 +10,32 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import datasets
 from torch import Tensor
 
-from lightning_igpt.data.columns import class_names_of, encode_labels, find_image_column, find_label_column
-from lightning_igpt.data.locations import Rows, as_stream, open_location, quiet
-from lightning_igpt.data.tokenize import TOKENS_COLUMN, TokenMark, is_tokenised, marked_palette
-from lightning_igpt.palette import PALETTE_COLUMN
+from lightning_igpt.data.columns import (
+    TOKENS_COLUMN,
+    TokenMark,
+    class_names_of,
+    encode_labels,
+    find_image_column,
+    find_label_column,
+    is_tokenized,
+    marked_palette,
+)
+from lightning_igpt.data.digits import load_digits
+from lightning_igpt.data.folders import TABLES, open_path, quiet
+from lightning_igpt.tokenizing import PALETTE_COLUMN
+
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 if TYPE_CHECKING:
-    OneSource: TypeAlias = (
+    ImageSource: TypeAlias = (
         str | Path | datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict
     )
-    ImageSource: TypeAlias = OneSource | Sequence[OneSource]
 else:
     # What the command line sees. A union with classes would let a config file name, and so import, any module.
-    OneSource: TypeAlias = str
-    ImageSource: TypeAlias = str | list[str]
+    ImageSource: TypeAlias = str
+
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+_STREAM_SHARDS = 64  # of data sets that are stored here as a whole
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class Source:
         image_column: The column of images, or of tokens.
         label_column: The column of labels, or None.
         class_names: The classes of the training split, or None without labels.
-        tokens: Palette and size of the tokens; None where there are images.
+        tokens: Palette and size of the tokens; None for images.
         streaming: The splits are streams, which have no length and are read in their own order.
     """
 
@@ -64,15 +75,15 @@ class Source:
     def need_images(self) -> None:
         """Raise ValueError where there are tokens instead."""
         if self.tokens is not None:
-            raise ValueError(f"{self.name} holds tokens, from which the images cannot be had again; give the images")
+            raise ValueError(f"{self.name} holds tokens, from which images cannot be recovered; give the images")
 
     def with_split(self, name: str, rows: Rows) -> Source:
-        """The same source with one split more."""
+        """The same source with one more split."""
         return replace(self, splits={**self.splits, name: rows})
 
 
 def open_source(
-    source: OneSource,
+    source: ImageSource,
     *,
     name: str | None = None,
     revision: str | None = None,
@@ -87,99 +98,128 @@ def open_source(
     Args:
         source: "digits"; a hub id "owner/name"; a folder of images, of Parquet or Arrow files or of WebDataset shards,
             or one such file; a folder written by ``save_to_disk``; or an object of ``datasets``: Dataset, DatasetDict,
-            IterableDataset, IterableDatasetDict. A path that exists wins over a hub id.
+            IterableDataset, IterableDatasetDict. A path that exists takes precedence over a hub id.
         name: Configuration of a data set that has several.
-        revision: Branch, tag or commit on the hub.
+        revision: Branch, tag or commit of a hub data set.
         image_column: Column of images; needed where not exactly one column has the type Image.
         label_column: Column of labels; needed where not exactly one column is a ClassLabel.
         need_labels: Raise where there are no labels.
         train_split: The split that decides the classes; default: ``train``, or else the first.
-        streaming: Read rows as they arrive.
+        streaming: Read rows as they arrive, without a copy of all of them first.
 
     Raises:
         FileNotFoundError: The path does not exist.
         TypeError: ``source`` is of no known type.
         ValueError: Nothing usable is there; the message says what was looked for.
     """
-    splits, where = _open(source, name, revision, streaming)
-    splits = {split: rows.with_format(None) for split, rows in splits.items()}
+    with quiet():
+        opened, where = _open(source, name, revision, streaming)
+    splits = {split: (as_stream(rows) if streaming else rows).with_format(None) for split, rows in opened.items()}
     base = re.split(r"[\[+]", train_split or "train")[0].strip()
     train = splits.get(base, next(iter(splits.values())))
     features = _features(train, where)
     mark = None
-    if image_column is None and is_tokenised(features):
+    if image_column is None and is_tokenized(features):
         image_column, mark = TOKENS_COLUMN, _find_mark(splits, where)
         features = datasets.Features({key: kind for key, kind in features.items() if key != PALETTE_COLUMN})
     else:
         image_column = find_image_column(features, image_column, where=where)
-    column, classes = _find_labels(train, features, label_column, needed=need_labels, where=where)
-    if mark is None:
         splits = {split: _undecoded(rows, image_column, where) for split, rows in splits.items()}
-    is_stream = isinstance(train, datasets.IterableDataset)
-    return Source(where, splits, image_column, column, classes, mark, is_stream)
+    column, classes = _find_labels(train, features, label_column, needed=need_labels, where=where)
+    return Source(where, splits, image_column, column, classes, mark, isinstance(train, datasets.IterableDataset))
 
 
-def as_list(source: ImageSource) -> list[Any]:
-    """The sources that a user names by one or by a list of several."""
-    return list(source) if isinstance(source, (list, tuple)) else [source]
+def name_of(source: Any) -> str:
+    """A source in words: the name of a place, or the type of an object in memory."""
+    return str(source) if isinstance(source, str | Path) else type(source).__name__
 
 
-def name_of(source: ImageSource) -> str:
-    """A source in words: names of places, and the types of what lies in memory."""
-    return " + ".join(str(one) if isinstance(one, str | Path) else type(one).__name__ for one in as_list(source))
+def as_stream(rows: Rows) -> datasets.IterableDataset:
+    """A stored data set as a stream of up to 64 shards; a stream as it is."""
+    if isinstance(rows, datasets.IterableDataset):
+        return rows
+    if not len(rows):
+        raise ValueError(f"the split {str(rows.split)!r} has no rows, so it cannot be read as a stream")
+    return rows.to_iterable_dataset(num_shards=min(_STREAM_SHARDS, len(rows)))
 
 
-def _open(source: OneSource, name: str | None, revision: str | None, streaming: bool) -> tuple[dict[str, Rows], str]:
+def _open(source: Any, name: str | None, revision: str | None, streaming: bool) -> tuple[dict[str, Rows], str]:
+    """The splits by name, and what messages call them all."""
+    where = str(source)
     if isinstance(source, str | Path):
-        return open_location(source, name=name, revision=revision, streaming=streaming), str(source)
-    if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
-        if not source:
-            raise ValueError(f"the {type(source).__name__} is empty: it has no splits")
-        opened, where = dict(source), f"the {type(source).__name__} of {', '.join(source)}"
+        path = Path(source).expanduser()
+        if source == "digits":
+            source = load_digits()
+        elif path.exists():
+            source = open_path(path, name, streaming=streaming)
+        elif isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix not in TABLES:
+            source = _open_hub(source, name, revision, streaming)
+        elif isinstance(source, str) and re.fullmatch(r"[\w-]+", source):
+            raise ValueError(
+                f"source is {source!r}: no file or folder of that name is here, and data sets on the Hugging Face hub "
+                "are called 'owner/name'. The only embedded data are 'digits'"
+            )
+        else:
+            raise FileNotFoundError(f"source is {where!r}, but there is no file or folder {path.absolute()}")
+    elif isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
+        where = f"the {type(source).__name__} of {', '.join(source)}"
     elif isinstance(source, datasets.Dataset):
-        opened, where = {"train": source}, f"the Dataset of {len(source)} rows"
+        where = f"the Dataset of {len(source)} rows"
     elif isinstance(source, datasets.IterableDataset):
-        opened, where = {"train": source}, "the IterableDataset"
+        where = "the IterableDataset"
     else:
         raise TypeError(
             f"source is a {type(source).__name__}; it takes a string, a path, or a Dataset, DatasetDict, "
-            "IterableDataset or IterableDatasetDict of Hugging Face datasets"
+            "IterableDataset or IterableDatasetDict of Hugging Face datasets; interleave_datasets and "
+            "concatenate_datasets make one of several"
         )
-    return {split: as_stream(rows) if streaming else rows for split, rows in opened.items()}, where
+    if isinstance(source, datasets.Dataset | datasets.IterableDataset):
+        return {"train": source}, where
+    if not source:
+        raise ValueError(f"the {type(source).__name__} is empty: it has no splits")
+    return dict(source), where
+
+
+def _open_hub(source: str, name: str | None, revision: str | None, streaming: bool) -> Any:
+    try:
+        return datasets.load_dataset(source, name, revision=revision, streaming=streaming)
+    except Exception as error:  # missing, gated, offline, unknown configuration: each has its own class
+        raise ValueError(
+            f"cannot open {source!r}: no such folder here, and as a data set on the Hugging Face hub it failed with "
+            f"{type(error).__name__}: {error}\nCheck the name and the connection; a private or gated data set needs "
+            "a login, one with several configurations needs config_name. HF_HUB_OFFLINE=1 uses earlier downloads only"
+        ) from error
 
 
 def _features(rows: Rows, where: str) -> datasets.Features:
-    """The columns and their types; a stream that does not tell them is asked for its first row."""
-    if rows.features is not None:
-        return rows.features
-    first = list(rows.take(1))
-    if not first:
+    """The columns and their types; of a stream of unknown types, those of its first row."""
+    return rows.features if rows.features is not None else _first(rows, where).features
+
+
+def _first(stream: datasets.IterableDataset, where: str) -> datasets.Dataset:
+    rows = list(stream.take(1))
+    if not rows:
         raise ValueError(f"{where} has no rows")
-    return datasets.Dataset.from_list(first).features
+    return datasets.Dataset.from_list(rows, features=stream.features)
 
 
 def _find_mark(splits: dict[str, Rows], where: str) -> TokenMark:
     """Palette and size of the tokens, which must be the same in every split."""
-    marks = {split: _mark_of(rows, f"{where}, split {split!r}") for split, rows in splits.items() if _has_rows(rows)}
+    marks: dict[str, TokenMark] = {}
+    for split, rows in splits.items():
+        if isinstance(rows, datasets.IterableDataset):
+            rows = _first(rows, f"{where}, split {split!r}")
+        if len(rows):
+            try:
+                marks[split] = marked_palette(rows)
+            except ValueError as error:
+                raise ValueError(f"{where}, split {split!r}: {error}") from error
     if not marks:
         raise ValueError(f"{where} has no rows")
     if len(set(marks.values())) > 1:
-        found = ", ".join(f"{split}: {mark.sha256[:12]} at {mark.image_size} pixels" for split, mark in marks.items())
-        raise ValueError(f"the splits of {where} are tokens of different palettes or sizes ({found}); make all anew")
+        listed = ", ".join(f"{split}: {mark.sha256[:12]} at {mark.image_size} pixels" for split, mark in marks.items())
+        raise ValueError(f"the splits of {where} are tokens of different palettes or sizes ({listed}); make them again")
     return next(iter(marks.values()))
-
-
-def _mark_of(rows: Rows, where: str) -> TokenMark:
-    try:
-        if isinstance(rows, datasets.IterableDataset):
-            rows = datasets.Dataset.from_list(list(rows.take(1)), features=rows.features)
-        return marked_palette(rows)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _has_rows(rows: Rows) -> bool:
-    return isinstance(rows, datasets.IterableDataset) or len(rows) > 0
 
 
 def _find_labels(

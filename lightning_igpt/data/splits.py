@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import bisect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, combinations, product
+from itertools import combinations, product
 from typing import TypeAlias
 
 import datasets
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lightning_igpt.data.sources import Source
 
@@ -24,21 +24,12 @@ _Range: TypeAlias = tuple[str, int, int]  # split, first row, row after the last
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one split.
-
-    Args:
-        source: Name of the source, for messages.
-        split: Name of the split.
-        dataset: The whole split.
-        rows: int64, the rows that belong to this part, ascending; None means all.
-        members: Of a mixture, the parts whose data sets ``dataset`` holds one after the other.
-    """
+    """Rows of one split."""
 
     source: str
     split: str
     dataset: datasets.Dataset
-    rows: NDArray[np.int64] | None = None
-    members: tuple[Part, ...] = ()
+    rows: NDArray[np.int64] | None = None  # those of this part, ascending; None means all
 
     def __len__(self) -> int:
         return len(self.dataset) if self.rows is None else len(self.rows)
@@ -47,13 +38,14 @@ class Part:
         """Rows of the split for places in this part."""
         return list(places) if self.rows is None else self.rows[list(places)].tolist()
 
-    def describe(self, row: int) -> str:
+    def describe(self, row: int, path: str | None = None) -> str:
         """Where a row of the data set comes from, for messages."""
-        if not self.members:
-            return f"{self.source}, split {self.split!r}, row {row}"
-        starts = [0, *accumulate(len(member.dataset) for member in self.members)]
-        number = bisect.bisect_right(starts, row) - 1
-        return self.members[number].describe(row - starts[number])
+        return f"{self.source}, split {self.split!r}, row {row}" + (f" ({path})" if path else "")
+
+    def labels(self, source: Source) -> Tensor:
+        """Class numbers, int64 (len(self),); errors as ``Source.labels``."""
+        labels = source.labels(self.split)
+        return labels if self.rows is None else labels[self.rows]
 
 
 @dataclass(frozen=True)
@@ -64,7 +56,6 @@ class Division:
     train: str
     val: str | None
     test: str | None
-    held_out_of: str  # where validation rows come from if ``val`` is None: ``train``, or its first source in a mix
 
 
 def divide(
@@ -78,8 +69,7 @@ def divide(
 
     Args:
         source: The opened source.
-        train_split: Split to train on, or slices as ``datasets`` writes them, such as ``train[:10%]`` or
-            ``train+unlabeled``; default: ``train``.
+        train_split: Split to train on, or slices such as ``train[:10%]`` or ``train+unlabeled``; default: ``train``.
         val_split: Split or slice to validate on; default: ``validation``, ``valid``, ``val`` or ``dev``.
         test_split: Split or slice to test on; default: ``test``.
 
@@ -95,7 +85,7 @@ def divide(
         raise ValueError(
             f"{source.name} has no split named 'train'; set train_split to one of: {', '.join(source.splits)}"
         )
-    found: dict[str, str | None] = {}
+    chosen: dict[str, str | None] = {}
     for role in ("val", "test"):
         name = _choose(source, role, wanted[role])
         shared = 0 if name is None else _shared_rows(source, train, name)
@@ -104,22 +94,16 @@ def divide(
                 f"{role}_split {name!r} and train_split {train!r} have {shared} rows in common, which would be trained "
                 "and evaluated on; they must differ"
             )
-        found[role] = None if shared else name
+        chosen[role] = None if shared else name
     if not source.streaming:
-        for name in (train, found["val"], found["test"]):
+        for name in (train, chosen["val"], chosen["test"]):
             if name is not None and not len(source.splits[name]):
                 raise ValueError(f"{source.name} has no rows in the split {name!r}")
-    return Division(source, train, found["val"], found["test"], held_out_of=train)
+    return Division(source, train, chosen["val"], chosen["test"])
 
 
 def make_parts(division: Division, *, val_fraction: float, seed: int) -> dict[str, Part]:
     """Parts that never share a row with training.
-
-    Args:
-        division: The splits of a source that is no stream.
-        val_fraction: Share of the training split held out where there is no validation split, in [0, 1); 0 means
-            no validation.
-        seed: Decides which rows are held out, together with the number of rows and nothing else.
 
     Returns:
         ``train`` and, where there are any, ``val`` and ``test``.
@@ -144,7 +128,7 @@ def _with_slice(source: Source, name: str, option: str) -> Source:
     if source.streaming:
         raise ValueError(f"{option} is {name!r}; a stream has no slices: name a whole split, or use streaming=False")
     ranges = _ranges(source, name, option=option)
-    if twice := sum(_overlap(one, other) for one, other in combinations(ranges, 2)):
+    if twice := sum(_overlap(a, b) for a, b in combinations(ranges, 2)):
         raise ValueError(
             f"{option} is {name!r}, which takes {twice} rows of {source.name} twice; a hold-out could then validate on "
             "images that are trained on. Name every row once"
@@ -168,17 +152,17 @@ def _ranges(source: Source, name: str, *, option: str = "a split") -> list[_Rang
             f"{option} is {name!r}, which is no slice of {source.name} ({', '.join(lengths)}): {error}. Write for "
             "instance train[:10%], train[100:], or train+test"
         ) from error
-    return [(one.splitname, one.from_, one.to) for one in absolute]
+    return [(piece.splitname, piece.from_, piece.to) for piece in absolute]
 
 
-def _shared_rows(source: Source, one: str, other: str) -> int:
+def _shared_rows(source: Source, train: str, name: str) -> int:
     if source.streaming:
-        return int(one == other)
-    return sum(_overlap(mine, yours) for mine, yours in product(_ranges(source, one), _ranges(source, other)))
+        return int(train == name)
+    return sum(_overlap(a, b) for a, b in product(_ranges(source, train), _ranges(source, name)))
 
 
-def _overlap(one: _Range, other: _Range) -> int:
-    return max(0, min(one[2], other[2]) - max(one[1], other[1])) if one[0] == other[0] else 0
+def _overlap(a: _Range, b: _Range) -> int:
+    return max(0, min(a[2], b[2]) - max(a[1], b[1])) if a[0] == b[0] else 0
 
 
 def _choose(source: Source, role: str, wanted: str | None) -> str | None:

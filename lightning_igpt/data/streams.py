@@ -1,290 +1,329 @@
-"""Images from streams: shared among readers by shards, shuffled in blocks, and resumed without loss or repetition.
+"""Streams: rows that arrive in their own order, shuffled, shared and resumed as ``datasets`` does it.
 
-Each worker of each device is a reader with shards of its own, shuffled anew in every pass. It reads its rows in
-blocks of ``shuffle_buffer``, each in a random order that is a function of the seed, and so its place is the state of
-the stream at the beginning of a block and a number. A resumed reader reads that block again and goes on within it.
+Each worker of each device reads shards of its own, shuffled again in every pass, through a shuffle buffer. A resumed
+reader continues at the shard and row that ``datasets`` reports; the rows that were in its buffer are skipped.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass, replace
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
+import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, IterableDataset
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
 
-from lightning_igpt.data.bad_images import MAX_STAND_INS, BadImage
-from lightning_igpt.data.dataset import Reading, make_batch
-from lightning_igpt.data.readers import STOP, BadImagePolicy
-from lightning_igpt.data.stream_parts import StreamPart
+from lightning_igpt.data.order import Draw
+from lightning_igpt.data.readers import (
+    MAX_STAND_INS,
+    REPAIR,
+    STOP,
+    BadImage,
+    BadImagePolicy,
+    Reading,
+    check_draws,
+    make_batch,
+    square,
+)
+from lightning_igpt.data.sources import Source
+from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import Augment, Resize
-from lightning_igpt.images import BadImageError
+from lightning_igpt.images import BadImageError, decode
+from lightning_igpt.tokenizing import PALETTE_COLUMN
 
-PLACE = "place_in_stream"  # key of a batch: (its number, the cursor of its reader after it); loaders take it off
-
-_EMPTY_PASSES = 100  # a reader may get shards without rows in some passes, but hardly in so many on end
+STATE = "stream_state"  # key of a batch: (worker, where it is in its stream); the loader removes it
+_EMPTY_PASSES = 100  # a reader may get shards without rows in some passes, but hardly in so many in succession
 
 
 @dataclass(frozen=True)
-class Cursor:
-    """Where a reader stands; plain values.
+class HoldOut:
+    """For ``filter``: divides rows by a hash of their content, so that copies of an image stay together."""
 
-    Args:
-        number_of_pass: Passes finished.
-        block: Blocks of this pass finished.
-        state: The stream at the beginning of the block, as JSON; None at the beginning of a pass.
-        offset: Rows of the block used.
-        n_rows: Rows used since the beginning of the run.
-    """
+    column: str
+    fraction: float
+    held_out: bool  # keep the rows that are held out, or the others
 
-    number_of_pass: int = 0
-    block: int = 0
-    state: str | None = None
-    offset: int = 0
-    n_rows: int = 0
+    def __call__(self, row: Mapping[str, Any]) -> bool:
+        """Whether to keep a row."""
+        value = row[self.column]
+        with suppress(BadImageError):  # reported when it is read
+            value = fetch(value)
+        return (zlib.crc32(_content(value)) < self.fraction * 2**32) == self.held_out
+
+
+@dataclass(frozen=True)
+class StreamPart:
+    """Rows of one split of a stream."""
+
+    source: Source
+    split: str
+    rows: datasets.IterableDataset
+    own_names: Sequence[str] | None = None  # the classes as this split numbers them
+    need_labels: bool = True  # a label that is missing or no class is an error; else it is -1
+
+    def read(self, row: Mapping[str, Any], resize: Resize, sample: int) -> NDArray[Any] | BadImage:
+        """One row as a grid, uint8 (3, S, S) or int16 (1, S, S), or what is wrong with it.
+
+        Raises:
+            ValueError: There are not S * S tokens, or they are of another palette.
+        """
+        value = row[self.source.image_column]
+        if self.source.tokens is not None:
+            mark = row.get(PALETTE_COLUMN, self.source.tokens.sha256)
+            if isinstance(mark, str) and mark != self.source.tokens.sha256:
+                hashes = f"{self.source.tokens.sha256[:12]} and {mark[:12]}"
+                raise ValueError(f"{self.where} holds tokens of several palettes ({hashes}); make them with one")
+            if len(value) != resize.size**2:
+                raise ValueError(f"{self.where}, draw {sample}: {len(value)} tokens, not {resize.size}^2")
+            return np.asarray(value, np.int16).reshape(1, resize.size, resize.size)
+        try:
+            return square(resize, decode(fetch(value)), sample)
+        except BadImageError as error:
+            # Paths within archives may be alike, and the same image must be recognized in another pass.
+            path, content = (value.get("path"), value.get("bytes")) if isinstance(value, Mapping) else (None, b"")
+            crc = f"CRC-32 {zlib.crc32(content):08x}" if content else f"draw {sample}"
+            names = ([str(path)] if path else []) + ([crc] if content or not path else [])
+            return BadImage(f"{self.where}, {', '.join(names)}", str(error))
+
+    def label(self, row: Mapping[str, Any]) -> int:
+        """The class number of a row among the training split's classes; -1 where there is none and none is needed.
+
+        Raises:
+            ValueError: It is missing, hidden (-1), outside the range or of a class that training does not have.
+        """
+        label, classes = row.get(str(self.source.label_column)), self.source.class_names or []
+        names = classes if self.own_names is None else self.own_names
+        if isinstance(label, int) and 0 <= label < len(names):
+            if names[label] in classes:
+                return classes.index(names[label])
+            if self.need_labels:
+                raise ValueError(f"{self.where} has the class {names[label]!r}, which the training split does not have")
+        if not self.need_labels:
+            return -1
+        hint = "; -1 marks the hidden labels of a benchmark's test split" if label == -1 else ""
+        raise ValueError(f"{self.where}: a label is {label!r}, outside 0..{len(names) - 1}{hint}")
+
+    def labels(self, rows: datasets.Dataset) -> Tensor | None:
+        """Class numbers of stored rows, int64 (rows,); None without labels."""
+        if self.source.label_column is None:
+            return None
+        return torch.tensor([self.label(row) for row in rows.select_columns([self.source.label_column])])
+
+    @property
+    def where(self) -> str:
+        """Source and split, for messages."""
+        return f"{self.source.name}, split {self.split!r}"
 
 
 class StreamReader:
-    """The rows of one reader, pass after pass without end.
-
-    Args:
-        part: The rows.
-        index: This reader.
-        count: All readers.
-        seed: Decides the order of shards and rows.
-        block: Rows that are shuffled together.
-        cursor: Where to begin.
-    """
-
-    def __init__(
-        self, part: StreamPart, *, index: int, count: int, seed: int, block: int, cursor: Cursor = Cursor()
-    ) -> None:
-        self.part, self.index, self.count, self.cursor = part, index, count, cursor
-        # The generator must not know this object: in a cycle it would live on until a garbage collection, in any
-        # thread, but a mix cannot be closed in a thread in which it reads ahead: that one would wait for itself.
-        self._rows = _Share(part, index, count, seed, block).rows(cursor)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self
-
-    def __next__(self) -> dict[str, Any]:
-        self.cursor, row = next(self._rows)
-        return row
-
-    def sample(self) -> int:
-        """A number for the row given last that no other row of any reader has in this run."""
-        return (self.cursor.n_rows - 1) * self.count + self.index
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What a reader reads, as ``StreamReader`` documents it."""
-
-    part: StreamPart
-    index: int
-    count: int
-    seed: int
-    block: int
-
-    def rows(self, cursor: Cursor) -> Iterator[tuple[Cursor, dict[str, Any]]]:
-        """The rows from a place on, each with the place after it."""
-        n_empty = 0
-        while n_empty < _EMPTY_PASSES:
-            before = cursor.n_rows
-            cursor = yield from self._pass(cursor)
-            n_empty = n_empty + 1 if cursor.n_rows == before else 0
-            cursor = Cursor(cursor.number_of_pass + 1, n_rows=cursor.n_rows)
-        raise ValueError(
-            f"{self.part.source}, split {self.part.split!r}, gave no rows to reader {self.index} of {self.count} in "
-            f"{_EMPTY_PASSES} passes; it is empty, or all of it is held out (val_fraction)"
-        )
-
-    def _pass(self, cursor: Cursor) -> Generator[tuple[Cursor, dict[str, Any]], None, Cursor]:
-        stream = self._stream(cursor)
-        for block in stream.iter(self.block):
-            n_rows = len(block[self.part.image_column])
-            for place in self._order(n_rows, cursor)[cursor.offset :]:
-                row = self.part.row(block, place)
-                cursor = replace(cursor, offset=cursor.offset + 1, n_rows=cursor.n_rows + (row is not None))
-                if row is not None:
-                    yield cursor, row
-            state = json.dumps(stream.state_dict())
-            cursor = replace(cursor, block=cursor.block + 1, state=state, offset=0)
-        return cursor
-
-    def _stream(self, cursor: Cursor) -> datasets.IterableDataset:
-        strategy = "shards" if (self.part.stream.num_shards or 1) >= self.count else "auto"
-        stream = split_dataset_by_node(self.part.stream, rank=self.index, world_size=self.count, strategy=strategy)
-        # Any number but 0 shuffles the shards, the same way for all readers.
-        stream.set_epoch(1 + self.seed * 1_000_003 + cursor.number_of_pass)
-        if cursor.state is not None:
-            stream.load_state_dict(json.loads(cursor.state))
-        return stream
-
-    def _order(self, n_rows: int, cursor: Cursor) -> list[int]:
-        key = [self.seed, cursor.number_of_pass, self.index, cursor.block]
-        order: list[int] = np.random.default_rng(key).permutation(n_rows).tolist()
-        return order
-
-
-class StreamBatches(Dataset[dict[str, Any]]):
-    """Batches of a stream, to be asked for by number, as ``PlacedOrder`` does.
-
-    A map-style data set, because torch then hands out the numbers in turn: batch k comes from reader k % workers, also
-    after a resumption, and Lightning knows the length. Which worker process is which reader may differ from one
-    iteration to the next, therefore the order says with the first batch of each where the reader stands.
-
-    Args:
-        part: The rows.
-        resize: Makes an image square.
-        batch_size: Rows per batch.
-        rank: This process.
-        world_size: Number of processes.
-        num_workers: Readers of this process.
-        seed: Decides the order.
-        block: Rows that are shuffled together.
-        augment: Changes training images.
-        policy: What happens to images that cannot be read.
-    """
+    """Turns rows into batches."""
 
     def __init__(
         self,
         part: StreamPart,
         resize: Resize,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 1,
-        seed: int = 0,
-        block: int = 1000,
         augment: Augment | None = None,
         policy: BadImagePolicy = STOP,
     ) -> None:
-        self.part, self.resize, self.batch_size, self.augment, self.policy = part, resize, batch_size, augment, policy
-        self.num_readers = max(1, num_workers)
-        self.seed, self.block = seed, block
-        self.first, self.count = rank * self.num_readers, world_size * self.num_readers
-        self._reader: StreamReader | None = None  # one in each worker process
+        self.part, self.resize, self.augment, self.policy = part, resize, augment, policy
 
-    def __getitem__(self, draw: tuple[int, dict[str, Any] | None]) -> dict[str, Any]:
-        """A batch of this process by its number, as ``ImageBatches`` gives them.
-
-        Args:
-            draw: The number, and the cursor of its reader before it; None where the reader stands there.
+    def batch(self, rows: Iterator[Mapping[str, Any]], samples: Sequence[int]) -> dict[str, Any]:
+        """The next ``len(samples)`` rows that can be read; fewer where the rows end.
 
         Raises:
-            BadImageError, ValueError: As ``StreamPart`` does.
-            TypeError: The sampler is not one of this package's.
+            BadImageError: A row cannot be read and the policy is "error", or too many in succession cannot be.
         """
-        if isinstance(draw, int):
-            raise TypeError(
-                "a stream is read by its own order; overfit_batches and other samplers do not work with it. To "
-                "overfit, give a small source, or stream.take(...)"
-            )
-        number, cursor = draw
-        reader = self._reader_at(self.first + number % self.num_readers, cursor)
-        batch = _collect(self.part, self.resize, reader, self.batch_size, self.augment, self.policy)
-        batch[PLACE] = (number, asdict(reader.cursor))
-        return batch
+        grids: list[NDArray[Any]] = []
+        labels: list[int] = []
+        bad: list[BadImage] = []
+        while len(grids) < len(samples) and (row := next(rows, None)) is not None:
+            grid = self.part.read(row, self.resize, samples[len(grids)])
+            if not isinstance(grid, BadImage):
+                grids.append(grid)
+                labels.append(self.part.label(row) if self.part.source.label_column else -1)
+                continue
+            bad.append(grid)
+            if self.policy.action == "error":
+                raise BadImageError(f"{grid.place}: {grid.reason}. {REPAIR}")
+            if len(bad) > len(samples) + MAX_STAND_INS:
+                raise BadImageError(
+                    f"{len(bad)} of {len(bad) + len(grids)} images in succession cannot be read; the last is "
+                    f"{grid.place}: {grid.reason}"
+                )
+        if not grids:
+            return {}
+        reading = Reading(np.stack(grids), [], list(samples[: len(grids)]), bad)
+        return make_batch(reading, torch.tensor(labels) if self.part.source.label_column else None, self.augment)
 
-    def _reader_at(self, index: int, cursor: dict[str, Any] | None) -> StreamReader:
-        reader = self._reader
-        if cursor is None:
-            assert reader is not None and reader.index == index
-        elif reader is None or reader.index != index or asdict(reader.cursor) != cursor:
-            # Another worker was this reader, or this one had read ahead of where the loop stopped.
-            self._reader = reader = StreamReader(
-                self.part, index=index, count=self.count, seed=self.seed, block=self.block, cursor=Cursor(**cursor)
-            )
-        return reader
 
+class StreamBatches(Dataset[dict[str, Any]]):
+    """Endless batches of a stream, asked for by draws as ``StreamOrder`` numbers them.
 
-class StreamOnce(IterableDataset[dict[str, Any]]):
-    """Every row of a stream once, in its own order, for one process without workers or with one.
-
-    Args:
-        part: The rows.
-        resize: Makes an image square.
-        batch_size: Rows per batch.
-        policy: What happens to images that cannot be read.
+    A map-style data set, so that torch knows a length and gives the draws to the workers in turn.
     """
 
-    def __init__(self, part: StreamPart, resize: Resize, *, batch_size: int, policy: BadImagePolicy = STOP) -> None:
-        self.part, self.resize, self.batch_size, self.policy = part, resize, batch_size, policy
+    def __init__(
+        self, reader: StreamReader, rank: int, world_size: int, seed: int, buffer: int, states: Sequence[str] = ()
+    ) -> None:
+        self.reader, self.rank, self.world_size, self.seed, self.buffer = reader, rank, world_size, seed, buffer
+        self.states = states  # where each worker of this process begins, as STATE reports it; empty: at the first row
+        self._rows: Iterator[Mapping[str, Any]] | None = None  # of each worker process its own
+        self._pass, self._stream = 0, reader.part.rows
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+        """The next batch of this worker, with its ``STATE``."""
+        check_draws(draws)
+        info = get_worker_info()
+        worker, n_workers = (0, 1) if info is None else (info.id, info.num_workers)
+        if self._rows is None:
+            state = json.loads(self.states[worker]) if self.states else {"pass": 0, "stream": None}
+            self._rows = self._endless(self.rank * n_workers + worker, self.world_size * n_workers, state)
+        batch = self.reader.batch(self._rows, [sample for _, sample in draws])
+        batch[STATE] = (worker, json.dumps({"pass": self._pass, "stream": self._stream.state_dict()}))
+        return batch
+
+    def _endless(self, index: int, count: int, state: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+        empty = 0
+        for self._pass in itertools.count(state["pass"]):
+            # Not set_epoch: workers share its number, and each is in a pass of its own.
+            stream = self.reader.part.rows.shuffle(self.seed * 1_000_003 + self._pass, buffer_size=self.buffer)
+            strategy = "shards" if (stream.num_shards or 1) >= count else "auto"
+            self._stream = split_dataset_by_node(stream, rank=index, world_size=count, strategy=strategy)
+            if state["stream"] is not None:
+                self._stream.load_state_dict(state["stream"])
+                state["stream"] = None
+            # Not iter(stream), which divides the rows among workers once more and then cannot load a state.
+            rows = ({name: value[0] for name, value in row.items()} for row in self._stream.iter(1))
+            first = next(rows, None)
+            empty = empty + 1 if first is None else 0
+            if first is not None:
+                yield from itertools.chain([first], rows)
+            elif empty == _EMPTY_PASSES:
+                raise ValueError(
+                    f"{self.reader.part.where} gave no rows to reader {index} of {count} in {empty} passes; it is "
+                    f"empty, or all of it is held out (val_fraction)"
+                )
+
+
+class StreamOnce(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Every row of a stream once, in its own order, for one process without workers or with one."""
+
+    def __init__(self, reader: StreamReader, batch_size: int) -> None:
+        self.reader, self.batch_size = reader, batch_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows = iter(_Numbered(self.part))
-        while True:
-            batch = _collect(self.part, self.resize, rows, self.batch_size, None, self.policy)
+        rows = iter(self.reader.part.rows)
+        for start in itertools.count(0, self.batch_size):
+            batch = self.reader.batch(rows, range(start, start + self.batch_size))
             if not batch:
                 return
             yield batch
 
 
-class _Numbered:
-    """The rows of a part from the first to the last."""
+def open_part(
+    source: Source, split: str, need_labels: bool, with_labels: bool, *, fraction: float = 0.0, held_out: bool = False
+) -> StreamPart:
+    """The rows of a split, or those of a hold-out of it, or the others, without the columns that nobody reads.
 
-    def __init__(self, part: StreamPart) -> None:
-        self._n_rows = 0
-        self._rows = part.rows()
-
-    def __iter__(self) -> _Numbered:
-        return self
-
-    def __next__(self) -> dict[str, Any]:
-        row: dict[str, Any] = next(self._rows)
-        self._n_rows += 1
-        return row
-
-    def sample(self) -> int:
-        return self._n_rows - 1
-
-
-def _collect(
-    part: StreamPart,
-    resize: Resize,
-    rows: StreamReader | _Numbered,
-    size: int,
-    augment: Augment | None,
-    policy: BadImagePolicy,
-) -> dict[str, Any]:
-    """A batch of the next ``size`` rows that can be read; of fewer where they end, or empty."""
-    grids: list[NDArray[Any]] = []
-    samples: list[int] = []
-    labels: list[int] = []
-    bad: list[BadImage] = []
-    for row in rows:
-        sample = rows.sample()
-        grid = part.read(row, resize, sample)
-        if isinstance(grid, BadImage):
-            bad.append(grid)
-            _check_bad(bad, len(grids), size, policy)
-            continue
-        grids.append(grid)
-        samples.append(sample)
-        if part.label_column is not None:
-            labels.append(part.label(row))
-        if len(grids) == size:
-            break
-    if not grids:
-        return {}
-    reading = Reading(np.stack(grids), [], samples, bad)
-    return make_batch(reading, torch.tensor(labels) if part.label_column is not None else None, augment)
+    Raises:
+        ValueError: Labels are needed, and there is no column of them.
+    """
+    rows, own_names = source.splits[split], None
+    assert isinstance(rows, datasets.IterableDataset)
+    has_labels = rows.features is None or source.label_column in rows.features
+    if need_labels and not has_labels:
+        raise ValueError(f"{source.name}, split {split!r}, has no labels: no column {source.label_column!r}")
+    if source.class_names is None or not has_labels or not with_labels:
+        source = replace(source, label_column=None)
+    if rows.features is not None:
+        wanted = [source.image_column, source.label_column, PALETTE_COLUMN if source.tokens else None]
+        own_names = getattr(rows.features.get(source.label_column), "names", None)
+        rows = rows.select_columns([name for name in wanted if name in rows.features])
+    if fraction > 0:
+        rows = rows.filter(HoldOut(source.image_column, fraction, held_out))
+    return StreamPart(source, split, rows, own_names, need_labels)
 
 
-def _check_bad(bad: list[BadImage], n_good: int, size: int, policy: BadImagePolicy) -> None:
-    last = f"{bad[-1].place}: {bad[-1].reason}"
-    if policy.action == "error":
-        raise BadImageError(f"{last}. Repair or remove it; on_bad_image=skip leaves such images out")
-    if len(bad) > size + MAX_STAND_INS:
-        raise BadImageError(
-            f"{len(bad)} of {len(bad) + n_good} images on end cannot be read, which are too many to go on; the last is "
-            f"{last}"
+def n_readers(part: StreamPart, num_workers: int, world_size: int) -> int:
+    """Workers that have shards of their own on every device; 0 reads in the main process."""
+    shards = part.rows.num_shards or 1
+    used = min(num_workers, max(1, shards // world_size))
+    if used < num_workers:
+        rank_zero_info(
+            f"{part.where} has {shards} shards for {world_size} devices, so {used} of {num_workers} workers read it. "
+            "More shards: several files, stream.reshard(), or to_iterable_dataset(num_shards=...)"
         )
+    return used
+
+
+def begin(saved: Sequence[Sequence[str]], rank: int, world_size: int, n_readers: int) -> Sequence[str]:
+    """Where the workers of this process begin, from what a checkpoint says.
+
+    With another number of readers the places cannot be handed over; then the next pass begins, and a warning says so.
+    """
+    before = [len(states) for states in saved]
+    if not saved or before == [n_readers] * world_size:
+        return saved[rank] if saved else ()
+    number = 1 + max(json.loads(state)["pass"] for states in saved for state in states)
+    rank_zero_warn(
+        f"the checkpoint was made by {len(before)} processes with {before[0]} stream readers each, this run has "
+        f"{world_size} with {n_readers}: the stream begins its next pass (number {number}). To continue where it "
+        "stopped, use as many devices and num_workers as before"
+    )
+    return [json.dumps({"pass": number, "stream": None})] * n_readers
+
+
+def keep(part: StreamPart, n_images: int) -> Part:
+    """The first rows of a part, undecoded, as a data set in memory."""
+    kept = list(part.rows.take(n_images))
+    if not kept:
+        raise ValueError(
+            f"{part.where} has no rows to validate on; set val_split or another val_fraction, or val_fraction=0 for no "
+            "validation"
+        )
+    column = part.source.image_column
+    if part.source.tokens is None:
+        for row in kept:
+            with suppress(BadImageError):  # reported when it is read
+                row[column] = fetch(row[column])
+    rank_zero_info(f"validating on the first {len(kept)} images of {part.where} (val_images)")
+    dataset = datasets.Dataset.from_list(kept, features=part.rows.features)
+    if part.source.tokens is None:
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return Part(part.source.name, f"{part.split} (kept in memory)", dataset)
+
+
+def fetch(value: Any) -> Any:
+    """An image that is only named, by a path or a URL, with the bytes of its file; others as they are.
+
+    Raises:
+        BadImageError: The file cannot be read.
+    """
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    path = value if isinstance(value, str) else value.get("path") if isinstance(value, Mapping) else None
+    if not path or (isinstance(value, Mapping) and value.get("bytes") is not None):
+        return value
+    try:
+        with fsspec.open(path, "rb") as file:
+            return {"bytes": file.read(), "path": path}
+    except Exception as error:  # each file system raises its own
+        absent = isinstance(error, FileNotFoundError)
+        raise BadImageError("there is no such file" if absent else f"the file cannot be read: {error}") from error
+
+
+def _content(value: Any) -> bytes:
+    if isinstance(value, Mapping):
+        return value.get("bytes") or str(value.get("path") or "").encode()
+    return b"" if value is None else np.asarray(value).tobytes()

@@ -1,6 +1,6 @@
 """Resizing, cropping and augmentation, on PIL images and bytes, one small class per protocol.
 
-Randomness is counter based: a draw is decided by (seed, sample) alone, never by workers, ranks or global state.
+Randomness is counter-based: a draw is decided by (seed, sample) alone, never by workers, ranks or global state.
 Rules: Chen et al. 2020, sections 3.1 (crops) and 3.2 with appendix A (CIFAR padding).
 """
 
@@ -29,10 +29,6 @@ class Resize(Protocol):
     @property
     def size(self) -> int:
         """Side of the square."""
-        ...
-
-    def is_random(self, image: Image.Image) -> bool:
-        """Whether two draws of this image may differ."""
         ...
 
     def __call__(self, image: Image.Image, sample: int) -> Image.Image:
@@ -92,13 +88,9 @@ def reflect_pad_crop_flip(
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Evaluation, probing, fine-tuning: the largest centred square."""
+    """Evaluation, probing, fine-tuning: the largest centered square."""
 
     size: int
-
-    def is_random(self, image: Image.Image) -> bool:
-        """Never."""
-        return False
 
     def __call__(self, image: Image.Image, sample: int) -> Image.Image:
         """See ``resize_center_crop``."""
@@ -115,20 +107,16 @@ class RandomCrop:
     size: int
     seed: int = 0
 
-    def is_random(self, image: Image.Image) -> bool:
-        """Whether the image is large."""
-        return min(image.size) >= 2 * self.size
-
     def __call__(self, image: Image.Image, sample: int) -> Image.Image:
         """See ``random_resized_crop`` and ``resize_center_crop``."""
-        if not self.is_random(image):
+        if min(image.size) < 2 * self.size:
             return resize_center_crop(image, self.size)
         return random_resized_crop(image, self.size, generator=draw_generator(self.seed, sample))
 
 
 @dataclass(frozen=True)
 class PadCropFlip:
-    """Fine-tuning: see ``reflect_pad_crop_flip``; each cut is as likely as another, one in two is mirrored."""
+    """Fine-tuning: see ``reflect_pad_crop_flip``; all cuts are equally likely, half of the images are mirrored."""
 
     pad: int = 4
     flip: bool = True

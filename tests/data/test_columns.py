@@ -28,9 +28,9 @@ def test_image_column_by_type():
 
 
 def test_a_wrong_name_lists_the_columns():
-    with pytest.raises(ValueError, match=r"image_column is 'imgs', but S has .*'img', 'label'.*Did you mean 'img'\?"):
+    with pytest.raises(ValueError, match=r"image_column is 'imgs', but S has .*'img', 'label'"):
         find_image_column(BOTH, "imgs", where="S")
-    with pytest.raises(ValueError, match=r"label_column is 'lable', .*Did you mean 'label'\?"):
+    with pytest.raises(ValueError, match=r"label_column is 'lable', "):
         label(BOTH, "lable")
 
 

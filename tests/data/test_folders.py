@@ -10,7 +10,7 @@ from tests.image_files import save_images
 def opened(folder):
     """{split: [(path below the folder, class name or None)]}"""
     result = {}
-    for split, dataset in open_image_folder(folder).items():
+    for split, dataset in open_image_folder(folder, list_files(folder, SUFFIXES)).items():
         names = dataset.features["label"].names if "label" in dataset.features else None
         result[split] = [
             (Path(row["image"]["path"]).relative_to(folder).as_posix(), names and names[row["label"]])
@@ -48,7 +48,7 @@ def test_names_of_splits(tmp_path, folder, split):
 def test_two_folders_for_one_split(tmp_path):
     save_images(tmp_path, ["train/1.png", "training/2.png", "test/3.png"])
     with pytest.raises(ValueError, match=r"2 folders for the split 'train' \(train, training\); merge them"):
-        open_image_folder(tmp_path)
+        open_image_folder(tmp_path, list_files(tmp_path, SUFFIXES))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_one_folder_around_everything(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["train/1.png", "test/2.png", "extra/3.png"], r"\(test, train\) and other images beside them \(extra/\)"),
+        (["train/1.png", "test/2.png", "extra/3.png"], r"\(test, train\) and other images next to them \(extra/\)"),
         (["1.png", "2.png", "test/3.png"], r"\(test\) and .* \(1.png, 2.png\).*move the other images into train/"),
         (["Eval/1.png", "car/2.png", "dog/3.png"], r"\(car/, dog/\). Where Eval .*class, rename it or give a Dataset"),
         (["set/val/1.png", *(f"set/{i}/1.png" for i in range(8))], r"set has .*\(0/, 1/, 2/, 3/, 4/ and 3 more\)"),
@@ -86,14 +86,14 @@ def test_one_folder_around_everything(tmp_path):
 def test_splits_beside_other_images(tmp_path, names, message):
     save_images(tmp_path, names)
     with pytest.raises(ValueError, match=message):
-        open_image_folder(tmp_path)
+        open_image_folder(tmp_path, list_files(tmp_path, SUFFIXES))
 
 
 def test_splits_inside_classes(tmp_path):
     """The test images of such a layout would be trained on."""
     save_images(tmp_path, ["cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png"])
     with pytest.raises(ValueError, match=r"splits inside other folders.*outermost, as in test/cat/"):
-        open_image_folder(tmp_path)
+        open_image_folder(tmp_path, list_files(tmp_path, SUFFIXES))
 
 
 def test_links(tmp_path):
@@ -110,7 +110,7 @@ def test_formats_that_are_not_read(tmp_path):
     for name in ("set/a/3.HEIC", "set/b/4.heic", "5.cr2", ".6.svg"):
         (tmp_path / name).touch()
     with pytest.warns(UserWarning, match=r"3 images in formats that are not read \(.cr2, .heic\).*Convert") as caught:
-        assert len(open_image_folder(tmp_path)["train"]) == 2
+        assert len(open_image_folder(tmp_path, list_files(tmp_path, SUFFIXES))["train"]) == 2
     assert len(caught) == 1
 
 

@@ -4,70 +4,67 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from lightning_igpt.data.order import EndlessOrder, EvalOrder
+from lightning_igpt.data.order import EndlessOrder, EvalOrder, StreamOrder, images_at_once
 
 
-def order(n=26, global_batch=4, length=6, **options):
-    return EndlessOrder(n, global_batch=global_batch, length=length, **options)
+def order(n=26, batch_size=12, n_steps=6, **options):
+    return EndlessOrder(n, batch_size=batch_size, n_steps=n_steps, **options)
 
 
 def test_order_is_the_written_formula():
     by_hand = []
     for number_of_pass in range(3):
         permutation = torch.randperm(26, generator=torch.Generator().manual_seed(5 + number_of_pass)).tolist()
-        for batch in range(6):
-            places = range(batch * 4, batch * 4 + 4)
-            by_hand.append([(permutation[place], number_of_pass * 26 + place) for place in places])
-    endless = order(seed=5, length=18)
-    assert list(endless) == by_hand
-    assert [endless.batch(k) for k in (17, 0, 9)] == [by_hand[k] for k in (17, 0, 9)]
+        by_hand += [(permutation[place], number_of_pass * 26 + place) for place in range(24)]
+    endless = order(batch_size=4, seed=5, n_steps=18)
+    assert list(endless) == by_hand and len(endless) == len(by_hand)
+    assert list(endless.draws(9)) == by_hand[36:40] and list(endless.draws(0)) == by_hand[:4]
 
 
-def test_a_pass_repeats_no_row_and_samples_are_unique():
-    draws = list(chain(*order(length=60)))
-    assert len({sample for _, sample in draws}) == len(draws)
-    for start in range(0, len(draws), 24):
-        assert len({row for row, _ in draws[start : start + 24]}) == 24
+@pytest.mark.parametrize("world_size, accumulate", [(1, 1), (2, 1), (1, 3), (2, 3), (4, 3), (12, 1)])
+@pytest.mark.parametrize("kind", [order, lambda **options: StreamOrder(batch_size=12, n_steps=6, **options)])
+def test_devices_and_accumulation_leave_every_step_as_it_is(kind, world_size, accumulate):
+    options = {"world_size": world_size, "accumulate": accumulate, "n_steps": 13} if kind is order else {
+        "world_size": world_size, "accumulate": accumulate}  # fmt: skip
+    whole = list(kind(**{name: value for name, value in options.items() if name == "n_steps"}))
+    ranks = [list(kind(rank=rank, **options)) for rank in range(world_size)]
+    at_once = 12 // (world_size * accumulate)
+    micro_batches = [[draws[i : i + at_once] for i in range(0, len(draws), at_once)] for draws in ranks]
+    together = list(chain(*(chain(*shares) for shares in zip(*micro_batches, strict=True))))
+    assert together == whole and len({sample for _, sample in whole}) == len(whole)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_same_global_batches(world_size):
-    ranks = [list(order(rank=rank, world_size=world_size, length=13)) for rank in range(world_size)]
-    assert [list(chain(*shares)) for shares in zip(*ranks, strict=True)] == list(order(length=13))
-
-
-def test_iteration_starts_where_the_run_is():
-    done = 0
-    endless = order(length=9, batches_done=lambda: done)
-    assert len(endless) == 9
-    whole = [endless.batch(k) for k in range(30)]
-    for done in (0, 1, 5, 6, 7, 13):
-        assert list(endless) == whole[done : done + 9]
-        assert len(endless) == 9
-
-
-def test_state_of_another_iteration_does_not_leak():
-    endless = order(length=18)
-    first = iter(endless)
-    list(islice(first, 8))
-    assert list(endless)[:8] == [endless.batch(k) for k in range(8)]
-    assert list(first) == [endless.batch(k) for k in range(8, 18)]
-
-
-def test_seeds_differ():
+def test_a_pass_repeats_no_row():
+    rows = [row for row, _ in order(n_steps=20)]
+    assert all(len(set(rows[start : start + 24])) == 24 for start in range(0, len(rows), 24))
     assert list(order(seed=0)) != list(order(seed=1))
+
+
+def test_iteration_starts_at_the_step_of_the_run():
+    step = 0
+    endless = order(n_steps=3, first_step=lambda: step)
+    whole = [list(endless.draws(k)) for k in range(12)]
+    for step in (0, 1, 5, 6, 7):
+        assert list(endless) == list(chain(*whole[step : step + 3]))
+    step, first = 0, iter(endless)
+    assert (
+        list(islice(first, 20)) + list(endless)[:2] + list(first)
+        == list(chain(*whole[:2], whole[0][:2], *whole[2:3]))[:20] + whole[0][:2] + list(chain(*whole[:3]))[20:]
+    )
 
 
 def test_lightning_leaves_the_orders_alone():
     assert isinstance(order(), DistributedSampler) and isinstance(EvalOrder(3, batch_size=2), DistributedSampler)
 
 
-def test_too_few_images_name_both_numbers_and_the_cure():
-    with pytest.raises(ValueError, match=r"26 training images, .* takes 32 \(16 on each of 2 devices\).*at most 13"):
-        order(global_batch=32, world_size=2)
-    with pytest.raises(ValueError, match="5 images cannot be shared by 2"):
-        order(global_batch=5, world_size=2)
-    assert order(global_batch=26).batches_per_epoch == 1
+def test_a_step_that_cannot_be_divided():
+    assert images_at_once(96, 8, 4) == 3
+    with pytest.raises(ValueError, match=r"batch_size 46.* 4 devices x accumulate_grad_batches 3; .* to 36 or 48"):
+        images_at_once(46, 4, 3)
+    with pytest.raises(ValueError, match=r"batch_size 5.* 8 devices x accumulate_grad_batches 1; .* to 8, or"):
+        order(batch_size=5, world_size=8)
+    with pytest.raises(ValueError, match=r"batch_size 27 exceeds the 26 training images"):
+        order(batch_size=27)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 25])
@@ -75,7 +72,7 @@ def test_too_few_images_name_both_numbers_and_the_cure():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_reads_every_row_once(n, batch_size, world_size):
     if n < world_size:
-        with pytest.raises(ValueError, match=f"{n} images cannot be shared by {world_size} devices"):
+        with pytest.raises(ValueError, match=f"{n} images cannot be divided among {world_size} devices"):
             EvalOrder(n, batch_size=batch_size, world_size=world_size)
         return
     orders = [EvalOrder(n, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]

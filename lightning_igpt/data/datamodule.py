@@ -1,0 +1,350 @@
+"""What the three data modules share: options, opening, splits and loaders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_igpt.data import loaders, readers, streams
+from lightning_igpt.data.loaders import Loader, make_loader, matching_palette, place_of
+from lightning_igpt.data.order import EndlessOrder, EvalOrder, StreamOrder
+from lightning_igpt.data.readers import BadImagePolicy, ImageBatches, OnBadImage
+from lightning_igpt.data.sources import ImageSource, Source, name_of, open_source
+from lightning_igpt.data.splits import Division, Part, divide, make_parts
+from lightning_igpt.data.streams import StreamBatches, StreamPart, StreamReader
+from lightning_igpt.data.tokens import TokenReader, cached_tokens
+from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
+
+Cache = Literal["none", "disk", "auto", "memory"]
+_LEAST = {"batch_size": 1, "num_workers": 0, "seed": 0, "shuffle_buffer": 1, "val_images": 1, "image_size": 1}
+
+
+class ImageDataModule(LightningDataModule):
+    """Images from one source in train, validation and test parts.
+
+    Every batch is ``{"image": uint8 (B, 3, S, S), "sample": int64 (B,), "label": int64 (B,)}``; ``sample`` numbers
+    the draws of a run in training and the rows in evaluation, ``label`` is there when the source has labels. Sources
+    of tokens, and ``cache="disk"``, give ``tokens`` int16 (B, S * S) instead of ``image``.
+
+    After ``setup``, ``num_classes`` and ``class_names`` (None without labels) and ``batches_per_epoch`` tell modules
+    what they train on; ``bad_images`` says which images were left out.
+
+    Args:
+        source: "digits" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, or of
+            WebDataset shards (.tar), or one such file; a folder written by save_to_disk. In Python also a Dataset,
+            DatasetDict, IterableDataset or IterableDatasetDict, such as interleave_datasets makes of several. Tokens
+            made by ``lightning_igpt.tokenize`` are a source, too.
+        image_size: Side S of the square images in pixels. Default: the network's, or 32 without a network.
+        batch_size: Images per optimizer step, over all devices and accumulated micro-batches together.
+        num_workers: Processes that read and decode; 0 reads in the main process.
+        seed: Decides the order, the hold-out, crops and augmentation. A run resumes only with the same seed.
+        val_fraction: Share of the training split held out where the source has no validation split; 0 holds out none.
+        config_name: Configuration of a hub data set that has several.
+        revision: Branch, tag or commit of a hub data set.
+        image_column: Column of images. Default: the only column of type Image.
+        label_column: Column of labels. Default: the only ClassLabel, or integers called label, labels or cls.
+        train_split: Split to train on, or a slice such as train[:10%] or train+unlabeled. Default: train.
+        val_split: Split or slice to validate on. Default: validation, valid, val or dev, else a hold-out of the
+            training split.
+        test_split: Split or slice to test on. Default: test.
+        streaming: Read rows as they arrive, without a copy of all of them first; shuffled by shards and a buffer.
+        shuffle_buffer: Streams: rows of the shuffle buffer; every worker holds one, undecoded.
+        val_images: Streams: images to validate on, read once and held in memory undecoded.
+        cache: disk keeps tokens of all images, 2 S^2 bytes each, in the cache of datasets, for all runs with the same
+            images, size and palette. none keeps nothing, and auto and memory, of earlier versions, mean the same.
+        palette: Of a token cache; as for the modules. Default: the network's.
+        on_bad_image: What to do with an image that cannot be read: error stops the run and names it; skip leaves it
+            out, trains on another one instead, and lists it in bad_images.csv.
+        max_bad_share: Largest share of images to leave out; beyond it the run stops.
+    """
+
+    needs_labels: ClassVar[bool] = True
+    n_crops = 1
+    num_classes: int | None = None
+    class_names: list[str] | None = None
+    division: Division | None = None  # the splits of each role; None before ``setup``
+
+    def __init__(
+        self,
+        source: ImageSource = "digits",
+        *,
+        image_size: int | None = None,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_fraction: float = 0.1,
+        config_name: str | None = None,
+        revision: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        train_split: str | None = None,
+        val_split: str | None = None,
+        test_split: str | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+        val_images: int = 1000,
+        cache: Cache = "none",
+        palette: str | None = None,
+        on_bad_image: OnBadImage = "error",
+        max_bad_share: float = 0.05,
+    ) -> None:
+        super().__init__()
+        # Not logged: Lightning stops where module and data module have different values of one name, such as seed.
+        self.save_hyperparameters(ignore=["source", "palette"], logger=False)
+        # A data set itself would make checkpoints large, and unreadable with weights_only=True.
+        self.hparams["source"] = name_of(source)
+        self.source, self.image_size, self.batch_size, self.num_workers = source, image_size, batch_size, num_workers
+        self.seed, self.val_fraction, self.cache, self.palette = seed, val_fraction, cache, palette
+        self.shuffle_buffer, self.val_images = shuffle_buffer, val_images
+        self.on_bad_image, self.max_bad_share = on_bad_image, max_bad_share
+        self._split_names = {"train_split": train_split, "val_split": val_split, "test_split": test_split}
+        self._open_options: dict[str, Any] = {
+            "name": config_name,
+            "revision": revision,
+            "image_column": image_column,
+            "label_column": label_column,
+            "train_split": train_split,
+            "streaming": streaming,
+        }
+        self._check_options()
+        self.parts: dict[str, Part] = {}  # train and, where there are any, val and test; of a stream what is kept
+        self.left_out: dict[str, readers.BadImages] = {}  # by part
+        self._opened: Source | None = None
+        self._stream: Loader | None = None
+        self._stream_states: list[list[str]] = []  # of a checkpoint: of each process, of each worker
+
+    @property
+    def opened(self) -> Source:
+        """What ``source`` names, opened."""
+        if self._opened is None:
+            self._opened = open_source(self.source, need_labels=self.needs_labels, **self._open_options)
+            self.class_names = self._opened.class_names
+            self.num_classes = None if self.class_names is None else len(self.class_names)
+            if self._opened.streaming and self.cache == "disk":
+                raise ValueError("cache is 'disk', but rows of a stream do not come back; use cache=none")
+        return self._opened
+
+    @property
+    def n_train(self) -> int | None:
+        """Training images; None before ``setup`` and for streams of unknown length."""
+        if self.division is None or not self.opened.streaming:
+            return len(self.parts["train"]) if self.parts else None
+        split = (self.opened.splits[self.division.train].info.splits or {}).get(self.division.train)
+        if split is None or not split.num_examples:
+            return None
+        return int(split.num_examples * (1 - (self.val_fraction if self.division.val is None else 0)))
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """Batches of each device in one pass over the training part; None before ``setup`` and where it is unknown."""
+        return None if self.n_train is None else self.n_train // self.batch_size * place_of(self.trainer).accumulate
+
+    @property
+    def bad_images(self) -> dict[str, str]:
+        """Images that this process left out so far, and why."""
+        return {place: reason for log in self.left_out.values() for place, reason in log.reasons.items()}
+
+    def roles(self) -> list[str]:
+        """Which of train, val and test there are; after ``setup``."""
+        assert self.division is not None
+        has = {"train": True, "val": self.division.val or self.val_fraction > 0, "test": self.division.test}
+        return [role for role, present in has.items() if present]
+
+    def prepare_data(self) -> None:
+        """Download and convert once per node."""
+        self.opened  # noqa: B018
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the source, divide it, and check the labels of all that is trained and validated on.
+
+        Raises:
+            ValueError: A column, a split or labels are missing or unusable.
+        """
+        if self.division is not None:
+            return
+        division = divide(self.opened, **self._split_names)
+        self._opened = division.source  # with the slices that are named
+        if not self.opened.streaming:  # labels of a stream are checked as they come
+            self.parts = make_parts(division, val_fraction=self.val_fraction, seed=self.seed)
+            if self.needs_labels:
+                if len(self.parts["train"].labels(self.opened).unique()) < 2:  # type: ignore[no-untyped-call]
+                    where = f"{self.opened.name}, split {division.train!r}"
+                    raise ValueError(f"{where} has images of a single class; a classifier needs two or more")
+                if "val" in self.parts:
+                    self.parts["val"].labels(self.opened)
+        self.division = division
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled batches; those of an optimizer step depend on its number and the seed alone.
+
+        Under a trainer with ``max_steps`` and no ``max_epochs``, one Lightning epoch is the whole run; otherwise it is
+        one pass over the data.
+
+        Raises:
+            ValueError: The part is smaller than ``batch_size``, or that cannot be divided among devices and
+                accumulated micro-batches.
+        """
+        self._check_role("train")
+        trainer, place = self.trainer, place_of(self.trainer)
+        per_pass = None if self.n_train is None else max(1, self.n_train // self.batch_size)
+        options: dict[str, Any] = {
+            **place._asdict(),
+            "batch_size": self.batch_size,
+            "n_steps": loaders.n_steps(trainer, per_pass, self.opened.name),
+            "seed": self.seed,
+            "first_step": lambda: 0 if trainer is None else trainer.global_step,
+        }
+        resize, augment, policy = self.training_resize(), self.augmentation(), self._policy(replace=True)
+        if not self.opened.streaming:
+            part = self.parts["train"]
+            order = EndlessOrder(len(part), **options)
+            images = self._images("train", resize, True, augment, self.needs_labels)
+            return make_loader(images, order, self._log("train"), order.at_once, self.num_workers)
+        rows = self._stream_part("train", self.needs_labels)
+        workers = streams.n_readers(rows, self.num_workers, place.world_size)
+        states = streams.begin(self._stream_states, place.rank, place.world_size, max(1, workers))
+        reader = StreamReader(rows, resize, augment, policy)
+        batches = StreamBatches(reader, place.rank, place.world_size, self.seed, self.shuffle_buffer, states)
+        order = StreamOrder(**options)
+        self._stream = make_loader(batches, order, self._log("train"), order.at_once, workers)
+        return self._stream
+
+    def val_dataloader(self) -> Loader | list[Loader]:
+        """Every validation image once; empty with ``val_fraction=0`` and no validation split."""
+        return self.eval_loader("val") if self.division is None or "val" in self.roles() else []
+
+    def test_dataloader(self) -> Loader:
+        """Every test image once; ValueError where there is no test split."""
+        return self.eval_loader("test")
+
+    def predict_dataloader(self) -> Loader:
+        """Every image of the test split once, or of validation where there is no test split; labels may be absent."""
+        role = "test" if self.division is not None and "test" in self.roles() else "val"
+        return self.eval_loader(role, need_labels=False)
+
+    def left_out_of_predictions(self) -> set[int]:
+        """Rows of ``predict_dataloader`` that could not be read and so have no prediction."""
+        log = self.left_out.get("test") or self.left_out.get("val")
+        return log.numbers if log else set()
+
+    def eval_loader(self, role: str, *, need_labels: bool | None = None) -> Loader:
+        """Every image of a part once, in order, resized from its middle square.
+
+        Raises:
+            ValueError: There is no such part, or it is a stream that several processes would have to divide.
+        """
+        self._check_role(role)
+        need_labels = self.needs_labels if need_labels is None else need_labels
+        place, resize, policy = place_of(self.trainer), CenterCrop(self._size()), self._policy(replace=False)
+        at_once = -(-self.batch_size // (place.world_size * place.accumulate))
+        labels = None
+        if self.opened.streaming:
+            rows = self._stream_part(role, need_labels)
+            if role != "val":
+                if place.world_size > 1:
+                    raise ValueError(
+                        f"{rows.where} is a stream; {place.world_size} devices cannot divide it so that each image "
+                        "comes once. Use one device (--trainer.devices 1), or streaming=False"
+                    )
+                once = streams.StreamOnce(StreamReader(rows, resize, None, policy), at_once)
+                return make_loader(once, None, self._log(role), None, min(self.num_workers, 1))
+            self.parts.setdefault("val", streams.keep(rows, self.val_images))
+            labels = rows.labels(self.parts["val"].dataset)
+        images = self._images(role, resize, False, None, need_labels, labels)
+        order = EvalOrder(len(images), batch_size=at_once, rank=place.rank, world_size=place.world_size)
+        return make_loader(images, order, self._log(role), None, self.num_workers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of a stream, where every worker of every process is; else nothing: the step alone decides the order."""
+        return {} if self._stream is None else {"stream_states": loaders.all_states(self._stream)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep where a stream was; what versions before 0.2 saved is ignored."""
+        self._stream_states = state_dict.get("stream_states", [])
+
+    def teardown(self, stage: str) -> None:
+        """Say how many images were left out, and list them in ``bad_images.csv`` next to the logs."""
+        if self.trainer is None or self.division is None:
+            return
+        # All processes ask for the folder, which they do together, also those that left nothing out.
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        if bad := self.bad_images:
+            rank = self.trainer.global_rank
+            path = readers.write_list(bad, folder / (f"bad_images_{rank}.csv" if rank else "bad_images.csv"))
+            rank_zero_warn(f"{len(bad)} images could not be read and were left out; they are listed in {path}")
+
+    def training_resize(self) -> Resize:
+        """What makes a training image square."""
+        return CenterCrop(self._size())
+
+    def augmentation(self) -> Augment | None:
+        """What changes a training image then."""
+        return None
+
+    def _images(
+        self, role: str, resize: Resize, replace: bool, augment: Augment | None, need_labels: bool, labels: Any = None
+    ) -> ImageBatches:
+        """A stored part as batches; labels that nobody needs may be absent or unusable."""
+        part, source, policy = self.parts[role], self.opened, self._policy(replace=replace)
+        if labels is None and not source.streaming:
+            try:
+                labels = part.labels(source) if need_labels or source.class_names is not None else None
+            except ValueError as error:
+                if need_labels:
+                    raise
+                rank_zero_info(f"batches will carry no labels: {error}")
+        palette = matching_palette(self.trainer, source, self.palette, cache=self.cache == "disk")
+        if source.tokens is not None:
+            reader: readers.Reader = TokenReader(part, part.dataset, source.image_column, resize.size)
+        elif self.cache != "disk":
+            reader = readers.ImageReader(part, source.image_column, resize, policy)
+        else:
+            assert palette is not None
+            options = {"n_crops": self.n_crops if role == "train" else 1, "num_workers": self.num_workers}
+            reader = cached_tokens(self.trainer, part, source.image_column, palette, resize, policy, **options)
+        return ImageBatches(reader, len(part), labels=labels, augment=augment)
+
+    def _stream_part(self, role: str, need_labels: bool) -> StreamPart:
+        assert self.division is not None
+        matching_palette(self.trainer, self.opened, self.palette, cache=False)
+        split = {"train": self.division.train, "val": self.division.val, "test": self.division.test}[role]
+        fraction = self.val_fraction if self.division.val is None and role != "test" else 0.0
+        # Hidden labels of a test split do not concern a prediction.
+        labels = need_labels or role != "test"
+        return streams.open_part(
+            self.opened, split or self.division.train, need_labels, labels, fraction=fraction, held_out=role == "val"
+        )
+
+    def _policy(self, *, replace: bool) -> BadImagePolicy:
+        return BadImagePolicy(self.on_bad_image, replace, self.seed)
+
+    def _log(self, role: str) -> readers.BadImages:
+        n_images = None if role not in self.parts or self.opened.streaming else len(self.parts[role].dataset)
+        self.left_out[role] = readers.BadImages(self.max_bad_share, n_images)
+        return self.left_out[role]
+
+    def _size(self) -> int:
+        return loaders.matching_size(self.trainer, self.opened, self.image_size)
+
+    def _check_role(self, role: str) -> None:
+        if self.division is None:
+            raise RuntimeError("call setup() before asking for a loader")
+        if role not in self.roles():
+            raise ValueError(
+                f"{self.opened.name} has no {role} split; set {role}_split to one of: {', '.join(self.opened.splits)}"
+            )
+
+    def _check_options(self) -> None:
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction is {self.val_fraction}; it must be at least 0 and below 1")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share is {self.max_bad_share}; it must lie from 0 to 1")
+        for name, choices in (("cache", get_args(Cache)), ("on_bad_image", get_args(OnBadImage))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of: {', '.join(choices)}")

@@ -1,0 +1,316 @@
+"""Data sets of palette ids: made once from images by ``Dataset.map``, stored as Arrow, read without a copy.
+
+The column ``tokens`` holds a picture's ids; the column ``palette`` names the colors by their SHA-256.
+``tokenize`` makes them for users, ``cached_tokens`` for ``cache=disk``, both in the cache of ``datasets``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import torch
+from lightning.pytorch import Trainer
+from numpy.typing import NDArray
+
+from lightning_igpt.data.columns import TOKENS_COLUMN, find_image_column, is_tokenized
+from lightning_igpt.data.folders import quiet
+from lightning_igpt.data.readers import REPAIR, STOP, BadImage, BadImagePolicy, Reading, square
+from lightning_igpt.data.splits import Part
+from lightning_igpt.data.transforms import Resize
+from lightning_igpt.images import BadImageError, decode
+from lightning_igpt.palette import Colors, Palette
+from lightning_igpt.tokenizing import PALETTE_COLUMN
+
+_ERROR_COLUMN = "error"
+
+DataSet: TypeAlias = datasets.Dataset | datasets.IterableDataset
+DataSets = TypeVar(
+    "DataSets", datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict
+)
+
+
+def tokenize(
+    dataset: DataSets,
+    palette: Palette | str | Path | Colors = "openai",
+    *,
+    size: int = 32,
+    image_column: str | None = None,
+    num_proc: int | None = None,
+    batch_size: int = 1000,
+) -> DataSets:
+    """Replace the images of a data set by palette ids.
+
+    The middle square of each image is resized and quantized. Every other column stays. ``datasets`` keeps the result in
+    its cache, from which a second call reads it; ``save_to_disk``, ``to_parquet`` and ``push_to_hub`` keep it for good.
+
+    Args:
+        dataset: Images: a Dataset, or a DatasetDict, of which every split is tokenized. A stream becomes a stream.
+        palette: Whatever ``Palette.load`` takes.
+        size: Side of the pictures in pixels.
+        image_column: Column of images; needed where not exactly one column has the type Image.
+        num_proc: Processes that work at the same time; a stream takes none.
+        batch_size: Images that a process reads at a time.
+
+    Returns:
+        A data set of the same kind. In place of the images it has ``tokens``, size * size integers of 16 bits in raster
+        order, and ``palette``, a ClassLabel whose one name is the SHA-256 of the colors; rows of a stream hold the
+        name itself.
+
+    Raises:
+        BadImageError: An image cannot be used; the message names its row and path.
+        TypeError: Not a data set.
+        ValueError: There is no column of images, the data are tokenized already, or an option is out of range.
+    """
+    palette = _ready(Palette.load(palette))
+    options: dict[str, Any] = {"image_column": image_column, "num_proc": num_proc, "batch_size": batch_size}
+    if not isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
+        return _tokenize(dataset, palette, size, where="the data set", **options)
+    splits = {
+        split: _tokenize(part, palette, size, where=f"the split {split!r}", **options)
+        for split, part in dataset.items()
+    }
+    return type(dataset)(splits)
+
+
+def _ready(palette: Palette) -> Palette:
+    """Build its color table, before ``datasets`` starts processes that would each build their own."""
+    palette.quantize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))
+    return palette
+
+
+def _tokenize(
+    dataset: DataSet,
+    palette: Palette,
+    size: int,
+    *,
+    where: str,
+    image_column: str | None,
+    num_proc: int | None,
+    batch_size: int,
+) -> DataSet:
+    column = _image_column(dataset, image_column, num_proc, where=where)
+    transform = palette.transform(column, size)
+    dataset = dataset.with_format(None).cast_column(column, datasets.Image(decode=False))
+    others = {name: feature for name, feature in dataset.features.items() if name != column}
+    label = datasets.ClassLabel(names=[palette.sha256])
+    features = datasets.Features({**others, TOKENS_COLUMN: _tokens_feature(size * size), PALETTE_COLUMN: label})
+    if isinstance(dataset, datasets.Dataset) and not len(dataset):  # map would leave such a split as it is
+        return datasets.Dataset.from_dict({name: [] for name in features}, features=features, split=dataset.split)
+    options = {"batch_size": batch_size, "with_indices": True, "remove_columns": [column], "features": features}
+    if num_proc is not None:
+        options["num_proc"] = num_proc
+    result = dataset.map(transform, batched=True, **options)
+    result.info.description = (
+        f"Pictures of {size} x {size} pixels as ids 0..{len(palette) - 1} of an Image GPT palette of {len(palette)} "
+        f"colors, in raster order. SHA-256 of the palette: {palette.sha256}"
+    )
+    return result
+
+
+def _tokens_feature(length: int) -> datasets.List:
+    return datasets.List(datasets.Value("int16"), length=length)  # ids are below 32,768
+
+
+def _image_column(dataset: DataSet, wanted: str | None, num_proc: int | None, *, where: str) -> str:
+    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        raise TypeError(
+            f"tokenize takes a Dataset or a DatasetDict, not a {type(dataset).__name__}; datasets.load_dataset opens "
+            "files, folders and data sets of the hub"
+        )
+    features = dataset.features
+    if features is None:
+        raise ValueError(f"{where} is a stream of unknown columns; name them by stream.cast(features)")
+    if num_proc is not None and isinstance(dataset, datasets.IterableDataset):
+        raise ValueError(f"num_proc is {num_proc}, but {where} is a stream; the workers of its DataLoader share it")
+    if is_tokenized(features):
+        raise ValueError(f"{where} is tokenized already: its columns are {', '.join(features)}")
+    if taken := [name for name in (TOKENS_COLUMN, PALETTE_COLUMN) if name in features]:
+        raise ValueError(f"{where} has a column {taken[0]!r} of its own, which would be lost; rename it")
+    return find_image_column(features, wanted, where=where)
+
+
+@dataclass(frozen=True)
+class TokenSquares:
+    """For ``Dataset.map``: the tokens of ``n_crops`` squares of each image; crop c of row r is draw r * n_crops + c."""
+
+    palette: Palette
+    image_column: str
+    resize: Resize
+    n_crops: int
+    skip: bool  # write what is wrong with an image into the column "error" instead of raising
+    files: str  # changes when image files outside of the data set do, and so what the cache is made of
+
+    def __call__(self, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+        """Tokens int16 (rows, n_crops * S * S), and "" or what is wrong with each image."""
+        size, errors = self.resize.size, [""] * len(rows)
+        pixels = np.zeros((len(rows), self.n_crops, 3, size, size), np.uint8)
+        for index, (row, value) in enumerate(zip(rows, batch[self.image_column], strict=True)):
+            try:
+                image = decode(value)
+            except BadImageError as error:
+                if not self.skip:
+                    path = f" ({value['path']})" if value and value.get("path") else ""
+                    raise BadImageError(f"row {row}{path}: {error}") from error
+                errors[index] = str(error)
+                continue
+            for crop in range(self.n_crops):
+                pixels[index, crop] = square(self.resize, image, row * self.n_crops + crop)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a process that map forks has none of OpenMP's threads and would wait for them
+        try:
+            tokens = self.palette.quantize(torch.from_numpy(pixels).flatten(0, 1))  # (rows * crops, S * S)
+        finally:
+            torch.set_num_threads(threads)
+        return {TOKENS_COLUMN: tokens.numpy().astype(np.int16).reshape(len(rows), -1), _ERROR_COLUMN: errors}
+
+
+def cached_tokens(
+    trainer: Trainer | None,
+    part: Part,
+    image_column: str,
+    palette: Palette,
+    resize: Resize,
+    policy: BadImagePolicy,
+    n_crops: int = 1,
+    num_workers: int = 0,
+) -> TokenReader:
+    """Reads a part from tokens of its whole split in the cache of ``datasets``; one process of a node makes them.
+
+    Raises:
+        BadImageError: An image cannot be read and the policy is "error"; the message names it.
+    """
+    if trainer is not None and trainer.local_rank > 0:
+        trainer.strategy.barrier("token cache")
+    bad, made = _make_cache(part, image_column, palette, resize, policy.action == "skip", n_crops, num_workers)
+    if trainer is not None and trainer.local_rank == 0:
+        trainer.strategy.barrier("token cache")
+    return TokenReader(part, made, TOKENS_COLUMN, resize.size, n_crops, policy, bad)
+
+
+def _make_cache(
+    part: Part, column: str, palette: Palette, resize: Resize, skip: bool, n_crops: int, num_workers: int
+) -> tuple[dict[int, BadImage], datasets.Dataset]:
+    """The rows that could not be read, and the tokens."""
+    images = part.dataset.select_columns([column])
+    if not images.cache_files:  # map keeps only what it makes of files
+        images = datasets.Dataset.from_generator(
+            _rows, gen_kwargs={"images": images}, features=images.features, split=datasets.Split(str(images.split))
+        )
+    files, length = _state_of_files(images, column), n_crops * resize.size**2
+    try:
+        with quiet():
+            made = images.map(
+                TokenSquares(_ready(palette), column, resize, n_crops, skip, files),
+                batched=True,
+                batch_size=max(1, min(1000, 2**22 // length)),
+                with_indices=True,
+                remove_columns=[column],
+                features=datasets.Features(
+                    {TOKENS_COLUMN: _tokens_feature(length), _ERROR_COLUMN: datasets.Value("string")}
+                ),
+                num_proc=num_workers or None,
+                desc="token cache",
+            )
+    except BadImageError as error:
+        where = f"{part.source}, split {part.split!r}"
+        raise BadImageError(f"{where}, {error}. {REPAIR}") from error
+    errors = made.with_format("arrow")[:][_ERROR_COLUMN].to_pylist()
+    wrong = [row for row, error in enumerate(errors) if error]
+    paths = [value and value["path"] for value in images[wrong][column]] if wrong else []
+    bad = {row: BadImage(part.describe(row, path), errors[row]) for row, path in zip(wrong, paths, strict=True)}
+    return bad, made
+
+
+def _rows(images: datasets.Dataset) -> Any:
+    yield from images
+
+
+def _state_of_files(images: datasets.Dataset, column: str) -> str:
+    """A digest of sizes and dates of the files that rows name without holding their bytes."""
+    digest = hashlib.sha256()
+    for chunk in images.with_format("arrow")[:][column].chunks:
+        for path in chunk.field("path").filter(chunk.field("bytes").is_null()).to_pylist():
+            if path and Path(path).is_file():
+                status = Path(path).stat()
+                digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+    return digest.hexdigest()
+
+
+class TokenReader:
+    """Reads a column of tokens in place, over the chunks of its Arrow table.
+
+    Args:
+        part: The rows.
+        dataset: The data set of the part, or tokens made of it row by row.
+        column: Column of lists of n_crops * S * S tokens; S is ``size``.
+        n_crops: Squares of each image, of which every pass over the part takes the next.
+        policy: What happens to images that could not be read when the tokens were made.
+        bad: These images by row; their tokens mean nothing.
+
+    Raises:
+        ValueError: A row has another number of tokens.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        dataset: datasets.Dataset,
+        column: str,
+        size: int,
+        n_crops: int = 1,
+        policy: BadImagePolicy = STOP,
+        bad: Mapping[int, BadImage] | None = None,
+    ) -> None:
+        self.part, self.size, self.n_crops, self.policy, self.bad = part, size, n_crops, policy, bad or {}
+        self._table = dataset.select_columns([column]).with_format("arrow")
+        self._views, self._ends = self._open()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": None}  # where workers are spawned, each maps the file for itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._views, self._ends = self._open()
+
+    def _open(self) -> tuple[list[NDArray[Any]], NDArray[np.int64]]:
+        """The chunks, (rows, n_crops * S * S) each, and the row after the last of each."""
+        (column,) = self._table[:].columns
+        length, views, ends = self.n_crops * self.size**2, [], np.cumsum([len(chunk) for chunk in column.chunks])
+        for chunk, end in zip(column.chunks, ends, strict=True):
+            lengths = pc.list_value_length(chunk).fill_null(0).to_numpy(zero_copy_only=False)
+            if (lengths != length).any():
+                wrong = int(np.flatnonzero(lengths != length)[0])
+                row = self.part.describe(int(end) - len(chunk) + wrong)
+                raise ValueError(f"{row}: there are {lengths[wrong]} tokens, not {self.size}^2")
+            views.append(chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, length))
+        return views, ends
+
+    def read(self, places: list[int], samples: list[int]) -> Reading:
+        """Read tokens, int16 (B, 1, S, S).
+
+        Raises:
+            BadImageError: See ``BadImagePolicy.settle``.
+        """
+        rows = np.asarray(self.part.rows_of(places))
+        chunks = np.searchsorted(self._ends, rows, side="right")
+        grids = np.empty((len(rows), 1, self.size, self.size), np.int16)
+        flat, area, turns = grids.reshape(len(rows), -1), self.size**2, len(self.part)
+        for index, (chunk, row) in enumerate(zip(chunks.tolist(), (rows - self._ends[chunks]).tolist(), strict=True)):
+            start = samples[index] // turns % self.n_crops * area
+            flat[index] = self._views[chunk][row, start : start + area]  # row counts from the end of the chunk
+        reading = Reading(grids, list(places), samples, [])
+        if not self.bad:
+            return reading
+        bad = {i: self.bad[row]._replace(number=places[i]) for i, row in enumerate(rows.tolist()) if row in self.bad}
+        return self.policy.settle(reading, bad, self.part, self._one)
+
+    def _one(self, place: int, sample: int) -> NDArray[np.int16] | BadImage:
+        (row,) = self.part.rows_of([place])
+        return self.bad[row] if row in self.bad else self.read([place], [sample]).grids[0]

@@ -1,0 +1,111 @@
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_igpt.data.loaders import make_loader, n_steps
+from lightning_igpt.data.order import EvalOrder
+from lightning_igpt.data.readers import BadImages, ImageBatches, ImageReader
+from lightning_igpt.data.splits import Part
+from lightning_igpt.data.transforms import CenterCrop, PadCropFlip, RandomCrop
+from tests.image_files import noise, rows, tiny
+
+UNDECODED = datasets.Image(decode=False)
+
+
+def batches(dataset, part_rows=None, resize=None, **options):
+    part = Part("some/source", "train", dataset.cast_column("image", UNDECODED), part_rows)
+    return ImageBatches(ImageReader(part, "image", resize or CenterCrop(4)), len(part), **options)
+
+
+def by_hand(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def test_a_batch_holds_the_images_in_order():
+    images = [noise((4, 4), seed) for seed in range(5)]
+    labels = torch.tensor([3, 1, 4, 1, 5])
+    batch = batches(rows(images), labels=labels)[[(4, 104), (0, 7)]]
+    assert torch.equal(batch["image"], torch.stack([by_hand(images[4]), by_hand(images[0])]))
+    assert batch["image"].dtype == torch.uint8 and batch["image"].is_contiguous()
+    assert batch["sample"].tolist() == [104, 7] and batch["label"].tolist() == [5, 3]
+    assert set(batches(rows(images))[[(0, 0)]]) == {"image", "sample"}
+    part = batches(tiny(9), np.array([2, 5, 8]))
+    assert len(part) == 3 and part[[(2, 0), (0, 1)]]["image"][:, 0, 0, 0].tolist() == [8, 2]
+
+
+def test_the_draw_decides_a_crop_and_the_augmentation():
+    cropped = batches(rows([noise((40, 40), 0), noise((6, 6), 1)]), resize=RandomCrop(4, seed=3))
+    first, second = cropped[[(0, 0), (1, 1)]]["image"], cropped[[(0, 2), (1, 3)]]["image"]
+    assert not torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert torch.equal(cropped[[(0, 0)]]["image"][0], first[0])
+    augment = PadCropFlip(2, True, seed=1)
+    changed = batches(rows([noise((4, 4), seed) for seed in range(3)]), augment=augment)[[(2, 10), (0, 11)]]["image"]
+    assert np.array_equal(changed, augment(np.stack([by_hand(noise((4, 4), row)).numpy() for row in (2, 0)]), (10, 11)))
+
+
+@pytest.mark.parametrize(
+    "options, length",
+    [
+        ({"max_steps": 30, "accumulate_grad_batches": 2}, 30),
+        ({"max_steps": 30, "max_epochs": -1}, 30),
+        ({"max_epochs": 3}, 7),
+        ({"max_epochs": -1}, 7),
+        ({"fast_dev_run": True}, 7),
+    ],
+)
+def test_steps_of_a_lightning_epoch(options, length):
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **options)
+    assert n_steps(trainer, 7, "source") == length and n_steps(None, 7, "source") == 7
+
+
+class Signals(ImageBatches):
+    """Each batch brings the signals of a scheduler upon its worker."""
+
+    def __init__(self):
+        pass
+
+    def __getitem__(self, draws):
+        for name in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), name)
+        return {"sample": torch.tensor([sample for _, sample in draws])}
+
+
+def test_workers_outlive_signals_and_stop_when_their_loader_is_collected():
+    loader = make_loader(Signals(), EvalOrder(4, batch_size=2), BadImages(0), None, 1)
+    assert [batch["sample"].tolist() for batch in loader] == [[0, 1], [2, 3]]
+    (worker,) = loader._iterator._workers
+    loader.itself = loader
+    del loader
+    start = time.monotonic()
+    gc.collect()
+    assert not worker.is_alive() and time.monotonic() - start < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.marathon)])
+@pytest.mark.parametrize("cache", ["none", "disk"])
+def test_a_program_ends_while_loaders_are_alive(start_method, cache, tmp_path):
+    program = f"""
+import multiprocessing
+from lightning_igpt.data import PretrainDataModule
+if __name__ == "__main__":
+    multiprocessing.set_start_method("{start_method}")
+    data = PretrainDataModule("digits", image_size=8, num_workers=2, cache="{cache}", palette="gray:16")
+    data.setup()
+    loader = data.train_dataloader()
+    batches = iter(loader)
+    print(len(next(batches)["sample"]))
+"""
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.split() == ["128"]

@@ -1,0 +1,391 @@
+import os
+import pickle
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lightning_igpt
+from lightning_igpt.data import FineTuneDataModule, PretrainDataModule
+from lightning_igpt.data.columns import TokenMark, is_tokenized, marked_palette
+from lightning_igpt.data.readers import STOP
+from lightning_igpt.data.splits import Part
+from lightning_igpt.data.tokens import TokenReader, cached_tokens, tokenize
+from lightning_igpt.data.transforms import CenterCrop, RandomCrop
+from lightning_igpt.images import BadImageError, decode, resize_center_crop
+from lightning_igpt.palette import Palette
+from tests.data.test_datamodule import Looker, ready, trainer
+from tests.image_files import encoded, noise, picture, rows, save_images, tiny
+
+CORNERS = Palette([[r, g, b] for r in (-1, 1) for g in (-1, 1) for b in (-1, 1)])
+MARK = TokenMark(CORNERS.sha256, 8)
+SIZES = [(8, 8), (12, 9), (5, 30), (40, 40), (8, 8), (33, 8)]
+PICTURES = [noise(size, seed) for seed, size in enumerate(SIZES)]
+LABELS = [0, 1, 1, 0, 1, 0]
+INT16 = datasets.Value("int16")
+
+
+def by_hand(images, size=8, palette=CORNERS):
+    """Tokens of PIL images, one at a time."""
+    tokens = []
+    for image in images:
+        pixels = torch.from_numpy(np.array(resize_center_crop(decode(image), size)))  # (S, S, 3)
+        tokens += palette.quantize(pixels.permute(2, 0, 1)[None]).tolist()
+    return tokens
+
+
+TOKENS = by_hand(PICTURES)
+
+
+@pytest.fixture
+def dataset():
+    return rows(PICTURES, LABELS).add_column("text", list("abcdef"))
+
+
+@pytest.fixture
+def on_disk(dataset, tmp_path):
+    dataset.save_to_disk(tmp_path / "images")
+    return datasets.load_from_disk(tmp_path / "images")
+
+
+@pytest.fixture
+def tokenized(dataset):
+    return tokenize(dataset, CORNERS, size=8)
+
+
+def with_palette_column(values, feature=None):
+    features = {"tokens": datasets.List(INT16, length=4), "palette": feature or datasets.Value("string")}
+    columns = {"tokens": [[0, 1, 2, 3]] * len(values), "palette": values}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+# Tokenizing
+
+
+def test_images_become_tokens(dataset, tokenized):
+    assert tokenized.features == {
+        "label": dataset.features["label"],
+        "text": dataset.features["text"],
+        "tokens": datasets.List(INT16, length=64),
+        "palette": datasets.ClassLabel(names=[CORNERS.sha256]),
+    }
+    assert tokenized["tokens"][:] == TOKENS
+    assert tokenized["label"][:] == LABELS
+    assert tokenized["text"][:] == list("abcdef")
+    assert tokenized["palette"][:] == [0] * 6
+    assert tokenized.data.schema.field("tokens").type.list_size == 64
+    assert "8 x 8 pixels" in tokenized.info.description
+    assert CORNERS.sha256 in tokenized.info.description
+    assert dataset.info.description == ""
+    assert marked_palette(tokenized) == MARK
+
+
+def test_it_is_public_and_has_defaults(dataset):
+    assert lightning_igpt.tokenize is tokenize
+    tokenized = lightning_igpt.tokenize(dataset.select([1]))
+    assert tokenized["tokens"][:] == by_hand(PICTURES[1:2], 32, Palette.load("openai"))
+    assert marked_palette(tokenized) == (Palette.load("openai").sha256, 32)
+
+
+def test_several_splits(dataset):
+    splits = datasets.DatasetDict(train=dataset.select([0, 1, 2, 3]), test=dataset.select([4, 5]))
+    tokenized = tokenize(splits, "gray:8", size=4)
+    assert isinstance(tokenized, datasets.DatasetDict)
+    for split, pictures in [("train", PICTURES[:4]), ("test", PICTURES[4:])]:
+        assert tokenized[split]["tokens"][:] == by_hand(pictures, 4, Palette.load("gray:8"))
+        assert tokenized[split]["label"][:] == splits[split]["label"][:]
+
+
+def test_our_own_rules_decode(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8))
+    files = [encoded(deep), encoded(noise((8, 8)), "PNG", exif=exif), encoded(Image.new("RGBA", (8, 8)))]
+    features = datasets.Features({"image": datasets.Image()})
+    columns = {"image": [{"bytes": content, "path": None} for content in files]}
+    tokens = tokenize(datasets.Dataset.from_dict(columns, features=features), CORNERS, size=8)["tokens"][:]
+    white = Image.new("RGB", (8, 8), "white")
+    assert tokens == by_hand([deep, noise((8, 8)).transpose(Image.Transpose.ROTATE_270), white])
+    assert len({*tokens[0]}) == 2
+
+
+def test_paths_and_bytes_in_a_named_column(tmp_path):
+    noise().save(tmp_path / "a.png")
+    for value in (str(tmp_path / "a.png"), encoded(noise())):
+        tokenized = tokenize(datasets.Dataset.from_dict({"file": [value]}), CORNERS, size=8, image_column="file")
+        assert tokenized.column_names == ["tokens", "palette"]
+        assert tokenized["tokens"][:] == by_hand([noise()])
+
+
+def test_streams(dataset, tokenized):
+    stream = tokenize(dataset.to_iterable_dataset(), CORNERS, size=8, batch_size=4)
+    assert stream.features == tokenized.features
+    assert [row["tokens"].tolist() for row in stream] == TOKENS
+    kept = datasets.Dataset.from_generator(lambda: iter(stream), features=stream.features)
+    assert kept[:] == tokenized[:]
+    splits = tokenize(datasets.IterableDatasetDict(train=dataset.to_iterable_dataset()), CORNERS, size=8)
+    assert next(iter(splits["train"]))["tokens"].tolist() == TOKENS[0]
+
+
+# Files and the cache
+
+
+def test_files_keep_everything(tokenized, tmp_path):
+    tokenized.save_to_disk(tmp_path / "saved")
+    tokenized.to_parquet(tmp_path / "a.parquet")
+    saved = datasets.load_from_disk(tmp_path / "saved")
+    parquet = datasets.load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train")
+    for loaded in (saved, parquet):
+        assert loaded.features == tokenized.features
+        assert loaded[:] == tokenized[:]
+        assert marked_palette(loaded) == MARK
+    assert saved.info.description == tokenized.info.description
+
+
+def test_a_second_call_reads_the_cache(on_disk, monkeypatch):
+    first = tokenize(on_disk, CORNERS, size=8)
+    assert first.cache_files
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_igpt.tokenizing.decode", None)  # whatever decodes fails
+        second = tokenize(on_disk, Palette(CORNERS.to_list()), size=8)
+        assert tokenize(on_disk, CORNERS, size=8, num_proc=2).cache_files == first.cache_files
+    assert second.cache_files == first.cache_files
+    assert second._fingerprint == first._fingerprint
+    assert second[:] == first[:]
+    assert second.info.description == first.info.description
+    others = [tokenize(on_disk, "gray:8", size=8), tokenize(on_disk, CORNERS, size=7)]
+    assert len({part.cache_files[0]["filename"] for part in (first, *others)}) == 3
+
+
+@pytest.mark.slow
+def test_another_process_reads_the_cache(on_disk, tmp_path):
+    first = tokenize(on_disk, "gray:8", size=8)
+    program = (
+        "import datasets, lightning_igpt; import lightning_igpt.tokenizing as t; t.decode = None\n"
+        f"print(lightning_igpt.tokenize(datasets.load_from_disk({str(tmp_path / 'images')!r}), 'gray:8', size=8)"
+        ".cache_files)"
+    )
+    root = Path(__file__).parents[2]
+    told = subprocess.run([sys.executable, "-c", program], cwd=root, check=True, capture_output=True, text=True)
+    assert told.stdout.strip() == str(first.cache_files)
+
+
+# Errors
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_a_bad_image_is_named_by_its_row(num_proc):
+    content = [encoded(noise()), encoded(noise()), encoded(noise()), b"junk"]
+    images = [{"bytes": value, "path": f"{i}.png"} for i, value in enumerate(content)]
+    features = datasets.Features({"image": datasets.Image()})
+    dataset = datasets.Dataset.from_dict({"image": images}, features=features)
+    with pytest.raises(BadImageError, match=r"the image in row 3 \(3.png\): the file is not an image"):
+        tokenize(dataset, CORNERS, batch_size=2, num_proc=num_proc)
+
+
+def test_wrong_data_are_explained(dataset, tokenized):
+    with pytest.raises(ValueError, match=r"the split 'train' is tokenized already: .* label, text, tokens, palette"):
+        tokenize(datasets.DatasetDict(train=tokenized), CORNERS)
+    with pytest.raises(ValueError, match="the data set has a column 'palette' of its own"):
+        tokenize(dataset.rename_column("text", "palette"), CORNERS)
+    with pytest.raises(ValueError, match="the data set has no column of type Image; set image_column"):
+        tokenize(dataset.remove_columns("image"), CORNERS)
+    with pytest.raises(ValueError, match=r"image_column is 'img',"):
+        tokenize(dataset, CORNERS, image_column="img")
+    with pytest.raises(ValueError, match="size is 0"):
+        tokenize(dataset, CORNERS, size=0)
+    with pytest.raises(TypeError, match=r"not a str; datasets.load_dataset opens"):
+        tokenize("owner/name", CORNERS)
+    with pytest.raises(ValueError, match="num_proc is 2, but the data set is a stream"):
+        tokenize(dataset.to_iterable_dataset(), CORNERS, num_proc=2)
+    with pytest.raises(ValueError, match="unknown columns"):
+        tokenize(datasets.IterableDataset.from_generator(lambda: iter([{"image": None}])), CORNERS)
+
+
+# What the ids mean
+
+
+def test_what_map_wrote_is_read_from_its_rows(dataset):
+    mapped = dataset.map(CORNERS.transform(size=8), batched=True, remove_columns=["image"])
+    assert marked_palette(mapped) == MARK
+    assert marked_palette(mapped.select([4, 2])) == MARK
+    with pytest.raises(ValueError, match=r"no column 'palette' that names it.* lightning_igpt.tokenize, or by map"):
+        marked_palette(mapped.remove_columns("palette"))
+
+
+def test_several_palettes_are_refused():
+    one, other = CORNERS.sha256, Palette.load("gray:8").sha256
+    assert marked_palette(with_palette_column([one, one])) == (one, 2)
+    mixed = [
+        with_palette_column([one, other, one]),
+        with_palette_column([0, 1], datasets.ClassLabel(names=[one, other])),
+    ]
+    for data in mixed:
+        with pytest.raises(ValueError, match=f"tokens of 2 palettes \\({one[:12]}, {other[:12]}\\)"):
+            marked_palette(data)
+    assert marked_palette(mixed[0].select([0, 2])) == (one, 2)
+
+
+@pytest.mark.parametrize("values", [["warm", "cold"], [None, None]])
+def test_other_columns_of_that_name_are_no_mark(values):
+    with pytest.raises(ValueError, match=f"should hold the SHA-256 of a palette; it holds {values[0]!r}"):
+        marked_palette(with_palette_column(values))
+
+
+@pytest.mark.parametrize("length", [0, 5])
+def test_tokens_fill_a_square(length):
+    columns = {"tokens": [[1] * length], "palette": [CORNERS.sha256]}
+    features = datasets.Features({"tokens": datasets.List(INT16), "palette": datasets.Value("string")})
+    with pytest.raises(ValueError, match=f"rows of {length} tokens fill no square"):
+        marked_palette(datasets.Dataset.from_dict(columns, features=features))
+
+
+def test_which_data_are_tokenized(dataset, tokenized):
+    assert is_tokenized(tokenized.features)
+    assert not is_tokenized(dataset.features)
+    for feature, expected in [
+        (datasets.List(datasets.Value("int64")), True),
+        (datasets.LargeList(datasets.Value("int32")), True),
+        (datasets.List(datasets.Value("string")), False),
+        (datasets.List(datasets.List(INT16)), False),
+        (INT16, False),
+    ]:
+        assert is_tokenized(datasets.Features({"tokens": feature})) is expected
+    with pytest.raises(ValueError, match="no column 'tokens' of integers; the columns are image, label, text"):
+        marked_palette(dataset)
+
+
+# Reading without a copy, and the cache
+
+
+GRAY = Palette.load("gray:16")
+UNDECODED = datasets.Image(decode=False)
+
+
+def tokens_of(image):
+    return GRAY.quantize(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]).numpy()[0]
+
+
+def part_of(dataset, part_rows=None):
+    return Part("some/source", "train", dataset.cast_column("image", UNDECODED), part_rows)
+
+
+CENTER = CenterCrop(4)
+
+
+def cached(dataset, resize=CENTER, part_rows=None, palette=GRAY, **options):
+    return cached_tokens(None, part_of(dataset, part_rows), "image", palette, resize, STOP, **options)
+
+
+def table(kind, n=60):
+    """Rows of 9 random tokens in several chunks."""
+    tokens = np.random.default_rng(0).integers(0, 300, (n, 9))
+    column = datasets.List(datasets.Value(kind.removesuffix(", any")), length=-1 if "any" in kind else 9)
+    features = datasets.Features({"tokens": column})
+    edges = [0, 1, 17, 17, 40, n]
+    pieces = [datasets.Dataset.from_dict({"tokens": tokens[a:b].tolist()}, features=features)
+              for a, b in pairwise(edges) if b > a]  # fmt: skip
+    return tokens, datasets.concatenate_datasets(pieces)
+
+
+@pytest.mark.parametrize("kind", ["int16", "uint16", "int64", "int16, any", "int32, any"])
+@pytest.mark.parametrize("select", [None, range(20, 50), [59, 3, 17, 16, 40, 0, 1]])
+def test_rows_of_any_chunk_are_read_as_datasets_reads_them(kind, select):
+    tokens, dataset = table(kind)
+    if select is not None:
+        tokens, dataset = tokens[list(select)], dataset.select(select)
+    reader = TokenReader(Part("some/source", "train", dataset), dataset, "tokens", 3)
+    assert kind != "int16" or not reader._views[0].flags.owndata
+    places = np.random.default_rng(1).integers(0, len(dataset), 100).tolist()
+    for copy in (reader, pickle.loads(pickle.dumps(reader))):
+        reading = copy.read(places, places)
+        assert reading.grids.dtype == np.int16 and reading.grids.shape == (100, 1, 3, 3)
+        assert np.array_equal(reading.grids.reshape(100, 9), tokens[places])
+
+
+def test_rows_of_another_length_are_named():
+    for wrong, n in (([1, 2, 3], 3), (None, 0)):
+        features = datasets.Features({"tokens": datasets.List(datasets.Value("int16"))})
+        dataset = datasets.Dataset.from_dict({"tokens": [[1] * 4, [2] * 4, wrong]}, features=features)
+        with pytest.raises(ValueError, match=rf"some/source, split 'train', row 2: there are {n} tokens, not 2\^2"):
+            TokenReader(Part("some/source", "train", dataset), dataset, "tokens", 2)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_crops_are_the_draws_of_their_numbers_and_every_pass_takes_the_next(num_workers):
+    images, crop = [noise((20, 16), seed) for seed in range(9)] + [noise((6, 6))], RandomCrop(4, seed=5)
+    reader = cached(rows(images), crop, np.array([1, 4, 5, 9]), n_crops=3, num_workers=num_workers)
+    for number_of_pass in range(5):
+        places = [2, 0, 3, 1]
+        reading = reader.read(places, [number_of_pass * 4 + place for place in range(4)])
+        draws = [(row, row * 3 + number_of_pass % 3) for row in (5, 1, 9, 4)]
+        wanted = [tokens_of(crop(images[row], draw)) for row, draw in draws]
+        assert np.array_equal(reading.grids.reshape(4, 16), wanted) and reading.places == places
+
+
+@pytest.mark.parametrize("cls, options", [(PretrainDataModule, {}), (FineTuneDataModule, {"pad": 2})])
+def test_a_data_module_gives_the_tokens_of_its_pixels(cls, options):
+    """Augmentation moves pixels about, so it may come after the colors are replaced by their numbers."""
+    images = rows([noise((6, 5), seed) for seed in range(30)], [0, 1] * 15)
+    splits = datasets.DatasetDict(train=images, test=images.select(range(7)))
+    options |= {"batch_size": 4, "image_size": 4, "palette": "gray:16"}
+    for more in ({}, {"train_split": "train[:70%]", "val_split": "train[70%:]"}):
+        pixels, tokens = (ready(cls, splits, cache=cache, **options, **more) for cache in ("none", "disk"))
+        for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+            pairs = list(zip(getattr(pixels, name)(), getattr(tokens, name)(), strict=True))
+            for a, b in pairs:
+                assert torch.equal(b["tokens"], GRAY.quantize(a["image"])) and b["tokens"].dtype == torch.int16
+                assert torch.equal(a["sample"], b["sample"]) and torch.equal(a["label"], b["label"])
+            assert pairs
+
+
+def test_a_second_run_decodes_nothing_and_changed_files_are_read_again(tmp_path, monkeypatch):
+    save_images(tmp_path / "set", [f"{i}.png" for i in range(6)])
+    options = {"image_size": 4, "batch_size": 6, "val_fraction": 0, "cache": "disk", "palette": "gray:16"}
+
+    def run():
+        data = ready(PretrainDataModule, str(tmp_path / "set"), **options)
+        return data.train_dataloader().dataset.reader.read([3], [0]).grids.reshape(-1)
+
+    for color in (10, 250):
+        picture(color * 257).save(tmp_path / "set/3.png")
+        assert np.array_equal(run(), tokens_of(picture(color * 257)))
+        with monkeypatch.context() as patch:
+            patch.setattr("lightning_igpt.data.tokens.decode", None)  # whatever decodes fails
+            assert np.array_equal(run(), tokens_of(picture(color * 257)))
+    os.utime(tmp_path / "set/0.png", ns=(1, 1))
+    with monkeypatch.context() as patch, pytest.raises(TypeError, match="NoneType"):
+        patch.setattr("lightning_igpt.data.tokens.decode", None)
+        run()
+
+
+def test_whatever_distinguishes_tokens_has_a_cache_of_its_own():
+    def files(**options):
+        return cached(tiny(9), **options)._table.cache_files[0]["filename"]
+
+    different = [{}, {"resize": CenterCrop(2)}, {"palette": Palette.load("gray:4")}, {"n_crops": 2},
+                 {"resize": RandomCrop(4, 0)}, {"resize": RandomCrop(4, 1)}]  # fmt: skip
+    assert len({files(**options) for options in different}) == 6 and files() == files()
+
+
+def test_the_palette_is_the_networks():
+    options = {"batch_size": 4, "image_size": 4, "cache": "disk"}
+    with pytest.raises(ValueError, match=r"cache=disk keeps tokens: give palette, or use it with a trainer"):
+        ready(PretrainDataModule, tiny(9), **options).train_dataloader()
+    module = Looker(4)
+    module.palette = GRAY
+    trainer(max_steps=1).fit(module, PretrainDataModule(tiny(9), **options))
+    assert module.seen["train"][0]["tokens"].shape == (4, 16)
+    with pytest.raises(ValueError, match=r"palette \w{12}, but the network has \w{12}: every token"):
+        trainer(max_steps=1).fit(module, PretrainDataModule(tiny(9), palette="gray:8", **options))
+    tokens = tokenize(tiny(9), "gray:8", size=4)
+    with pytest.raises(ValueError, match=r"palette \w{12}, but the network has \w{12}: every token"):
+        trainer(max_steps=1).fit(module, PretrainDataModule(tokens, batch_size=4))
+    with pytest.raises(ValueError, match=r"tokens of 4 x 4 images, but image_size is 5"):
+        ready(PretrainDataModule, tokens, batch_size=4, image_size=5).train_dataloader()
