@@ -19,7 +19,7 @@ _HOMES = {
     "weights": ["ModelCard", "load_pretrained", "push_to_hub", "save_pretrained"],
     "modules": ["PretrainModule", "ProbeModule", "FineTuneModule"],
     "data": ["PretrainDataModule", "ProbeDataModule", "FineTuneDataModule", "tokenize"],
-    "checkpointing": ["consolidate_checkpoint", "find_checkpoint"],
+    "checkpointing": ["find_checkpoint"],
     "trainer": ["make_trainer"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -27,7 +27,6 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *_HOME_OF]
 
 if TYPE_CHECKING:
-    from lightning_igpt.checkpointing import consolidate_checkpoint as consolidate_checkpoint
     from lightning_igpt.checkpointing import find_checkpoint as find_checkpoint
     from lightning_igpt.config import PRESETS as PRESETS
     from lightning_igpt.config import ImageGPTConfig as ImageGPTConfig

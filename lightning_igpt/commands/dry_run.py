@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from lightning_igpt.callbacks import Recompute
 from lightning_igpt.commands.plan import CPU_MFU, measured_cpu
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.data.sources import as_list, name_of
+from lightning_igpt.data.sources import name_of
 from lightning_igpt.planning import (
     ACTIVATION_BYTES,
     RECOMPUTE,
@@ -88,10 +88,10 @@ def network(config: ImageGPTConfig) -> str:
 
 def images(data: Any) -> dict[str, int]:
     """Images of each part; empty where counting them would copy, convert or download anything."""
-    if not hasattr(data, "source") or not all(_is_cheap(source) for source in as_list(data.source)):
+    if not hasattr(data, "source") or not _is_cheap(data.source):
         return {}
     data.setup("fit")
-    return {role: len(part) for role, part in getattr(data.images, "parts", {}).items()}
+    return {role: len(part) for role, part in data.parts.items()}
 
 
 def _is_cheap(source: Any) -> bool:

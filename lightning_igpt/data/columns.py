@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_igpt.tokenizing import PALETTE_COLUMN
+from lightning_igpt.palette import PALETTE_COLUMN
 
 TOKENS_COLUMN = "tokens"
 LABEL_NAMES = ("label", "labels", "cls")  # cls is WebDataset's

@@ -22,7 +22,7 @@ from lightning_igpt.data.columns import (
 )
 from lightning_igpt.data.digits import load_digits
 from lightning_igpt.data.folders import TABLES, open_path, quiet
-from lightning_igpt.tokenizing import PALETTE_COLUMN
+from lightning_igpt.palette import PALETTE_COLUMN
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 

@@ -40,7 +40,7 @@ from lightning_igpt.data.sources import Source
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import Augment, Resize
 from lightning_igpt.images import BadImageError, decode
-from lightning_igpt.tokenizing import PALETTE_COLUMN
+from lightning_igpt.palette import PALETTE_COLUMN
 
 STATE = "stream_state"  # key of a batch: (worker, where it is in its stream); the loader removes it
 _EMPTY_PASSES = 100  # a reader may get shards without rows in some passes, but hardly in so many in succession

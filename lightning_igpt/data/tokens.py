@@ -25,8 +25,7 @@ from lightning_igpt.data.readers import REPAIR, STOP, BadImage, BadImagePolicy, 
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import Resize
 from lightning_igpt.images import BadImageError, decode
-from lightning_igpt.palette import Colors, Palette
-from lightning_igpt.tokenizing import PALETTE_COLUMN
+from lightning_igpt.palette import PALETTE_COLUMN, Colors, Palette
 
 _ERROR_COLUMN = "error"
 
