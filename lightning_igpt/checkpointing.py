@@ -131,8 +131,8 @@ def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None 
             return path
     if errors:
         raise ValueError(
-            f"none of the {len(errors)} checkpoints there can be continued; the newest is {errors[0]}. To start a new "
-            "run, use another folder (default_root_dir) or remove them"
+            f"none of the {len(errors)} checkpoints there can be continued; the newest is {errors[0]}. To start a "
+            "new run, use another folder (default_root_dir) or remove them"
         )
     return None
 
