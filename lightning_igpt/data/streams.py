@@ -206,8 +206,9 @@ def _endless(
     """
     empty, saved = 0, begin["stream"]
     for number in itertools.count(begin["pass"]):
-        # Not set_epoch: workers share its number, and each is in a pass of its own.
-        stream = part.rows.shuffle(seed + number, buffer_size=buffer)
+        # Not set_epoch: workers share its number, and each is in a pass of its own. One shard at a time: datasets 5.2
+        # takes 5 seconds to close a stream that reads ahead in several.
+        stream = part.rows.shuffle(seed + number, buffer_size=buffer, max_buffer_input_shards=1)
         strategy = "shards" if (stream.num_shards or 1) >= count else "auto"
         stream = split_dataset_by_node(stream, rank=index, world_size=count, strategy=strategy)
         if saved is not None:
