@@ -78,3 +78,11 @@ def stop_workers(iterator: Any) -> None:
     for worker in workers:
         if worker.is_alive():
             worker.kill()
+
+
+def forget_iterator(loader: Any) -> None:
+    """Let a DataLoader with persistent workers start new ones, after the others were stopped.
+
+    ``DataLoader._iterator``: torch 2.10 to 2.14.
+    """
+    loader._iterator = None

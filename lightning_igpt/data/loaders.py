@@ -19,7 +19,7 @@ from lightning_igpt.data.sources import Source
 from lightning_igpt.data.streams import STATE
 from lightning_igpt.images import BadImageError
 from lightning_igpt.palette import Palette
-from lightning_igpt.private import stop_workers
+from lightning_igpt.private import forget_iterator, stop_workers
 
 DEFAULT_IMAGE_SIZE = 32
 
@@ -30,6 +30,9 @@ class Loader(DataLoader[dict[str, Tensor]]):
     Lightning makes another of some loaders, by the arguments of ``__init__`` and the attributes of the same names.
     """
 
+    _watched: Any = None  # the iterator whose workers are stopped
+    _stopper: Callable[[], Any] = list
+
     def __init__(self, dataset: Any, bad_images: BadImages, **options: Any) -> None:
         super().__init__(dataset, **options)
         self.bad_images = bad_images
@@ -39,16 +42,17 @@ class Loader(DataLoader[dict[str, Tensor]]):
         # A generator, so that the order reads the step with the first batch: Lightning makes the iterator before it
         # has restored that where trainer.estimated_stepping_batches is asked for.
         iterator = super().__iter__()
-        stop: Callable[[], Any] = list
-        if self.num_workers > 0:
+        if (
+            self.num_workers > 0 and iterator is not self._watched
+        ):  # persistent workers have one iterator for all epochs
             # Before anything else of the loader is collected, and before Python ends: workers ignore SIGTERM.
-            stop = weakref.finalize(self, _stop, iterator, os.getpid())
+            self._watched, self._stopper = iterator, weakref.finalize(self, _stop, iterator, os.getpid())
         try:
             for batch in iterator:
                 yield self._record(batch)
         except Exception as error:
-            stop()  # not when the traceback, which holds the workers, is collected
-            self._iterator = None
+            self._stopper()  # not when the traceback, which holds the workers, is collected
+            forget_iterator(self)
             if not isinstance(error, BadImageError):
                 raise
             # From a worker it has the worker's whole traceback in its text.

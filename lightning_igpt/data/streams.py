@@ -179,7 +179,7 @@ class StreamBatches(Dataset[dict[str, Any]]):
         self.reader, self.rank, self.world_size, self.seed, self.buffer = reader, rank, world_size, seed, buffer
         self.states = states  # where each worker of this process begins, as STATE reports it; empty: at the first row
         self._rows: Iterator[Mapping[str, Any]] | None = None  # of each worker process its own
-        self._pass, self._stream = 0, reader.part.rows
+        self._place: dict[str, Any] = {}  # the pass of this worker, and the stream of that pass
 
     def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
         """The next batch of this worker, with its ``STATE``."""
@@ -187,33 +187,45 @@ class StreamBatches(Dataset[dict[str, Any]]):
         info = get_worker_info()
         worker, n_workers = (0, 1) if info is None else (info.id, info.num_workers)
         if self._rows is None:
-            state = json.loads(self.states[worker]) if self.states else {"pass": 0, "stream": None}
-            self._rows = self._endless(self.rank * n_workers + worker, self.world_size * n_workers, state)
+            begin = json.loads(self.states[worker]) if self.states else {"pass": 0, "stream": None}
+            index, count = self.rank * n_workers + worker, self.world_size * n_workers
+            seed = self.seed * 1_000_003
+            self._rows = _endless(self.reader.part, index, count, seed, self.buffer, begin, self._place)
         batch = self.reader.batch(self._rows, [sample for _, sample in draws])
-        batch[STATE] = (worker, json.dumps({"pass": self._pass, "stream": self._stream.state_dict()}))
+        state = {"pass": self._place["pass"], "stream": self._place["stream"].state_dict()}
+        batch[STATE] = (worker, json.dumps(state))
         return batch
 
-    def _endless(self, index: int, count: int, state: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
-        empty = 0
-        for self._pass in itertools.count(state["pass"]):
-            # Not set_epoch: workers share its number, and each is in a pass of its own.
-            stream = self.reader.part.rows.shuffle(self.seed * 1_000_003 + self._pass, buffer_size=self.buffer)
-            strategy = "shards" if (stream.num_shards or 1) >= count else "auto"
-            self._stream = split_dataset_by_node(stream, rank=index, world_size=count, strategy=strategy)
-            if state["stream"] is not None:
-                self._stream.load_state_dict(state["stream"])
-                state["stream"] = None
-            # Not iter(stream), which divides the rows among workers once more and then cannot load a state.
-            rows = ({name: value[0] for name, value in row.items()} for row in self._stream.iter(1))
-            first = next(rows, None)
-            empty = empty + 1 if first is None else 0
-            if first is not None:
-                yield from itertools.chain([first], rows)
-            elif empty == _EMPTY_PASSES:
-                raise ValueError(
-                    f"{self.reader.part.where} gave no rows to reader {index} of {count} in {empty} passes; it is "
-                    f"empty, or all of it is held out (val_fraction)"
-                )
+
+def _endless(
+    part: StreamPart, index: int, count: int, seed: int, buffer: int, begin: dict[str, Any], place: dict[str, Any]
+) -> Iterator[Mapping[str, Any]]:
+    """The rows of one reader of ``count``, pass after pass; keeps ``place`` up to date.
+
+    No method, since a generator that is part of a cycle is closed by the garbage collector, in any thread.
+    """
+    empty, saved = 0, begin["stream"]
+    for number in itertools.count(begin["pass"]):
+        # Not set_epoch: workers share its number, and each is in a pass of its own. One shard at a time: datasets 5.2
+        # takes 5 seconds to close a stream that reads ahead in several.
+        stream = part.rows.shuffle(seed + number, buffer_size=buffer, max_buffer_input_shards=1)
+        strategy = "shards" if (stream.num_shards or 1) >= count else "auto"
+        stream = split_dataset_by_node(stream, rank=index, world_size=count, strategy=strategy)
+        if saved is not None:
+            stream.load_state_dict(saved)
+            saved = None
+        place.update({"pass": number, "stream": stream})
+        # Not iter(stream), which divides the rows among workers once more and then cannot load a state.
+        n_rows = 0
+        for row in stream.iter(1):
+            n_rows += 1
+            yield {name: value[0] for name, value in row.items()}
+        empty = empty + 1 if n_rows == 0 else 0
+        if empty == _EMPTY_PASSES:
+            raise ValueError(
+                f"{part.where} gave no rows to reader {index} of {count} in {empty} passes; it is empty, or all of it "
+                "is held out (val_fraction)"
+            )
 
 
 class StreamOnce(torch.utils.data.IterableDataset[dict[str, Any]]):

@@ -69,13 +69,6 @@ def test_batches_of_every_protocol(cls):
         assert column(loader).tolist() == list(range(n))
 
 
-def test_everything_is_known_only_after_setup():
-    data = PretrainDataModule()
-    assert (data.num_classes, data.class_names, data.batches_per_epoch) == (None, None, None)
-    with pytest.raises(RuntimeError, match=r"setup"):
-        data.train_dataloader()
-
-
 def test_probe_reads_every_training_image_once_and_plain():
     data = ready(ProbeDataModule, tiny(26), batch_size=4, image_size=4)
     loader = data.train_dataloader()
@@ -148,13 +141,6 @@ def test_a_trainer_validates_tests_and_predicts():
     assert column(module.seen["val"]).tolist() == list(range(144))
     assert column(module.seen["test"]).tolist() == list(range(360))
     assert torch.cat(run.predict(module, data)).tolist() == list(range(360))
-
-
-def test_no_test_split_names_the_option():
-    data = ready(PretrainDataModule, tiny(9), batch_size=2, image_size=4)
-    with pytest.raises(ValueError, match=r"no test split; set test_split to one of: train"):
-        data.test_dataloader()
-    assert len(column(data.predict_dataloader())) == 1  # validation stands in
 
 
 def test_pretraining_needs_no_labels():

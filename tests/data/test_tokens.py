@@ -1,9 +1,6 @@
 import os
 import pickle
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,9 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-import lightning_igpt
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule
-from lightning_igpt.data.columns import TokenMark, is_tokenized, marked_palette
+from lightning_igpt.data.columns import TokenMark, marked_palette
 from lightning_igpt.data.readers import STOP
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.tokens import TokenReader, cached_tokens, tokenize
@@ -86,13 +82,6 @@ def test_images_become_tokens(dataset, tokenized):
     assert marked_palette(tokenized) == MARK
 
 
-def test_it_is_public_and_has_defaults(dataset):
-    assert lightning_igpt.tokenize is tokenize
-    tokenized = lightning_igpt.tokenize(dataset.select([1]))
-    assert tokenized["tokens"][:] == by_hand(PICTURES[1:2], 32, Palette.load("openai"))
-    assert marked_palette(tokenized) == (Palette.load("openai").sha256, 32)
-
-
 def test_several_splits(dataset):
     splits = datasets.DatasetDict(train=dataset.select([0, 1, 2, 3]), test=dataset.select([4, 5]))
     tokenized = tokenize(splits, "gray:8", size=4)
@@ -163,19 +152,6 @@ def test_a_second_call_reads_the_cache(on_disk, monkeypatch):
     assert len({part.cache_files[0]["filename"] for part in (first, *others)}) == 3
 
 
-@pytest.mark.slow
-def test_another_process_reads_the_cache(on_disk, tmp_path):
-    first = tokenize(on_disk, "gray:8", size=8)
-    program = (
-        "import datasets, lightning_igpt; import lightning_igpt.tokenizing as t; t.decode = None\n"
-        f"print(lightning_igpt.tokenize(datasets.load_from_disk({str(tmp_path / 'images')!r}), 'gray:8', size=8)"
-        ".cache_files)"
-    )
-    root = Path(__file__).parents[2]
-    told = subprocess.run([sys.executable, "-c", program], cwd=root, check=True, capture_output=True, text=True)
-    assert told.stdout.strip() == str(first.cache_files)
-
-
 # Errors
 
 
@@ -230,35 +206,6 @@ def test_several_palettes_are_refused():
         with pytest.raises(ValueError, match=f"tokens of 2 palettes \\({one[:12]}, {other[:12]}\\)"):
             marked_palette(data)
     assert marked_palette(mixed[0].select([0, 2])) == (one, 2)
-
-
-@pytest.mark.parametrize("values", [["warm", "cold"], [None, None]])
-def test_other_columns_of_that_name_are_no_mark(values):
-    with pytest.raises(ValueError, match=f"should hold the SHA-256 of a palette; it holds {values[0]!r}"):
-        marked_palette(with_palette_column(values))
-
-
-@pytest.mark.parametrize("length", [0, 5])
-def test_tokens_fill_a_square(length):
-    columns = {"tokens": [[1] * length], "palette": [CORNERS.sha256]}
-    features = datasets.Features({"tokens": datasets.List(INT16), "palette": datasets.Value("string")})
-    with pytest.raises(ValueError, match=f"rows of {length} tokens fill no square"):
-        marked_palette(datasets.Dataset.from_dict(columns, features=features))
-
-
-def test_which_data_are_tokenized(dataset, tokenized):
-    assert is_tokenized(tokenized.features)
-    assert not is_tokenized(dataset.features)
-    for feature, expected in [
-        (datasets.List(datasets.Value("int64")), True),
-        (datasets.LargeList(datasets.Value("int32")), True),
-        (datasets.List(datasets.Value("string")), False),
-        (datasets.List(datasets.List(INT16)), False),
-        (INT16, False),
-    ]:
-        assert is_tokenized(datasets.Features({"tokens": feature})) is expected
-    with pytest.raises(ValueError, match="no column 'tokens' of integers; the columns are image, label, text"):
-        marked_palette(dataset)
 
 
 # Reading without a copy, and the cache
