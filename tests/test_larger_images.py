@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from lightning_igpt.planning.devices import find_device
+from lightning_igpt.planning.runs import PAPER, Run, usual_mfu
 
 from lightning_igpt.callbacks.recompute import decide
 from lightning_igpt.config import PRESETS
 from lightning_igpt.planning import RECOMPUTE, forward_flops_per_token, largest_batch, training_bytes
-from lightning_igpt.planning.devices import find_device
-from lightning_igpt.planning.runs import PAPER, Run, usual_mfu
 from tests.docs.pages import PAGES, table
 from tests.test_recipes import header, images_per_step, network_of, read
 
