@@ -7,6 +7,7 @@ light pages and once for dark ones.
 from __future__ import annotations
 
 import colorsys
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -278,6 +279,24 @@ def draw_figure(draw: Callable[[Axes, Theme], None], theme: Theme = LIGHT, size:
         if handles:
             figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
+
+
+def render(figure: Figure) -> Tensor:
+    """The pixels of a figure: uint8 (3,h,w)."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return _tensor(Image.open(file).convert("RGB"))
+
+
+def to_svg(figure: Figure) -> str:
+    """A figure as SVG on a transparent background; equal figures give equal text."""
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightning_igpt"}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Creator": None, "Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
 
 
 def to_pil(image: Tensor) -> Image.Image:

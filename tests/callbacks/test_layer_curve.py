@@ -79,7 +79,7 @@ def test_a_probes_layers_reach_log_files_and_tensorboard(tmp_path, caplog):
     found = read_csv(next(tmp_path.rglob("probe_by_layer.csv")))
     assert {int(row["layer"]): float(row["test_accuracy"]) for row in found} == pytest.approx(metrics)
     pixels = np.array(Image.open(next(tmp_path.rglob("probe_by_layer.png"))))
-    assert pixels.shape[:2] == (600, 960) and pixels[..., :3].std() > 0
+    assert pixels.shape[:2] == (640, 960) and pixels[..., :3].std() > 0
     tables = [record.message for record in caplog.records if record.message.startswith("accuracy by layer\n")]
     assert len(tables) == 2 and "test" not in tables[0] and "test" in tables[1]
     events = EventAccumulator(trainer.log_dir).Reload()

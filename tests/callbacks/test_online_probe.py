@@ -189,7 +189,7 @@ def test_two_processes_equal_one(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 3}, r"layers \[3\]: name one or more from 0 to 2"),
+        ({"layer": 3}, r"layers is \[3\]; it must be one or more numbers from 0 to 2"),
         ({"num_classes": None}, "set num_classes"),
         ({"num_classes": 2}, "labels run from 0 to 2, but num_classes is 2"),
     ],
