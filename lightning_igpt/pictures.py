@@ -29,7 +29,7 @@ SIZE = (4.8, 3.2)  # of a plot, in inches: small, so that its text stays readabl
 _DPI = 200
 _MAX_POINTS = 1000  # of a curve; more than a plot has pixels
 _CAPTION = 18  # height of a line of text in pixels
-_GAP = 10  # pixels between the rows of a contact sheet
+_GAP = 10  # pixels between the pictures of a contact sheet
 _BAR = 10  # height of a color bar in pixels
 _WHITE = (255, 255, 255)
 _SHEET = 112  # gray behind swatches, on which black and white both show
@@ -127,7 +127,7 @@ def contact_sheet(cells: Tensor, captions: Sequence[Sequence[str]], *, columns: 
     width = cells.shape[3]
     above = [torch.cat([_caption(_end_of(line, width), width) for line in lines], 1) for lines in captions]
     titled = torch.cat([torch.stack(above), cells.cpu()], 2)  # (N, 3, lines + h, w)
-    spaced = F.pad(titled, (0, 0, 0, _GAP), value=255)
+    spaced = F.pad(titled, (0, _GAP, 0, _GAP), value=255)
     return stack([torch.cat(list(row), 2) for row in torch.split(spaced, columns)])
 
 
