@@ -86,8 +86,8 @@ def make_trainer(
         monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy (higher is better) or
             val/nats_per_pixel (lower is better), besides the newest.
         callbacks: Added to those chosen here: ModelCheckpoint, LearningRateMonitor, LayerCurve, ClassificationReport,
-            RunRecord, Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and, on CUDA, a progress
-            bar that reads the loss from the GPU at every 20th step only. A callback of such a class replaces ours.
+            RunRecord, Throughput, CompileBlocks, Recompute, FiniteGuard, Preempt and, on CUDA, a progress bar that
+            reads the loss from the GPU at every 20th step only. A callback of such a class replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         strategy: Default: nothing special on one device, DDP on several, and FSDP2 where the network with its optimizer
             does not fit on each. ``fsdp2`` asks for the last; ``ddp``, ``deepspeed_stage_2`` and so on are Lightning's,
