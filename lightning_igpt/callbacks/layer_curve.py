@@ -23,29 +23,25 @@ class LayerCurve(Callback):
 
     Prints a table, writes ``probe_by_layer.csv`` and ``probe_by_layer.png`` into the trainer's log folder, and adds the
     picture to TensorBoard. Reads the module's ``results``, a list of rows with the keys layer, c, val_accuracy and
-    test_accuracy, or else its ``accuracy_by_layer``, a mapping from layer to accuracy. Idle for other modules.
+    test_accuracy. Idle for other modules.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            _show(trainer, layer_rows(pl_module, "val_accuracy"))
+            _show(trainer, layer_rows(pl_module))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _show(trainer, layer_rows(pl_module, "test_accuracy"))
+        _show(trainer, layer_rows(pl_module))
 
 
-def layer_rows(module: Any, column: str) -> list[Row]:
-    """A module's results by layer, rows with the keys of ``COLUMNS``; empty if it has none.
+def layer_rows(module: Any) -> list[Row]:
+    """The ``results`` of a module as rows with the keys of ``COLUMNS``; empty if it has none.
 
-    ``layer`` is an int, or a name such as "8-12" for layers that are probed together; None stands for an unknown
-    number. ``column`` is that of the numbers in ``accuracy_by_layer``.
+    ``layer`` is an int, or a name such as "8-12" for layers that are probed together; None marks an unknown number.
     """
-    rows: Any = getattr(module, "results", None)
+    rows = getattr(module, "results", None)
     if not (isinstance(rows, list) and all(isinstance(row, Mapping) and "layer" in row for row in rows)):
-        by_layer = getattr(module, "accuracy_by_layer", None)
-        rows = (
-            [{"layer": layer, column: by_layer[layer]} for layer in by_layer] if isinstance(by_layer, Mapping) else []
-        )
+        return []
     rows = [{name: row.get(name) for name in COLUMNS} for row in rows]
     return rows if any(_accuracy(row) is not None for row in _single(rows)) else []
 

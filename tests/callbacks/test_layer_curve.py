@@ -1,6 +1,5 @@
 import csv
 
-import lightning
 import numpy as np
 import pytest
 import torch
@@ -17,20 +16,6 @@ ROWS = [
     {"layer": 2, "c": 1.0, "val_accuracy": 0.5, "test_accuracy": 0.625},
     {"layer": "1-2", "c": 1.0, "val_accuracy": None, "test_accuracy": 0.875},
 ]
-
-
-class Results(lightning.LightningModule):
-    """A module with nothing but results."""
-
-    def __init__(self, **attributes):
-        super().__init__()
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def validation_step(self, batch, batch_idx):
-        pass
-
-    test_step = validation_step
 
 
 def probe(**options):
