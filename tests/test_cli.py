@@ -236,7 +236,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("flag", "value", "told"),
         [
-            ("model.init_args.palette", "gray:8", "the palette has 8 colours but the network's vocab_size is 4"),
+            ("model.init_args.palette", "gray:8", "the palette has 8 colors but the network's vocab_size is 4"),
             ("model.init_args.network", "igpt_z", "igpt_z"),
             ("data.init_args.batch_size", "0", "batch_size is 0; it must be at least 1"),
             ("data.init_args.source", "nowhere", "no file or folder of that name is here"),

@@ -60,7 +60,7 @@ def test_predict_through_the_command_line(tmp_path, monkeypatch):
 
 def test_a_missing_checkpoint_is_told_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"ckpt_path nowhere\.ckpt is no file"):
+    with pytest.raises(SystemExit, match=r"ckpt_path nowhere\.ckpt does not exist"):
         main(["fit", "--config", "digits_tiny_pretrain", "--ckpt_path", "nowhere.ckpt"])
 
 

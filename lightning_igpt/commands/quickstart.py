@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_igpt import __version__
@@ -114,10 +114,11 @@ def quiet_lightning() -> None:
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:
-    """A trainer that logs to TensorBoard and to a CSV file in the folder."""
-    loggers = [kind(folder.parent, name=folder.name, version="") for kind in (TensorBoardLogger, CSVLogger)]
+    """A trainer that logs to TensorBoard and to a new metrics.csv in the folder."""
+    (folder / "metrics.csv").unlink(missing_ok=True)  # of an earlier quickstart, since runs append to it
+    logger = TensorBoardLogger(folder.parent, name=folder.name, version="")
     quiet: dict[str, Any] = {"enable_model_summary": False, "log_every_n_steps": 5}
-    return make_trainer(default_root_dir=folder, logger=loggers, **quiet, **options)
+    return make_trainer(default_root_dir=folder, logger=logger, **quiet, **options)
 
 
 def pretrain(folder: Path, seed: int, steps: int) -> dict[str, float]:
