@@ -28,6 +28,7 @@ OWN_VERBS = {
     "plan": "parameters, FLOPs, memory and time of a network",
     "recipes": "list, show or copy the shipped YAML recipes",
 }
+POSITIONAL = ("convert", "data", "palette", "recipes", "report")  # verbs whose required arguments need no names
 INTERRUPTED, NO_READER = 130, 141  # as shells report programs that SIGINT and SIGPIPE ended
 
 
@@ -72,7 +73,11 @@ def _run(words: list[str]) -> int:
         importlib.import_module("lightning_igpt.cli").run(words)
         return 0
     if verb in OWN_VERBS:
-        return importlib.import_module(f"lightning_igpt.commands.{verb}").run(words[1:]) or 0
+        from lightning_igpt.commands.arguments import run_function
+
+        module = importlib.import_module(f"lightning_igpt.commands.{verb}")
+        function = getattr(module, "VERBS", None) or getattr(module, verb)
+        return run_function(function, words[1:], verb, positional=verb in POSITIONAL, about=OWN_VERBS[verb])
     closest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS], n=1)
     hint = f"; did you mean {closest[0]!r}?" if closest else "."
     print(f"{PROGRAM}: there is no verb {verb!r}{hint} See {PROGRAM} --help", file=sys.stderr)

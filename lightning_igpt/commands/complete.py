@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from lightning_igpt.callbacks import captions, completion_rows
 from lightning_igpt.callbacks.completions import HIDDEN
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.places import check_folder
 from lightning_igpt.decoding import Precision
@@ -138,8 +136,3 @@ def pick_device(name: str) -> torch.device:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {name!r} is not available: {error}") from error
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function(complete, words, "complete")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.places import check_file, check_folder
 from lightning_igpt.planning import parameter_count
 from lightning_igpt.weights import Pretrained, load_pretrained, native, save_pretrained
@@ -116,8 +114,3 @@ def _compare(loaded: Pretrained) -> None:
 
 def _row(name: str, value: str) -> None:
     print(f"{name:<14}{value}")
-
-
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function(convert, words, "convert", positional=True)

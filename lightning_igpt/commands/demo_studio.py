@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from lightning_igpt import sampling
-from lightning_igpt.commands.images import read_images
+from lightning_igpt.commands.images import read_images, to_tensor
 from lightning_igpt.images import decode, resize_center_crop
 from lightning_igpt.objectives import nats_to_bits
 from lightning_igpt.pictures import surprise_colors, surprise_limit, surprise_map
@@ -79,7 +78,7 @@ class Studio:
     def read(self, content: bytes) -> list[int]:
         """The tokens of an image file's largest square in the middle; BadImageError where it cannot be decoded."""
         image = resize_center_crop(decode({"bytes": content}), self.config.image_size)
-        tokens: list[int] = self.loaded.palette.quantize(_pixels(image)[None])[0].tolist()
+        tokens: list[int] = self.loaded.palette.quantize(to_tensor(image)[None])[0].tolist()
         return tokens
 
     def score(self, tokens: Sequence[int]) -> dict[str, Any]:
@@ -191,8 +190,4 @@ def photos(size: int) -> dict[str, Tensor]:
 
     found = load_sample_images()
     images = [resize_center_crop(Image.fromarray(image), size) for image in found.images]
-    return {Path(name).stem: _pixels(image) for name, image in zip(found.filenames, images, strict=True)}
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
+    return {Path(name).stem: to_tensor(image) for name, image in zip(found.filenames, images, strict=True)}

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_igpt import __version__
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.places import check_folder
 from lightning_igpt.data import ProbeDataModule
@@ -193,8 +192,3 @@ def write_results(folder: Path, facts: dict[str, Any], results: Sequence[dict[st
             writer.writerows([*key, subset, f"{value:.6f}"] for subset, value in enumerate(one["accuracies"]))
     (folder / "lowdata.json").write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
     print(f"wrote {folder / 'lowdata.csv'} and lowdata.json")
-
-
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function(lowdata, words, "lowdata")

@@ -7,7 +7,6 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_igpt import __version__
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.places import check_folder
 from lightning_igpt.commands.quickstart_page import picture_sections, result_rows, write_report
 from lightning_igpt.config import PRESETS
@@ -191,8 +189,3 @@ def finetune(folder: Path, seed: int, epochs: int) -> dict[str, float]:
     runner.fit(module, data)
     test = runner.test(module, data, verbose=False)[0]
     return {"accuracy": test["test/accuracy"], "cross_entropy": test["test/cross_entropy"]}
-
-
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function(quickstart, words, "quickstart")

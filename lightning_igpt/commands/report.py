@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_igpt import report as page
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.places import check_file
 
 
@@ -21,8 +19,3 @@ def report(runs: list[str], out: str = "report.html") -> None:
     found = {run.folder.resolve(): run for folder in runs for run in page.read_runs(Path(folder))}
     page.write_runs(Path(out), list(found.values()))
     print(f"wrote {out}: {len(found)} run{'s' * (len(found) > 1)}")
-
-
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function(report, words, "report", positional=True)

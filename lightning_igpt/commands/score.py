@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lightning_igpt import sampling
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.places import check_file
@@ -143,8 +142,3 @@ def surprise_sheet(tokens: Tensor, nats: Tensor, names: Sequence[str], palette: 
             lines = [(f"{rank}: {per_image[index]:.3f} nats per pixel", names[index]) for rank, index in shown]
             parts += [heading(title), contact_sheet(cells, lines)]
     return stack(parts)
-
-
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function(score, words, "score")

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from lightning_igpt.__main__ import main
-from lightning_igpt.commands.data import spread
 from lightning_igpt.data import tokenize
 from lightning_igpt.images import decode, resize_center_crop
 from lightning_igpt.palette import Palette
@@ -109,11 +108,6 @@ def test_nothing_but_bad_images_is_still_a_report(tmp_path, capsys):
     text, said = shown(capsys, tmp_path, "--palette", "gray:4")
     assert said["bad images"].startswith("12;") and text.count("not an image of a known format") == 10
     assert "0 images" in text
-
-
-def test_a_limit_is_spread_over_the_split():
-    assert spread(7, 2) == [0, 3]
-    assert spread(3, 0) == spread(3, 5) == [0, 1, 2]
 
 
 def test_mistakes_are_told_in_one_line(tmp_path):

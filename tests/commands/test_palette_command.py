@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lightning_igpt.__main__ import main
 from lightning_igpt.commands.images import images_of
-from lightning_igpt.commands.palette import fit, run, show
+from lightning_igpt.commands.palette import fit, show
 from lightning_igpt.data.sources import open_source
 from lightning_igpt.images import BadImageError
 from lightning_igpt.palette import Palette
@@ -39,7 +40,7 @@ def test_fit_to_a_folder(folder, tmp_path, capsys):
 
 def test_fit_to_digits_from_the_command_line(tmp_path, capsys):
     out = tmp_path / "digits.npy"
-    assert run(["fit", "digits", str(out), "--n_colors", "8"]) == 0
+    assert main(["palette", "fit", "digits", str(out), "--n_colors", "8"]) == 0
     rgb = Palette.load(out).rgb.numpy()
     assert len(rgb) == 8
     assert np.ptp(rgb.astype(int), axis=1).max() == 0  # digits are grey
@@ -77,7 +78,7 @@ def test_mistakes_are_explained(folder, tmp_path, out, options, message):
 
 def test_a_bad_image_is_named(folder, tmp_path):
     (folder / "1.png").write_bytes(b"no image")
-    with pytest.raises(BadImageError, match=r"row 1 .*1\.png"):
+    with pytest.raises(BadImageError, match=r"images/1\.png: "):
         fit(str(folder), str(tmp_path / "p.npy"), 2)
 
 
