@@ -33,10 +33,7 @@ INTERRUPTED, NO_READER = 130, 141  # as shells report programs that SIGINT and S
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one verb.
-
-    Args:
-        args: The words after the program's name; default those of the command line.
+    """Run one verb, by the words after the program's name, which default to those of the command line.
 
     Returns:
         The exit status: 0 when the work is done, 130 after Ctrl-C, 141 if the reader of stdout is gone.

@@ -45,19 +45,12 @@ class Markup(str):
 
 @dataclass(frozen=True)
 class Run:
-    """What the folder of a run holds.
-
-    Args:
-        name: Of the page's section.
-        folder: The run's folder.
-        curves: Metrics by name.
-        record: The newest entry of ``run.json``; empty without one.
-    """
+    """What the folder of a run holds."""
 
     name: str
     folder: Path
-    curves: dict[str, Curve]
-    record: dict[str, Any]
+    curves: dict[str, Curve]  # metrics by name
+    record: dict[str, Any]  # the newest entry of run.json; empty without one
 
     @property
     def settings(self) -> list[tuple[str, str]]:
@@ -75,7 +68,6 @@ def read_runs(folder: Path) -> list[Run]:
     """The runs in a folder and below it, in the order of their names; version_9 comes before version_10.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no metrics.csv in it.
         ValueError: A file of a run is damaged.
     """
     tables = sorted(folder.rglob("metrics.csv"), key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(9), str(path)))
@@ -85,11 +77,7 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def read_curves(table: Path) -> dict[str, Curve]:
-    """The metrics of a ``metrics.csv`` by name.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
+    """The metrics of a ``metrics.csv`` by name; ValueError where it is damaged."""
     curves: dict[str, Curve] = {}
     try:
         with table.open(newline="", encoding="utf-8") as file:
@@ -177,15 +165,9 @@ def picture(path: Path, caption: str) -> Markup:
 def pixels(
     rows: Tensor, alt: str, caption: str, *, headings: Sequence[str] = (), scale: int = 8, below: str = ""
 ) -> Markup:
-    """Small images in a grid, which the page enlarges to sharp squares; the page shows between them.
+    """Small images, uint8 (R,C,3,H,W), in a grid that the page enlarges to sharp squares of ``scale`` CSS pixels.
 
-    Args:
-        rows: uint8 (R,C,3,H,W).
-        alt: The content in words.
-        caption: Text below.
-        headings: Of the columns.
-        scale: Side in CSS pixels of the square that shows one pixel, where the page is wide enough.
-        below: Markup between picture and caption.
+    The page shows between them; ``headings`` are above the columns, and ``below`` is markup above the caption.
     """
     grid = image_grid(rows, scale=1, gap=1, background=(0, 0, 0))
     opaque = image_grid(torch.full_like(rows, 255), scale=1, gap=1, background=(0, 0, 0))[:1]

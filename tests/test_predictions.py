@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lightning_igpt.__main__ import main
-from lightning_igpt.commands.predictions import write_predictions
+from lightning_igpt.cli import write_predictions
 from lightning_igpt.modules import FineTuneModule
 from tests.modules.helpers import TINY, quiet_trainer
 

@@ -29,14 +29,9 @@ def run_function(
     positional: bool = False,
     about: str = "",
 ) -> int:
-    """Parse ``words`` for ``function`` (or one of several, by name), and call it.
+    """Parse the words after a verb for a function, or for one of several by the name of its sub-verb, and call it.
 
-    Args:
-        function: What to run, or a mapping from sub-verbs to what to run.
-        words: The words after the verb.
-        verb: Its name.
-        positional: Take required arguments without their names.
-        about: What a verb with sub-verbs does.
+    ``positional`` takes required arguments without their names; ``about`` says what a verb with sub-verbs does.
     """
     prog = f"{PROGRAM} {verb}"
     if isinstance(function, Mapping):

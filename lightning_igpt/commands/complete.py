@@ -91,10 +91,7 @@ def complete(
 def read_mask(path: str, size: int) -> Tensor:
     """The pixels nearer to white than to black in the middle square of an image file, bool (size * size,).
 
-    Transparent pixels are black.
-
-    Raises:
-        ValueError: The file cannot be read as an image, or no pixel is marked.
+    Transparent pixels are black. A file without a white pixel, or that cannot be read, is a ValueError.
     """
     try:
         image = decode({"path": str(Path(path).expanduser())}, background=(0, 0, 0)).convert("L")
@@ -125,11 +122,7 @@ def inpainted_rows(
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; ``auto`` is the accelerator if there is one, else the CPU.
-
-    Raises:
-        ValueError: There is no such device here.
-    """
+    """The device of this name, or ValueError; ``auto`` is the accelerator if there is one, else the CPU."""
     if name != "auto":
         try:
             return torch.empty(0, device=name).device

@@ -42,7 +42,12 @@ def convert(
         license: SPDX identifier of the weights' license, for the model card.
     """
     path = Path(out).expanduser()
-    check_out(path, to)
+    if to == "safetensors":
+        check_file(path, "OUT", "weights.safetensors", ".safetensors")
+    elif path.is_file() or path.suffix == ".safetensors":
+        raise ValueError(f"out is {path}, a file; the format hf is a folder: name one, or add --to safetensors")
+    else:
+        check_folder(path, "OUT")
     loaded = load_pretrained(source, palette=palette, image_size=image_size)
     logits = check_logits(loaded.network)
     _row("read", loaded.origin)
@@ -57,33 +62,19 @@ def convert(
     else:
         native.save_file(path, loaded.network, loaded.palette, loaded.head, loaded.class_names, card.known())
     _row("wrote", f"{path} ({to})")
-    _notes(loaded, to)
     head = loaded.head
+    if to == "hf" and loaded.config.objective == "bert":
+        _row("note", "transformers cannot run a BERT network: no sos, no causal mask; load_pretrained can")
+    if to == "hf" and head is not None:
+        _row("note", "the color head is in lm_head.safetensors, since transformers' classifier has no place for it")
     del loaded  # a large network is read back into the same memory
     again = load_pretrained(path)
     difference = (check_logits(again.network) - logits).abs().max().item()
-    if head is not None:
-        difference = max(difference, (again.head - head).abs().max().item() if again.head is not None else float("inf"))
+    if head is not None and again.head is not None:
+        difference = max(difference, (again.head - head).abs().max().item())
     _row("read back", f"largest difference of check logits {difference:g}")
-    if difference != 0:
+    if difference != 0 or (head is None) != (again.head is None):
         raise ValueError(f"the network read back from {path} differs by {difference:g}; check the disk and repeat")
-
-
-def check_out(path: Path, to: str) -> None:
-    """Raise unless the weights can be written there.
-
-    Raises:
-        ValueError: The name does not suit the format.
-        OSError: It cannot be written.
-    """
-    if to == "hf" and (path.is_file() or path.suffix == ".safetensors"):
-        raise ValueError(f"out is {path}, a file; the format hf is a folder: name one, or add --to safetensors")
-    if to == "hf":
-        check_folder(path, "OUT")
-    elif path.suffix != ".safetensors":
-        raise ValueError(f"out is {path}; a file of the format safetensors must end in .safetensors")
-    else:
-        check_file(path, "OUT", "weights.safetensors")
 
 
 def _describe(loaded: Pretrained) -> None:
@@ -94,13 +85,6 @@ def _describe(loaded: Pretrained) -> None:
     _row("palette", f"{len(loaded.palette)} colors, sha256 {loaded.palette.sha256[:12]}")
     if loaded.head is not None:
         _row("classes", f"{len(loaded.head)}: {', '.join(loaded.class_names or ['without names'])}")
-
-
-def _notes(loaded: Pretrained, to: str) -> None:
-    if to == "hf" and loaded.config.objective == "bert":
-        _row("note", "transformers cannot run a BERT network: no sos, no causal mask; load_pretrained can")
-    if to == "hf" and loaded.head is not None:
-        _row("note", "the color head is in lm_head.safetensors, since transformers' classifier has no place for it")
 
 
 def _compare(loaded: Pretrained) -> None:

@@ -82,11 +82,7 @@ class Studio:
         return tokens
 
     def score(self, tokens: Sequence[int]) -> dict[str, Any]:
-        """The surprise of each pixel: nats, colors of the map, and where its scale ends.
-
-        Raises:
-            ValueError: A BERT network, wrong tokens, or logits that are not finite.
-        """
+        """The surprise of each pixel: nats, colors of the map, and where its scale ends; a BERT network has none."""
         nats = sampling.score(self.network, self._picture(tokens)).cpu()[0]  # (T,)
         if not nats.isfinite().all():
             raise ValueError("the surprise is not a finite number; the network's weights are damaged")
@@ -97,13 +93,10 @@ class Studio:
         return {"nats": nats.tolist(), "heat": heat.tolist(), **numbers}
 
     def draw(self, ask: Ask, emit: Emit, gone: threading.Event) -> None:
-        """Draw, and emit the new pixels after each row, or step of a BERT network; last the time, or an error.
+        """Draw, and emit the new pixels after each row, or step of a BERT network, until ``gone`` is set.
 
-        Args:
-            ask: What to draw.
-            emit: Called with {"begun": true}; then with {"positions": n lists, "tokens": n lists, "done": share of the
-                hole} each time; last with {"seconds": s} or {"error": text}.
-            gone: Once it is set, drawing ends with the current row.
+        Emits {"begun": true}; {"positions": n lists, "tokens": n lists, "done": share of the hole} each time; last
+        {"seconds": s} or {"error": text}.
         """
         try:
             if not gone.is_set():

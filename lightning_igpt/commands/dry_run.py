@@ -31,13 +31,10 @@ TITLES = {"train": "training", "val": "validation", "test": "test"}
 
 
 def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | None) -> Iterator[str]:
-    """What the verb would do, line by line.
-
-    Trainer, model and data are those of the run, before ``setup``; the network may lie on the meta device.
+    """What the verb would do with trainer, model and data before ``setup``; the network may lie on the meta device.
 
     Raises:
         ValueError: Data, network and batch do not fit together, or the checkpoint could not be opened.
-        OSError: The checkpoint or the source does not exist.
     """
     if checkpoint and Path(checkpoint).is_file():
         read_checkpoint(Path(checkpoint))

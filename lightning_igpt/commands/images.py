@@ -40,10 +40,6 @@ def read_images(
         split: Which split; default the first of test, validation and train that is there.
         limit: How many at most.
         on_bad_image: error, or skip, which prints the images that cannot be read and leaves them out.
-
-    Raises:
-        FileNotFoundError: There is no such path.
-        ValueError: There are no images, the split does not exist, or an image cannot be decoded.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"asked for {limit} images; ask for at least 1")
@@ -73,11 +69,7 @@ def rows_of(source: Source, split: str, limit: int | None = None) -> Iterator[tu
 
 
 def images_of(source: Source, split: str, limit: int | None = None) -> Iterator[Image.Image]:
-    """The images of ``rows_of``.
-
-    Raises:
-        BadImageError: An image cannot be used; the message names it.
-    """
+    """The images of ``rows_of``; the BadImageError of one that cannot be decoded names it."""
     for name, value in rows_of(source, split, limit):
         try:
             yield decode(value)

@@ -113,23 +113,15 @@ def lowdata(
 def draw_subsets(labels: Tensor, class_names: Sequence[str], largest: int, n_subsets: int, *, seed: int) -> Tensor:
     """Rows of balanced random subsets, drawn without replacement: int64 (S, C, n).
 
-    Args:
-        labels: int64 (N,).
-        class_names: Of the C classes.
-        largest: Rows per class, n. The first m of them are the subset of the budget m, so that results do not depend on
-            the other budgets.
-        n_subsets: How many, S.
-        seed: Of the draws.
-
-    Raises:
-        ValueError: A class has too few images.
+    ``labels`` are int64 (N,), of C classes; ``largest`` is n, ``n_subsets`` S. The first m rows of a class are its
+    subset of the budget m, so that results do not depend on the other budgets. ValueError: a class has too few images.
     """
     classes = [np.flatnonzero(labels.numpy() == number) for number in range(len(class_names))]
     name, fewest = min(zip(class_names, map(len, classes), strict=True), key=lambda pair: pair[1])
     if fewest < largest:
-        cure = f"set --labels_per_class to at most {fewest}"
         raise ValueError(
-            f"class {name!r} has {fewest} training images, fewer than the {largest} labels asked for; {cure}"
+            f"class {name!r} has {fewest} training images, fewer than the {largest} labels asked for; set "
+            f"--labels_per_class to at most {fewest}"
         )
     generators = [np.random.default_rng([seed, subset]) for subset in range(n_subsets)]
     return torch.from_numpy(np.array([[rng.permutation(rows)[:largest] for rows in classes] for rng in generators]))

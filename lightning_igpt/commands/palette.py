@@ -42,10 +42,8 @@ def fit(
         overwrite: Replace existing files.
     """
     path, picture = Path(out), Path(out).with_suffix(".png")
-    if path.suffix != ".npy":
-        raise ValueError(f"out is {out}; a palette is saved as a .npy file")
-    for file in (path, picture):
-        check_file(file, "OUT", path.name)
+    for file, suffix in ((path, ".npy"), (picture, ".png")):
+        check_file(file, "OUT", "palette.npy", suffix)
         if file.exists() and not overwrite:
             raise FileExistsError(f"{file} exists; pass --overwrite true to replace it")
     if limit is not None and limit < 1:

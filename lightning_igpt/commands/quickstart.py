@@ -51,8 +51,8 @@ def quickstart(
             one.
         dry_run: Print the steps with their sizes, and stop.
     """
-    for name, value in (("steps", steps), ("epochs", epochs), ("threads", 1 if threads is None else threads)):
-        if value < 1:
+    for name, value in {"steps": steps, "epochs": epochs, "threads": threads}.items():
+        if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     check_folder(out, "--out")
     titles = [f"1/4 pretraining without labels, {steps} steps of {BATCH_SIZE} images", "2/4 completing lower halves"]
@@ -127,22 +127,15 @@ def pretrain(folder: Path, seed: int, steps: int) -> dict[str, float]:
     runner.fit(module, data)
     runner.save_checkpoint(folder / "pretrain.ckpt")
     val = runner.validate(module, data, verbose=False)[0]["val/nats_per_pixel"]
-    loaders = data.train_dataloader(), data.val_dataloader()
-    train_tokens, val_tokens = (module.tokens_of(whole(loader)) for loader in loaders)
-    return {
-        "val_nats_per_pixel": val,
-        "uniform_nats_per_pixel": math.log(NETWORK.vocab_size),
-        "unigram_nats_per_pixel": unigram_nats(train_tokens, val_tokens, NETWORK.vocab_size),
-    }
+    tokens = [module.tokens_of(whole(loader)) for loader in (data.train_dataloader(), data.val_dataloader())]
+    nats = {"val": val, "uniform": math.log(NETWORK.vocab_size), "unigram": unigram_nats(*tokens, NETWORK.vocab_size)}
+    return {f"{name}_nats_per_pixel": value for name, value in nats.items()}
 
 
 def unigram_nats(train: Tensor, val: Tensor, vocab_size: int) -> float:
-    """Nats per pixel of the model that knows each position's color frequencies and nothing else.
+    """Nats per pixel of ``val``, int64 (M, T), by the color frequencies at each position of ``train``, int64 (N, T).
 
-    Args:
-        train: int64 (N, T), counted with one added to every color.
-        val: int64 (M, T), scored.
-        vocab_size: K.
+    One is added to the count of each of the ``vocab_size`` colors.
     """
     counts = torch.nn.functional.one_hot(train, vocab_size).sum(0) + 1  # (T, K)
     nats = -(counts / counts.sum(1, keepdim=True)).log()

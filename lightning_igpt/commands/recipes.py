@@ -22,11 +22,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Path:
-    """The file of a shipped recipe.
-
-    Raises:
-        FileNotFoundError: No recipe has that name; the message offers the closest.
-    """
+    """The file of a shipped recipe; FileNotFoundError, which offers the closest name, if there is none."""
     stem = name.removesuffix(".yaml")
     if stem in names():
         return folder() / f"{stem}.yaml"

@@ -65,7 +65,7 @@ def test_nothing_is_overwritten_by_chance(folder, tmp_path):
 @pytest.mark.parametrize(
     ("out", "options", "message"),
     [
-        ("p.bin", {}, r"saved as a \.npy file"),
+        ("p.bin", {}, r"must be a \.npy file"),
         ("p.npy", {"split": "trian"}, "no split 'trian'; it has train"),
         ("p.npy", {"n_colors": 5}, "4 distinct colou?rs, fewer than n_colors 5"),
     ],
