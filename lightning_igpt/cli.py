@@ -215,14 +215,13 @@ class RecipeCLI(LightningCLI):
         auto, place = resume.lower() == "auto", Path(resume).expanduser()
         if not auto and not place.exists():
             raise FileNotFoundError(f"--resume {resume} does not exist; name a checkpoint or a run folder, or auto")
-        if not auto and place.is_file():
-            return str(place)
-        newest = find_checkpoint(self.trainer if auto else place, self.model)
-        if newest is None and not auto:
+        newest = place if place.is_file() and not auto else find_checkpoint(self.trainer if auto else place, self.model)
+        if newest is not None:
+            return str(newest)
+        if not auto:
             raise FileNotFoundError(f"--resume {resume}: the folder has no checkpoint; --resume auto would start a run")
-        if newest is None:
-            rank_zero_info(f"--resume auto: {self.trainer.default_root_dir} has no run yet; starting one")
-        return None if newest is None else str(newest)
+        rank_zero_info(f"--resume auto: {self.trainer.default_root_dir} has no run yet; starting one")
+        return None
 
 
 def run(words: Sequence[str]) -> RecipeCLI:
@@ -273,10 +272,7 @@ def _allow(trusted: Sequence[str]) -> None:
 def write_predictions(
     predictions: Tensor, folder: Path, class_names: Sequence[str] | None, *, left_out: Collection[int] = ()
 ) -> Path:
-    """Write images, uint8 (N, 3, S, S), as PNG files, or class probabilities, float (N, C), as a CSV file.
-
-    They are named by the rows of the data, of which those ``left_out`` have no prediction.
-    """
+    """Write images, uint8 (N, 3, S, S), as PNG, or class probabilities, float (N, C), as CSV, without rows left out."""
     rows = (row for row in itertools.count() if row not in left_out)
     if predictions.ndim == 4:
         for number, image in zip(rows, predictions, strict=False):

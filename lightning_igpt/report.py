@@ -36,7 +36,6 @@ PICTURES = {
     "worst.png": "The test images with the highest loss, each with its class and the predicted one.",
 }
 METRICS = {"nats_per_pixel": min, "accuracy": max}  # and which value is best
-_MIN_WIDTH = 560  # CSS pixels that a picture with text keeps on a narrow page
 
 
 class Markup(str):
@@ -50,12 +49,7 @@ class Run:
     name: str
     folder: Path
     curves: dict[str, Curve]  # metrics by name
-    record: dict[str, Any]  # the newest entry of run.json; empty without one
-
-    @property
-    def settings(self) -> list[tuple[str, str]]:
-        """The record as (name, value), nested names joined by dots."""
-        return list(_flat("", self.record))
+    settings: list[tuple[str, str]]  # (name, value) of the newest entry of run.json, nested names joined by dots
 
     def layers(self, part: str) -> Curve:
         """(layers, accuracy) of a probe on ``probe`` (validation) or ``test``."""
@@ -73,7 +67,7 @@ def read_runs(folder: Path) -> list[Run]:
     tables = sorted(folder.rglob("metrics.csv"), key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(9), str(path)))
     if not tables:
         raise FileNotFoundError(f"{folder} holds no run: neither it nor a folder below it has a metrics.csv")
-    return [Run(str(table.parent), table.parent, read_curves(table), _read_record(table.parent)) for table in tables]
+    return [Run(str(table.parent), table.parent, read_curves(table), _read_settings(table.parent)) for table in tables]
 
 
 def read_curves(table: Path) -> dict[str, Curve]:
@@ -155,7 +149,7 @@ def picture(path: Path, caption: str) -> Markup:
     with Image.open(path) as image:
         width, height = image.size
     return _figure(
-        f'<div class="scroll" tabindex="0"><img class="paper" style="min-width: {min(_MIN_WIDTH, width * 7 // 10)}px" '
+        f'<div class="scroll" tabindex="0"><img class="paper" style="min-width: {min(560, width * 7 // 10)}px" '
         f'src="{_data("image/png", path.read_bytes())}" width="{width}" height="{height}" '
         f'alt="{html.escape(caption)}"></div>',
         caption,
@@ -224,14 +218,14 @@ def _figures(run: Run) -> Iterator[str]:
         yield facts("Settings, machine, versions", run.settings)
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def _read_settings(folder: Path) -> list[tuple[str, str]]:
     path = folder / "run.json"
     if not path.exists():
-        return {}
+        return []
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return dict(record["runs"][-1] if "runs" in record else record)
-    except (ValueError, LookupError, TypeError) as error:
+        return list(_flat("", record["runs"][-1] if "runs" in record else record))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); restore or remove it") from error
 
 

@@ -88,12 +88,11 @@ def _describe(loaded: Pretrained) -> None:
 
 
 def _compare(loaded: Pretrained) -> None:
-    found = compare_with_transformers(loaded.network, loaded.palette, loaded.head)
-    what = "class" if loaded.head is not None else "color"
-    size = f"{found.logits:,} {what} logits up to {found.largest:.3g}"
-    _row("transformers", f"largest difference {found.difference:.3g} over {size}")
-    if not found.difference <= TOLERANCE * max(1.0, found.largest):
-        raise ValueError(f"the logits of transformers differ by up to {found.difference:.3g}; do not use this export")
+    peer = compare_with_transformers(loaded.network, loaded.palette, loaded.head)
+    logits = f"{peer.logits:,} {'color' if loaded.head is None else 'class'} logits up to {peer.largest:.3g}"
+    _row("transformers", f"largest difference {peer.difference:.3g} over {logits}")
+    if not peer.difference <= TOLERANCE * max(1.0, peer.largest):
+        raise ValueError(f"the logits of transformers differ by up to {peer.difference:.3g}; do not use this export")
 
 
 def _row(name: str, value: str) -> None:

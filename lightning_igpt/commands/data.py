@@ -108,10 +108,9 @@ def file_mode(value: Any) -> str:
 
 
 def contact_sheet(source: Source, size: int, palette: Palette, n_images: int) -> tuple[torch.Tensor, int]:
-    """Images of the training split, or else the first, next to what the network reads; bad ones are left out.
+    """Images of the training split, or else the first, next to what the network reads, without bad ones.
 
-    Returns:
-        uint8 (3, H, W), and the number of images on it.
+    Returns uint8 (3, H, W) and the number of images on it.
     """
     split = "train" if "train" in source.splits else next(iter(source.splits))
     parts: list[torch.Tensor] = []

@@ -9,20 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from lightning_igpt import planning
 from lightning_igpt.callbacks import Recompute
-from lightning_igpt.commands.plan import GIB, hours, make_run, measured_cpu, shape
+from lightning_igpt.commands.plan import GIB, hours, make_run, measured_cpu, row, shape
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.sources import name_of
-from lightning_igpt.planning import (
-    ACTIVATION_BYTES,
-    RECOMPUTE,
-    Device,
-    Schedule,
-    device_called,
-    forward_flops_per_token,
-    largest_batch,
-    training_bytes,
-)
+from lightning_igpt.planning import Device, Schedule
 from lightning_igpt.trainer import choices
 from lightning_igpt.weights.checkpoint import read_checkpoint
 
@@ -38,33 +30,27 @@ def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | 
     """
     if checkpoint and Path(checkpoint).is_file():
         read_checkpoint(Path(checkpoint))
-    yield _row("would", f"{verb}: {type(model).__name__} on {type(data).__name__}")
+    yield row("would", f"{verb}: {type(model).__name__} on {type(data).__name__}")
     config, counts = getattr(model, "config", None), images(data)
     if isinstance(config, ImageGPTConfig):
         side, size = config.image_size, getattr(data, "image_size", None) or config.image_size
-        yield _row(
-            "network", f"{config.objective}, {shape(config)}, {side} x {side} pixels, {config.vocab_size} colors"
-        )
+        yield row("network", f"{config.objective}, {shape(config)}, {side} x {side} pixels, {config.vocab_size} colors")
         if size != side:
             raise ValueError(
                 f"the data has image_size {size}, but the network reads images of {side} x {side}; leave out the "
                 "data's image_size"
             )
     origin = getattr(model, "origin", None)
-    yield _row("weights", checkpoint or (f"those of {origin}" if origin else "drawn at random"))
+    yield row("weights", checkpoint or (f"those of {origin}" if origin else "drawn at random"))
     source = name_of(data.source) if hasattr(data, "source") else type(data).__name__
     shown = ", ".join(f"{count:,} {TITLES.get(role, role)}" for role, count in counts.items())
-    yield _row("data", f"{source}: {f'{shown} images' if shown else 'not opened, to avoid a download or conversion'}")
+    yield row("data", f"{source}: {f'{shown} images' if shown else 'not opened, to avoid a download or conversion'}")
     if verb == "fit":
         yield from _fit(trainer, model, data, counts.get("train"))
-    yield from (_row("", text) for text in choices(trainer))
+    yield from (row("", text) for text in choices(trainer))
     places = [str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]
-    yield _row("results", ", ".join(dict.fromkeys(places)) or str(trainer.default_root_dir))
+    yield row("results", ", ".join(dict.fromkeys(places)) or str(trainer.default_root_dir))
     yield "dry run: nothing was trained, and nothing was written"
-
-
-def _row(name: str, text: str) -> str:
-    return f"{name:<12}{text}"
 
 
 def images(data: Any) -> dict[str, int]:
@@ -84,7 +70,7 @@ def _fit(trainer: Trainer, model: Any, data: Any, n_images: int | None) -> Itera
     step, world, parts = getattr(data, "batch_size", None), trainer.world_size, trainer.accumulate_grad_batches
     trained = hasattr(model, "network") and any(weight.requires_grad for weight in model.network.parameters())
     if not isinstance(step, int):
-        yield _row("length", "unknown: the data has no batch_size")
+        yield row("length", "unknown: the data has no batch_size")
         return
     if step % (world * parts):
         raise ValueError(
@@ -94,7 +80,7 @@ def _fit(trainer: Trainer, model: Any, data: Any, n_images: int | None) -> Itera
         raise ValueError(f"batch_size {step} exceeds the {n_images} training images; lower batch_size")
     steps = length(trainer, step, n_images)
     shared = f"{step // (world * parts)} at once x {world} devices x {parts} accumulated"
-    yield _row("length", f"{'unknown' if steps is None else f'{steps:,}'} steps of {step:,} images ({shared})")
+    yield row("length", f"{'unknown' if steps is None else f'{steps:,}'} steps of {step:,} images ({shared})")
     if hasattr(model, "network"):
         yield from _costs(trainer, model.config, Schedule(step, steps or 1), trained)
 
@@ -113,19 +99,19 @@ def _costs(trainer: Trainer, config: ImageGPTConfig, schedule: Schedule, trained
     """Memory and time, by the formulas of ``planning``."""
     place, precision = trainer.strategy.root_device, str(trainer.precision)
     kind = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
-    device = measured_cpu() if kind == "cpu" else device_called(kind)
-    if device is None or precision not in ACTIVATION_BYTES:
-        yield _row("costs", f"unknown for {kind} in {precision}")
+    device = measured_cpu() if kind == "cpu" else planning.device_called(kind)
+    if device is None or precision not in planning.ACTIVATION_BYTES:
+        yield row("costs", f"unknown for {kind} in {precision}")
         return
     run = make_run(config, schedule, device, trainer.world_size, precision)
     speed = f"{device.name}, {device.peak(precision) / 1e12:,.3g} TFLOP/s"
     if trained:
-        yield _row("memory", _memory(trainer, config, schedule.batch_size, device))
-        yield _row("time", f"about {hours(run.seconds)}, at {run.mfu:.0%} of {speed}")
-        yield _row("", "validation and reading images come on top")
+        yield row("memory", _memory(trainer, config, schedule.batch_size, device))
+        yield row("time", f"about {hours(run.seconds)}, at {run.mfu:.0%} of {speed}")
+        yield row("", "validation and reading images come on top")
     else:
-        rate = device.reached(precision) / (config.n_positions * forward_flops_per_token(config))
-        yield _row("time", f"features: at most {rate:,.3g} images/s, without fitting ({speed})")
+        rate = device.reached(precision) / (config.n_positions * planning.forward_flops_per_token(config))
+        yield row("time", f"features: at most {rate:,.3g} images/s, without fitting ({speed})")
 
 
 def _memory(trainer: Trainer, config: ImageGPTConfig, step: int, device: Device) -> str:
@@ -135,14 +121,14 @@ def _memory(trainer: Trainer, config: ImageGPTConfig, step: int, device: Device)
     world, parts = trainer.world_size, trainer.accumulate_grad_batches
     sharded = any(word in type(trainer.strategy).__name__ for word in ("Sharded", "ModelParallel", "FSDP"))
     options: dict[str, Any] = {"precision": str(trainer.precision), "devices": world, "sharded": sharded}
-    for how in asked or (RECOMPUTE[:1] if trainer.strategy.root_device.type == "cpu" else RECOMPUTE):
-        needed: int = sum(training_bytes(config, step // (world * parts), recompute=how, **options).values())
+    for how in asked or (planning.RECOMPUTE[:1] if trainer.strategy.root_device.type == "cpu" else planning.RECOMPUTE):
+        needed: int = sum(planning.training_bytes(config, step // (world * parts), recompute=how, **options).values())
         if needed <= device.usable:
             break
     text = f"{needed / GIB:.2f} of {device.usable / GIB:.1f} GiB usable per device, recompute {how}"
     if needed <= device.usable:
         return text
-    most, share = largest_batch(config, device.usable, recompute=how, **options), step // world
+    most, share = planning.largest_batch(config, device.usable, recompute=how, **options), step // world
     fitting = [number for number in range(parts, share + 1) if share % number == 0 and share // number <= most]
     cure = f"--trainer.accumulate_grad_batches {fitting[0]} does" if fitting else "nor does a single image"
     return f"{text}, which does NOT fit; {cure}"

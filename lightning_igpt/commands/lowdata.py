@@ -159,8 +159,7 @@ def measure(
 ) -> dict[str, list[float] | float | None]:
     """Test accuracy of a logistic regression on each subset, with mean and sample standard deviation.
 
-    ``x`` is float (R, D), ``x_test`` (N, D), ``labels`` int64 (R,), ``test_labels`` (N,); ``subsets``, int64 (S, C, n),
-    are places in x; ``c`` is the inverse strength of the penalty.
+    ``x`` is float (R, D), ``x_test`` (N, D), ``labels`` int64 (R,), ``test_labels`` (N,); ``subsets`` int64 (S, C, n).
     """
     accuracies = []
     for subset in subsets.flatten(1):

@@ -115,8 +115,8 @@ def trainer(folder: Path, **options: Any) -> Trainer:
     """A trainer that logs to TensorBoard and to a new metrics.csv in the folder."""
     (folder / "metrics.csv").unlink(missing_ok=True)  # of an earlier quickstart, since runs append to it
     logger = TensorBoardLogger(folder.parent, name=folder.name, version="")
-    quiet: dict[str, Any] = {"enable_model_summary": False, "log_every_n_steps": 5}
-    return make_trainer(default_root_dir=folder, logger=logger, **quiet, **options)
+    options |= {"enable_model_summary": False, "log_every_n_steps": 5}
+    return make_trainer(default_root_dir=folder, logger=logger, **options)
 
 
 def pretrain(folder: Path, seed: int, steps: int) -> dict[str, float]:
@@ -127,8 +127,9 @@ def pretrain(folder: Path, seed: int, steps: int) -> dict[str, float]:
     runner.fit(module, data)
     runner.save_checkpoint(folder / "pretrain.ckpt")
     val = runner.validate(module, data, verbose=False)[0]["val/nats_per_pixel"]
-    tokens = [module.tokens_of(whole(loader)) for loader in (data.train_dataloader(), data.val_dataloader())]
-    nats = {"val": val, "uniform": math.log(NETWORK.vocab_size), "unigram": unigram_nats(*tokens, NETWORK.vocab_size)}
+    train, held_out = (module.tokens_of(whole(part)) for part in (data.train_dataloader(), data.val_dataloader()))
+    n_colors = NETWORK.vocab_size
+    nats = {"val": val, "uniform": math.log(n_colors), "unigram": unigram_nats(train, held_out, n_colors)}
     return {f"{name}_nats_per_pixel": value for name, value in nats.items()}
 
 
@@ -150,7 +151,7 @@ def whole(loader: Any) -> dict[str, Tensor]:
 
 def probe(folder: Path, seed: int) -> dict[str, Any]:
     """Probe the pretrained and an untrained network, and classify raw pixels, on the same split."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for prefix, weights in (("", str(folder / "pretrain.ckpt")), ("untrained_", None)):
         # c is fixed, since choosing it takes longer.
         module = ProbeModule(weights, network=NETWORK, palette=PALETTE, c=1.0, seed=seed)
@@ -158,8 +159,8 @@ def probe(folder: Path, seed: int) -> dict[str, Any]:
         runner = trainer(folder / f"probe-{'pretrained' if weights else 'untrained'}", max_epochs=1)
         runner.fit(module, data)
         test = runner.test(module, data, verbose=False)[0]
-        found[f"{prefix}accuracy_by_layer"] = {str(n): value for n, value in module.accuracy_by_layer.items()}
-        found |= {f"{prefix}best_layer": module.best_layer, f"{prefix}best_accuracy": test["test/accuracy"]}
+        results[f"{prefix}accuracy_by_layer"] = {str(n): value for n, value in module.accuracy_by_layer.items()}
+        results |= {f"{prefix}best_layer": module.best_layer, f"{prefix}best_accuracy": test["test/accuracy"]}
     data = ProbeDataModule("digits", image_size=NETWORK.image_size, seed=seed)
     data.setup()
     (x, labels), (x_test, labels_test) = (
@@ -168,7 +169,7 @@ def probe(folder: Path, seed: int) -> dict[str, Any]:
     )
     weight, bias = fit_logistic(x, labels, 10)
     right = (x_test @ weight.T + bias).argmax(1) == labels_test
-    return found | {"raw_pixels_accuracy": float(right.float().mean())}
+    return results | {"raw_pixels_accuracy": float(right.float().mean())}
 
 
 def finetune(folder: Path, seed: int, epochs: int) -> dict[str, float]:
