@@ -181,6 +181,6 @@ def photos(size: int) -> dict[str, Tensor]:
     """The photographs that come with scikit-learn: uint8 (3, size, size) by name."""
     from sklearn.datasets import load_sample_images
 
-    found = load_sample_images()
-    images = [resize_center_crop(Image.fromarray(image), size) for image in found.images]
-    return {Path(name).stem: to_tensor(image) for name, image in zip(found.filenames, images, strict=True)}
+    samples = load_sample_images()
+    images = [resize_center_crop(Image.fromarray(image), size) for image in samples.images]
+    return {Path(name).stem: to_tensor(image) for name, image in zip(samples.filenames, images, strict=True)}

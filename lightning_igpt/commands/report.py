@@ -16,6 +16,6 @@ def report(runs: list[str], out: str = "report.html") -> None:
         out: The page to write. It is one file that fetches nothing. Missing folders are made.
     """
     check_file(out, "--out", "report.html")
-    found = {run.folder.resolve(): run for folder in runs for run in page.read_runs(Path(folder))}
-    page.write_runs(Path(out), list(found.values()))
-    print(f"wrote {out}: {len(found)} run{'s' * (len(found) > 1)}")
+    unique = {run.folder.resolve(): run for folder in runs for run in page.read_runs(Path(folder))}
+    page.write_runs(Path(out), list(unique.values()))
+    print(f"wrote {out}: {len(unique)} run{'s' * (len(unique) > 1)}")
