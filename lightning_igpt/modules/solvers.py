@@ -113,7 +113,7 @@ class WholeFit(torch.optim.Optimizer):
     """An optimizer of one step, in which its closure fits the parameters; Lightning saves checkpoints by its steps."""
 
     def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {})
+        super().__init__(parameters, {"lr": 0.0})  # which LearningRateMonitor reads
 
     def step(self, closure: Any = None) -> Any:
         return closure()
