@@ -7,6 +7,7 @@ light pages and once for dark ones.
 from __future__ import annotations
 
 import colorsys
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -28,7 +29,7 @@ SIZE = (4.8, 3.2)  # of a plot, in inches: small, so that its text stays readabl
 _DPI = 200
 _MAX_POINTS = 1000  # of a curve; more than a plot has pixels
 _CAPTION = 18  # height of a line of text in pixels
-_GAP = 10  # pixels between the rows of a contact sheet
+_GAP = 10  # pixels between the pictures of a contact sheet
 _BAR = 10  # height of a color bar in pixels
 _WHITE = (255, 255, 255)
 _SHEET = 112  # gray behind swatches, on which black and white both show
@@ -126,7 +127,7 @@ def contact_sheet(cells: Tensor, captions: Sequence[Sequence[str]], *, columns: 
     width = cells.shape[3]
     above = [torch.cat([_caption(_end_of(line, width), width) for line in lines], 1) for lines in captions]
     titled = torch.cat([torch.stack(above), cells.cpu()], 2)  # (N, 3, lines + h, w)
-    spaced = F.pad(titled, (0, 0, 0, _GAP), value=255)
+    spaced = F.pad(titled, (0, _GAP, 0, _GAP), value=255)
     return stack([torch.cat(list(row), 2) for row in torch.split(spaced, columns)])
 
 
@@ -278,6 +279,24 @@ def draw_figure(draw: Callable[[Axes, Theme], None], theme: Theme = LIGHT, size:
         if handles:
             figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
+
+
+def render(figure: Figure) -> Tensor:
+    """The pixels of a figure: uint8 (3,h,w)."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return _tensor(Image.open(file).convert("RGB"))
+
+
+def to_svg(figure: Figure) -> str:
+    """A figure as SVG on a transparent background; equal figures give equal text."""
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightning_igpt"}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Creator": None, "Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
 
 
 def to_pil(image: Tensor) -> Image.Image:

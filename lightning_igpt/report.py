@@ -19,14 +19,12 @@ from pathlib import Path
 from string import Template
 from typing import Any, TypeAlias
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from lightning_igpt import __version__
-from lightning_igpt.pictures import SIZE, Plot, image_grid, plot_curves, surprise_colors, to_pil
+from lightning_igpt.pictures import SIZE, Plot, image_grid, plot_curves, surprise_colors, to_pil, to_svg
 
 Curve: TypeAlias = tuple[list[int], list[float]]  # steps, values
 
@@ -135,7 +133,7 @@ def commands(lines: Sequence[str]) -> Markup:
 
 def drawing(plot: Plot, alt: str, caption: str) -> Markup:
     """A plot as SVG inside the page, once for light pages and once for dark ones."""
-    light, dark = (_svg(figure) for figure in plot)
+    light, dark = (_data("image/svg+xml", to_svg(figure).encode()) for figure in plot)
     width, height = (round(96 * inches) for inches in SIZE)
     return _figure(
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
@@ -235,15 +233,6 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield from _flat(f"{prefix}{name}.", value)
         elif value not in (None, "", []):
             yield f"{prefix}{name}", " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _svg(figure: Figure) -> str:
-    """The figure without its paper, as a data URL; the same figure gives the same."""
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightning_igpt"}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Creator": None, "Date": None})
-    text = file.getvalue()
-    return _data("image/svg+xml", text[text.index("<svg") :].encode())
 
 
 def _png(image: Image.Image) -> str:

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_igpt.callbacks import (
     ClassificationReport,
     CompileBlocks,
+    DiskCheck,
     FiniteGuard,
     LayerCurve,
     Preempt,
@@ -31,7 +32,7 @@ from lightning_igpt.strategies import Chosen, choose_strategy
 
 Plugin: TypeAlias = CheckpointIO | Precision | ClusterEnvironment | LayerSync
 # Each idle where it has nothing to do.
-ALWAYS: tuple[type[Callback], ...] = (LayerCurve, ClassificationReport, RunRecord, Throughput, FiniteGuard, Preempt)
+ALWAYS = (LayerCurve, ClassificationReport, RunRecord, Throughput, DiskCheck, FiniteGuard, Preempt)
 PRODUCTS = {
     "highest": "in full",
     "high": "as TF32 where the device has it",

@@ -13,7 +13,6 @@ from lightning_igpt.commands import recipes
 from lightning_igpt.config import PRESETS
 from lightning_igpt.planning import parameter_count
 from tests.docs.pages import GENERATED, PAGES, ROOT, blocks, table
-from tests.test_layers import FLOORS
 
 DEMO, TEST = "pip install . && lightning-igpt quickstart", 'pip install -e ".[test]" && pytest -n auto'
 TEXTS = PAGES | {path.name: path.read_text(encoding="utf-8") for path in recipes.folder().glob("*.yaml")}
@@ -63,11 +62,6 @@ def test_every_picture_is_shown_and_small():
 def test_versions_agree():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == lightning_igpt.__version__ in PAGES["CHANGELOG.md"]
-
-
-def test_the_floors_are_those_that_test_layers_enforces():
-    shown = {int(number): re.findall(r"`(\w+)`", units) for number, units in table("docs/architecture.md", r"\d+")}
-    assert [shown[number] for number in sorted(shown)] == FLOORS
 
 
 def test_the_ten_facts_have_their_tests():

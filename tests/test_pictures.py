@@ -72,7 +72,7 @@ def test_grid_refuses_what_it_cannot_draw(rows):
 
 
 @pytest.mark.parametrize("spec", ["openai", "gray:2", "gray:5", "gray:256"])
-def test_swatch_shows_every_colour_once(spec):
+def test_swatch_shows_every_color_once(spec):
     rgb = Palette.load(spec).rgb
     side = 5
     sheet = swatch(rgb, side=side)
@@ -82,7 +82,7 @@ def test_swatch_shows_every_colour_once(spec):
     assert set(shown - expected) <= {(112, 112, 112)}  # the bare sheet behind the last row
 
 
-def test_greys_form_a_ramp():
+def test_grays_form_a_ramp():
     rgb = Palette.load("gray:16").rgb
     shuffled = rgb[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
     sheet = swatch(shuffled, side=1, columns=4)
@@ -100,9 +100,9 @@ def test_png_keeps_the_bytes(tmp_path):
 def test_surprise_is_even_from_zero_to_the_limit_and_clips():
     values = torch.tensor([[0.0, 0.99 / 64, 1.0, 2.0], [3.99, 4.0, torch.inf, -1.0]])
     expected = surprise_colors()[torch.tensor([[0, 0, 64, 128], [255, 255, 255, 0]])]  # (2, 4, 3)
-    found = surprise_map(values, limit=4.0)
-    assert found.dtype == torch.uint8 and torch.equal(found, expected.permute(2, 0, 1))
-    assert torch.equal(surprise_map(values.expand(2, 5, 2, 4) * 10, limit=40.0), found.expand(2, 5, 3, 2, 4))
+    colors = surprise_map(values, limit=4.0)
+    assert colors.dtype == torch.uint8 and torch.equal(colors, expected.permute(2, 0, 1))
+    assert torch.equal(surprise_map(values.expand(2, 5, 2, 4) * 10, limit=40.0), colors.expand(2, 5, 3, 2, 4))
     assert np.array_equal(surprise_colors(), matplotlib.colormaps["magma"](np.arange(256), bytes=True)[:, :3])
 
 
@@ -122,10 +122,10 @@ def test_the_legend_of_surprise_has_its_marks_in_place():
 
 def test_stacked_parts_are_flush_left_on_white():
     one, two = torch.zeros(3, 2, 4, dtype=torch.uint8), torch.full((3, 1, 6), 9, dtype=torch.uint8)
-    found = stack([one, two])
-    assert found.shape == (3, 3, 6)
-    assert torch.equal(found[:, :2, :4], one) and torch.equal(found[:, 2:], two)
-    assert (found[:, :2, 4:] == 255).all()
+    stacked = stack([one, two])
+    assert stacked.shape == (3, 3, 6)
+    assert torch.equal(stacked[:, :2, :4], one) and torch.equal(stacked[:, 2:], two)
+    assert (stacked[:, :2, 4:] == 255).all()
 
 
 def test_a_heading_is_as_wide_as_its_text():

@@ -109,7 +109,7 @@ def test_bytes_kept_are_the_formulas(dtype):
     assert kept["selective"] == WIDE.n_layer * tokens * (inputs + attention + sums)
     assert kept["none"] > WIDE.n_layer * block // 2
     gradients = 4 * (sum(p.numel() for p in network(config=WIDE).h.parameters())) + 3 * 4 * WIDE.n_embd * tokens
-    for how in HOW:  # beside what is kept: one block, all gradients of weights, and of values output, gradient, and sum
+    for how in HOW:  # besides what is kept: one block, the gradients of all weights, and output, gradient and sum
         assert peak[how] <= kept[how] + block + gradients
 
 
@@ -139,13 +139,13 @@ def test_only_training_computes_again(how):
 def test_on_a_gpu(backend, how, dropout):
     """With dropout attention runs again under selective too, so that what is dropped after it stays the same."""
     config = ImageGPTConfig(n_layer=3, n_head=4, n_embd=256, vocab_size=20, image_size=4, dropout=dropout)
-    found, runs = {}, {}
+    values, runs = {}, {}
     for each in ("none", how):
         made = network(each, config).cuda()
         with sdpa_kernel(backend), Kernels() as kernels:
             loss = loss_of(made, torch.bfloat16, "cuda")
             before = kernels.runs
             loss.backward()
-        found[each], runs[each] = [loss.detach(), *(p.grad for p in made.parameters())], kernels.runs - before
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(found["none"], found[how], strict=True))
+        values[each], runs[each] = [loss.detach(), *(p.grad for p in made.parameters())], kernels.runs - before
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(values["none"], values[how], strict=True))
     assert runs[how] == (0 if how == "selective" and not dropout else 3)

@@ -8,15 +8,12 @@ from math import ceil, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.figure
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor
 
-from lightning_igpt.pictures import contact_sheet, save_png
+from lightning_igpt.pictures import Theme, contact_sheet, draw_figure, enlarge, render, save_png
 
 _READABLE = 100  # classes; beyond that a picture holds neither counts nor every name
 _CELL = 192  # least width in pixels of a worst image, for its caption
@@ -105,29 +102,32 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
     """Draw a confusion matrix as uint8 (3, h, w): counts in the cells, colored by their share of the true class."""
     n, total = len(counts), int(counts.sum())
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)  # (C, C), 0..1
-    side = min(24.0, max(3.5, 0.4 * n))  # inches
+    side = min(12.0, max(3.0, 0.4 * n))  # inches
     font = min(9.0, 0.36 * 72 * side / n)  # points, of which a cell is 72 * side / n wide
-    figure = matplotlib.figure.Figure(figsize=(side + 2, side + 1.5), dpi=100)
-    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.1)  # without padding the outer labels are cut
-    axes = figure.subplots()
-    image = axes.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.04, aspect=30, shrink=0.9)
-    ticks = range(0, n, ceil(n / _READABLE))
-    labels = [names[tick][:24] for tick in ticks]
-    style: dict[str, Any] = {"fontsize": font, "parse_math": False}  # a dollar sign in a name starts no formula
-    axes.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 3 else 0, **style)
-    axes.set_yticks(ticks, labels, **style)
-    axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(f"accuracy {int(counts.trace()) / max(1, total):.3f} on {total:,} images", fontsize=10)
-    figure.draw_without_rendering()  # lays out, going through all there is to draw: so before thousands of counts
-    figure.set_layout_engine("none")
-    for row, column in counts.nonzero().tolist() if n <= _READABLE else []:
-        color = "white" if share[row, column] > 0.5 else "black"
-        axes.text(column, row, str(int(counts[row, column])), fontsize=font, color=color, ha="center", va="center")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # type: ignore[no-untyped-call]
-    pixels = np.array(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def draw(axes: Any, theme: Theme) -> None:
+        axes.figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.1)  # without padding outer labels are cut
+        image = axes.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues")
+        axes.figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.04, aspect=30, shrink=0.9)
+        axes.grid(visible=False)
+        ticks = range(0, n, ceil(n / _READABLE))
+        labels = [names[tick][:24] for tick in ticks]
+        style: dict[str, Any] = {"fontsize": font, "parse_math": False}  # a dollar sign in a name starts no formula
+        axes.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 3 else 0, **style)
+        axes.set_yticks(ticks, labels, **style)
+        axes.set(xlabel="predicted", ylabel="true")
+        axes.set_title(f"accuracy {int(counts.trace()) / max(1, total):.3f} on {total:,} images", fontsize=10)
+        style = {
+            "fontsize": font,
+            "ha": "center",
+            "va": "center",
+            "in_layout": False,
+        }  # thousands would delay the layout
+        for row, column in counts.nonzero().tolist() if n <= _READABLE else []:
+            color = theme.paper if share[row, column] > 0.5 else theme.ink
+            axes.text(column, row, str(int(counts[row, column])), color=color, **style)
+
+    return render(draw_figure(draw, size=(side + 2, side + 1.5)))
 
 
 def _hardest(parts: Sequence[_Cases], n: int) -> _Cases:
@@ -140,8 +140,7 @@ def _hardest(parts: Sequence[_Cases], n: int) -> _Cases:
 def _worst_grid(cases: _Cases, names: Sequence[str], palette: Any) -> Tensor:
     """The images in a near-square grid, each below its caption: uint8 (3, h, w)."""
     images = palette.dequantize(cases.tokens)  # (N, 3, S, S)
-    scale = ceil(_CELL / images.shape[-1])
-    cells = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    cells = enlarge(images, ceil(_CELL / images.shape[-1]))
     rows = zip(cases.label.tolist(), cases.predicted.tolist(), cases.confidence.tolist(), strict=True)
     captions = [[f"{names[true]} -> {names[predicted]} ({p:.2f})"] for true, predicted, p in rows]
     return contact_sheet(cells, captions, columns=ceil(sqrt(len(images))))

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_igpt.pictures import Theme, draw_figure
+
 COLUMNS = ("layer", "c", "val_accuracy", "test_accuracy")
-BLUE, GRAY, ORANGE = "#0b6bcb", "#8a929c", "#c65102"  # of different lightness too
 
 Row = Mapping[str, Any]
 
@@ -76,33 +76,29 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
         writer.writerows(rows)
 
 
-def layer_figure(rows: Sequence[Row]) -> matplotlib.figure.Figure:
-    """Accuracy against layer, on validation and test as far as known, with the best layer ringed."""
-    figure = matplotlib.figure.Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    single = _single(rows)
-    looks = {"val_accuracy": ("validation", GRAY, "s"), "test_accuracy": ("test", BLUE, "o")}
-    for column, (label, color, marker) in looks.items():
-        points = sorted((row["layer"], row[column]) for row in single if row[column] is not None)
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, markersize=4)
-    best, column = best_row(rows)
-    label = f"best on {looks[column][0]}: layer {best['layer']} ({best[column]:.3f})"
-    axes.plot(best["layer"], best[column], "o", markersize=11, markerfacecolor="none", color=ORANGE, label=label)
-    for row in rows:
-        level = None if row in single else _accuracy(row)
-        if level is not None:
-            part = "validation" if row["test_accuracy"] is None else "test"
-            label = f"layers {row['layer']} together on {part} ({level:.3f})"
-            axes.axhline(level, color=ORANGE, linestyle="--", linewidth=1.2, label=label)
-    layers = sorted(row["layer"] for row in single)
-    axes.set(xlabel="layer (0: embeddings)", ylabel="accuracy")
-    axes.set_xticks(layers[:: max(1, len(layers) // 12)])
-    axes.grid(color="#e4e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # any corner of the axes may hold a curve
-    return figure
+def layer_figure(rows: Sequence[Row]) -> Any:
+    """A matplotlib figure of accuracy against layer, on validation and test as far as known, the best layer ringed."""
+    single, (best, chosen_by) = _single(rows), best_row(rows)
+
+    def draw(axes: Any, theme: Theme) -> None:
+        looks = {"val_accuracy": ("validation", theme.second, "s"), "test_accuracy": ("test", theme.first, "o")}
+        for column, (label, color, marker) in looks.items():
+            points = sorted((row["layer"], row[column]) for row in single if row[column] is not None)
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, markersize=3.5)
+        label = f"best on {looks[chosen_by][0]}: layer {best['layer']} ({best[chosen_by]:.3f})"
+        ring: dict[str, Any] = {"markersize": 10, "markerfacecolor": "none", "color": theme.level}
+        axes.plot(best["layer"], best[chosen_by], "o", label=label, **ring)
+        for row in rows:
+            level = None if row in single else _accuracy(row)
+            if level is not None:
+                part = "validation" if row["test_accuracy"] is None else "test"
+                label = f"layers {row['layer']} together on {part} ({level:.3f})"
+                axes.axhline(level, color=theme.level, linestyle="--", linewidth=1.2, label=label)
+        layers = sorted(row["layer"] for row in single)
+        axes.set(xlabel="layer (0: embeddings)", ylabel="accuracy", xticks=layers[:: max(1, len(layers) // 12)])
+
+    return draw_figure(draw)
 
 
 def _show(trainer: Trainer, rows: Sequence[Row]) -> None:

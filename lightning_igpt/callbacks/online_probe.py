@@ -136,13 +136,13 @@ class OnlineProbe(Callback):
     def _read(self, trainer: Trainer, pl_module: Any, batch: Any) -> tuple[Tensor, Tensor]:
         """Features (B, D) and labels (B,) of a labeled batch on the module's device."""
         network = pl_module.network
-        found = read_batch(batch, pl_module.palette, network.config)
-        labels = need_labels(found, len(self._head.bias))
-        masked = torch.zeros_like(found.tokens, dtype=torch.bool) if network.config.objective == "bert" else None
+        labeled = read_batch(batch, pl_module.palette, network.config)
+        labels = need_labels(labeled, len(self._head.bias))
+        masked = torch.zeros_like(labeled.tokens, dtype=torch.bool) if network.config.objective == "bert" else None
         training = [part for part in network.modules() if part.training]
         network.eval()  # without dropout
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            features = network.features(found.tokens, [self._layer], masked=masked)
+            features = network.features(labeled.tokens, [self._layer], masked=masked)
         for part in training:
             part.training = True
         return features[:, 0].float(), labels

@@ -51,7 +51,7 @@ class Recompute(Callback):
     def __init__(self, when: Literal["auto", "none", "selective", "full"] = "auto") -> None:
         if when not in ("auto", *get_args(Recomputing)):
             raise ValueError(f"recompute is {when!r}; it must be auto, {', '.join(get_args(Recomputing))}")
-        self.told = None if when == "auto" else RecomputeDecision(when, "as set")
+        self.given = None if when == "auto" else RecomputeDecision(when, "as set")
         self._before: list[tuple[Block, Recomputing]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,8 +77,8 @@ class Recompute(Callback):
         blocks, config = blocks_of(pl_module), getattr(pl_module, "config", None)
         if not isinstance(config, ImageGPTConfig) or all(map(is_frozen, blocks)):
             return RecomputeDecision("none", "no block of an ImageGPT is trained")
-        if self.told is not None:
-            return self.told
+        if self.given is not None:
+            return self.given
         by_hand = next((block.recompute for block in blocks if block.recompute != "none"), None)
         if by_hand is not None:
             return RecomputeDecision(by_hand, "as the network is set")

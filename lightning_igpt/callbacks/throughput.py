@@ -36,7 +36,7 @@ class Throughput(Callback):
             raise ValueError(f"peak_tflops is {peak_tflops}; it must be above 0")
         self.peak_tflops = peak_tflops
         self._flops: int | None = None  # per image; None for other modules
-        self._since: float | None = None  # when the clock was started; None while it stands still
+        self._since: float | None = None  # when the clock was started; None while it is paused
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seconds, self._images, self._step = 0.0, 0, trainer.global_step

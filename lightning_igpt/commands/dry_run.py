@@ -117,7 +117,7 @@ def _costs(trainer: Trainer, config: ImageGPTConfig, schedule: Schedule, trained
 def _memory(trainer: Trainer, config: ImageGPTConfig, step: int, device: Device) -> str:
     """What a device has to hold, and how many batches to accumulate where it cannot."""
     recomputes = [callback for callback in trainer.callbacks if isinstance(callback, Recompute)]  # type: ignore[attr-defined]
-    asked = [callback.told.how for callback in recomputes if callback.told]
+    asked = [callback.given.how for callback in recomputes if callback.given]
     world, parts = trainer.world_size, trainer.accumulate_grad_batches
     sharded = any(word in type(trainer.strategy).__name__ for word in ("Sharded", "ModelParallel", "FSDP"))
     options: dict[str, Any] = {"precision": str(trainer.precision), "devices": world, "sharded": sharded}

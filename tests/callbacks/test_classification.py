@@ -35,13 +35,13 @@ def read_counts(path):
 
 @pytest.mark.parametrize("batch_size", [32, 7])
 def test_the_counts_equal_scikit_learns(tmp_path, batch_size):
-    module, report = classifier(class_names=["dark", "$grey$", "a, b"]), ClassificationReport()
+    module, report = classifier(class_names=["dark", "$gray$", "a, b"]), ClassificationReport()
     trainer = quiet_trainer(tmp_path, callbacks=[report])
-    for _ in range(2):  # the second test starts anew
+    for _ in range(2):  # the second test counts from zero
         metrics = trainer.test(module, loader(batch_size=batch_size), verbose=False)[0]
     said = torch.cat(quiet_trainer(tmp_path).predict(module, loader())).argmax(1)
     names, counts = read_counts(tmp_path / "confusion.csv")
-    assert names == ["dark", "$grey$", "a, b"]
+    assert names == ["dark", "$gray$", "a, b"]
     assert np.array_equal(counts, confusion_matrix(labelled_images()[1], said))
     assert len(set(said.tolist())) == 3, "one answer for all would show nothing"
     assert counts.trace() / counts.sum() == pytest.approx(metrics["test/accuracy"])
@@ -68,7 +68,7 @@ def test_the_worst_images_are_those_of_the_highest_loss(tmp_path, monkeypatch, n
         return sheet(cells, captions, **options)
 
     monkeypatch.setattr(classification, "contact_sheet", spy)
-    module = classifier(class_names=["dark", "grey", "light"])
+    module = classifier(class_names=["dark", "gray", "light"])
     quiet_trainer(tmp_path, callbacks=[ClassificationReport(n_worst)]).test(module, loader(batch_size=3), verbose=False)
     images, labels = labelled_images()
     probabilities = torch.cat(quiet_trainer(tmp_path).predict(module, loader()))

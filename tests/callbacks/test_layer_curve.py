@@ -76,10 +76,10 @@ def test_a_probes_layers_reach_log_files_and_tensorboard(tmp_path, caplog):
         trainer.test(module, loader(12), verbose=False)
     metrics = {layer: trainer.callback_metrics[f"test/layer_{layer}/accuracy"].item() for layer in (0, 1, 2)}
     assert seen == drawn(tmp_path) == ["probe_by_layer.csv", "probe_by_layer.png"]
-    found = read_csv(next(tmp_path.rglob("probe_by_layer.csv")))
-    assert {int(row["layer"]): float(row["test_accuracy"]) for row in found} == pytest.approx(metrics)
+    layers = read_csv(next(tmp_path.rglob("probe_by_layer.csv")))
+    assert {int(row["layer"]): float(row["test_accuracy"]) for row in layers} == pytest.approx(metrics)
     pixels = np.array(Image.open(next(tmp_path.rglob("probe_by_layer.png"))))
-    assert pixels.shape[:2] == (600, 960) and pixels[..., :3].std() > 0
+    assert pixels.shape[:2] == (640, 960) and pixels[..., :3].std() > 0
     tables = [record.message for record in caplog.records if record.message.startswith("accuracy by layer\n")]
     assert len(tables) == 2 and "test" not in tables[0] and "test" in tables[1]
     events = EventAccumulator(trainer.log_dir).Reload()

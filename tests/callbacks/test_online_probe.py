@@ -36,9 +36,9 @@ if __name__ == "__main__":
     trainer.fit(module, igpt.PretrainDataModule("digits", batch_size=32 // devices))
     heads = [torch.cat([value.flatten().float() for value in probe.state_dict()["head"].values()]) for probe in probes]
     everyone = trainer.strategy.all_gather(torch.stack([head.norm() for head in heads])).reshape(devices, -1)
-    found = {"head": heads[0].tolist(), "accuracy": trainer.callback_metrics["online_probe/layer_1/accuracy"].item()}
+    results = {"head": heads[0].tolist(), "accuracy": trainer.callback_metrics["online_probe/layer_1/accuracy"].item()}
     if trainer.is_global_zero:
-        print("FOUND " + json.dumps({**found, "same": bool((everyone == everyone[0]).all())}))
+        print("RESULT " + json.dumps({**results, "same": bool((everyone == everyone[0]).all())}))
 """
 
 
@@ -71,7 +71,7 @@ class Augmented(Dataset):
 
 
 @pytest.mark.parametrize("config", [TINY, BERT])
-def test_it_learns_the_classes_beside_pretraining(tmp_path, config):
+def test_it_learns_the_classes_during_pretraining(tmp_path, config):
     trainer = quiet_trainer(tmp_path, max_steps=30, callbacks=[OnlineProbe(num_classes=3)])
     trainer.fit(module(config), loader(shuffle=True), loader())
     assert trainer.callback_metrics[NAME] > 0.9  # three levels of brightness
@@ -82,7 +82,7 @@ def test_it_learns_the_classes_beside_pretraining(tmp_path, config):
     [("batches", "32-true"), ("batches", "bf16-mixed"), ("data", "32-true")],
 )
 def test_training_is_the_same_to_the_last_bit(tmp_path, source, precision):
-    """Also where dropout and the order of the images draw from the global generator, as the labelled loader does."""
+    """Also where dropout and the order of the images draw from the global generator, as the labeled loader does."""
 
     def fit(callbacks):
         model, losses = module({**TINY.to_dict(), "dropout": 0.1}), []
@@ -93,10 +93,10 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, source, precision):
         assert not callbacks or NAME in trainer.callback_metrics
         return losses, [*model.state_dict().items()], [part.training for part in model.modules()]
 
-    labelled = Augmented()
+    labeled = Augmented()
     options = {
         "batches": {},
-        "data": {"data": LightningDataModule.from_datasets(labelled, labelled, batch_size=8)},
+        "data": {"data": LightningDataModule.from_datasets(labeled, labeled, batch_size=8)},
     }[source]
     losses, weights, modes = fit([])
     other_losses, other_weights, other_modes = fit([OnlineProbe(num_classes=3, **options)])
@@ -173,14 +173,14 @@ def test_two_processes_equal_one(tmp_path):
     """Where the global batches are the same; and the processes agree whatever their loaders hold."""
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    found = []
+    results = []
     for devices in ("1", "2"):
         command = [sys.executable, "script.py", devices, str(tmp_path / devices)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         assert done.returncode == 0 and lines, done.stderr[-3000:]
-        found.append(json.loads(lines[0].removeprefix("FOUND ")))
-    one, two = found
+        results.append(json.loads(lines[0].removeprefix("RESULT ")))
+    one, two = results
     assert two["same"]
     assert two["head"] == pytest.approx(one["head"], abs=0.005)
     assert two["accuracy"] == pytest.approx(one["accuracy"], abs=0.01)
@@ -189,7 +189,7 @@ def test_two_processes_equal_one(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 3}, r"layers \[3\]: name one or more from 0 to 2"),
+        ({"layer": 3}, r"layers is \[3\]; it must be one or more numbers from 0 to 2"),
         ({"num_classes": None}, "set num_classes"),
         ({"num_classes": 2}, "labels run from 0 to 2, but num_classes is 2"),
     ],

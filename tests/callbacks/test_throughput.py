@@ -67,9 +67,9 @@ class Recorder(Logger):
 
 @pytest.fixture
 def clock(monkeypatch):
-    found = Clock()
-    monkeypatch.setattr(throughput, "perf_counter", found)
-    return found
+    fake = Clock()
+    monkeypatch.setattr(throughput, "perf_counter", fake)
+    return fake
 
 
 def fit(folder, clock, module=None, batches=None, callback=None, **options):
@@ -120,7 +120,7 @@ def test_accumulated_batches_all_count(tmp_path, clock):
     assert list(log.of("throughput/images_per_second").values()) == pytest.approx(expected(passed, [3, 6, 8]))
 
 
-def test_a_resumed_run_measures_anew(tmp_path, clock):
+def test_a_resumed_run_measures_its_own_part(tmp_path, clock):
     trainer, *_ = fit(tmp_path, clock, log_every_n_steps=2, max_epochs=-1, max_steps=3)
     trainer.save_checkpoint(tmp_path / "part.ckpt")
     log, passed = Recorder(), Batches(clock)
