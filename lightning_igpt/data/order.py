@@ -39,6 +39,7 @@ class EndlessOrder(DistributedSampler[Draw]):
 
     Every pass over the data is a new permutation; the rows that do not fill a whole step are left for another pass.
     Accumulated micro-batches and, within them, ranks take consecutive slices of a step, so neither changes the order.
+    A stream, which decides itself what is read next, takes only the samples of passes of one step.
 
     Args:
         n_images: Number of rows.
@@ -78,17 +79,13 @@ class EndlessOrder(DistributedSampler[Draw]):
         self.accumulate, self.first_step = accumulate, first_step
         self._pass, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
-    def starts(self) -> range:
-        """Where the slices of this rank begin within a step, one for each micro-batch."""
-        return range(self.rank * self.at_once, self.batch_size, self.num_replicas * self.at_once)
-
     def draws(self, step: int) -> Iterator[Draw]:
         """This rank's (row, sample) pairs of one step; ``sample`` is pass * n_images + place in the permutation."""
         number_of_pass, within = divmod(step, self.n_images // self.batch_size)
         if number_of_pass != self._pass:
             generator = torch.Generator().manual_seed(self.seed + number_of_pass)
             self._pass, self._permutation = number_of_pass, torch.randperm(self.n_images, generator=generator)
-        for start in self.starts():
+        for start in range(self.rank * self.at_once, self.batch_size, self.num_replicas * self.at_once):
             first = within * self.batch_size + start
             rows = self._permutation[first : first + self.at_once].tolist()
             yield from zip(rows, range(number_of_pass * self.n_images + first, 2**63), strict=False)
@@ -100,19 +97,6 @@ class EndlessOrder(DistributedSampler[Draw]):
 
     def __len__(self) -> int:
         return self.n_steps * self.accumulate * self.at_once
-
-
-class StreamOrder(EndlessOrder):
-    """Numbers the draws of a stream, which decides itself what is read next; the row is always 0."""
-
-    def __init__(self, *, batch_size: int, **common: object) -> None:
-        super().__init__(batch_size, batch_size=batch_size, **common)  # type: ignore[arg-type]
-
-    def draws(self, step: int) -> Iterator[Draw]:
-        """This rank's (0, sample) pairs of one step; ``sample`` counts from the beginning of the run."""
-        for start in self.starts():
-            first = step * self.batch_size + start
-            yield from ((0, sample) for sample in range(first, first + self.at_once))
 
 
 class EvalOrder(DistributedSampler[list[Draw]]):

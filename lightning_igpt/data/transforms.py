@@ -24,24 +24,24 @@ _AUGMENTATION = 0x5EED_0F_A96  # far from the seeds that people choose
 
 
 class Resize(Protocol):
-    """Makes an image square."""
+    """Maps an image and the number of its draw to a ``size`` x ``size`` image."""
 
     @property
-    def size(self) -> int:
-        """Side of the square."""
-        ...
+    def size(self) -> int: ...
 
-    def __call__(self, image: Image.Image, sample: int) -> Image.Image:
-        """Return a ``size`` x ``size`` image; ``sample`` is the number of the draw."""
-        ...
+    def __call__(self, image: Image.Image, sample: int) -> Image.Image: ...
 
 
 class Augment(Protocol):
-    """Changes square images, or their tokens, at random."""
+    """Maps pixels or tokens (B, C, S, S) and the numbers of their draws to the same shape, at random."""
 
-    def __call__(self, grids: NDArray[Any], samples: Sequence[int]) -> NDArray[Any]:
-        """Map (B, C, S, S) to the same shape; ``samples`` are the numbers of the draws."""
-        ...
+    def __call__(self, grids: NDArray[Any], samples: Sequence[int]) -> NDArray[Any]: ...
+
+
+def square(resize: Resize, image: Image.Image, sample: int) -> NDArray[np.uint8]:
+    """The pixels of a resized image, uint8 (3, S, S)."""
+    pixels: NDArray[np.uint8] = np.asarray(resize(image, sample)).transpose(2, 0, 1)
+    return pixels
 
 
 def draw_generator(seed: int, sample: int) -> np.random.Generator:
@@ -93,13 +93,12 @@ class CenterCrop:
     size: int
 
     def __call__(self, image: Image.Image, sample: int) -> Image.Image:
-        """See ``resize_center_crop``."""
         return resize_center_crop(image, self.size)
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Pre-training: random crops of large images, the centre of small ones.
+    """Pre-training: random crops of large images, the center of small ones.
 
     Large means that the shorter side is at least twice ``size``: even the smallest crop (58%) is then not enlarged.
     """
@@ -108,7 +107,6 @@ class RandomCrop:
     seed: int = 0
 
     def __call__(self, image: Image.Image, sample: int) -> Image.Image:
-        """See ``random_resized_crop`` and ``resize_center_crop``."""
         if min(image.size) < 2 * self.size:
             return resize_center_crop(image, self.size)
         return random_resized_crop(image, self.size, generator=draw_generator(self.seed, sample))
@@ -123,7 +121,6 @@ class PadCropFlip:
     seed: int = 0
 
     def __call__(self, grids: NDArray[Any], samples: Sequence[int]) -> NDArray[Any]:
-        """Augment a batch."""
         # Another seed than that of the masks, which are drawn by the same numbers.
         draws = counter_uniform(torch.tensor(samples), 3, seed=self.seed + _AUGMENTATION).numpy()  # (B, 3)
         top, left = (draws[:, :2].T * (2 * self.pad + 1)).astype(np.int64)

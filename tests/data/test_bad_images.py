@@ -10,7 +10,7 @@ from PIL import Image
 
 from lightning_igpt.data import PretrainDataModule, ProbeDataModule
 from lightning_igpt.data.order import EndlessOrder
-from lightning_igpt.data.readers import BadImage, BadImagePolicy, BadImages, ImageBatches, ImageReader
+from lightning_igpt.data.readers import BadImage, BadImages, ImageBatches, ImageReader
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import CenterCrop, draw_generator
 from lightning_igpt.images import BadImageError, decode, resize_center_crop
@@ -79,12 +79,11 @@ def in_place_of(place, n, bad, seed):
 
 def batches(seed=5, **options):
     dataset = spoiled().cast_column("image", datasets.Image(decode=False))
-    policy = BadImagePolicy("skip", replace=True, seed=seed)
-    images = ImageReader(Part("some/source", "train", dataset), "image", CenterCrop(4), policy=policy)
+    reader = ImageReader(Part("some/source", "train", dataset), "image", CenterCrop(4))
     order = EndlessOrder(N, batch_size=8, n_steps=9, seed=seed, **options)
-    labels = torch.arange(N) % 2
+    images = ImageBatches(reader, on_bad_image="skip", replace=True, seed=seed, labels=torch.arange(N) % 2)
     draws, size = list(order), order.at_once
-    return [ImageBatches(images, N, labels=labels)[draws[i : i + size]] for i in range(0, len(draws), size)]
+    return [images[draws[i : i + size]] for i in range(0, len(draws), size)]
 
 
 def test_training_reads_another_image_instead():

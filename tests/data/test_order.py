@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from lightning_igpt.data.order import EndlessOrder, EvalOrder, StreamOrder, images_at_once
+from lightning_igpt.data.order import EndlessOrder, EvalOrder, images_at_once
 
 
 def order(n=26, batch_size=12, n_steps=6, **options):
@@ -22,12 +22,10 @@ def test_order_is_the_written_formula():
 
 
 @pytest.mark.parametrize("world_size, accumulate", [(1, 1), (2, 1), (1, 3), (2, 3), (4, 3), (12, 1)])
-@pytest.mark.parametrize("kind", [order, lambda **options: StreamOrder(batch_size=12, n_steps=6, **options)])
-def test_devices_and_accumulation_leave_every_step_as_it_is(kind, world_size, accumulate):
-    options = {"world_size": world_size, "accumulate": accumulate, "n_steps": 13} if kind is order else {
-        "world_size": world_size, "accumulate": accumulate}  # fmt: skip
-    whole = list(kind(**{name: value for name, value in options.items() if name == "n_steps"}))
-    ranks = [list(kind(rank=rank, **options)) for rank in range(world_size)]
+def test_devices_and_accumulation_leave_every_step_as_it_is(world_size, accumulate):
+    whole = list(order(n_steps=13))
+    options = {"world_size": world_size, "accumulate": accumulate, "n_steps": 13}
+    ranks = [list(order(rank=rank, **options)) for rank in range(world_size)]
     at_once = 12 // (world_size * accumulate)
     micro_batches = [[draws[i : i + at_once] for i in range(0, len(draws), at_once)] for draws in ranks]
     together = list(chain(*(chain(*shares) for shares in zip(*micro_batches, strict=True))))

@@ -23,7 +23,7 @@ UNDECODED = datasets.Image(decode=False)
 
 def batches(dataset, part_rows=None, resize=None, **options):
     part = Part("some/source", "train", dataset.cast_column("image", UNDECODED), part_rows)
-    return ImageBatches(ImageReader(part, "image", resize or CenterCrop(4)), len(part), **options)
+    return ImageBatches(ImageReader(part, "image", resize or CenterCrop(4)), **options)
 
 
 def by_hand(image):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
-from lightning_igpt.data.streams import HoldOut
+from lightning_igpt.data.streams import belongs
 from lightning_igpt.images import BadImageError
 from tests.data.test_datamodule import Looker, ready, trainer
 from tests.data.test_resume import checkpoints, fit
@@ -153,8 +153,7 @@ def test_train_and_validation_are_disjoint_and_together_everything(kind, tmp_pat
 def test_content_decides_and_copies_stay_together(tmp_path):
     stream = from_ranges([[i % 20 for i in range(60)]]).cast_column("image", datasets.Image(decode=False))
     held, kept = (
-        Counter(row["image"]["bytes"] for row in stream.filter(HoldOut("image", 0.3, held_out=part)))
-        for part in (True, False)
+        Counter(row["image"]["bytes"] for row in stream if belongs(row, "image", 0.3, part)) for part in (True, False)
     )
     assert not held.keys() & kept.keys() and set((held + kept).values()) == {3} and len(held + kept) == 20
     here = save_images(tmp_path / "here", [f"train/{i}.png" for i in range(40)])  # named in the rows, not held in them
