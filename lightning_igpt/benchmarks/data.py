@@ -77,7 +77,7 @@ def bare_decoding(files: Sequence[bytes]) -> Counts:
 
 def batches(path: Path, batch_size: int, **options: Any) -> Iterator[dict[str, Any]]:
     """Everything a training run pays: rows, decoding, shuffled batches."""
-    common = {"image_size": SIZE, "batch_size": batch_size, "val_fraction": 0, "random_crop": False}
+    common: dict[str, Any] = {"image_size": SIZE, "batch_size": batch_size, "val_fraction": 0, "random_crop": False}
     data = PretrainDataModule(str(path), **common, **options)
     data.setup()
     loader = data.train_dataloader()
