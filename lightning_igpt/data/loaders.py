@@ -36,7 +36,7 @@ class Loader(DataLoader[dict[str, Tensor]]):
     def __init__(self, dataset: Any, bad_images: BadImages, **options: Any) -> None:
         super().__init__(dataset, **options)
         self.bad_images = bad_images
-        self.states: dict[int, str] = {}  # of a stream: where each worker is after the last batch given
+        self.states = list(getattr(dataset, "states", ()))  # of a stream: where each worker is after the last batch
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
         # A generator, so that the order reads the step with the first batch: Lightning makes the iterator before it
@@ -47,9 +47,10 @@ class Loader(DataLoader[dict[str, Tensor]]):
             self._watched, self._stopper = iterator, weakref.finalize(self, _stop, iterator, os.getpid())
         try:
             for batch in iterator:
-                bad, (worker, state) = batch.pop(BAD, []), batch.pop(STATE, (0, ""))
+                bad = batch.pop(BAD, [])
                 self.bad_images.note(bad, len(batch["sample"]) + len(bad))
-                self.states[worker] = state
+                if STATE in batch:
+                    worker, self.states[worker] = batch.pop(STATE)
                 yield batch
         except Exception as error:
             self._stopper()  # not when the traceback, which holds the workers, is collected
@@ -67,11 +68,10 @@ class Loader(DataLoader[dict[str, Tensor]]):
 
     def all_states(self) -> list[list[str]]:
         """Where the workers of every process are in a stream; all processes must call it together."""
-        own = [state for _, state in sorted(self.states.items())]
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return [own]
+            return [self.states]
         states: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(states, own)
+        torch.distributed.all_gather_object(states, self.states)
         return states
 
 
@@ -94,18 +94,16 @@ def make_loader(
 
 
 class Place(NamedTuple):
-    """Which part of every optimizer step this process computes."""
+    """Which part of every optimizer step this process computes; all of it without a trainer."""
 
-    rank: int
-    world_size: int
-    accumulate: int
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1
 
 
 def place_of(trainer: Trainer | None) -> Place:
-    """Of this process; all of every step without a trainer."""
-    if trainer is None:
-        return Place(0, 1, 1)
-    return Place(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
+    """The place of this process."""
+    return Place(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches) if trainer else Place()
 
 
 def n_steps(trainer: Trainer | None, per_pass: int | None, source: str) -> int:
@@ -156,8 +154,7 @@ def matching_size(trainer: Trainer | None, source: Source, wanted: int | None) -
         return DEFAULT_IMAGE_SIZE
     if own not in (None, size):
         raise ValueError(
-            f"{source.name} holds tokens of {own} x {own} images, but image_size is {size}; make tokens of that size "
-            "from the images"
+            f"image_size is {size}, but {source.name} holds tokens of {own} x {own} images; set it to {own}"
         )
     return size
 

@@ -17,23 +17,6 @@ from torch.utils.data import DistributedSampler
 Draw: TypeAlias = tuple[int, int]  # (row of the data, number of the draw)
 
 
-def images_at_once(batch_size: int, world_size: int, accumulate: int) -> int:
-    """Images that one device computes at once: its part of a micro-batch.
-
-    Raises:
-        ValueError: The images of an optimizer step cannot be divided evenly.
-    """
-    parts = world_size * accumulate
-    if batch_size % parts:
-        less, more = batch_size // parts * parts, -(-batch_size // parts) * parts
-        raise ValueError(
-            f"batch_size {batch_size}, the images of an optimizer step, cannot be divided among {world_size} devices x "
-            f"accumulate_grad_batches {accumulate}; set batch_size to {f'{less} or ' if less else ''}{more}, or change "
-            "one of the other two"
-        )
-    return batch_size // parts
-
-
 class EndlessOrder(DistributedSampler[Draw]):
     """The draws of optimizer step k are a pure function of (seed, k), for k = 0, 1, 2, ... without end.
 
@@ -43,14 +26,9 @@ class EndlessOrder(DistributedSampler[Draw]):
 
     Args:
         n_images: Number of rows.
-        batch_size: Rows per optimizer step, over all ranks and micro-batches.
-        n_steps: Optimizer steps in one iteration.
-        seed: Decides the order.
-        rank: This process.
-        world_size: Number of processes.
-        accumulate: Micro-batches per optimizer step.
-        first_step: Called whenever an iteration begins, which then starts at that step and offers ``n_steps`` steps.
-            The loop that reads them stops earlier when it resumes in the middle.
+        batch_size: Rows per optimizer step, over all ranks and ``accumulate`` micro-batches.
+        n_steps: Optimizer steps in one iteration. The loop that resumes in the middle of one stops earlier.
+        first_step: Called whenever an iteration begins, which then starts at that step.
 
     Raises:
         ValueError: There are fewer rows than one step takes, or a step cannot be divided evenly.
@@ -68,7 +46,15 @@ class EndlessOrder(DistributedSampler[Draw]):
         accumulate: int = 1,
         first_step: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.at_once = images_at_once(batch_size, world_size, accumulate)
+        parts = world_size * accumulate
+        if batch_size % parts:
+            less, more = batch_size // parts * parts, -(-batch_size // parts) * parts
+            raise ValueError(
+                f"batch_size {batch_size}, the images of an optimizer step, cannot be divided among {world_size} "
+                f"devices x accumulate_grad_batches {accumulate}; set batch_size to {f'{less} or ' if less else ''}"
+                f"{more}, or change one of the other two"
+            )
+        self.at_once = batch_size // parts  # what one device computes: its part of a micro-batch
         if n_images < batch_size:
             raise ValueError(
                 f"batch_size {batch_size} exceeds the {n_images} training images; lower batch_size or set "

@@ -161,10 +161,10 @@ class StreamBatches(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, reader: StreamReader, rank: int, world_size: int, seed: int, buffer: int, states: Sequence[str] = ()
+        self, reader: StreamReader, rank: int, world_size: int, seed: int, buffer: int, states: Sequence[str]
     ) -> None:
         self.reader, self.rank, self.world_size, self.seed, self.buffer = reader, rank, world_size, seed, buffer
-        self.states = states  # where each worker of this process begins, as STATE reports it; empty: at the first row
+        self.states = states  # where each worker of this process begins, as STATE reports it
         self._rows: Iterator[Mapping[str, Any]] | None = None  # of each worker process its own
         self._place: dict[str, Any] = {}  # the pass of this worker, and the stream of that pass
 
@@ -174,9 +174,8 @@ class StreamBatches(Dataset[dict[str, Any]]):
         info = get_worker_info()
         worker, n_workers = (0, 1) if info is None else (info.id, info.num_workers)
         if self._rows is None:
-            begin = json.loads(self.states[worker]) if self.states else {"pass": 0, "stream": None}
             index, count = self.rank * n_workers + worker, self.world_size * n_workers
-            seed = self.seed * 1_000_003
+            seed, begin = self.seed * 1_000_003, json.loads(self.states[worker])
             self._rows = _endless(self.reader.part, index, count, seed, self.buffer, begin, self._place)
         batch = self.reader.batch(self._rows, [sample for _, sample in draws])
         state = {"pass": self._place["pass"], "stream": self._place["stream"].state_dict()}
@@ -264,19 +263,20 @@ def n_readers(part: StreamPart, num_workers: int, world_size: int) -> int:
 
 
 def begin(saved: Sequence[Sequence[str]], rank: int, world_size: int, n_readers: int) -> Sequence[str]:
-    """Where the workers of this process begin, from what a checkpoint says.
+    """Where the workers of this process begin: at the first row, or where a checkpoint says.
 
     With another number of readers the places cannot be handed over; then the next pass begins, and a warning says so.
     """
-    before = [len(states) for states in saved]
-    if not saved or before == [n_readers] * world_size:
-        return saved[rank] if saved else ()
-    number = 1 + max(json.loads(state)["pass"] for states in saved for state in states)
-    rank_zero_warn(
-        f"the checkpoint was made by {len(before)} processes with {before[0]} stream readers each, this run has "
-        f"{world_size} with {n_readers}: the stream begins its next pass (number {number}). To continue where it "
-        "stopped, use as many devices and num_workers as before"
-    )
+    before, number = [len(states) for states in saved], 0
+    if before == [n_readers] * world_size:
+        return saved[rank]
+    if saved:
+        number = 1 + max(json.loads(state)["pass"] for states in saved for state in states)
+        rank_zero_warn(
+            f"the checkpoint was made by {len(before)} processes with {before[0]} stream readers each, this run has "
+            f"{world_size} with {n_readers}: the stream begins its next pass (number {number}). To continue where it "
+            "stopped, use as many devices and num_workers as before"
+        )
     return [json.dumps({"pass": number, "stream": None})] * n_readers
 
 

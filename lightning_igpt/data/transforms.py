@@ -49,32 +49,17 @@ def draw_generator(seed: int, sample: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, sample], dtype=np.uint64)))
 
 
-def random_resized_crop(image: Image.Image, size: int, *, generator: np.random.Generator) -> Image.Image:
-    """The paper's pre-training crop: a square of 224/384 to 224/256 of the shorter side, anywhere in the image.
-
-    The paper resizes the shorter side to an integer in 256..384, crops 224 at random, then resizes to ``size``. Here
-    the same square is cut out of the original and resampled once instead of twice.
-    """
-    width, height = image.size
-    side = min(width, height) / generator.uniform(*_SHORTER_SIDE)
-    corner = generator.random(2) * (width - side, height - side)
-    return cut(image, (float(corner[0]), float(corner[1])), side=side, size=size)
-
-
 def reflect_pad_crop_flip(
     grids: NDArray[Any], *, pad: int, top: NDArray[np.int64], left: NDArray[np.int64], mirrored: NDArray[np.bool_]
 ) -> NDArray[Any]:
     """The paper's fine-tuning augmentation for CIFAR: pad by reflection, cut, maybe mirror.
 
     Args:
-        grids: (B, C, S, S), pixels or tokens.
+        grids: (B, C, S, S), pixels or tokens; so is the result.
         pad: Pixels added on every side; below S.
-        top: (B,), where each cut begins in the padded grid, 0 to 2 * pad.
+        top: (B,), the row of the padded grid where each cut begins, 0 to 2 * pad.
         left: (B,), the same for columns.
         mirrored: (B,), which are mirrored left to right.
-
-    Returns:
-        (B, C, S, S).
     """
     n, channels, size, _ = grids.shape
     # Where each row and column of the padded grid comes from; np.pad on the pixels is five times slower.
@@ -98,7 +83,11 @@ class CenterCrop:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Pre-training: random crops of large images, the center of small ones.
+    """Pre-training: the paper's random crops of large images, the center of small ones.
+
+    A crop is a square of 224/384 to 224/256 of the shorter side, anywhere in the image. The paper resizes the shorter
+    side to an integer in 256..384, crops 224 at random, then resizes to ``size``. Here the same square is cut out of
+    the original and resampled once instead of twice.
 
     Large means that the shorter side is at least twice ``size``: even the smallest crop (58%) is then not enlarged.
     """
@@ -109,7 +98,10 @@ class RandomCrop:
     def __call__(self, image: Image.Image, sample: int) -> Image.Image:
         if min(image.size) < 2 * self.size:
             return resize_center_crop(image, self.size)
-        return random_resized_crop(image, self.size, generator=draw_generator(self.seed, sample))
+        generator, (width, height) = draw_generator(self.seed, sample), image.size
+        side = min(width, height) / generator.uniform(*_SHORTER_SIDE)
+        left, top = generator.random(2) * (width - side, height - side)
+        return cut(image, (float(left), float(top)), side=side, size=self.size)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from lightning_igpt.data.order import EndlessOrder, EvalOrder, images_at_once
+from lightning_igpt.data.order import EndlessOrder, EvalOrder
 
 
 def order(n=26, batch_size=12, n_steps=6, **options):
@@ -56,9 +56,9 @@ def test_lightning_leaves_the_orders_alone():
 
 
 def test_a_step_that_cannot_be_divided():
-    assert images_at_once(96, 8, 4) == 3
+    assert order(100, batch_size=96, world_size=8, accumulate=4).at_once == 3
     with pytest.raises(ValueError, match=r"batch_size 46.* 4 devices x accumulate_grad_batches 3; .* to 36 or 48"):
-        images_at_once(46, 4, 3)
+        order(batch_size=46, world_size=4, accumulate=3)
     with pytest.raises(ValueError, match=r"batch_size 5.* 8 devices x accumulate_grad_batches 1; .* to 8, or"):
         order(batch_size=5, world_size=8)
     with pytest.raises(ValueError, match=r"batch_size 27 exceeds the 26 training images"):

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule
 from lightning_igpt.data.transforms import RandomCrop
+from lightning_igpt.modules.resume import count_batches
 from tests.image_files import noise, rows, tiny
 
 SOURCE = tiny(26)  # 23 to train on, 3 steps of 6 per pass
@@ -26,6 +27,9 @@ class Recorder(LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen, self.sizes = [], set()
+
+    def on_train_start(self):
+        count_batches(self.trainer)  # as all modules of this package do
 
     def training_step(self, batch, batch_idx):
         values = batch["image"][:, 0, 0, 0] if "image" in batch else batch["tokens"][:, 0]
@@ -114,8 +118,17 @@ def test_accumulation_and_workers_leave_the_order_as_it_is(tmp_path):
         module, options = Recorder(), {"max_steps": 7, "accumulate_grad_batches": accumulate}
         assert fit(options, module=module, num_workers=workers) == whole
         assert module.sizes == {(6 // accumulate, 6 // accumulate)}
-    resumed = {"max_steps": 7, "accumulate_grad_batches": 2}
-    assert fit(resumed, ckpt=tmp_path / "step-4.ckpt", num_workers=1) == whole[24:]
+    for step, accumulate, workers in ((3, 2, 0), (4, 3, 2), (5, 6, 0)):  # whose batches are counted from elsewhere
+        folder = tmp_path / f"{step}"
+        folder.mkdir()
+        module, options = Recorder(), {"max_steps": 7, "accumulate_grad_batches": accumulate}
+        path = tmp_path / f"step-{step}.ckpt"
+        assert fit(options, ckpt=path, save_to=folder, module=module, num_workers=workers) == whole[6 * step :]
+        assert module.sizes == {(6 // accumulate, 6 // accumulate)}
+        back = fit({"max_steps": 7}, ckpt=folder / "step-6.ckpt")
+        assert back == whole[36:]
+    epochs = {"max_epochs": 3, "accumulate_grad_batches": 3}
+    assert fit(epochs, ckpt=tmp_path / "step-4.ckpt") == fit({"max_steps": 9})[24:]
     with pytest.raises(ValueError, match=r"batch_size 6,.* 1 devices x accumulate_grad_batches 4; .* to 4 or 8"):
         fit({"max_steps": 7, "accumulate_grad_batches": 4})
 
@@ -127,8 +140,8 @@ CROPPED = [noise((20, 17), seed) for seed in range(26)]
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_step_has_the_images_of_its_number_wherever_a_run_begins(world_size, accumulate, workers):
-    """Pixels of all ranks and micro-batches against crops made one by one by the written formula; 10 steps are a pass."""
-    total, size, images = 6, 11, rows(CROPPED)
+    """Pixels of all ranks and micro-batches against crops made one by one by the formula; a pass has four steps."""
+    total, size = 6, 11
     permutations = [torch.randperm(26, generator=torch.Generator().manual_seed(3 + n)).tolist() for n in range(3)]
     draws = [(row, n * 26 + place) for n in range(3) for place, row in enumerate(permutations[n][:24])]
     crops = [np.asarray(RandomCrop(8, seed=3)(CROPPED[row], sample)) for row, sample in draws[: total * size]]
@@ -137,9 +150,8 @@ def test_every_step_has_the_images_of_its_number_wherever_a_run_begins(world_siz
     for first in range(size) if workers == 0 else (0, 4, 7):
         ranks = []
         for rank in range(world_size):
-            data = PretrainDataModule(
-                images, batch_size=total, image_size=8, seed=3, val_fraction=0, num_workers=workers
-            )
+            options = {"batch_size": total, "image_size": 8, "seed": 3, "val_fraction": 0, "num_workers": workers}
+            data = PretrainDataModule(rows(CROPPED), **options)
             data.trainer = SimpleNamespace(
                 global_rank=rank, world_size=world_size, accumulate_grad_batches=accumulate, global_step=first,
                 max_steps=size, max_epochs=None, lightning_module=None,

@@ -333,5 +333,5 @@ def test_the_palette_is_the_networks():
     tokens = tokenize(tiny(9), "gray:8", size=4)
     with pytest.raises(ValueError, match=r"palette \w{12}, but the network has \w{12}: every token"):
         trainer(max_steps=1).fit(module, PretrainDataModule(tokens, batch_size=4))
-    with pytest.raises(ValueError, match=r"tokens of 4 x 4 images, but image_size is 5"):
+    with pytest.raises(ValueError, match=r"image_size is 5, but .* holds tokens of 4 x 4 images"):
         ready(PretrainDataModule, tokens, batch_size=4, image_size=5).train_dataloader()
