@@ -127,8 +127,8 @@ def test_accumulation_and_workers_leave_the_order_as_it_is(tmp_path):
         assert module.sizes == {(6 // accumulate, 6 // accumulate)}
         back = fit({"max_steps": 7}, ckpt=folder / "step-6.ckpt")
         assert back == whole[36:]
-    epochs = {"max_epochs": 3, "accumulate_grad_batches": 3}
-    assert fit(epochs, ckpt=tmp_path / "step-4.ckpt") == fit({"max_steps": 9})[24:]
+    epochs = fit({"max_epochs": 3}, save_to=tmp_path)
+    assert fit({"max_epochs": 3, "accumulate_grad_batches": 3}, ckpt=tmp_path / "step-4.ckpt") == epochs[24:]
     with pytest.raises(ValueError, match=r"batch_size 6,.* 1 devices x accumulate_grad_batches 4; .* to 4 or 8"):
         fit({"max_steps": 7, "accumulate_grad_batches": 4})
 
