@@ -102,14 +102,9 @@ class ImageDataModule(LightningDataModule):
         self.shuffle_buffer, self.val_images = shuffle_buffer, val_images
         self.on_bad_image, self.max_bad_share = on_bad_image, max_bad_share
         self._split_names = {"train_split": train_split, "val_split": val_split, "test_split": test_split}
-        self._open_options: dict[str, Any] = {
-            "name": config_name,
-            "revision": revision,
-            "image_column": image_column,
-            "label_column": label_column,
-            "train_split": train_split,
-            "streaming": streaming,
-        }
+        where: dict[str, Any] = {"name": config_name, "revision": revision, "streaming": streaming}
+        columns = {"image_column": image_column, "label_column": label_column}
+        self._open_options = {**where, **columns, "train_split": train_split, "need_labels": self.needs_labels}
         self._check_options()
         self.parts: dict[str, Part] = {}  # train and, where there are any, val and test; of a stream what is kept
         self.left_out: dict[str, readers.BadImages] = {}  # by part
@@ -121,7 +116,7 @@ class ImageDataModule(LightningDataModule):
     def opened(self) -> Source:
         """What ``source`` names, opened."""
         if self._opened is None:
-            self._opened = open_source(self.source, need_labels=self.needs_labels, **self._open_options)
+            self._opened = open_source(self.source, **self._open_options)
             self.class_names = self._opened.class_names
             self.num_classes = None if self.class_names is None else len(self.class_names)
             if self._opened.streaming and self.cache == "disk":
@@ -187,19 +182,18 @@ class ImageDataModule(LightningDataModule):
                 accumulated micro-batches.
         """
         self._check_role("train")
-        trainer, place = self.trainer, place_of(self.trainer)
+        trainer, place, streaming = self.trainer, place_of(self.trainer), self.opened.streaming
         per_pass = None if self.n_train is None else max(1, self.n_train // self.batch_size)
-        options: dict[str, Any] = {
+        order = EndlessOrder(
+            self.batch_size if streaming else len(self.parts["train"]),
+            batch_size=self.batch_size,
+            n_steps=loaders.n_steps(trainer, per_pass, self.opened.name),
+            seed=self.seed,
+            first_step=lambda: 0 if trainer is None else trainer.global_step,
             **place._asdict(),
-            "batch_size": self.batch_size,
-            "n_steps": loaders.n_steps(trainer, per_pass, self.opened.name),
-            "seed": self.seed,
-            "first_step": lambda: 0 if trainer is None else trainer.global_step,
-        }
+        )
         resize, augment = self.training_resize(), self.augmentation()
-        if not self.opened.streaming:
-            part = self.parts["train"]
-            order = EndlessOrder(len(part), **options)
+        if not streaming:
             images = self._images("train", resize, self.needs_labels, replace=True, augment=augment)
             return make_loader(images, order, self._log("train"), order.at_once, self.num_workers)
         rows = self._stream_part("train", self.needs_labels)
@@ -207,16 +201,13 @@ class ImageDataModule(LightningDataModule):
         states = streams.begin(self._stream_states, place.rank, place.world_size, max(1, workers))
         reader = StreamReader(rows, resize, augment, self.on_bad_image)
         batches = StreamBatches(reader, place.rank, place.world_size, self.seed, self.shuffle_buffer, states)
-        order = EndlessOrder(self.batch_size, **options)
         self._stream = make_loader(batches, order, self._log("train"), order.at_once, workers)
         return self._stream
 
     def val_dataloader(self) -> Loader | list[Loader]:
-        """Every validation image once; empty with ``val_fraction=0`` and no validation split."""
         return self.eval_loader("val") if self.division is None or "val" in self.roles() else []
 
     def test_dataloader(self) -> Loader:
-        """Every test image once; ValueError where there is no test split."""
         return self.eval_loader("test")
 
     def predict_dataloader(self) -> Loader:
@@ -257,12 +248,11 @@ class ImageDataModule(LightningDataModule):
         return make_loader(images, order, self._log(role), None, self.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of a stream, where every worker of every process is; else nothing: the step alone decides the order."""
+        # Of a stream, where every worker of every process is; otherwise the step alone decides the order.
         return {} if self._stream is None else {"stream_states": self._stream.all_states()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep where a stream was; what versions before 0.2 saved is ignored."""
-        self._stream_states = state_dict.get("stream_states", [])
+        self._stream_states = state_dict.get("stream_states", [])  # not what versions before 0.2 saved
 
     def teardown(self, stage: str) -> None:
         """Say how many images were left out, and list them in ``bad_images.csv`` next to the logs."""
@@ -279,11 +269,9 @@ class ImageDataModule(LightningDataModule):
             rank_zero_warn(f"{len(bad)} images could not be read and were left out; they are listed in {path}")
 
     def training_resize(self) -> Resize:
-        """What makes a training image square."""
         return CenterCrop(self._size())
 
     def augmentation(self) -> Augment | None:
-        """What changes a training image then."""
         return None
 
     def _images(self, role: str, resize: Resize, need_labels: bool, labels: Any = None, **options: Any) -> ImageBatches:

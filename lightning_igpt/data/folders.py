@@ -118,10 +118,6 @@ def open_image_folder(folder: Path, files: list[Path]) -> datasets.DatasetDict:
     ``evaluation`` become ``validation``) or ``test`` (``testing``), in any case. Below that, the first folders are
     classes where every image of a split is in one and there are two or more.
 
-    Args:
-        folder: The folder.
-        files: Its images, as ``list_files`` gives them.
-
     Raises:
         ValueError: Some sub-folders are named after splits and others are not, two name the same split, or splits lie
             inside other folders.

@@ -114,13 +114,7 @@ class ImageReader:
 class ImageBatches(Dataset[dict[str, Any]]):
     """Indexed by a list of (place, sample) pairs; gives a finished batch.
 
-    Args:
-        reader: Reads pixels or tokens.
-        on_bad_image: Raise, or leave the image out.
-        replace: Read another image of the part in its place, chosen by ``seed`` and place alone, whoever reads.
-        seed: See ``replace``.
-        labels: int64, of every image of the part.
-        augment: Applied to whole batches.
+    ``replace``: where an image is left out, another one of the part is read, chosen by ``seed`` and place alone.
     """
 
     def __init__(

@@ -40,25 +40,15 @@ _STREAM_SHARDS = 64  # of data sets that are stored here as a whole
 
 @dataclass(frozen=True)
 class Source:
-    """Opened images, or tokens made of them.
+    """Opened images, or tokens made of them."""
 
-    Args:
-        name: What messages call it.
-        splits: The splits by name; the image column gives ``{"bytes", "path"}``, nothing is decoded yet.
-        image_column: The column of images, or of tokens.
-        label_column: The column of labels, or None.
-        class_names: The classes of the training split, or None without labels.
-        tokens: Palette and size of the tokens; None for images.
-        streaming: The splits are streams, which have no length and are read in their own order.
-    """
-
-    name: str
-    splits: dict[str, Rows]
-    image_column: str
+    name: str  # what messages call it
+    splits: dict[str, Rows]  # by name; the image column gives {"bytes", "path"}, nothing is decoded yet
+    image_column: str  # or that of tokens
     label_column: str | None
-    class_names: list[str] | None
-    tokens: TokenMark | None = None
-    streaming: bool = False
+    class_names: list[str] | None  # of the training split; None without labels
+    tokens: TokenMark | None = None  # palette and size; None for images
+    streaming: bool = False  # the splits are streams, which have no length and are read in their own order
 
     def labels(self, split: str) -> Tensor:
         """Class numbers of a split, int64 (rows,), aligned with ``class_names``.
@@ -89,17 +79,10 @@ def open_source(
     train_split: str | None = None,
     streaming: bool = False,
 ) -> Source:
-    """Open images wherever they are.
+    """Open images wherever they are; the options are those of ``ImageDataModule``.
 
-    Args:
-        source: As for ``ImageDataModule``. A path that exists takes precedence over a hub id.
-        name: Configuration of a data set that has several.
-        revision: Branch, tag or commit of a hub data set.
-        image_column: Column of images; needed where not exactly one column has the type Image.
-        label_column: Column of labels; needed where not exactly one column is a ClassLabel.
-        need_labels: Raise where there are no labels.
-        train_split: The split that decides the classes; default: ``train``, or else the first.
-        streaming: Read rows as they arrive, without a copy of all of them first.
+    A path that exists takes precedence over a hub id. The classes are those of ``train_split``, or else of ``train``
+    or of the first split.
 
     Raises:
         FileNotFoundError: The path does not exist.

@@ -58,13 +58,7 @@ class Division(NamedTuple):
 def divide(
     source: Source, *, train_split: str | None = None, val_split: str | None = None, test_split: str | None = None
 ) -> Division:
-    """Choose the splits of each role.
-
-    Args:
-        source: The opened source.
-        train_split: Split to train on, or slices such as ``train[:10%]`` or ``train+unlabeled``; default: ``train``.
-        val_split: Split or slice to validate on; default: ``validation``, ``valid``, ``val`` or ``dev``.
-        test_split: Split or slice to test on; default: ``test``.
+    """Choose the split of each role: the named one or slice, or else the first of ``_NAMES`` that there is.
 
     Raises:
         ValueError: A split does not exist or is empty, or rows would be trained and evaluated on.

@@ -237,9 +237,7 @@ class TokenReader:
     Args:
         part: The rows.
         dataset: The data set of the part, or tokens made of it row by row.
-        column: Column of lists of n_crops * S * S tokens; S is ``size``.
-        size: Side of the pictures in pixels.
-        n_crops: Squares of each image, of which every pass over the part takes the next.
+        column: Column of lists of n_crops * size * size tokens, of whose squares every pass over the part takes one.
         bad: By row, the images that could not be read when the tokens were made; their tokens mean nothing.
 
     Raises:
