@@ -15,7 +15,6 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -130,20 +129,6 @@ def measure(sides: dict[str, Counts], *, seconds: float, repeats: int) -> dict[s
     return result
 
 
-@contextmanager
-def everything_in(folder: Path) -> Iterator[None]:
-    """One thread, no progress bars, and the cache of ``datasets`` in ``folder``; afterwards as before."""
-    threads, before = torch.get_num_threads(), datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
-    torch.set_num_threads(1)
-    try:
-        with quiet():
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        datasets.config.HF_DATASETS_CACHE = before
-
-
 def benchmark(folder: Path, *, batch: int, seconds: float, repeats: int, images: int) -> dict[str, Any]:
     """Measure everything, print tables, and return what the JSON says."""
     result: dict[str, Any] = {"unit": "images per second of CPU time", "batch": batch, "size": SIZE}
@@ -183,7 +168,9 @@ def main(words: Sequence[str] | None = None) -> None:
         sizes = {"seconds": 0.05, "repeats": 3, "images": 1_000}
     if wrong := [name for name, value in sizes.items() if value <= 0]:
         parser.error(f"--{wrong[0]} is {sizes[wrong[0]]}; it must be above 0")
-    with TemporaryDirectory() as folder, everything_in(Path(folder)):
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder, quiet():
+        datasets.config.HF_DATASETS_CACHE = Path(folder, "datasets")
         result = benchmark(Path(folder), batch=options.batch_size, **sizes)
     small = result[SMALL]
     ratio = small["data module, tokens"]["median"] / small["transformers, tokens"]["median"]

@@ -155,7 +155,7 @@ class StreamReader:
 
 
 class StreamBatches(Dataset[dict[str, Any]]):
-    """Endless batches of a stream, asked for by draws as ``StreamOrder`` numbers them.
+    """Endless batches of a stream, asked for by draws, whose samples alone count.
 
     A map-style data set, so that torch knows a length and gives the draws to the workers in turn.
     """

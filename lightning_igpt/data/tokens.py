@@ -7,7 +7,8 @@ The column ``tokens`` holds a picture's ids; the column ``palette`` names the co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -159,10 +160,20 @@ class TokenSquares:
         return {TOKENS_COLUMN: tokens.numpy().astype(np.int16).reshape(len(rows), -1), _ERROR_COLUMN: errors}
 
 
+@contextmanager
+def _first_on_its_node(trainer: Trainer | None) -> Iterator[None]:
+    """The first process of each node runs the block before the others do."""
+    if trainer is not None and trainer.local_rank > 0:
+        trainer.strategy.barrier("token cache")
+    yield
+    if trainer is not None and trainer.local_rank == 0:
+        trainer.strategy.barrier("token cache")
+
+
 def cached_tokens(
     trainer: Trainer | None,
     part: Part,
-    image_column: str,
+    column: str,
     palette: Palette,
     resize: Resize,
     *,
@@ -175,27 +186,15 @@ def cached_tokens(
     Raises:
         BadImageError: An image cannot be read and ``skip`` is off; the message names it.
     """
-    if trainer is not None and trainer.local_rank > 0:
-        trainer.strategy.barrier("token cache")
-    bad, made = _make_cache(part, image_column, palette, resize, skip, n_crops, num_workers)
-    if trainer is not None and trainer.local_rank == 0:
-        trainer.strategy.barrier("token cache")
-    return TokenReader(part, made, TOKENS_COLUMN, resize.size, n_crops, bad)
-
-
-def _make_cache(
-    part: Part, column: str, palette: Palette, resize: Resize, skip: bool, n_crops: int, num_workers: int
-) -> tuple[dict[int, BadImage], datasets.Dataset]:
-    """The rows that could not be read, and the tokens."""
     images = part.dataset.select_columns([column])
     if not images.cache_files:  # map keeps only what it makes of files
-        images = datasets.Dataset.from_generator(
-            _rows, gen_kwargs={"images": images}, features=images.features, split=datasets.Split(str(images.split))
-        )
+        kind: dict[str, Any] = {"features": images.features, "split": datasets.Split(str(images.split))}
+        with _first_on_its_node(trainer):
+            images = datasets.Dataset.from_generator(_rows, gen_kwargs={"images": images}, **kind)
     files, length = _state_of_files(images, column), n_crops * resize.size**2
     features = {TOKENS_COLUMN: _tokens_feature(length), _ERROR_COLUMN: datasets.Value("string")}
     try:
-        with quiet():
+        with quiet(), _first_on_its_node(trainer):
             made = images.map(
                 TokenSquares(_ready(palette), column, resize, n_crops, skip, files),
                 batched=True,
@@ -213,7 +212,7 @@ def _make_cache(
     wrong = [row for row, error in enumerate(errors) if error]
     paths = [value and value["path"] for value in images[wrong][column]] if wrong else []
     bad = {row: BadImage(part.describe(row, path), errors[row]) for row, path in zip(wrong, paths, strict=True)}
-    return bad, made
+    return TokenReader(part, made, TOKENS_COLUMN, resize.size, n_crops, bad)
 
 
 def _rows(images: datasets.Dataset) -> Any:

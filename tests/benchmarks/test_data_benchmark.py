@@ -1,8 +1,19 @@
 import json
 
+import datasets
 import pytest
+import torch
 
 from lightning_igpt.benchmarks import data
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    yield
+    torch.set_num_threads(threads)
+
 
 SIDES = {"bare decoding", "data module", "data module, tokens", "transformers, tokens"}
 
@@ -32,9 +43,8 @@ def test_the_last_line_is_json_with_every_measurement(capsys):
 @pytest.mark.parametrize("kind", data.SHARE)
 def test_the_data_module_reads_what_bare_decoding_reads(kind, tmp_path):
     files = data.make_files(kind, 8)
-    with data.everything_in(tmp_path):
-        path = data.write_parquet(files, tmp_path / "a.parquet")
-        images = next(data.batches(path, batch_size=8))["image"].permute(0, 2, 3, 1).numpy()
+    path = data.write_parquet(files, tmp_path / "a.parquet")
+    images = next(data.batches(path, batch_size=8))["image"].permute(0, 2, 3, 1).numpy()
     bare = sorted(data.square(file).tobytes() for file in files)
     assert len(set(bare)) == 8 and sorted(pixels.tobytes() for pixels in images) == bare
 

@@ -28,11 +28,6 @@ def test_splits_and_classes(tmp_path):
     }
 
 
-def test_classes_only(tmp_path):
-    save_images(tmp_path, ["b/1.png", "a/2.png"])
-    assert opened(tmp_path) == {"train": [("a/2.png", "a"), ("b/1.png", "b")]}
-
-
 @pytest.mark.parametrize(
     ("folder", "split"),
     [("Training", "train"), ("TESTING", "test"), ("eval", "validation"), ("Evaluation", "validation"), ("dev", "dev")],
@@ -67,11 +62,6 @@ def test_loose_test_images_do_not_take_the_labels_away(tmp_path):
         "train": [("train/a/1.png", "a"), ("train/b/2.png", "b")],
         "test": [("test/3.png", None)],
     }
-
-
-def test_one_folder_around_everything(tmp_path):
-    save_images(tmp_path, ["set/v1/train/a/1.png", "set/v1/test/a/2.png"])
-    assert set(opened(tmp_path)) == {"train", "test"}
 
 
 @pytest.mark.parametrize(
@@ -111,15 +101,3 @@ def test_formats_that_are_not_read(tmp_path):
         (tmp_path / name).touch()
     with pytest.warns(UserWarning, match=r"3 images in formats that are not read \(.cr2, .heic\).*Convert"):
         assert len(open_path(tmp_path)["train"]) == 2
-
-
-def test_which_files_count(tmp_path):
-    save_images(tmp_path, ["1.PNG", "2.jpeg", "3.webp", ".hidden.png", ".cache/4.png"])
-    (tmp_path / "notes.txt").write_text("no image")
-    assert [path.name for path in list_files(tmp_path, SUFFIXES)] == ["1.PNG", "2.jpeg", "3.webp"]
-
-
-def test_special_characters_in_paths(tmp_path):
-    folder = tmp_path / "my [images] *"
-    save_images(folder, ["a b/1.png", "[c]/2.png"])
-    assert opened(folder) == {"train": [("[c]/2.png", "[c]"), ("a b/1.png", "a b")]}

@@ -2,7 +2,6 @@ from itertools import chain, islice
 
 import pytest
 import torch
-from torch.utils.data import DistributedSampler
 
 from lightning_igpt.data.order import EndlessOrder, EvalOrder
 
@@ -32,12 +31,6 @@ def test_devices_and_accumulation_leave_every_step_as_it_is(world_size, accumula
     assert together == whole and len({sample for _, sample in whole}) == len(whole)
 
 
-def test_a_pass_repeats_no_row():
-    rows = [row for row, _ in order(n_steps=20)]
-    assert all(len(set(rows[start : start + 24])) == 24 for start in range(0, len(rows), 24))
-    assert list(order(seed=0)) != list(order(seed=1))
-
-
 def test_iteration_starts_at_the_step_of_the_run():
     step = 0
     endless = order(n_steps=3, first_step=lambda: step)
@@ -49,10 +42,6 @@ def test_iteration_starts_at_the_step_of_the_run():
         list(islice(first, 20)) + list(endless)[:2] + list(first)
         == list(chain(*whole[:2], whole[0][:2], *whole[2:3]))[:20] + whole[0][:2] + list(chain(*whole[:3]))[20:]
     )
-
-
-def test_lightning_leaves_the_orders_alone():
-    assert isinstance(order(), DistributedSampler) and isinstance(EvalOrder(3, batch_size=2), DistributedSampler)
 
 
 def test_a_step_that_cannot_be_divided():

@@ -123,12 +123,6 @@ def test_a_pass_gives_every_row_once_in_an_order_of_the_seed(kind, tmp_path):
     assert set(drawn(chain(busy, busy, busy), 84)) == set(range(28))
 
 
-def test_a_mix_keeps_its_weights_and_misses_no_row():
-    counts = Counter(drawn(stream_of(mix(None, 60, 2), val_fraction=0).train_dataloader(), 40))
-    assert set(counts) == set(range(60))
-    assert sum(count for row, count in counts.items() if row < 20) / 160 == pytest.approx(3 / 4, abs=0.1)
-
-
 def test_shards_without_rows_are_skipped_but_a_stream_without_any_ends():
     stream = from_ranges([[], [0, 1, 2], [], []])
     assert set(drawn(stream_of(stream, val_fraction=0, num_workers=4).train_dataloader(), 8)) == {0, 1, 2}

@@ -6,7 +6,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule
 from lightning_igpt.data.columns import TokenMark, marked_palette
@@ -81,36 +80,6 @@ def test_images_become_tokens(dataset, tokenized):
     assert marked_palette(tokenized) == MARK
 
 
-def test_several_splits(dataset):
-    splits = datasets.DatasetDict(train=dataset.select([0, 1, 2, 3]), test=dataset.select([4, 5]))
-    tokenized = tokenize(splits, "gray:8", size=4)
-    assert isinstance(tokenized, datasets.DatasetDict)
-    for split, pictures in [("train", PICTURES[:4]), ("test", PICTURES[4:])]:
-        assert tokenized[split]["tokens"][:] == by_hand(pictures, 4, Palette.load("gray:8"))
-        assert tokenized[split]["label"][:] == splits[split]["label"][:]
-
-
-def test_our_own_rules_decode(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    deep = Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8))
-    files = [encoded(deep), encoded(noise((8, 8)), "PNG", exif=exif), encoded(Image.new("RGBA", (8, 8)))]
-    features = datasets.Features({"image": datasets.Image()})
-    columns = {"image": [{"bytes": content, "path": None} for content in files]}
-    tokens = tokenize(datasets.Dataset.from_dict(columns, features=features), CORNERS, size=8)["tokens"][:]
-    white = Image.new("RGB", (8, 8), "white")
-    assert tokens == by_hand([deep, noise((8, 8)).transpose(Image.Transpose.ROTATE_270), white])
-    assert len({*tokens[0]}) == 2
-
-
-def test_paths_and_bytes_in_a_named_column(tmp_path):
-    noise().save(tmp_path / "a.png")
-    for value in (str(tmp_path / "a.png"), encoded(noise())):
-        tokenized = tokenize(datasets.Dataset.from_dict({"file": [value]}), CORNERS, size=8, image_column="file")
-        assert tokenized.column_names == ["tokens", "palette"]
-        assert tokenized["tokens"][:] == by_hand([noise()])
-
-
 def test_streams(dataset, tokenized):
     stream = tokenize(dataset.to_iterable_dataset(), CORNERS, size=8, batch_size=4)
     assert stream.features == tokenized.features
@@ -122,18 +91,6 @@ def test_streams(dataset, tokenized):
 
 
 # Files and the cache
-
-
-def test_files_keep_everything(tokenized, tmp_path):
-    tokenized.save_to_disk(tmp_path / "saved")
-    tokenized.to_parquet(tmp_path / "a.parquet")
-    saved = datasets.load_from_disk(tmp_path / "saved")
-    parquet = datasets.load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train")
-    for loaded in (saved, parquet):
-        assert loaded.features == tokenized.features
-        assert loaded[:] == tokenized[:]
-        assert marked_palette(loaded) == MARK
-    assert saved.info.description == tokenized.info.description
 
 
 def test_a_second_call_reads_the_cache(on_disk, monkeypatch):
