@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 FILE, METRICS, RECORD = "run.json", "metrics.csv", "run_record"  # the last is a key in checkpoints
 LIBRARIES = ("lightning-igpt", "torch", "lightning", "datasets", "numpy", "pillow")
+DATA = ("source", "batch_size", "seed", "val_fraction")  # with the sizes of the parts, what decides the order
 TRAINER = ("precision", "max_steps", "max_epochs", "accumulate_grad_batches", "world_size")
 
 
@@ -62,7 +63,7 @@ class RunRecord(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         now, was = comparable(self.record), self._earlier
         changed = [name for name in now.keys() & was.keys() if now[name] != was[name]]
-        changes = [f"{name} {str(was[name])[:12]} -> {str(now[name])[:12]}" for name in sorted(changed)]
+        changes = [f"{name} {str(was[name])[:40]} -> {str(now[name])[:40]}" for name in sorted(changed)]
         if changes:
             rank_zero_warn(f"the resumed run differs from the run that wrote its checkpoint: {', '.join(changes)}")
 
@@ -111,8 +112,10 @@ class MetricsFile(Logger):
 
 def describe(trainer: Trainer, module: Any) -> dict[str, Any]:
     """The entry of a run in run.json, as JSON values."""
-    data, device = getattr(trainer, "datamodule", None), trainer.strategy.root_device
+    data: Any = getattr(trainer, "datamodule", None)
+    device = trainer.strategy.root_device
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    images = {name: len(part) for name, part in data.parts.items()} if hasattr(data, "needs_labels") else {}
     record = {
         "started": datetime.now(timezone.utc).isoformat(),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
@@ -120,19 +123,22 @@ def describe(trainer: Trainer, module: Any) -> dict[str, Any]:
         "commit": _commit(Path.cwd()),
         "trainer": {name: getattr(trainer, name) for name in TRAINER},
         "module": {"class": type(module).__name__, "hparams": _hparams(module)},
-        "data": {"class": type(data).__name__, "hparams": _hparams(data)},
+        "data": {"class": type(data).__name__, "hparams": _hparams(data), "images": images},
         "module_seed": _hparams(module).get("seed"),
-        "data_seed": _hparams(data).get("seed"),
         "palette_sha256": getattr(getattr(module, "palette", None), "sha256", None),
-        "data_fingerprint": getattr(data, "fingerprint", None),
     }
-    return dict(json.loads(json.dumps(record, default=str)))
+    return json.loads(json.dumps(record, default=str))  # type: ignore[no-any-return]
 
 
 def comparable(record: Mapping[str, Any]) -> dict[str, Any]:
     """What of an entry a resumed run should share with the run that it continues."""
-    names = {"palette_sha256", "data_fingerprint", "module_seed", "data_seed"} & record.keys()
-    return dict(record.get("versions", {})) | {name: record[name] for name in names}
+    if not record:
+        return {}
+    settings, images = record["data"]["hparams"], record["data"]["images"]
+    shared: dict[str, Any] = record["versions"] | {name: record[name] for name in ("palette_sha256", "module_seed")}
+    shared |= {f"data_{name}": settings.get(name) for name in DATA}
+    shared["data_source"] = Path(str(settings.get("source"))).name  # a path must not be published with the weights
+    return shared | {f"data_images_{part}": size for part, size in images.items()}
 
 
 def _hparams(owner: Any) -> dict[str, Any]:

@@ -6,15 +6,16 @@ Exact for checkpoints written between two optimizer steps. The order of the imag
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+
+from lightning_igpt.private import current_datamodule
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def load_run_state(module: Any, checkpoint: dict[str, Any]) -> None:
         return
     module.random_states = checkpoint.get(RANDOM)
     _keep_rates(module, checkpoint)
+    _count_micro_batches(module, checkpoint)
     _forget_foreign_files(module.trainer, checkpoint)
 
 
@@ -144,6 +146,21 @@ def _follow_schedule(trainer: Trainer) -> None:
                 group["lr"] = base * factor(schedule.last_epoch)
 
 
+def _count_micro_batches(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Make Lightning's counts of batches those of this run's accumulation, which may differ from the checkpoint's.
+
+    Loaders of this package's data modules yield whole optimizer steps, from the step that training has reached.
+    """
+    if not module.automatic_optimization or not hasattr(current_datamodule(module.trainer), "needs_labels"):
+        return
+    loop = checkpoint["loops"]["fit_loop"]
+    steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    for scope in ("total", "current"):
+        counts = loop["epoch_loop.batch_progress"][scope]
+        more = steps[scope]["completed"] * module.trainer.accumulate_grad_batches - counts["processed"]
+        counts.update({name: count + more for name, count in counts.items()})
+
+
 def _forget_foreign_files(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Drop the state of a ModelCheckpoint that names files outside of its folder.
 
@@ -152,16 +169,9 @@ def _forget_foreign_files(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """
     states = checkpoint.get("callbacks") or {}
     for callback in trainer.checkpoint_callbacks:
-        state = states.get(callback.state_key)
-        if isinstance(callback, ModelCheckpoint) and state is not None:
-            named = [state.get(name) for name in ("best_model_path", "kth_best_model_path", "last_model_path")]
-            named += list(state.get("best_k_models") or {})
-            if not all(_is_inside(str(path), str(callback.dirpath)) for path in named if path):
-                del states[callback.state_key]
-                log.info("%s starts without its old state: that names files outside of %s", callback, callback.dirpath)
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    if "://" in folder:
-        return path.startswith(folder) and ".." not in path
-    return "://" not in path and Path(path).resolve().is_relative_to(Path(folder).resolve())
+        state, inside = states.get(callback.state_key) or {}, f"{getattr(callback, 'dirpath', None)}{os.sep}"
+        named = [state.get(name) for name in ("best_model_path", "kth_best_model_path", "last_model_path")]
+        named += state.get("best_k_models") or {}
+        if not all(str(path).startswith(inside) and ".." not in str(path) for path in named if path):
+            del states[callback.state_key]
+            log.info("%s starts without its old state: that names files outside of %s", callback, inside)
