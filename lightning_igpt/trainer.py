@@ -24,6 +24,7 @@ from lightning_igpt.callbacks import (
     RunRecord,
     Throughput,
 )
+from lightning_igpt.callbacks.throughput import is_frozen
 from lightning_igpt.checkpointing import AtomicCheckpointIO, SteadyCheckpoint
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.private import multiplies_bfloat16
@@ -67,32 +68,29 @@ def make_trainer(
         max_steps: Optimizer steps of the run. Pretraining counts in steps, as the paper does.
         max_epochs: Passes over the data; for probing (1) and fine-tuning.
         precision: Lightning's name of a precision. Default: bf16-mixed where the device computes it fast, else 32-true.
-        compile: Compile the network's blocks for training; auto does where the run is long enough to gain by it, as
-            CompileBlocks explains.
-        matmul_precision: How float32 matrices are multiplied while this trainer runs, in the whole process: highest, or
-            high for TF32 on GPUs that have it, which is several times faster and keeps 10 bits of 23; medium may use
-            bfloat16. Default: high where fit trains a network in float32 on such a GPU, else as torch is set. The
-            paper trained in float32.
-        recompute: Activation checkpointing, which saves memory for time: keep no activations of a block but its input
-            (full), or that and the output of attention (selective), and compute the others again in the backward pass.
-            auto does so only where a plan of module and data says that they would not fit otherwise.
+        compile: Compile the network's blocks for training; auto does where the run is long enough to gain by it.
+        matmul_precision: How float32 matrices are multiplied while this trainer runs, in the whole process: highest;
+            high for TF32 on GPUs that have it, several times faster, with 10 bits of 23; medium may use bfloat16.
+            Default: high where fit trains a network in float32 on such a GPU, else as torch is set.
+        recompute: Activation checkpointing: keep no activations of a block but its input (full), or that and the output
+            of attention (selective), and compute the others again in the backward pass. auto does so only where module
+            and data would not fit otherwise.
         accelerator: ``cpu``, ``gpu``, ... or ``auto``.
         devices: Number or list of devices, or ``auto``.
         val_check_interval: Batches between validations (int), or a fraction of an epoch (float). Default: 10
             validations in a run counted in steps, one per epoch otherwise.
-        checkpoint_every: Optimizer steps between checkpoints. Default: a tenth of a run counted in steps, at most 1000
-            steps; else an epoch. A checkpoint waits for a validation that is due at its step.
+        checkpoint_every: Optimizer steps between checkpoints, which wait for a validation that is due. Default: a tenth
+            of a run counted in steps, at most 1000 steps; else an epoch.
         monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy (higher is better) or
-            val/nats_per_pixel (lower is better), besides the newest.
+            val/nats_per_pixel (lower is better).
         callbacks: Added to those chosen here: ModelCheckpoint, LearningRateMonitor, LayerCurve, ClassificationReport,
             RunRecord, Throughput, CompileBlocks, Recompute, FiniteGuard, Preempt and, on CUDA, a progress bar that
-            reads the loss from the GPU at every 20th step only. A callback of such a class replaces ours.
+            reads the loss at every 20th step only. A callback of such a class replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
-        strategy: Default: nothing special on one device, DDP on several, and FSDP2 where the network with its optimizer
-            does not fit on each. ``fsdp2`` asks for the last; ``ddp``, ``deepspeed_stage_2`` and so on are Lightning's,
-            with Lightning's settings.
-        module: What will be trained. With it and data, strategy and recompute follow from how much memory the network
-            takes; without, the network is expected to fit on one device. The command line passes both.
+        strategy: Default: DDP on several devices, and FSDP2 where the network with its optimizer does not fit on each.
+            ``fsdp2`` asks for the last; other names are Lightning's, with Lightning's settings.
+        module: What will be trained. With it and data, strategy and recompute follow from the memory that the network
+            takes; without, it is expected to fit on one device. The command line passes both.
         data: What it will be trained on.
         **kwargs: Anything else that Trainer takes.
 
@@ -147,18 +145,11 @@ def _check_word(name: str, value: Any, words: tuple[Any, ...]) -> None:
 def _trained(module: Any) -> ImageGPTConfig | None:
     """The network that takes memory for training; that of a probe takes none."""
     config = getattr(module, "config", None)
-    return config if isinstance(config, ImageGPTConfig) and not _is_frozen(module.network) else None
-
-
-def _is_frozen(network: torch.nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in network.parameters())
+    return config if isinstance(config, ImageGPTConfig) and not is_frozen(module.network) else None
 
 
 def best_precision(accelerator: str = "auto") -> str:
-    """bf16-mixed where the hardware multiplies bfloat16 faster than float32, else 32-true.
-
-    On a CPU that means AMX or AVX512-BF16; on any other bf16 is emulated and slower.
-    """
+    """bf16-mixed where the hardware multiplies bfloat16 fast (a CPU by AMX or AVX512-BF16), else 32-true."""
     return _precision(accelerator)[0]
 
 
@@ -178,10 +169,7 @@ def _is_cuda(accelerator: str) -> bool:
 
 
 class _Speed(Callback):
-    """Sets how float32 matrices are multiplied, for as long as the trainer runs; logs what was chosen for speed.
-
-    TF32 is chosen for networks in training only: a probe's classifiers are fitted to a tolerance below its rounding.
-    """
+    """Sets how float32 matrices are multiplied, for as long as the trainer runs; logs what was chosen for speed."""
 
     def __init__(self, parallel: Chosen, precision: str, matmul: str | None) -> None:
         self.parallel, self.precision, self.matmul = parallel.reason, precision, matmul
@@ -190,14 +178,13 @@ class _Speed(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._earlier, wanted = torch.get_float32_matmul_precision(), self.matmul
         in_float32 = stage == "fit" and str(trainer.precision).startswith("32")
-        if wanted is None and in_float32 and not _is_frozen(getattr(pl_module, "network", pl_module)):
-            untouched = self._earlier == "highest"  # which is how torch starts
-            wanted = "high" if untouched and _has_tf32(trainer.strategy.root_device) else None
+        if wanted is None and in_float32 and not is_frozen(getattr(pl_module, "network", pl_module)):
+            # Not for probes, which fit to a tolerance below its rounding, nor where torch was set otherwise.
+            wanted = "high" if self._earlier == "highest" and _has_tf32(trainer.strategy.root_device) else None
         torch.set_float32_matmul_precision(wanted or self._earlier)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        compiles = [str(one.decision) for one in _of(CompileBlocks, trainer)]
-        again = [str(one.decision) for one in _of(Recompute, trainer)]
+        compiles, again = ([str(one.decision) for one in _of(kind, trainer)] for kind in (CompileBlocks, Recompute))
         rank_zero_info(", ".join([f"strategy {type(trainer.strategy).__name__} ({self.parallel})", *again]))
         products = f"float32 products {PRODUCTS[torch.get_float32_matmul_precision()]}"
         rank_zero_info(", ".join([self.precision, *compiles, products]))
@@ -213,8 +200,8 @@ class _Speed(Callback):
 
 def choices(trainer: Trainer) -> list[str]:
     """Strategy and precision of a trainer that ``make_trainer`` made, and why; they are known before it runs."""
-    names = type(trainer.strategy).__name__
-    return [line for one in _of(_Speed, trainer) for line in (f"strategy {names} ({one.parallel})", one.precision)]
+    name = type(trainer.strategy).__name__
+    return [line for one in _of(_Speed, trainer) for line in (f"strategy {name} ({one.parallel})", one.precision)]
 
 
 def _of(kind: type[Callback], trainer: Trainer) -> list[Any]:

@@ -6,6 +6,7 @@ Exact for checkpoints written between two optimizer steps. The order of the imag
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -30,19 +31,14 @@ def trainer_of(module: LightningModule) -> Trainer | None:
         return None
 
 
-def is_fitting(module: LightningModule) -> bool:
-    """Whether a module is attached to a trainer that runs ``fit``, its validations included."""
-    trainer = trainer_of(module)
-    return trainer is not None and trainer.state.fn == TrainerFn.FITTING
-
-
 def is_evaluating(module: LightningModule) -> bool:
     """Whether a module is attached to a trainer that runs ``validate``, ``test`` or ``predict``."""
-    return trainer_of(module) is not None and not is_fitting(module)
+    trainer = trainer_of(module)
+    return trainer is not None and trainer.state.fn != TrainerFn.FITTING
 
 
 def save_random_states(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Add the generators' states of all processes to a checkpoint; all processes call it together."""
+    """Add the generators' states of all processes to a checkpoint, together, where training draws numbers."""
     trainer = trainer_of(module)
     if trainer is None or not _draws(module):
         return
@@ -57,7 +53,7 @@ def save_random_states(module: Any, checkpoint: dict[str, Any]) -> None:
 
 def load_run_state(module: Any, checkpoint: dict[str, Any]) -> None:
     """Prepare a checkpoint for a run that continues it: the recipe's rates win, and random states wait for training."""
-    if not is_fitting(module):
+    if trainer_of(module) is None or is_evaluating(module):
         return
     module.random_states = checkpoint.get(RANDOM)
     _keep_rates(module, checkpoint)
@@ -76,12 +72,8 @@ def start_training(module: Any) -> None:
         if "cuda" in mine and module.device.type == "cuda":
             torch.cuda.set_rng_state(mine["cuda"].cpu(), module.device)
     elif states is not None:
-        log.warning(
-            "the checkpoint was saved by %d processes and this run has %d: dropout draws other numbers than it would "
-            "have drawn",
-            len(states),
-            trainer.world_size,
-        )
+        text = "the checkpoint was saved by %d processes and this run has %d: dropout draws other numbers"
+        log.warning(text, len(states), trainer.world_size)
     elif _draws(module) and trainer.global_rank > 0:  # else all processes would drop the same
         torch.manual_seed((torch.initial_seed() + trainer.global_rank) % 2**63)
     _follow_schedule(trainer)
@@ -94,20 +86,17 @@ def total_steps(trainer: Trainer) -> tuple[int, int | None]:
     """(optimizer steps of the run, optimizer steps per pass over the data if the data module knows its size)."""
     batches = getattr(getattr(trainer, "datamodule", None), "batches_per_epoch", None)
     if batches is None:
-        total = trainer.estimated_stepping_batches
-        if total == float("inf"):
-            raise ValueError("a cosine needs to know where the run ends: give the trainer max_steps or max_epochs")
-        return int(total), None
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
-    # Lightning steps on an accumulation window that the end of an epoch cuts short, too.
-    per_epoch = max(1, -(-batches // trainer.accumulate_grad_batches))
-    ends = [trainer.max_steps] if trainer.max_steps > 0 else []
-    if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        ends.append(per_epoch * trainer.max_epochs)
-    if not ends:
+        total, per_epoch = trainer.estimated_stepping_batches, None
+    else:
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+        # Lightning steps on an accumulation window that the end of an epoch cuts short, too.
+        per_epoch = max(1, -(-batches // trainer.accumulate_grad_batches))
+        ends = (trainer.max_steps, per_epoch * (trainer.max_epochs or -1))
+        total = min((end for end in ends if end > 0), default=math.inf)
+    if total == math.inf:
         raise ValueError("a cosine needs to know where the run ends: give the trainer max_steps or max_epochs")
-    return min(ends), per_epoch
+    return int(total), per_epoch
 
 
 def _draws(module: Any) -> bool:
@@ -118,8 +107,7 @@ def _draws(module: Any) -> bool:
 def _keep_rates(module: Any, checkpoint: Mapping[str, Any]) -> None:
     """Let a resumed run train with the module's learning rate, betas and weight decay, not the checkpoint's.
 
-    Lightning restores the optimizer with the settings that it was saved with, whatever recipe and flags say. Groups
-    that this package made note their scale of the rate (layer-wise decay) and whether they are decayed.
+    Groups that this package made note their scale of the rate (layer-wise decay) and whether they are decayed.
     """
     rates: list[float] = []
     for state in checkpoint.get("optimizer_states", []):

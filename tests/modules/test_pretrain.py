@@ -156,20 +156,6 @@ def test_training_in_bfloat16_leaves_the_palette_and_float32_behind(tmp_path):
     assert {parameter.dtype for parameter in loaded.network.parameters()} == {torch.float32}
 
 
-def test_a_longer_resumed_run_follows_the_longer_cosine(tmp_path):
-    def rates(max_steps, ckpt_path=None):
-        model, found = module(lr=1.0, warmup_steps=1), []
-        model.on_train_batch_start = lambda *args: found.append(model.optimizers().param_groups[0]["lr"])
-        trainer = quiet_trainer(tmp_path, max_steps=max_steps)
-        trainer.fit(model, loader(128), ckpt_path=ckpt_path)
-        return found, trainer.checkpoint_callback.best_model_path
-
-    _, path = rates(4)
-    whole, _ = rates(8)
-    resumed, _ = rates(8, path)
-    assert resumed == pytest.approx(whole[4:])
-
-
 @pytest.mark.parametrize(
     ("options", "end"),
     [
