@@ -33,11 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save a checkpoint so that ``path`` holds either the old file or the whole new one.
-
-        Raises:
-            OSError: The folder cannot be written, the disk is full, or it gives back other bytes; the old file stays.
-        """
+        """Save a checkpoint so that ``path`` holds the whole new file or, where OSError says why, the old one."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -60,11 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load tensors and plain values; a file that holds anything else is refused, unless ``weights_only=False``.
-
-        Raises:
-            ValueError: The file is damaged.
-        """
+        """Load tensors and plain values; ValueError for a damaged file, and others need ``weights_only=False``."""
         if "://" not in str(path) and Path(path).is_file():
             check_whole(Path(path))
         return super().load_checkpoint(path, map_location, weights_only is None or weights_only)

@@ -98,9 +98,6 @@ def choose_strategy(
 
     ``fsdp2`` names ours, all other names Lightning's. For ``auto`` it is planned: on GPUs by their memory and by what
     the network takes there, where ``config`` and ``batch_size``, the images of an optimizer step, are known.
-
-    Raises:
-        ValueError: ``fsdp2`` is asked for, and the number of devices is unknown.
     """
     kind, count = _devices(accelerator, devices)
     if isinstance(given, str) and given.lower() == "fsdp2":

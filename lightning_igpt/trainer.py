@@ -97,9 +97,8 @@ def make_trainer(
     Raises:
         ValueError: Neither max_steps nor max_epochs is given, or an option is none of its words.
     """
-    _check_word("compile", compile, (True, False, "auto"))
-    _check_word("matmul_precision", matmul_precision, (None, *PRODUCTS))
-    _check_word("recompute", recompute, ("auto", "none", "selective", "full"))
+    if matmul_precision not in (None, *PRODUCTS):
+        raise ValueError(f"matmul_precision is {matmul_precision!r}; it must be one of {', '.join(PRODUCTS)}")
     # The command line passes every option of Trainer, those not given as None or Trainer's own default.
     if max_steps < 1 and max_epochs is None and not kwargs.get("fast_dev_run") and not kwargs.get("max_time"):
         raise ValueError("how long to train? Give max_steps (pretraining) or max_epochs (probing, fine-tuning)")
@@ -109,16 +108,18 @@ def make_trainer(
     if by_steps and kwargs.get("check_val_every_n_epoch", 1) == 1:
         kwargs["check_val_every_n_epoch"] = None  # steps, not passes over the data, are the clock
     precision, why = (precision, "as given") if precision else _precision(accelerator)
+    config, network = getattr(module, "config", None), getattr(module, "network", torch.nn.Identity())
     parallel = choose_strategy(
         strategy or "auto",
         accelerator=accelerator,
         devices=devices,
         num_nodes=int(kwargs.get("num_nodes") or 1),
         precision=str(precision),
-        config=_trained(module),
+        config=config if isinstance(config, ImageGPTConfig) and not is_frozen(network) else None,
         batch_size=getattr(data, "batch_size", None),
         accumulate=int(kwargs.get("accumulate_grad_batches") or 1),
     )
+    given: list[Any] = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
     chosen = _callbacks(callbacks, max_steps if by_steps else None, checkpoint_every, monitor, kwargs)
     _add(chosen, CompileBlocks(compile), Recompute(recompute))  # in this order: compiled, blocks keep less
     if _is_cuda(accelerator) and kwargs.get("enable_progress_bar", not kwargs.get("barebones")) is not False:
@@ -132,20 +133,9 @@ def make_trainer(
         strategy=parallel.strategy,
         val_check_interval=val_check_interval,
         callbacks=[*chosen, _Speed(parallel, f"precision {precision} ({why})", matmul_precision)],
-        plugins=_plugins(plugins),
+        plugins=given if any(hasattr(one, "save_checkpoint") for one in given) else [*given, AtomicCheckpointIO()],
         **kwargs,
     )
-
-
-def _check_word(name: str, value: Any, words: tuple[Any, ...]) -> None:
-    if value not in words:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, words))}")
-
-
-def _trained(module: Any) -> ImageGPTConfig | None:
-    """The network that takes memory for training; that of a probe takes none."""
-    config = getattr(module, "config", None)
-    return config if isinstance(config, ImageGPTConfig) and not is_frozen(module.network) else None
 
 
 def best_precision(accelerator: str = "auto") -> str:
@@ -245,10 +235,3 @@ def _checkpoints(max_steps: int | None, every: int | None, monitor: str | None) 
         return chosen
     every = every or min(1000, max(1, (max_steps or 10_000) // 10))
     return [*chosen, SteadyCheckpoint(filename="{step}", every_n_train_steps=every)]
-
-
-def _plugins(given: Any) -> list[Any]:
-    chosen = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
-    if not any(hasattr(one, "save_checkpoint") for one in chosen):
-        chosen.append(AtomicCheckpointIO())
-    return chosen

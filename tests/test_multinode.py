@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -26,15 +27,29 @@ def free_port():
         return one.getsockname()[1]
 
 
-def finish(folder, *commands):
+def wait_for(port):
+    end = time.monotonic() + LIMIT
+    while True:
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def finish(folder, *commands, port=None):
     """Run commands at once in a folder with the recipe; what they printed, and the last checkpoint."""
     folder.mkdir()
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": MODEL, "data": DATA, "trainer": TRAINER}))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": folder}
-    processes = [subprocess.Popen([sys.executable, *command], env=environment, **options) for command in commands]
+    processes = []
     try:
+        for number, command in enumerate(commands):
+            if number:
+                wait_for(port)  # the first machine holds the rendezvous
+            processes.append(subprocess.Popen([sys.executable, *command], env=environment, **options))
         outs = [process.communicate(timeout=LIMIT)[0] for process in processes]
     finally:
         for process in processes:
@@ -49,10 +64,11 @@ def test_two_machines_equal_one_process(tmp_path):
     """``batch_size`` is that of an optimizer step, whatever the devices."""
     fit = ["-m", "lightning_igpt", "fit", "--config", "recipe.yaml"]
     _, expected = finish(tmp_path / "one", fit)
+    port = free_port()
     torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
-    torchrun += ["--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "test", "--local-addr", "127.0.0.1"]
+    torchrun += ["--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "test", "--local-addr", "127.0.0.1"]
     machine = [*torchrun, *fit, "--trainer.num_nodes", "2", "--trainer.strategy", "ddp"]
-    out, found = finish(tmp_path / "two", machine, machine)
+    out, found = finish(tmp_path / "two", machine, machine, port=port)
     assert "Starting with 2 processes" in out
     for name, value in expected["state_dict"].items():
         torch.testing.assert_close(found["state_dict"][name], value, rtol=1e-5, atol=1e-6)

@@ -33,12 +33,7 @@ class Batch(NamedTuple):
 
 
 def read_batch(batch: Any, palette: Palette, config: ImageGPTConfig) -> Batch:
-    """Turn what a loader yields into tokens, labels and sample numbers.
-
-    Raises:
-        TypeError: The batch has none of the accepted forms.
-        ValueError: Images or tokens do not fit the network.
-    """
+    """Tokens, labels and sample numbers of a batch; TypeError or ValueError says what of it cannot be read."""
     if isinstance(batch, Mapping):
         labels, samples = batch.get("label"), batch.get("sample")
         if "tokens" in batch:
@@ -57,11 +52,7 @@ def read_batch(batch: Any, palette: Palette, config: ImageGPTConfig) -> Batch:
 
 
 def need_labels(batch: Batch, num_classes: int) -> Tensor:
-    """The labels of a batch, int64 (B,).
-
-    Raises:
-        ValueError: There are none, or one is outside 0 .. num_classes - 1.
-    """
+    """The labels of a batch, int64 (B,); ValueError where there are none, or one is outside 0 .. num_classes - 1."""
     labels = batch.labels
     if labels is None:
         raise ValueError("this batch has no labels, which probing and fine-tuning need: yield 'label' next to 'image'")
@@ -80,12 +71,7 @@ def need_labels(batch: Batch, num_classes: int) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images as uint8: bytes unchanged, floats in [0, 1] rounded.
-
-    Raises:
-        TypeError: Integers of another type.
-        ValueError: Floats beyond half a byte outside [0, 1], as normalization gives them.
-    """
+    """Images as uint8: bytes unchanged, floats in [0, 1] rounded; others, as normalization gives them, are refused."""
     if images.dtype == torch.uint8:
         return images
     if not images.is_floating_point():

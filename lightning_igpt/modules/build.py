@@ -48,12 +48,9 @@ def build_network(
     objective: Objective | None = None,
     image_size: int | None = None,
 ) -> Built:
-    """Make or load the network and its palette from a module's arguments.
+    """Make or load the network and its palette; ValueError where the arguments contradict each other or the weights.
 
     Loaded weights keep their shape; only ``image_size`` (positions are interpolated) and ``dropout`` may differ.
-
-    Raises:
-        ValueError: The arguments contradict each other or the loaded weights.
     """
     if pretrained is None:
         config = ImageGPTConfig.resolve("igpt_s" if network is None else network)
@@ -62,8 +59,7 @@ def build_network(
         if len(colors) != config.vocab_size:
             raise ValueError(
                 f"the palette has {len(colors)} colors but the network's vocab_size is {config.vocab_size}; "
-                f"set vocab_size={len(colors)}, or fit a palette of {config.vocab_size} colors "
-                f"(lightning-igpt palette fit --n_colors {config.vocab_size})"
+                f"set vocab_size={len(colors)}, or fit a palette by palette fit --n_colors {config.vocab_size}"
             )
         return Built(ImageGPT(config), colors)
     with torch.device("cpu"):
@@ -82,16 +78,16 @@ def build_network(
     return Built(loaded.network, loaded.palette, loaded.lineage, loaded.path)
 
 
-def register(module: Any, built: Built, **hyperparameters: Any) -> None:
-    """Attach network and palette; keep hyperparameters as plain values, so that a checkpoint opens by itself.
+def register(module: Any, built: Built, *names: str, **others: Any) -> None:
+    """Attach network and palette; keep these attributes and values as hyperparameters, in place of the weights' source.
 
-    The network's config takes the place of ``network`` and ``pretrained``: a checkpoint holds the weights.
+    They are plain values, so that a checkpoint opens by itself.
     """
     module.network, module.palette, module.origin, module.origin_path = built
     colors = torch.tensor(built.palette.to_list(), dtype=torch.float32, device="cpu")  # (K, 3)
     module.register_buffer(COLORS, colors)
     named = {"network": built.network.config.to_dict(), "palette": built.palette.spec}
-    module.save_hyperparameters(named | hyperparameters)
+    module.save_hyperparameters(named | {name: getattr(module, name) for name in names} | others)
 
 
 def shard_network(module: Any) -> None:
@@ -99,9 +95,6 @@ def shard_network(module: Any) -> None:
 
     The units are blocks, the rest of the network, and a classifier's head. Weights on the meta device, where
     ``trainer.init_module(empty_init=True)`` leaves them, are drawn by the first process as on one device.
-
-    Raises:
-        ValueError: The strategy asks for tensor parallelism, or another strategy gets a sharded network.
     """
     trainer, network = trainer_of(module), module.network
     if trainer is None:  # load_from_checkpoint configures the model, too
@@ -109,10 +102,8 @@ def shard_network(module: Any) -> None:
     strategy = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy):
         if is_sharded(network):
-            raise ValueError(
-                f"this module's network is sharded, which {type(strategy).__name__} cannot train: load its checkpoint "
-                "into a new module"
-            )
+            name = type(strategy).__name__
+            raise ValueError(f"{name} cannot train a sharded network: load its checkpoint into a new module")
         return
     _check_strategy(trainer, module.device_mesh)
     for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
@@ -139,15 +130,10 @@ def shard_network(module: Any) -> None:
 def _check_strategy(trainer: Trainer, mesh: Any) -> None:
     data, tensor = mesh["data_parallel"].size(), mesh["tensor_parallel"].size()
     if tensor > 1:
-        raise ValueError(
-            f"the strategy has tensor_parallel_size={tensor}, but layers are not divided: use strategy='fsdp2', or "
-            f"ModelParallelStrategy(data_parallel_size={data * tensor}, tensor_parallel_size=1)"
-        )
+        sizes = f"data_parallel_size={data * tensor}, tensor_parallel_size=1"
+        raise ValueError(f"the strategy has tensor_parallel_size={tensor}, but layers are not divided: set {sizes}")
     if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ValueError(
-            "weights cannot be averaged while they are sharded, since torch cannot copy such a network; leave out "
-            "WeightAveraging (EMAWeightAveraging), or train with strategy='ddp'"
-        )
+        raise ValueError("weights cannot be averaged while they are sharded; leave out WeightAveraging, or use DDP")
 
 
 def _share_out(network: ImageGPT, strategy: ModelParallelStrategy) -> None:
@@ -210,8 +196,7 @@ def note_validation(module: Any) -> None:
 
 def _data_name(trainer: Trainer) -> str | None:
     """The data's name without the path to it, which must not be published with the weights."""
-    data = current_datamodule(trainer)
-    source = None if data is None else data.hparams.get("source")
+    source: Any = getattr(current_datamodule(trainer), "hparams", {}).get("source")
     if not isinstance(source, str):
         return None
     return Path(source).name if Path(source).exists() or Path(source).is_absolute() else source
@@ -225,10 +210,8 @@ def check_stamp(module: Any, checkpoint: Mapping[str, Any]) -> None:
     if not isinstance(other, Mapping) or not {"class", "network", "palette_sha256"} <= other.keys():
         raise ValueError("this checkpoint is damaged: its description of itself is incomplete")
     if other["class"] != mine:
-        raise ValueError(
-            f"this checkpoint is a {other['class']}'s and the model is a {mine}; to start from its weights, use "
-            "pretrained="
-        )
+        what = f"this checkpoint is a {other['class']}'s and the model is a {mine}"
+        raise ValueError(f"{what}; to start from its weights, use pretrained=")
     config = ImageGPTConfig.resolve(other["network"])
     if config != module.config:
         raise ValueError(f"the checkpoint holds a network of {_differences(config, module.config)}")
@@ -305,17 +288,12 @@ def classes_of_data(trainer: Trainer) -> tuple[int | None, list[str] | None]:
 
 
 def adopt_class_names(module: Any) -> None:
-    """Take the data's class names where the module has none, and compare the numbers of classes.
-
-    Raises:
-        ValueError: The data has more classes than the module.
-    """
+    """Take the data's class names where the module has none; ValueError where the data has more classes."""
     count, names = classes_of_data(module.trainer)
-    if count is not None and count > module.num_classes:
-        raise ValueError(
-            f"the data has {count} classes but num_classes is {module.num_classes}; set num_classes={count}"
-        )
-    if count is not None and count < module.num_classes:
+    count = module.num_classes if count is None else count
+    if count > module.num_classes:
+        raise ValueError(f"num_classes is {module.num_classes} but the data has {count}; set num_classes={count}")
+    if count < module.num_classes:
         log.warning("num_classes is %d but the data has only %d classes", module.num_classes, count)
     if module.class_names is None and names is not None:
         rest = (f"LABEL_{number}" for number in range(len(names), module.num_classes))  # classes that the data lacks

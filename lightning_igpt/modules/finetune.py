@@ -56,9 +56,6 @@ class FineTuneModule(LightningModule):
             for (section 4.6: 5), ties at random; cross-entropy and predictions use the mean of the probabilities.
         class_names: Names of the classes. Default: the checkpoint's, else the data's.
         seed: Seed of BERT's masks and of ties between their votes.
-
-    Raises:
-        ValueError: Arguments contradict each other or the loaded weights.
     """
 
     network: ImageGPT
@@ -105,18 +102,14 @@ class FineTuneModule(LightningModule):
         self.schedule, self.layer_decay, self.generative_weight = schedule, layer_decay, generative_weight
         self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
         self.num_classes, self.class_names, self._named = num_classes, class_names, class_names is not None
-        training = {"schedule": schedule, "layer_decay": layer_decay, "generative_weight": generative_weight}
-        masks = {"mask_ratio": mask_ratio, "mask_inputs": mask_inputs, "n_masks": n_masks, "seed": seed}
-        classes = {"num_classes": num_classes, "class_names": class_names}
-        adam = {"lr": lr, "betas": list(betas), "weight_decay": weight_decay, "warmup_steps": warmup_steps}
+        names = ("num_classes", "class_names", "lr", "weight_decay", "warmup_steps", "schedule", "layer_decay")
+        masks = ("generative_weight", "mask_ratio", "mask_inputs", "n_masks", "seed")
         built = build.build_network(network, palette, pretrained, image_size=image_size)
-        build.register(self, built, **classes, **adam, **training, **masks)
+        build.register(self, built, *names, *masks, betas=list(betas))
         build.check_masks(self.config, mask_ratio, mask_inputs, n_masks)
         if self.config.objective == "bert" and not mask_inputs and generative_weight != 0:
-            raise ValueError(
-                f"mask_inputs=False hides no pixel, so there is none to predict, but generative_weight is "
-                f"{generative_weight}; set generative_weight=0 or mask_inputs=True"
-            )
+            text = "mask_inputs=False hides no pixel to predict, but generative_weight is"
+            raise ValueError(f"{text} {generative_weight}; set generative_weight=0 or mask_inputs=True")
         self.head = nn.Linear(self.config.n_embd, num_classes, bias=False, device="cpu")
         nn.init.zeros_(self.head.weight)
         if generative_weight == 0:

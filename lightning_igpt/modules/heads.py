@@ -152,9 +152,7 @@ def check_concat(concat: int | None, n_layers: int, solver: str) -> None:
     if concat < 1 or concat % 2 == 0:
         raise ValueError(f"concat is {concat}; it must be an odd number, as the layers are centered on the best")
     if concat > n_layers:
-        raise ValueError(
-            f"concat is {concat}, but only {n_layers} layers are probed; lower it, or name more in layers="
-        )
+        raise ValueError(f"concat is {concat}, but only {n_layers} layers are probed; lower it or name more in layers=")
     if solver == "sgd":
         raise ValueError(f"concat={concat} needs the features that solver='sgd' does not keep; use solver='lbfgs'")
 

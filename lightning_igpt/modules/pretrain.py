@@ -79,10 +79,10 @@ class PretrainModule(LightningModule):
         build.check_betas(betas)
         self.optimizer, self.lr, self.betas, self.weight_decay = optimizer, lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.mask_ratio, self.seed = warmup_steps, mask_ratio, seed
-        adam = {"lr": lr, "betas": list(betas), "weight_decay": weight_decay, "warmup_steps": warmup_steps}
         built = build.build_network(network, palette, pretrained, objective, image_size)
         build.check_masks(built.network.config, mask_ratio)
-        build.register(self, built, optimizer=optimizer, **adam, mask_ratio=mask_ratio, seed=seed)
+        names = ("optimizer", "lr", "weight_decay", "warmup_steps", "mask_ratio", "seed")
+        build.register(self, built, *names, betas=list(betas))
         self.metrics = build.metrics_by_stage(build.Mean)
 
     @property

@@ -61,9 +61,6 @@ class ProbeModule(LightningModule):
         n_masks: BERT networks only: masks under which an image is evaluated, as in FineTuneModule.
         max_feature_bytes: lbfgs only: features beyond so many bytes per process move to temporary files, in TMPDIR.
         seed: Seed of BERT's masks, of ties between their votes, and of the tenth that c is chosen on.
-
-    Raises:
-        ValueError: A layer does not exist, or arguments contradict each other or the loaded weights.
     """
 
     network: ImageGPT
@@ -109,11 +106,9 @@ class ProbeModule(LightningModule):
         self.pretrained, self.class_names, self.lr, self.weight_decay = pretrained, class_names, lr, weight_decay
         self.solver, self.c, self.standardize, self.concat = solver, c, standardize, concat
         self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
-        probed = {"layers": layers, "solver": solver, "concat": concat, "c": c, "standardize": standardize}
-        masks = {"mask_ratio": mask_ratio, "mask_inputs": mask_inputs, "n_masks": n_masks, "seed": seed}
-        classes = {"num_classes": num_classes, "class_names": class_names}
+        names = ("solver", "concat", "c", "standardize", "mask_ratio", "mask_inputs", "n_masks", "seed", "class_names")
         built = build.build_network(network, palette, pretrained, image_size=image_size)
-        build.register(self, built, **probed, **numbers, **masks, **classes)
+        build.register(self, built, *names, layers=layers, num_classes=num_classes, **numbers)
         self.network.requires_grad_(False).eval()
         build.check_masks(self.config, mask_ratio, mask_inputs, n_masks)
         self.layers = heads.choose_layers(layers, self.config.n_layer)
