@@ -11,8 +11,6 @@ import logging
 import os
 import shutil
 import time
-import zipfile
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_igpt.weights.safety import check_intact, check_local, read_torch
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            check_whole(temporary)
+            check_intact(temporary)
             temporary.replace(target)
             _sync_folder(target.parent)
         except (OSError, RuntimeError, ValueError) as error:  # torch makes a RuntimeError of a write that failed
@@ -73,32 +73,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Load tensors and plain values; a file that holds anything else is refused, unless ``weights_only=False``.
 
         Raises:
-            ValueError: The file is damaged.
+            ValueError: The file is damaged, holds Python objects, or would have to be downloaded.
         """
-        if "://" not in str(path) and Path(path).is_file():
-            check_whole(Path(path))
-            self.last = Path(path)
-        return super().load_checkpoint(path, map_location, weights_only is None or weights_only)
-
-
-def check_whole(path: Path) -> None:
-    """Raise ValueError unless every entry of a file by ``torch.save`` equals its checksum, which torch never compares.
-
-    A file that did not change since an earlier call is not read again.
-    """
-    status = path.stat()
-    _compare_checksums(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache
-def _compare_checksums(path: Path, size: int, modified: int) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except Exception as error:  # zipfile has many errors for damage
-        raise ValueError(f"{path} is damaged or incomplete ({error}); use another checkpoint") from error
-    if broken is not None:
-        raise ValueError(f"{path} is damaged: {broken} differs from its checksum; use another checkpoint")
+        safely = weights_only is None or weights_only
+        if safely:
+            check_local(path)
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, safely)
+        check_intact(Path(path))
+        self.last = Path(path)
+        if not safely:
+            return super().load_checkpoint(path, map_location, False)
+        checkpoint: dict[str, Any] = read_torch(Path(path), map_location, mmap=False)
+        return checkpoint
 
 
 def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None = None) -> Path | None:
@@ -143,11 +130,8 @@ def check_resumable(path: Path, module: LightningModule | None = None) -> None:
     Raises:
         ValueError: It is damaged, was saved without the optimizer, or by another class, network or palette.
     """
-    check_whole(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch's unpickler has many
-        raise ValueError(f"{path} cannot be opened without running code, or is damaged: {error}") from error
+    check_intact(path)
+    checkpoint = read_torch(path)
     if not isinstance(checkpoint, dict) or not KINDS.keys() <= checkpoint.keys():
         raise ValueError(f"{path} holds weights, but not the optimizer; start a new run from it with pretrained=")
     kinds: dict[str, type] = {"callbacks": dict, **KINDS}

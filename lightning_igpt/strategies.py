@@ -13,9 +13,9 @@ from lightning.pytorch.accelerators.cpu import CPUAccelerator
 from lightning.pytorch.accelerators.cuda import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from lightning_igpt.checkpointing import check_whole
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.planning import ACTIVATION_BYTES, Choice, choose, usable_bytes
+from lightning_igpt.weights.safety import check_intact, check_local, read_torch
 
 
 class Chosen(NamedTuple):
@@ -49,13 +49,14 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Open a checkpoint; mapped, so that the processes of a machine share the memory.
 
         Raises:
-            ValueError: It is damaged.
+            ValueError: It is damaged, holds Python objects, or would have to be downloaded.
         """
-        path = Path(self.broadcast(checkpoint_path))
-        check_whole(path)
-        checkpoint: dict[str, Any] = torch.load(
-            path, map_location="cpu", mmap=True, weights_only=weights_only is None or weights_only
-        )
+        path = self.broadcast(checkpoint_path)
+        if weights_only is not None and not weights_only:
+            return self.checkpoint_io.load_checkpoint(path, weights_only=False)
+        check_local(path)
+        check_intact(Path(path))
+        checkpoint: dict[str, Any] = read_torch(Path(path))
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -109,21 +109,6 @@ def test_pickled_files_of_any_kind(tmp_path):
     assert_equal(network, load_pretrained(folder).network)
 
 
-def test_one_flipped_bit_is_noticed_by_check_intact(tmp_path):
-    _, path = write("checkpoint", tmp_path / "x", random_network())
-    check_intact(path)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"x\.ckpt is damaged: .* differs from its checksum; copy or download it again"
-    ):
-        check_intact(path)
-    path.write_bytes(content[:-100])
-    with pytest.raises(ValueError, match=r"x\.ckpt is damaged or incomplete"):
-        check_intact(path)
-
-
 def test_a_damaged_config_is_named(tmp_path):
     save_pretrained(tmp_path, random_network(), PALETTE)
     good = json.loads((tmp_path / "config.json").read_text())
