@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lightning_igpt.benchmarks.harness import conditions, options_parser, print_json, say_unused
+from lightning_igpt.benchmarks.harness import conditions, options_parser, print_json
 from lightning_igpt.data.folders import quiet
 from lightning_igpt.data.pretrain import PretrainDataModule
 from lightning_igpt.palette import Palette
@@ -240,12 +240,11 @@ def benchmark(folder: Path, *, batch: int, seconds: float, repeats: int, images:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, measure in a temporary folder, print."""
-    parser = options_parser("data", __doc__, preset="igpt_s", batch_size=BATCH, repeats=25)
+    parser = options_parser("data", __doc__, batch_size=BATCH, repeats=25)
     parser.add_argument("--seconds", type=float, default=0.15, help="CPU time of one turn (default 0.15)")
     parser.add_argument("--images", type=int, default=20_000, help="small PNG files to make (default 20000)")
     parser.add_argument("--quick", action="store_true", help="short turns and few images: half a minute")
     options = parser.parse_args(words)
-    say_unused(words, "preset", "precision", "compile", "device")
     sizes = {name: getattr(options, name) for name in ("seconds", "repeats", "images")}
     if options.quick:
         sizes = {"seconds": 0.05, "repeats": 3, "images": 1_000}

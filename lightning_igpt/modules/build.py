@@ -165,10 +165,10 @@ def _share_out(network: ImageGPT, strategy: ModelParallelStrategy) -> None:
 class Mean(MeanMetric):
     """torchmetrics' mean, summed in float32: in bf16-true a sum in bfloat16 would stop growing at 256 images."""
 
-    def update(self, value: float | Tensor, weight: float | Tensor = 1.0) -> None:
+    def update(self, *args: Any, **kwargs: Any) -> None:
         if self.mean_value.dtype != torch.float32:  # module.to(dtype), or Trainer.init_module
             self.set_dtype(torch.float32)
-        super().update(value, weight)
+        super().update(*args, **kwargs)
 
 
 def metrics_by_stage(make: Callable[[], Metric]) -> nn.ModuleDict:

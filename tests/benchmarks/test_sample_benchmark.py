@@ -18,13 +18,13 @@ def tiny(monkeypatch):
 
 
 def test_the_last_line_is_json_with_every_side(capsys):
-    sample.main([*WORDS, "--precision", "int8", "--compile"])
+    sample.main([*WORDS, "--precision", "int8"])
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
     assert set(result) >= KEYS and set(result["sides"]) == {"full", "half", "int8", sample.PEER}
-    assert result["precision"] == "int8" and result["steps_per_turn"] == 3
+    assert result["precision"] == "int8"
     assert result["logits_off"]["full"] < 1e-5 < result["logits_off"]["half"] < result["logits_off"]["int8"]
-    assert "--compile" in printed and "without a cache" in printed
+    assert "without a cache" in printed
 
 
 @pytest.mark.parametrize(("name", "factor"), [("theirs", 1.01), ("ours", 1.0001)])

@@ -17,9 +17,9 @@ def tiny(monkeypatch):
 
 
 def test_the_last_line_is_json_with_every_side(capsys):
-    train_step.main([*WORDS, "--layers", "2", "--trainer", "--precision", "32-true"])
+    train_step.main([*WORDS, "--layers", "2", "--precision", "32-true"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(result) >= KEYS | {"trainer_fit_s", "trainer_overhead"}
+    assert set(result) >= KEYS
     assert set(result["sides"]) == {train_step.OURS, train_step.PEER}
     assert result["layers"] == 2 and result["losses_off"] < 1e-4
     assert result["tokens_per_second"] > 0 and result["fraction_of_limit"] > 0
