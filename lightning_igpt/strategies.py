@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.planning import ACTIVATION_BYTES, Choice, choose, usable_bytes
-from lightning_igpt.weights.safety import check_intact, check_local, read_torch
+from lightning_igpt.weights.safety import check_intact, read_torch
 
 
 class Chosen(NamedTuple):
@@ -54,7 +54,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
         path = self.broadcast(checkpoint_path)
         if weights_only is not None and not weights_only:
             return self.checkpoint_io.load_checkpoint(path, weights_only=False)
-        check_local(path)
         check_intact(Path(path))
         checkpoint: dict[str, Any] = read_torch(Path(path))
         return checkpoint

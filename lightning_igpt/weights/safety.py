@@ -93,10 +93,11 @@ def check_local(path: str | Path) -> None:
 
 
 def check_intact(path: Path) -> None:
-    """Raise a ValueError unless a file by ``torch.save`` equals its checksums, which torch never compares.
+    """Raise a ValueError unless ``path`` is a file by ``torch.save`` that equals its checksums, which torch ignores.
 
     A file that did not change since an earlier call is not read again.
     """
+    check_local(path)
     status = path.stat()
     _compare_checksums(path, status.st_size, status.st_mtime_ns)
 

@@ -25,12 +25,6 @@ def test_the_last_line_is_json_with_every_side(capsys):
     assert result["tokens_per_second"] > 0 and result["fraction_of_limit"] > 0
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_other_precisions_run(precision, capsys):
-    train_step.main([*WORDS, "--precision", precision])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["precision"] == precision
-
-
 def test_another_loss_is_refused(monkeypatch):
     right = train_step.next_pixel_loss
     monkeypatch.setattr(train_step, "next_pixel_loss", lambda logits, tokens: 1.01 * right(logits, tokens))
