@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,16 +149,10 @@ def _share_out(network: ImageGPT, strategy: ModelParallelStrategy) -> None:
 class Mean(MeanMetric):
     """torchmetrics' mean, summed in float32: in bf16-true a sum in bfloat16 would stop growing at 256 images."""
 
-    def __init__(self) -> None:
-        narrow = torch.get_default_dtype()  # Trainer.init_module sets it
-        torch.set_default_dtype(torch.float32)
-        try:
-            super().__init__()
-        finally:
-            torch.set_default_dtype(narrow)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Mean:
-        return super()._apply(lambda value: fn(value).to(value.dtype), exclude_state)  # type: ignore[return-value]
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        if self.mean_value.dtype != torch.float32:  # module.to(dtype), or Trainer.init_module
+            self.set_dtype(torch.float32)
+        super().update(*args, **kwargs)
 
 
 def metrics_by_stage(make: Callable[[], Metric]) -> nn.ModuleDict:
