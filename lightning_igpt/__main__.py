@@ -28,14 +28,12 @@ OWN_VERBS = {
     "plan": "parameters, FLOPs, memory and time of a network",
     "recipes": "list, show or copy the shipped YAML recipes",
 }
+POSITIONAL = ("convert", "data", "palette", "recipes", "report")  # verbs whose required arguments need no names
 INTERRUPTED, NO_READER = 130, 141  # as shells report programs that SIGINT and SIGPIPE ended
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one verb.
-
-    Args:
-        args: The words after the program's name; default those of the command line.
+    """Run one verb, by the words after the program's name, which default to those of the command line.
 
     Returns:
         The exit status: 0 when the work is done, 130 after Ctrl-C, 141 if the reader of stdout is gone.
@@ -72,7 +70,11 @@ def _run(words: list[str]) -> int:
         importlib.import_module("lightning_igpt.cli").run(words)
         return 0
     if verb in OWN_VERBS:
-        return importlib.import_module(f"lightning_igpt.commands.{verb}").run(words[1:]) or 0
+        from lightning_igpt.commands.arguments import run_function
+
+        module = importlib.import_module(f"lightning_igpt.commands.{verb}")
+        function = getattr(module, "VERBS", None) or getattr(module, verb)
+        return run_function(function, words[1:], verb, positional=verb in POSITIONAL, about=OWN_VERBS[verb])
     closest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS], n=1)
     hint = f"; did you mean {closest[0]!r}?" if closest else "."
     print(f"{PROGRAM}: there is no verb {verb!r}{hint} See {PROGRAM} --help", file=sys.stderr)

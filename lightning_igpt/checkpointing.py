@@ -10,7 +10,6 @@ import errno
 import logging
 import os
 import shutil
-import time
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +23,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FORGOTTEN = 3600.0  # seconds without a write after which a temporary file belongs to a process that died
 KINDS = {"loops": dict, "state_dict": dict, "optimizer_states": list, "lr_schedulers": list}  # what a run continues
 
 
@@ -32,20 +30,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Write next to the target, flush to the disk, compare checksums, then rename; read with torch's safe loader.
 
     Addresses with a protocol, such as ``s3://``, are written by Lightning's own means.
-
-    Attributes:
-        last: The file that was last saved or loaded whole by this process.
     """
 
-    last: Path | None = None
-
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save a checkpoint so that ``path`` holds either the old file or the whole new one.
-
-        Raises:
-            OSError: The folder cannot be written, the disk is full, or it gives back other bytes than were written; the
-                old file is as it was.
-        """
+        """Save a checkpoint so that ``path`` holds the whole new file or, where OSError says why, the old one."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -53,7 +41,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         temporary = target.with_name(f".{target.name}.tmp")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_forgotten(target.parent)
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -65,19 +52,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise _explained(error, target, temporary) from error
         finally:
             temporary.unlink(missing_ok=True)
-        self.last = target
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load tensors and plain values; a file that holds anything else is refused, unless ``weights_only=False``.
-
-        Raises:
-            ValueError: The file is damaged.
-        """
+        """Load tensors and plain values; ValueError for a damaged file, and others need ``weights_only=False``."""
         if "://" not in str(path) and Path(path).is_file():
             check_whole(Path(path))
-            self.last = Path(path)
         return super().load_checkpoint(path, map_location, weights_only is None or weights_only)
 
 
@@ -104,13 +85,12 @@ def _compare_checksums(path: Path, size: int, modified: int) -> None:
 def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None = None) -> Path | None:
     """The newest checkpoint that a run can continue from, for ``trainer.fit(ckpt_path=...)``.
 
-    Those that are damaged, that hold no optimizer, or that are another network's or palette's are skipped with a
-    warning.
+    Those that are damaged, hold no optimizer, or are another network's or palette's are skipped with a warning.
 
     Args:
-        where: The run's trainer, which knows where its loggers and its ModelCheckpoints save; or a folder, which is
-            searched with all below it.
-        module: The module that continues. None leaves it to the trainer to find out whether it fits.
+        where: The run's trainer, for the folders of its loggers and ModelCheckpoints; or a folder, searched with all
+            below it.
+        module: The module that continues; None compares no network.
 
     Returns:
         None where there is no checkpoint at all.
@@ -138,11 +118,7 @@ def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None 
 
 
 def check_resumable(path: Path, module: LightningModule | None = None) -> None:
-    """Raise unless a run can continue from a checkpoint.
-
-    Raises:
-        ValueError: It is damaged, was saved without the optimizer, or by another class, network or palette.
-    """
+    """Raise ValueError where a checkpoint is damaged, without optimizer, or of another class, network or palette."""
     check_whole(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -169,7 +145,7 @@ class SteadyCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if it is time, and no validation follows."""
-        if not _validation_follows(trainer, batch_idx):
+        if not validation_follows(trainer, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -177,7 +153,8 @@ class SteadyCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, None, None, 0)
 
 
-def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+def validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether Lightning validates after this batch."""
     every, batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
     if not trainer.enable_validation or (every and (trainer.current_epoch + 1) % every):
         return False
@@ -196,9 +173,8 @@ def _time_of(path: Path) -> float:
 
 def _candidates(where: str | Path | Trainer) -> list[Path]:
     if isinstance(where, Trainer):
-        # Not all below the root, which may be a folder of many runs.
         places = [place for folder in _folders(where) for place in folder.rglob("*.ckpt")]
-        places += Path(where.default_root_dir).glob("*.ckpt")
+        places += Path(where.default_root_dir).glob("*.ckpt")  # no deeper: it may hold many runs
     else:
         places = list(Path(where).expanduser().rglob("*.ckpt"))
     return [path for path in dict.fromkeys(places) if path.is_file() and not path.name.startswith(".")]
@@ -210,14 +186,6 @@ def _folders(trainer: Trainer) -> list[Path]:
     roots = [(logger.save_dir or trainer.default_root_dir, logger.name or "") for logger in trainer.loggers]
     folders = [Path(trainer.default_root_dir) / "checkpoints", *(Path(root) / str(name) for root, name in roots)]
     return folders + [Path(folder) for folder in named if folder and "://" not in str(folder)]
-
-
-def _remove_forgotten(folder: Path) -> None:
-    """Remove what saves that were killed have left."""
-    for path in folder.glob(".*.ckpt.tmp"):
-        if time.time() - _time_of(path) > FORGOTTEN:
-            path.unlink(missing_ok=True)
-            log.info("removed %s, which an interrupted save had left", path)
 
 
 def _explained(error: Exception, target: Path, temporary: Path) -> OSError:

@@ -5,9 +5,11 @@ Not here: our own verbs (``commands/``), and what a dry run prints (``commands/d
 
 from __future__ import annotations
 
+import csv
+import itertools
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -27,7 +29,7 @@ from lightning_igpt.commands import dry_run, recipes
 from lightning_igpt.commands.arguments import SEEDS, check_seed, leaves_of, one_line_errors, parameter_texts
 from lightning_igpt.commands.help import LIGHTNING_VERBS, PROGRAM, Parser, page, usage_error
 from lightning_igpt.commands.places import check_folder
-from lightning_igpt.commands.predictions import write_predictions
+from lightning_igpt.pictures import save_png
 from lightning_igpt.trainer import make_trainer
 
 __all__ = ["RecipeCLI", "callbacks", "data", "modules", "run"]  # importing the classes makes their short names known
@@ -71,8 +73,7 @@ class RecipeFile(ActionConfigFile):  # type: ignore[misc]
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Read the file, or the shipped recipe of that name."""
-        path = values if Path(values).exists() else str(recipes.find(values))
-        super().__call__(parser, cfg, path, option_string)
+        super().__call__(parser, cfg, values if Path(values).exists() else str(recipes.find(values)), option_string)
 
 
 class RecipeParser(LightningArgumentParser):
@@ -92,8 +93,7 @@ class RecipeParser(LightningArgumentParser):
         """The text of ``--help``."""
         if self.verb is None:
             return str(super().format_help())
-        checkpoint = "" if self.verb == "fit" else "--ckpt_path CHECKPOINT "
-        usage = f"{self.prog} --config RECIPE {checkpoint}[options]"
+        usage = f"{self.prog} --config RECIPE{' --ckpt_path CHECKPOINT' * (self.verb != 'fit')} [options]"
         return page(self.prog, usage, LIGHTNING_VERBS[self.verb].capitalize(), _help_groups())
 
     def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **options: Any) -> list[str]:
@@ -130,12 +130,9 @@ def _flag(function: Callable[..., Any], name: str) -> str:
 
 
 class RecipeCLI(LightningCLI):
-    """Model, data and trainer of a recipe. A checkpoint changes neither its values nor those of the flags.
+    """Model, data and trainer of a recipe, without weights if ``dry``.
 
-    Args:
-        verb: fit, validate, test or predict.
-        words: The words after the verb.
-        dry: Draw no weights.
+    A checkpoint changes neither the recipe's values nor those of the flags.
     """
 
     def __init__(self, verb: str, words: Sequence[str], *, dry: bool = False) -> None:
@@ -194,18 +191,13 @@ class RecipeCLI(LightningCLI):
             raise ValueError(f"trainer: {error}") from error  # values that Lightning refuses are the user's, too
 
     def checkpoint(self) -> str | None:
-        """The checkpoint to continue (fit) or to run (the other verbs); None to start from the recipe's weights.
-
-        Raises:
-            FileNotFoundError: The checkpoint does not exist.
-            ValueError: Two are named, none can be continued, or the verb would run on random weights.
-        """
+        """The checkpoint to continue (fit) or to run (the other verbs); None to start from the recipe's weights."""
         path, resume = self.config["ckpt_path"], self.config["resume"]
         if self.verb == "fit":
             if resume and path:
                 raise ValueError(f"--resume {resume} and --ckpt_path {path} both name a checkpoint; drop one of them")
             path = self._resumed(resume) if resume else path
-        elif not path and not self._has_weights():
+        elif not path and not self.config["random_weights"] and not self._pretrains_from_weights():
             raise ValueError(
                 f"{self.verb} would run on random weights: pass --ckpt_path with the checkpoint of a run (or, for "
                 "pretraining, model.pretrained); --random_weights true runs them as a baseline"
@@ -215,33 +207,25 @@ class RecipeCLI(LightningCLI):
             raise FileNotFoundError(f"ckpt_path {path} does not exist; it names the checkpoint of a run")
         return path or None
 
-    def _has_weights(self) -> bool:
-        pretrains = self.config["model"]["class_path"].endswith("PretrainModule")  # heads are in checkpoints alone
-        weights = pretrains and self.config["model"].get("init_args", {}).get("pretrained")
-        return bool(weights or self.config["random_weights"])
+    def _pretrains_from_weights(self) -> bool:
+        model = self.config["model"]  # of other modules the heads are in checkpoints alone
+        return model["class_path"].endswith("PretrainModule") and bool(model.get("init_args", {}).get("pretrained"))
 
     def _resumed(self, resume: str) -> str | None:
         auto, place = resume.lower() == "auto", Path(resume).expanduser()
         if not auto and not place.exists():
             raise FileNotFoundError(f"--resume {resume} does not exist; name a checkpoint or a run folder, or auto")
-        if not auto and place.is_file():
-            return str(place)
-        newest = find_checkpoint(self.trainer if auto else place, self.model)
-        if newest is None and not auto:
+        newest = place if place.is_file() and not auto else find_checkpoint(self.trainer if auto else place, self.model)
+        if newest is not None:
+            return str(newest)
+        if not auto:
             raise FileNotFoundError(f"--resume {resume}: the folder has no checkpoint; --resume auto would start a run")
-        if newest is None:
-            rank_zero_info(f"--resume auto: {self.trainer.default_root_dir} has no run yet; starting one")
-        return None if newest is None else str(newest)
+        rank_zero_info(f"--resume auto: {self.trainer.default_root_dir} has no run yet; starting one")
+        return None
 
 
 def run(words: Sequence[str]) -> RecipeCLI:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``.
-
-    Args:
-        words: The verb and its options. ``--config`` takes a file or the name of a shipped recipe.
-
-    Returns:
-        The recipe's model, data and trainer, after the run.
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` with its options, and return what the recipe made.
 
     Raises:
         SystemExit: Wrong usage (2), or one line about a value that was wrong (1).
@@ -283,6 +267,26 @@ def _allow(trusted: Sequence[str]) -> None:
         add_print_completion_argument=True,
         subclasses_disabled=[torch.Tensor],  # whose attributes would be options, tensors among them, without end
     )
+
+
+def write_predictions(
+    predictions: Tensor, folder: Path, class_names: Sequence[str] | None, *, left_out: Collection[int] = ()
+) -> Path:
+    """Write images, uint8 (N, 3, S, S), as PNG, or class probabilities, float (N, C), as CSV, without rows left out."""
+    rows = (row for row in itertools.count() if row not in left_out)
+    if predictions.ndim == 4:
+        for number, image in zip(rows, predictions, strict=False):
+            save_png(image, folder / f"{number:06d}.png")
+        return folder
+    names = list(class_names or [])
+    names += [str(number) for number in range(len(names), predictions.shape[1])]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "classes.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "class", *names])
+        for row, values in zip(rows, predictions.tolist(), strict=False):
+            writer.writerow([row, names[values.index(max(values))], *(f"{value:.6f}" for value in values)])
+    return folder / "classes.csv"
 
 
 def _write(cli: RecipeCLI, batches: Sequence[Any]) -> None:

@@ -81,21 +81,9 @@ def choose_c(
 ) -> float:
     """The value of c that classifies held-out training rows best; of equally good values the smallest.
 
-    Every value is fitted to the rows that ``split_rows`` keeps and evaluated on those that it holds out. With too few
-    rows ``usable_grid`` leaves one value.
-
-    Args:
-        features: Float (N, D).
-        labels: int64 (N,), 0 to num_classes - 1.
-        num_classes: C.
-        grid: Values of c, as in fit_logistic, in any order.
-        standardize: As in fit_logistic, with mean and variance of the kept rows.
-        max_iter: As in fit_logistic, for each value.
-        tolerance: As in fit_logistic.
-        seed: Selects the held-out rows.
-
-    Raises:
-        ValueError: As in fit_logistic.
+    Every value of ``grid`` is fitted to the rows that ``split_rows`` keeps (by which ``standardize`` scales) and
+    evaluated on those that it holds out, as ``seed`` selects them. With too few rows ``usable_grid`` leaves one value.
+    The other arguments and errors are those of fit_logistic.
     """
     _check(features, labels, num_classes, grid)
     grid = usable_grid(grid, len(features))

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -110,9 +110,16 @@ def _uncached_autocast(device_type: str) -> Any:
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then MLP."""
+    """Pre-norm residual block: attention, then MLP.
 
-    recompute: Recomputing = "none"  # a setting of the run, not of the network: not in config or checkpoint
+    Attributes:
+        recompute: What the forward pass saves for the backward pass, which computes the rest again, with the same loss
+            and gradients to the bit. ``none``: all. ``selective``: the input and the output of attention's kernel; with
+            dropout, or where attention is no single kernel, it is ``full``. ``full``: the input alone. A setting of the
+            run, not part of config or checkpoints.
+    """
+
+    recompute: Recomputing = "none"
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()
@@ -232,23 +239,6 @@ class ImageGPT(nn.Module):
     def blocks(self) -> list[Block]:
         """The blocks in order."""
         return [block for block in self.h if isinstance(block, Block)]
-
-    def set_recompute(self, how: Recomputing) -> None:
-        """Which activations the blocks save for the backward pass; they recompute the others there.
-
-        Loss and gradients stay the same, bit for bit. The setting is not part of config or checkpoints.
-
-        Args:
-            how: ``none``: all is kept. ``selective``: a block's input and the output of attention's kernel. With
-                dropout, or where attention is no single kernel, it is ``full``. ``full``: a block's input alone.
-
-        Raises:
-            ValueError: It is none of these.
-        """
-        if how not in get_args(Recomputing):
-            raise ValueError(f"recompute is {how!r}; it must be one of {', '.join(get_args(Recomputing))}")
-        for block in self.blocks():
-            block.recompute = how
 
     def forward(self, tokens: Tensor, *, masked: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits for every pixel.

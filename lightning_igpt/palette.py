@@ -189,7 +189,7 @@ def _table(palette: Palette, device: torch.device) -> Tensor:
 @lru_cache(maxsize=8)
 def _named(name: str) -> Palette:
     if name == "openai":
-        return Palette(np.load(_OPENAI))
+        return Palette(np.load(_OPENAI, allow_pickle=False))
     return Palette(np.linspace(-1, 1, int(name.removeprefix("gray:")))[:, None].repeat(3, axis=1))
 
 

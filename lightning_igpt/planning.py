@@ -22,7 +22,6 @@ Strategy = Literal["single", "ddp", "fsdp"]
 GIB = 2**30
 MOVED_BYTES = 200  # per token, layer and unit of width, from and to the device's memory; an estimate
 USUAL_MFU = ((200e6, 0.33), (900e6, 0.45), (math.inf, 0.50))  # up to this many parameters: S, M, L and XL
-CPU_MFU = 0.60  # of the CPU's own speed, measured in the same minute
 
 
 def parameter_count(config: ImageGPTConfig) -> int:

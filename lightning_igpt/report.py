@@ -34,7 +34,6 @@ PICTURES = {
     "worst.png": "The test images with the highest loss, each with its class and the predicted one.",
 }
 METRICS = {"nats_per_pixel": min, "accuracy": max}  # and which value is best
-_MIN_WIDTH = 560  # CSS pixels that a picture with text keeps on a narrow page
 
 
 class Markup(str):
@@ -43,24 +42,12 @@ class Markup(str):
 
 @dataclass(frozen=True)
 class Run:
-    """What the folder of a run holds.
-
-    Args:
-        name: Of the page's section.
-        folder: The run's folder.
-        curves: Metrics by name.
-        record: The newest entry of ``run.json``; empty without one.
-    """
+    """What the folder of a run holds."""
 
     name: str
     folder: Path
-    curves: dict[str, Curve]
-    record: dict[str, Any]
-
-    @property
-    def settings(self) -> list[tuple[str, str]]:
-        """The record as (name, value), nested names joined by dots."""
-        return list(_flat("", self.record))
+    curves: dict[str, Curve]  # metrics by name
+    settings: list[tuple[str, str]]  # (name, value) of the newest entry of run.json, nested names joined by dots
 
     def layers(self, part: str) -> Curve:
         """(layers, accuracy) of a probe on ``probe`` (validation) or ``test``."""
@@ -73,21 +60,16 @@ def read_runs(folder: Path) -> list[Run]:
     """The runs in a folder and below it, in the order of their names; version_9 comes before version_10.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no metrics.csv in it.
         ValueError: A file of a run is damaged.
     """
     tables = sorted(folder.rglob("metrics.csv"), key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(9), str(path)))
     if not tables:
         raise FileNotFoundError(f"{folder} holds no run: neither it nor a folder below it has a metrics.csv")
-    return [Run(str(table.parent), table.parent, read_curves(table), _read_record(table.parent)) for table in tables]
+    return [Run(str(table.parent), table.parent, read_curves(table), _read_settings(table.parent)) for table in tables]
 
 
 def read_curves(table: Path) -> dict[str, Curve]:
-    """The metrics of a ``metrics.csv`` by name.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
+    """The metrics of a ``metrics.csv`` by name; ValueError where it is damaged."""
     curves: dict[str, Curve] = {}
     try:
         with table.open(newline="", encoding="utf-8") as file:
@@ -165,7 +147,7 @@ def picture(path: Path, caption: str) -> Markup:
     with Image.open(path) as image:
         width, height = image.size
     return _figure(
-        f'<div class="scroll" tabindex="0"><img class="paper" style="min-width: {min(_MIN_WIDTH, width * 7 // 10)}px" '
+        f'<div class="scroll" tabindex="0"><img class="paper" style="min-width: {min(560, width * 7 // 10)}px" '
         f'src="{_data("image/png", path.read_bytes())}" width="{width}" height="{height}" '
         f'alt="{html.escape(caption)}"></div>',
         caption,
@@ -175,15 +157,9 @@ def picture(path: Path, caption: str) -> Markup:
 def pixels(
     rows: Tensor, alt: str, caption: str, *, headings: Sequence[str] = (), scale: int = 8, below: str = ""
 ) -> Markup:
-    """Small images in a grid, which the page enlarges to sharp squares; the page shows between them.
+    """Small images, uint8 (R,C,3,H,W), in a grid that the page enlarges to sharp squares of ``scale`` CSS pixels.
 
-    Args:
-        rows: uint8 (R,C,3,H,W).
-        alt: The content in words.
-        caption: Text below.
-        headings: Of the columns.
-        scale: Side in CSS pixels of the square that shows one pixel, where the page is wide enough.
-        below: Markup between picture and caption.
+    The page shows between them; ``headings`` are above the columns, and ``below`` is markup above the caption.
     """
     grid = image_grid(rows, scale=1, gap=1, background=(0, 0, 0))
     opaque = image_grid(torch.full_like(rows, 255), scale=1, gap=1, background=(0, 0, 0))[:1]
@@ -240,14 +216,14 @@ def _figures(run: Run) -> Iterator[str]:
         yield facts("Settings, machine, versions", run.settings)
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def _read_settings(folder: Path) -> list[tuple[str, str]]:
     path = folder / "run.json"
     if not path.exists():
-        return {}
+        return []
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return dict(record["runs"][-1] if "runs" in record else record)
-    except (ValueError, LookupError, TypeError) as error:
+        return list(_flat("", record["runs"][-1] if "runs" in record else record))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); restore or remove it") from error
 
 

@@ -28,9 +28,8 @@ class Chosen(NamedTuple):
 class FullyShardedStrategy(ModelParallelStrategy):
     """FSDP2: of weights, gradients and optimizer each device holds a share, and a checkpoint is one file.
 
-    Lightning's ModelParallelStrategy, with all devices of all nodes in one group that shares the network; how the
-    network is divided, its modules say in ``configure_model``. It loads the checkpoints of every other strategy, and
-    they load its own.
+    All devices of all nodes share the network, as its module says in ``configure_model``. Checkpoints load under every
+    other strategy, and theirs under this one.
 
     Args:
         devices: Number of processes of the run, over all nodes.
@@ -46,11 +45,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return True
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Open a checkpoint; mapped, so that the processes of a machine share the memory.
-
-        Raises:
-            ValueError: It is damaged.
-        """
+        """Open a checkpoint, mapped, so that the processes of a machine share memory; ValueError if it is damaged."""
         path = Path(self.broadcast(checkpoint_path))
         check_whole(path)
         checkpoint: dict[str, Any] = torch.load(
@@ -99,23 +94,10 @@ def choose_strategy(
     batch_size: int | None = None,
     accumulate: int = 1,
 ) -> Chosen:
-    """The strategy for a trainer.
+    """The strategy for a trainer that is given ``strategy=given`` and the other options.
 
-    What the user named is taken: by ``fsdp2`` ours, by all other names Lightning's. Otherwise it is planned: on GPUs by
-    their memory and by what the network takes there.
-
-    Args:
-        given: The user's ``strategy``.
-        accelerator: As Trainer takes it.
-        devices: As Trainer takes it.
-        num_nodes: Number of machines.
-        precision: Lightning's name of it.
-        config: The network that is trained; None leaves the plan out.
-        batch_size: Images of an optimizer step; None leaves the plan out.
-        accumulate: Micro-batches of an optimizer step.
-
-    Raises:
-        ValueError: ``fsdp2`` is asked for, and the number of devices is unknown.
+    ``fsdp2`` names ours, all other names Lightning's. For ``auto`` it is planned: on GPUs by their memory and by what
+    the network takes there, where ``config`` and ``batch_size``, the images of an optimizer step, are known.
     """
     kind, count = _devices(accelerator, devices)
     if isinstance(given, str) and given.lower() == "fsdp2":
@@ -129,9 +111,10 @@ def choose_strategy(
     total = count * num_nodes
     images = None if batch_size is None else max(1, batch_size // (total * accumulate))
     plan = _plan(kind, total, precision, config, images)
+    whole = "one device" if total == 1 else f"{total} devices, each with the whole network"
+    reason = plan.reason if plan else whole
     if total == 1:
-        return Chosen("auto", plan.reason if plan else "one device")
-    reason = plan.reason if plan else f"{total} devices, each with the whole network"
+        return Chosen("auto", reason)
     if plan is not None and plan.strategy == "fsdp":
         return Chosen(FullyShardedStrategy(total), reason)
     # Buffers are the same everywhere: the palette, and a probe's scale, which is of all processes' images.

@@ -25,6 +25,7 @@ from lightning_igpt.callbacks import (
     RunRecord,
     Throughput,
 )
+from lightning_igpt.callbacks.throughput import is_frozen
 from lightning_igpt.checkpointing import AtomicCheckpointIO, SteadyCheckpoint
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.private import multiplies_bfloat16
@@ -68,41 +69,37 @@ def make_trainer(
         max_steps: Optimizer steps of the run. Pretraining counts in steps, as the paper does.
         max_epochs: Passes over the data; for probing (1) and fine-tuning.
         precision: Lightning's name of a precision. Default: bf16-mixed where the device computes it fast, else 32-true.
-        compile: Compile the network's blocks for training; auto does where the run is long enough to gain by it, as
-            CompileBlocks explains.
-        matmul_precision: How float32 matrices are multiplied while this trainer runs, in the whole process: highest, or
-            high for TF32 on GPUs that have it, which is several times faster and keeps 10 bits of 23; medium may use
-            bfloat16. Default: high where fit trains a network in float32 on such a GPU, else as torch is set. The
-            paper trained in float32.
-        recompute: Activation checkpointing, which saves memory for time: keep no activations of a block but its input
-            (full), or that and the output of attention (selective), and compute the others again in the backward pass.
-            auto does so only where a plan of module and data says that they would not fit otherwise.
+        compile: Compile the network's blocks for training; auto does where the run is long enough to gain by it.
+        matmul_precision: How float32 matrices are multiplied while this trainer runs, in the whole process: highest;
+            high for TF32 on GPUs that have it, several times faster, with 10 bits of 23; medium may use bfloat16.
+            Default: high where fit trains a network in float32 on such a GPU, else as torch is set.
+        recompute: Activation checkpointing: keep no activations of a block but its input (full), or that and the output
+            of attention (selective), and compute the others again in the backward pass. auto does so only where module
+            and data would not fit otherwise.
         accelerator: ``cpu``, ``gpu``, ... or ``auto``.
         devices: Number or list of devices, or ``auto``.
         val_check_interval: Batches between validations (int), or a fraction of an epoch (float). Default: 10
             validations in a run counted in steps, one per epoch otherwise.
-        checkpoint_every: Optimizer steps between checkpoints. Default: a tenth of a run counted in steps, at most 1000
-            steps; else an epoch. A checkpoint waits for a validation that is due at its step.
+        checkpoint_every: Optimizer steps between checkpoints, which wait for a validation that is due. Default: a tenth
+            of a run counted in steps, at most 1000 steps; else an epoch.
         monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy (higher is better) or
-            val/nats_per_pixel (lower is better), besides the newest.
+            val/nats_per_pixel (lower is better).
         callbacks: Added to those chosen here: ModelCheckpoint, LearningRateMonitor, LayerCurve, ClassificationReport,
             RunRecord, Throughput, CompileBlocks, Recompute, FiniteGuard, Preempt and, on CUDA, a progress bar that
-            reads the loss from the GPU at every 20th step only. A callback of such a class replaces ours.
+            reads the loss at every 20th step only. A callback of such a class replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
-        strategy: Default: nothing special on one device, DDP on several, and FSDP2 where the network with its optimizer
-            does not fit on each. ``fsdp2`` asks for the last; ``ddp``, ``deepspeed_stage_2`` and so on are Lightning's,
-            with Lightning's settings.
-        module: What will be trained. With it and data, strategy and recompute follow from how much memory the network
-            takes; without, the network is expected to fit on one device. The command line passes both.
+        strategy: Default: DDP on several devices, and FSDP2 where the network with its optimizer does not fit on each.
+            ``fsdp2`` asks for the last; other names are Lightning's, with Lightning's settings.
+        module: What will be trained. With it and data, strategy and recompute follow from the memory that the network
+            takes; without, it is expected to fit on one device. The command line passes both.
         data: What it will be trained on.
         **kwargs: Anything else that Trainer takes.
 
     Raises:
         ValueError: Neither max_steps nor max_epochs is given, or an option is none of its words.
     """
-    _check_word("compile", compile, (True, False, "auto"))
-    _check_word("matmul_precision", matmul_precision, (None, *PRODUCTS))
-    _check_word("recompute", recompute, ("auto", "none", "selective", "full"))
+    if matmul_precision not in (None, *PRODUCTS):
+        raise ValueError(f"matmul_precision is {matmul_precision!r}; it must be one of {', '.join(PRODUCTS)}")
     # The command line passes every option of Trainer, those not given as None or Trainer's own default.
     if max_steps < 1 and max_epochs is None and not kwargs.get("fast_dev_run") and not kwargs.get("max_time"):
         raise ValueError("how long to train? Give max_steps (pretraining) or max_epochs (probing, fine-tuning)")
@@ -112,16 +109,18 @@ def make_trainer(
     if by_steps and kwargs.get("check_val_every_n_epoch", 1) == 1:
         kwargs["check_val_every_n_epoch"] = None  # steps, not passes over the data, are the clock
     precision, why = (precision, "as given") if precision else _precision(accelerator)
+    config, network = getattr(module, "config", None), getattr(module, "network", torch.nn.Identity())
     parallel = choose_strategy(
         strategy or "auto",
         accelerator=accelerator,
         devices=devices,
         num_nodes=int(kwargs.get("num_nodes") or 1),
         precision=str(precision),
-        config=_trained(module),
+        config=config if isinstance(config, ImageGPTConfig) and not is_frozen(network) else None,
         batch_size=getattr(data, "batch_size", None),
         accumulate=int(kwargs.get("accumulate_grad_batches") or 1),
     )
+    given: list[Any] = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
     chosen = _callbacks(callbacks, max_steps if by_steps else None, checkpoint_every, monitor, kwargs)
     _add(chosen, CompileBlocks(compile), Recompute(recompute))  # in this order: compiled, blocks keep less
     if _is_cuda(accelerator) and kwargs.get("enable_progress_bar", not kwargs.get("barebones")) is not False:
@@ -135,31 +134,13 @@ def make_trainer(
         strategy=parallel.strategy,
         val_check_interval=val_check_interval,
         callbacks=[*chosen, _Speed(parallel, f"precision {precision} ({why})", matmul_precision)],
-        plugins=_plugins(plugins),
+        plugins=given if any(hasattr(one, "save_checkpoint") for one in given) else [*given, AtomicCheckpointIO()],
         **kwargs,
     )
 
 
-def _check_word(name: str, value: Any, words: tuple[Any, ...]) -> None:
-    if value not in words:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, words))}")
-
-
-def _trained(module: Any) -> ImageGPTConfig | None:
-    """The network that takes memory for training; that of a probe takes none."""
-    config = getattr(module, "config", None)
-    return config if isinstance(config, ImageGPTConfig) and not _is_frozen(module.network) else None
-
-
-def _is_frozen(network: torch.nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in network.parameters())
-
-
 def best_precision(accelerator: str = "auto") -> str:
-    """bf16-mixed where the hardware multiplies bfloat16 faster than float32, else 32-true.
-
-    On a CPU that means AMX or AVX512-BF16; on any other bf16 is emulated and slower.
-    """
+    """bf16-mixed where the hardware multiplies bfloat16 fast (a CPU by AMX or AVX512-BF16), else 32-true."""
     return _precision(accelerator)[0]
 
 
@@ -179,10 +160,7 @@ def _is_cuda(accelerator: str) -> bool:
 
 
 class _Speed(Callback):
-    """Sets how float32 matrices are multiplied, for as long as the trainer runs; logs what was chosen for speed.
-
-    TF32 is chosen for networks in training only: a probe's classifiers are fitted to a tolerance below its rounding.
-    """
+    """Sets how float32 matrices are multiplied, for as long as the trainer runs; logs what was chosen for speed."""
 
     def __init__(self, parallel: Chosen, precision: str, matmul: str | None) -> None:
         self.parallel, self.precision, self.matmul = parallel.reason, precision, matmul
@@ -191,14 +169,13 @@ class _Speed(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._earlier, wanted = torch.get_float32_matmul_precision(), self.matmul
         in_float32 = stage == "fit" and str(trainer.precision).startswith("32")
-        if wanted is None and in_float32 and not _is_frozen(getattr(pl_module, "network", pl_module)):
-            untouched = self._earlier == "highest"  # which is how torch starts
-            wanted = "high" if untouched and _has_tf32(trainer.strategy.root_device) else None
+        if wanted is None and in_float32 and not is_frozen(getattr(pl_module, "network", pl_module)):
+            # Not for probes, which fit to a tolerance below its rounding, nor where torch was set otherwise.
+            wanted = "high" if self._earlier == "highest" and _has_tf32(trainer.strategy.root_device) else None
         torch.set_float32_matmul_precision(wanted or self._earlier)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        compiles = [str(one.decision) for one in _of(CompileBlocks, trainer)]
-        again = [str(one.decision) for one in _of(Recompute, trainer)]
+        compiles, again = ([str(one.decision) for one in _of(kind, trainer)] for kind in (CompileBlocks, Recompute))
         rank_zero_info(", ".join([f"strategy {type(trainer.strategy).__name__} ({self.parallel})", *again]))
         products = f"float32 products {PRODUCTS[torch.get_float32_matmul_precision()]}"
         rank_zero_info(", ".join([self.precision, *compiles, products]))
@@ -214,8 +191,8 @@ class _Speed(Callback):
 
 def choices(trainer: Trainer) -> list[str]:
     """Strategy and precision of a trainer that ``make_trainer`` made, and why; they are known before it runs."""
-    names = type(trainer.strategy).__name__
-    return [line for one in _of(_Speed, trainer) for line in (f"strategy {names} ({one.parallel})", one.precision)]
+    name = type(trainer.strategy).__name__
+    return [line for one in _of(_Speed, trainer) for line in (f"strategy {name} ({one.parallel})", one.precision)]
 
 
 def _of(kind: type[Callback], trainer: Trainer) -> list[Any]:
@@ -259,10 +236,3 @@ def _checkpoints(max_steps: int | None, every: int | None, monitor: str | None) 
         return chosen
     every = every or min(1000, max(1, (max_steps or 10_000) // 10))
     return [*chosen, SteadyCheckpoint(filename="{step}", every_n_train_steps=every)]
-
-
-def _plugins(given: Any) -> list[Any]:
-    chosen = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
-    if not any(hasattr(one, "save_checkpoint") for one in chosen):
-        chosen.append(AtomicCheckpointIO())
-    return chosen

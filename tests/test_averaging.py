@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 import lightning_igpt as igpt
-from lightning_igpt.__main__ import main
 from tests.modules.helpers import TINY, loader, quiet_trainer
-from tests.test_cli import RECIPE
 from tests.test_resume import ENDLESS, NETWORK, SOURCE, Recorder, fit
 
 WEIGHT = "network.lm_head.weight"
@@ -60,14 +57,3 @@ def test_the_average_is_that_of_the_weights_after_each_step(tmp_path, start):
         expected = 0.5 * expected + 0.5 * weight
     assert torch.allclose(module.network.lm_head.weight, expected, rtol=1e-5)
     assert torch.equal(spy.validated, first) == (start is not None)
-
-
-def test_by_name_on_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
-    recipe = RECIPE | {"trainer": RECIPE["trainer"] | {"callbacks": [average]}}
-    (tmp_path / "average.yaml").write_text(yaml.safe_dump(recipe))
-    for steps in ("2", "4"):
-        assert main(["fit", "--config", "average.yaml", "--resume", "auto", "--trainer.max_steps", steps]) == 0
-    found = igpt.load_pretrained("runs/pretrain")
-    assert "averaged weights" in found.origin and found.card.steps == 4

@@ -34,7 +34,7 @@ if __name__ == "__main__":
         trainer = igpt.make_trainer(
             max_steps=6, default_root_dir=out, callbacks=losses, accumulate_grad_batches=accumulate, **options
         )
-        data = igpt.PretrainDataModule("digits", batch_size=32 // devices // accumulate, val_fraction=143 / 1437)
+        data = igpt.PretrainDataModule("digits", batch_size=32, val_fraction=143 / 1437)
         trainer.fit(module, data)  # an odd number of images to validate: a process must not count one twice
         windows = zip(*[iter(losses.losses)] * accumulate)
         found[f"accumulate {accumulate}"] = {

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from lightning_igpt import features
-from lightning_igpt.features import LogisticLoss, choose_c, fit_logistic, split_rows, usable_grid
+from lightning_igpt.features import LogisticLoss, choose_c, fit_logistic, split_rows
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +53,6 @@ def test_c_is_chosen_as_scikit_learn_would_on_the_same_rows(digits, standardize)
     shuffled = [grid[i] for i in (2, 0, 3, 1)]
     options = {"grid": shuffled, "standardize": standardize, "seed": 1, "tolerance": 1e-5, "max_iter": 5000}
     assert choose_c(torch.from_numpy(x), torch.from_numpy(y), 10, **options) == expected
-
-
-def test_a_tenth_of_the_rows_is_held_out():
-    kept, held = split_rows(205, 3)
-    assert len(held) == 20 and sorted(torch.cat([kept, held]).tolist()) == list(range(205))
-    assert held.tolist() == split_rows(205, 3)[1].tolist() != split_rows(205, 4)[1].tolist()
-
-
-def test_too_few_rows_leave_no_choice(caplog):
-    assert usable_grid([0.1, 10.0], 200) == [0.1, 10.0] and not caplog.messages
-    x, y = torch.randn(199, 2), torch.arange(199) % 2
-    assert choose_c(x, y, 2, grid=[0.001, 0.3, 10.0]) == 0.3
-    assert "199 training images leave 19 to choose c on, fewer than 20: c is 0.3" in caplog.text
 
 
 @pytest.mark.parametrize("rows", [1, 7, 30, 100])

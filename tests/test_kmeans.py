@@ -2,9 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.cluster import KMeans
 from sklearn.datasets import load_sample_image
-from threadpoolctl import threadpool_info, threadpool_limits
 
 from lightning_igpt import kmeans
 from lightning_igpt.kmeans import fit_palette
@@ -54,20 +52,6 @@ def test_known_colors_are_found():
 def test_the_same_pixels_give_the_same_bytes(photo, fitted, kind):
     column = "img" if kind == "named rows" else None
     assert fit_palette(as_images(photo, kind), 16, image_column=column) == fitted
-
-
-def test_clustering_runs_on_one_thread(photo, fitted, monkeypatch):
-    seen = []
-    fit = KMeans.fit
-
-    def watched(self, *args, **kwargs):
-        seen.extend(pool["num_threads"] for pool in threadpool_info())
-        return fit(self, *args, **kwargs)
-
-    monkeypatch.setattr(KMeans, "fit", watched)
-    with threadpool_limits(2):
-        assert fit_palette(photo, 16) == fitted
-    assert set(seen) == {1}
 
 
 def test_merged_colors_lose_little(photo, fitted, monkeypatch):

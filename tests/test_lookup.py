@@ -127,15 +127,6 @@ def test_a_damaged_file_is_replaced(folder, palette, builds, caplog, damage):
     assert file.read_bytes() == intact and files_in(folder) == [file]
 
 
-def test_a_full_disk_leaves_nothing_behind(folder, palette, builds, monkeypatch, caplog):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(lookup.np, "save", full)
-    assert np.array_equal(cached_table(palette, "name"), STAND_IN)
-    assert len(builds) == 1 and "No space left" in caplog.text and files_in(folder) == []
-
-
 def test_an_unusable_folder_is_only_a_warning(tmp_path, monkeypatch, palette, builds, caplog):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LIGHTNING_IGPT_CACHE", str(tmp_path / "file"))

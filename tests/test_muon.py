@@ -133,18 +133,3 @@ def test_a_resumed_run_follows_new_settings(tmp_path):
 def test_matrices_that_are_sharded_are_refused(tmp_path, process_group):
     with pytest.raises(ValueError, match=r"Muon needs whole matrices, not a .*; use adam, or a strategy"):
         trainer(tmp_path, "fsdp2").fit(FullySharded(TINY, "gray:8", optimizer="muon"), loader())
-
-
-def test_wrong_settings_are_named(monkeypatch):
-    with pytest.raises(ValueError, match="optimizer is 'sgd'; it must be adam or muon"):
-        module(optimizer="sgd")
-    with pytest.raises(ValueError, match=r"whole matrices, not a Parameter of shape \(4,\)"):
-        MuonAdam([parameter(4)], [], **OPTIONS)
-    with pytest.raises(ValueError, match="there is no matrix for Muon: all are frozen"):
-        MuonAdam([parameter(4, 4).requires_grad_(False)], [parameter(4)], **OPTIONS)
-    matrix = parameter(4, 4)
-    with pytest.raises(ValueError, match="a matrix of 4 rows cannot be split into 3 matrices"):
-        MuonAdam([matrix], [], packed={matrix: 3}, **OPTIONS)
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(RuntimeError, match=r"torch .* has no Muon, which came with 2\.9"):
-        MuonAdam([matrix], [], **OPTIONS)

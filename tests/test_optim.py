@@ -26,11 +26,6 @@ def test_rises_linearly_then_falls_along_a_cosine_to_zero():
     assert after == pytest.approx(0, abs=1e-12)
 
 
-def test_warm_up_longer_than_the_run_is_refused():
-    with pytest.raises(ValueError, match="warmup_steps is 30 but the run has 20"):
-        rates(30, 20)
-
-
 def test_default_warm_up_is_an_epoch_but_at_most_a_tenth():
     assert default_warmup(1_000_000, 10_009) == 10_009
     assert default_warmup(500, 10_009) == 50

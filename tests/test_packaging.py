@@ -81,6 +81,25 @@ def test_metadata_say_what_the_index_shows(built):
     assert "lightning-igpt = lightning_igpt.__main__:main" in scripts
 
 
+def test_the_dependencies_are_what_is_imported(built):
+    """But for what Lightning, jsonargparse and FastAPI import for us."""
+    wheel = contents(built[0])
+    told = email.message_from_bytes(wheel[f"lightning_igpt-{VERSION}.dist-info/METADATA"])
+    declared = {
+        re.match(r"[\w-]+", requirement)[0]
+        for requirement in told.get_all("Requires-Dist")
+        if not re.search("extra == '(test|docs)'", requirement)
+    }
+    trees = [ast.parse(path.read_bytes()) for path in (ROOT / "lightning_igpt").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    imported = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"lightning_igpt"}
+    renamed = {"PIL": "pillow", "sklearn": "scikit-learn"}
+    imported = {renamed.get(name, name).replace("_", "-") for name in imported}
+    assert imported == {name.replace("_", "-") for name in declared} - {"shtab", "starlette", "tensorboard"}
+
+
 def test_type_checkers_see_every_public_name():
     """The imports under TYPE_CHECKING are those made at run time, and the program that mypy reads uses each."""
     tree = ast.parse((ROOT / "lightning_igpt" / "__init__.py").read_text(encoding="utf-8"))

@@ -8,17 +8,9 @@ import torch
 from PIL import Image
 
 from lightning_igpt.__main__ import main
-from lightning_igpt.commands.predictions import write_predictions
+from lightning_igpt.cli import write_predictions
 from lightning_igpt.modules import FineTuneModule
 from tests.modules.helpers import TINY, quiet_trainer
-
-
-def test_images_become_png_files(tmp_path):
-    images = torch.randint(256, (3, 3, 4, 4), dtype=torch.uint8, generator=torch.manual_seed(0))
-    assert write_predictions(images, tmp_path / "new", None) == tmp_path / "new"
-    for number, image in enumerate(images):
-        found = np.array(Image.open(tmp_path / "new" / f"{number:06d}.png"))
-        assert np.array_equal(found, image.permute(1, 2, 0).numpy())
 
 
 def test_probabilities_become_a_table_with_class_names(tmp_path):
@@ -34,8 +26,11 @@ def test_probabilities_become_a_table_with_class_names(tmp_path):
 def test_rows_without_a_prediction_keep_their_numbers(tmp_path):
     path = write_predictions(torch.tensor([[0.25, 0.75], [0.5, 0.5]]), tmp_path, ["cat", "dog"], left_out={0, 2})
     assert [row[:2] for row in csv.reader(path.open())] == [["row", "class"], ["1", "dog"], ["3", "cat"]]
-    write_predictions(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), tmp_path / "images", None, left_out={1})
+    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8, generator=torch.manual_seed(0))
+    assert write_predictions(images, tmp_path / "images", None, left_out={1}) == tmp_path / "images"
     assert sorted(file.name for file in (tmp_path / "images").iterdir()) == ["000000.png", "000002.png"]
+    for image, name in zip(images, ("000000.png", "000002.png"), strict=True):
+        assert np.array_equal(np.array(Image.open(tmp_path / "images" / name)), image.permute(1, 2, 0).numpy())
 
 
 def test_more_classes_than_names_are_numbered(tmp_path):
@@ -58,14 +53,7 @@ def test_predict_through_the_command_line(tmp_path, monkeypatch):
     assert len(path.read_text().splitlines()) == 361
 
 
-def test_a_missing_checkpoint_is_told_at_once(tmp_path, monkeypatch):
+def test_a_missing_checkpoint_is_an_error_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"ckpt_path nowhere\.ckpt is no file"):
+    with pytest.raises(SystemExit, match=r"ckpt_path nowhere\.ckpt does not exist"):
         main(["fit", "--config", "digits_tiny_pretrain", "--ckpt_path", "nowhere.ckpt"])
-
-
-def test_a_classifier_without_generative_loss_trains_no_colour_head():
-    module = FineTuneModule(num_classes=3, network=TINY, palette="gray:8", generative_weight=0.0)
-    assert not module.network.lm_head.weight.requires_grad
-    trained = [p for group in module.configure_optimizers()["optimizer"].param_groups for p in group["params"]]
-    assert all(p is not module.network.lm_head.weight for p in trained)

@@ -82,13 +82,6 @@ def test_palettes_survive_every_way_of_writing_them(tmp_path_factory, colors):
     assert all(Palette.load(way) == palette for way in ways)
 
 
-@law
-@given(palettes)
-def test_a_color_twice_is_refused(colors):
-    with pytest.raises(ValueError, match=f"color {len(colors)}, .* occurs before"):
-        Palette(np.concatenate([colors, colors[:1]]))
-
-
 # Colors of images
 
 MODES = [

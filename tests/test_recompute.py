@@ -34,7 +34,8 @@ def network(how="none", config=SMALL, frozen=0):
     made = random_network(config).train()
     for part in [made.wte, made.wpe, *made.h][: 2 + frozen if frozen else 0]:
         part.requires_grad_(False)
-    made.set_recompute(how)
+    for block in made.blocks():
+        block.recompute = how
     return made
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 import lightning_igpt as igpt
 from lightning_igpt.checkpointing import find_checkpoint
 from tests.image_files import tiny
+from tests.processes import in_processes
 
 SOURCE = tiny(26)  # 23 to train on, 3 to validate on
 NETWORK = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 4, "image_size": 4}
@@ -62,9 +63,9 @@ def finetuning(workers=0, dropout=0.0, **options):
     return module, igpt.FineTuneDataModule(SOURCE, batch_size=6, num_workers=workers, seed=5, pad=1)
 
 
-def probing(workers=0, shuffle=True):
+def probing(workers=0):
     module = igpt.ProbeModule(network=NETWORK, palette="gray:4", solver="sgd", seed=1)
-    return module, igpt.ProbeDataModule(SOURCE, shuffle=shuffle, batch_size=6, num_workers=workers, seed=5)
+    return module, igpt.ProbeDataModule(SOURCE, shuffle=True, batch_size=6, num_workers=workers, seed=5)
 
 
 def fit(make, options, *, ckpt=None, save_to=None, callbacks=()):
@@ -105,7 +106,6 @@ CASES = {
     "fine-tuning, accumulating, dropout": (lambda: finetuning(dropout=0.1, layer_decay=0.7), EPOCHS_3),
     "probe by sgd": (probing, EPOCHS),
     "probe by sgd, accumulating": (probing, EPOCHS_3),
-    "probe by sgd, in order": (lambda: probing(shuffle=False), EPOCHS),
 }
 
 
@@ -144,6 +144,56 @@ def test_workers_change_nothing(make, tmp_path):
     assert whole[0].losses == fit(make, options)[0].losses
     assert_resumes(lambda: make(workers=2), options, whole, tmp_path / "step-2.ckpt")
     assert_resumes(make, options, whole, tmp_path / "step-2.ckpt")
+
+
+class Seen(Callback):
+    """The numbers of the images of each optimizer step."""
+
+    def __init__(self):
+        self.samples = defaultdict(list)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.samples[trainer.global_step] += batch["sample"].tolist()
+
+
+def observe(make, options, accumulate, **rest):
+    """Images, losses and validations by optimizer step."""
+    seen, options = Seen(), options | {"accumulate_grad_batches": accumulate}
+    if "val_check_interval" in options:
+        options["val_check_interval"] *= accumulate
+    recorder, *_ = fit(make, options, callbacks=[seen], **rest)
+    losses = {step: sum(parts) for step, parts in recorder.losses.items()}  # Lightning divides each
+    return dict(seen.samples), losses, recorder.validations
+
+
+@pytest.mark.parametrize("make, options", [(pretraining, ENDLESS), (finetuning, EPOCHS)])
+def test_accumulation_leaves_the_steps_as_they_are(make, options, tmp_path):
+    """Also where a resumed run accumulates more or less than the run that it continues."""
+    twin = observe(make, options, 1, save_to=tmp_path / "1")
+    again = observe(make, options, 3, save_to=tmp_path / "3")
+    assert again[0] == twin[0] and again[2].keys() == twin[2].keys()
+    assert again[1] == pytest.approx(twin[1], rel=1e-5)
+    for path in [*(tmp_path / "1").iterdir(), *(tmp_path / "3").iterdir()]:
+        step = torch.load(path, weights_only=True)["global_step"]
+        samples, losses, validations = observe(make, options, 2 if path.parent.name == "1" else 1, ckpt=path)
+        assert samples == {at: numbers for at, numbers in twin[0].items() if at >= step}, path.stem
+        assert losses == pytest.approx({at: loss for at, loss in twin[1].items() if at >= step}, rel=1e-5)
+        assert [at for at in validations if at > step] == [at for at in twin[2] if at > step]
+
+
+def test_devices_leave_the_order_as_it_is(tmp_path):
+    twin, _, _ = observe(pretraining, ENDLESS, 1, save_to=tmp_path)
+
+    def work(rank):
+        options = ENDLESS | {"devices": 2, "strategy": "ddp"}  # with 3 micro-batches: one image at once
+        for ckpt, first in ((None, 0), (tmp_path / "step-2.ckpt", 2)):
+            mine, parts = observe(pretraining, options, 3, ckpt=ckpt)[0], [None, None]
+            torch.distributed.all_gather_object(parts, mine)
+            pairs = {step: zip(*(part[step] for part in parts), strict=True) for step in mine}
+            merged = {step: [number for pair in pairs[step] for number in pair] for step in pairs}
+            assert merged == {step: twin[step] for step in range(first, 6)}
+
+    assert in_processes(work) == [0, 0]
 
 
 @pytest.mark.parametrize(

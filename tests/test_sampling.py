@@ -181,12 +181,6 @@ def test_score_is_the_surprise_of_each_pixel_in_any_batching():
     assert score(network, tokens).shape == (5, SMALL.n_positions)
 
 
-@pytest.mark.parametrize("temperature", [1e-8, 1e-40, 1e-300])
-def test_the_coldest_draws_are_the_likeliest_colors(temperature):
-    logits = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) * 30
-    assert torch.equal(draw(logits, temperature), logits.argmax(-1))
-
-
 @pytest.mark.parametrize("config", [SMALL, SMALL_BERT])
 @pytest.mark.parametrize("holes", [range(5, 16), [2, 3, 9]])
 def test_progress_is_reported_and_changes_no_draw(config, holes):
@@ -224,18 +218,3 @@ def test_progress_is_reported_and_changes_no_draw(config, holes):
 def test_wrong_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         complete(**{"network": random_network(), "prompt": random_tokens()[:, :4]} | options)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"known": torch.ones(2, 4, dtype=torch.bool)}, r"tokens \(2, 16\) and known \(2, 4\)"),
-        ({"tokens": random_tokens()[:, :4], "known": torch.zeros(2, 4, dtype=torch.bool)}, "4 tokens; .* = 16 pixels"),
-        ({"tokens": random_tokens() + 9}, "this network has 20 colors"),
-        ({"steps": 0}, "steps 0 must be at least 1"),
-    ],
-)
-def test_wrong_arguments_of_inpaint_are_refused(changes, message):
-    given = {"tokens": random_tokens(), "known": torch.ones(2, 16, dtype=torch.bool)} | changes
-    with pytest.raises(ValueError, match=message):
-        inpaint(random_network(), **given)

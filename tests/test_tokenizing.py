@@ -153,19 +153,6 @@ def test_map_puts_tokens_in_the_place_of_images(transform, dataset):
     assert set(mapped["palette"]) == {CORNERS.sha256}
 
 
-def test_map_leaves_images_that_stay_as_they_are(transform):
-    content = [encoded(image, "JPEG") for image in PICTURES]
-    features = datasets.Features({"image": datasets.Image(), "thumb": datasets.Image()})
-    images = [{"bytes": value, "path": None} for value in content]
-    dataset = datasets.Dataset.from_dict({"image": images, "thumb": images}, features=features)
-    mapped = dataset.map(transform, batched=True)
-    assert mapped.column_names == ["image", "thumb", "tokens", "palette"]
-    assert mapped.features["image"] == datasets.Image()
-    for column in ("image", "thumb"):
-        raw = mapped.cast_column(column, datasets.Image(decode=False))[column]
-        assert [value["bytes"] for value in raw] == content
-
-
 def test_streams(transform, dataset):
     stream = dataset.to_iterable_dataset()
     mapped = list(stream.map(transform, batched=True, batch_size=4, remove_columns=["image", "text"]))

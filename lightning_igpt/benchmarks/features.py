@@ -24,7 +24,7 @@ from lightning_igpt.planning import forward_flops_per_token
 from lightning_igpt.trainer import best_precision
 
 CLOSE = 1e-4  # of the largest feature
-FORWARD, ALL, MIDDLE, COMPILED = "plain forward", "all layers", "middle layer", "all layers, compiled"
+FORWARD, ALL, MIDDLE = "plain forward", "all layers", "middle layer"
 PEER = "transformers, all layers"
 
 
@@ -47,7 +47,7 @@ def check_agreement(sides: dict[str, Callable[[], Tensor]]) -> float:
 
 
 @torch.no_grad()
-def measure(options: Namespace, precision: str) -> tuple[dict[str, Turns], float]:
+def measure(options: Namespace) -> tuple[dict[str, Turns], float]:
     """Turns of every side, and the largest difference of features."""
     config, device = PRESETS[options.preset], options.device
     network, model = both_networks(config, device)
@@ -59,41 +59,39 @@ def measure(options: Namespace, precision: str) -> tuple[dict[str, Turns], float
         PEER: lambda: their_features(model.transformer, tokens),
     }
     difference = check_agreement(sides)
-    if options.compile:
-        compiled = torch.compile(network.features)
-        sides[COMPILED] = lambda: compiled(tokens, layers)
     for each in (network, model):
-        each.to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        each.to(torch.bfloat16 if options.precision == "bf16-true" else torch.float32)
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=options.precision == "bf16-mixed"):
         return harness.in_turns(sides, repeats=options.repeats, device=device), difference
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, compare, print."""
-    options = harness.options_parser("features", __doc__, preset="igpt_s", batch_size=2).parse_args(words)
-    config, precision = PRESETS[options.preset], options.precision or best_precision(options.device.split(":")[0])
-    rows, difference = measure(options, precision)
-    limit = harness.machine_limits(options.device, harness.PRECISIONS[precision]).flops_per_second
+    parser = harness.options_parser(
+        "features", __doc__, preset="igpt_s", batch_size=2, precisions=tuple(harness.PRECISIONS)
+    )
+    options = parser.parse_args(words)
+    config = PRESETS[options.preset]
+    options.precision = options.precision or best_precision(options.device.split(":")[0])
+    rows, difference = measure(options)
+    limit = harness.machine_limits(options.device, harness.PRECISIONS[options.precision]).flops_per_second
     tokens = options.batch_size * config.n_positions
     forward = float(forward_flops_per_token(config) * tokens)
     blocks = forward - 2.0 * config.vocab_size * config.n_embd * tokens  # without the head
     half = blocks * (config.n_layer // 2) / config.n_layer
-    work = {FORWARD: forward, ALL: blocks, COMPILED: blocks, MIDDLE: half, PEER: blocks}
-    title = f"{options.preset}, {options.batch_size} images, {precision}"
+    work = {FORWARD: forward, ALL: blocks, MIDDLE: half, PEER: blocks}
+    title = f"{options.preset}, {options.batch_size} images, {options.precision}"
     harness.print_table(title, rows, peer=PEER, work=work, limit=limit)
     to_forward = {name: 1 / rows[name].ratio_to(rows[FORWARD]) for name in rows if name != FORWARD}
     print("\ntimes a plain forward: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in to_forward.items()))
-    harness.print_json(
-        "features",
+    harness.print_result(
+        options,
+        rows,
+        transformers,
         ratio_vs_peer=rows[ALL].ratio_to(rows[PEER]),
         fraction_of_limit=blocks / limit / rows[ALL].median,
         times_forward={name: round(ratio, 4) for name, ratio in to_forward.items()},
         largest_difference=float(f"{difference:.2g}"),
-        preset=options.preset,
-        batch_size=options.batch_size,
-        precision=precision,
-        sides=harness.as_json(rows),
-        **harness.conditions(options.device, transformers),
     )
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +40,10 @@ class Turns:
         """The figure to compare."""
         return statistics.median(self.seconds)
 
+    def times(self, factor: float) -> Turns:
+        """The seconds of as many times the work."""
+        return Turns(tuple(seconds * factor for seconds in self.seconds))
+
     def ratio_to(self, other: Turns) -> float:
         """Speed relative to ``other``: the median over the turns of the ratio within a turn."""
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
@@ -50,41 +53,28 @@ def options_parser(
     name: str,
     about: str | None,
     *,
-    preset: str,
-    batch_size: int,
     repeats: int = 5,
-    precisions: Sequence[str] = tuple(PRECISIONS),
+    batch_size: int | None = None,
+    preset: str | None = None,
+    precisions: Sequence[str] = (),
 ) -> argparse.ArgumentParser:
-    """The options of all benchmarks; ``about`` is the module's docstring, the others are defaults and choices."""
+    """The options of a benchmark: ``about`` is its docstring, the others are defaults; None leaves an option out."""
     parser = argparse.ArgumentParser(
         prog=f"python -m lightning_igpt.benchmarks.{name}",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--preset", choices=sorted(PRESETS), default=preset, help=f"network (default {preset})")
-    parser.add_argument("--batch-size", type=positive, default=batch_size, help=f"images (default {batch_size})")
-    parser.add_argument("--precision", choices=precisions, help="default: see above")
-    parser.add_argument("--compile", action="store_true", help="also measure ours compiled")
+    parser.set_defaults(benchmark=name)
     parser.add_argument("--device", default=device, help="cpu or cuda")
-    parser.add_argument("--repeats", type=positive, default=repeats, help=f"turns of each side (default {repeats})")
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"turns of each side (default {repeats})")
+    if batch_size is not None:
+        parser.add_argument("--batch-size", type=int, default=batch_size, help=f"images (default {batch_size})")
+    if preset is not None:
+        parser.add_argument("--preset", choices=sorted(PRESETS), default=preset, help=f"network (default {preset})")
+    if precisions:
+        parser.add_argument("--precision", choices=precisions, help="default: see above")
     return parser
-
-
-def say_unused(words: Sequence[str] | None, *names: str) -> None:
-    """Print a line for each of these options that was given (in ``words`` or on the command line) but has no effect."""
-    given = [word.split("=")[0] for word in (sys.argv[1:] if words is None else words) if word.startswith("--")]
-    for name in names:
-        if any(f"--{name}".startswith(word) for word in given):
-            print(f"--{name} has no bearing on this benchmark")
-
-
-def positive(text: str) -> int:
-    """The value of an option, at least 1."""
-    value = int(text) if text.lstrip("-").isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
-    return value
 
 
 def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
@@ -154,37 +144,29 @@ def conditions(device: str, *libraries: Any) -> dict[str, Any]:
 
 
 def print_table(
-    title: str,
-    rows: Mapping[str, Turns],
-    *,
-    peer: str,
-    work: Mapping[str, float] | float,
-    limit: float,
-    per: float = 1.0,
-    unit: str = "ms",
+    title: str, rows: Mapping[str, Turns], *, peer: str, work: Mapping[str, float] | None = None, limit: float = 1
 ) -> None:
     """Print median, spread, ratio to the row ``peer`` and fraction of the limit.
 
-    ``work`` is the operations or bytes of one turn (one number, or one per row; 0 for none), ``limit`` those of a
-    second; ``per`` divides the times; ``unit`` is ms or s.
+    ``work`` is the operations or bytes of the rows whose limit is known, ``limit`` those of a second.
     """
-    scale = {"ms": 1e3, "s": 1.0}[unit] / per
-    print(f"\n{title:<50}{unit:>10}   {'fastest..slowest':<20}{'x peer':>8}{'of limit':>10}")
+    print(f"\n{title:<50}{'ms':>10}   {'fastest..slowest':<20}{'x peer':>8}{'of limit':>10}")
     for name, turns in rows.items():
-        spread = f"{min(turns.seconds) * scale:,.2f}..{max(turns.seconds) * scale:,.2f}"
-        mine = work if isinstance(work, (int, float)) else work.get(name, 0.0)
-        share = f"{mine / turns.median / limit:>9.0%}" if mine else f"{'':>9}"
+        spread = f"{min(turns.seconds) * 1e3:,.2f}..{max(turns.seconds) * 1e3:,.2f}"
+        share = f"{work[name] / turns.median / limit:>9.0%}" if work and name in work else f"{'':>9}"
         ratio = turns.ratio_to(rows[peer])
-        print(f"  {name:<48}{turns.median * scale:>10,.2f}   {spread:<20}{ratio:>7.2f}x{share}", flush=True)
+        print(f"  {name:<48}{turns.median * 1e3:>10,.2f}   {spread:<20}{ratio:>7.2f}x{share}", flush=True)
 
 
-def as_json(rows: Mapping[str, Turns]) -> dict[str, dict[str, float]]:
-    """Seconds of every side."""
+def print_result(options: argparse.Namespace, rows: Mapping[str, Turns], *libraries: Any, **rest: Any) -> None:
+    """Print the last line: what is measured, seconds of every side, the options and the conditions."""
     figures = {"median_s": statistics.median, "min_s": min, "max_s": max}
-    return {
+    sides = {
         name: {key: float(f"{figure(turns.seconds):.6g}") for key, figure in figures.items()}  # type: ignore[operator]
         for name, turns in rows.items()
     }
+    given = {name: value for name, value in vars(options).items() if name in ("preset", "batch_size", "precision")}
+    print_json(options.benchmark, **rest, **given, sides=sides, **conditions(options.device, *libraries))
 
 
 def print_json(name: str, *, ratio_vs_peer: float | None, fraction_of_limit: float | None, **rest: Any) -> None:

@@ -81,7 +81,7 @@ def measure_layer(layer: int, options: Namespace) -> tuple[dict[str, Turns], dic
         EVALUATION: lambda: [loss(point) for _ in range(EVALUATIONS)],
     }
     turns = harness.in_turns(sides, repeats=options.repeats, device=options.device, warm_up=0)
-    turns[EVALUATION] = Turns(tuple(seconds / EVALUATIONS for seconds in turns[EVALUATION].seconds))
+    turns[EVALUATION] = turns[EVALUATION].times(1 / EVALUATIONS)
     reached = {name: accuracy(classifier, x_held, y_held) for name, classifier in fits.items()}
     words = f"layer {layer}: " + ", ".join(f"{name} {reached[name]:.4f} in {turns[name].median:.2f} s" for name in fits)
     print(words, flush=True)
@@ -96,31 +96,30 @@ def together(layers: Sequence[dict[str, Turns]], name: str) -> Turns:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, compare, print."""
-    parser = harness.options_parser("probe", __doc__, preset="igpt_s", batch_size=1, repeats=1)
+    parser = harness.options_parser("probe", __doc__, repeats=1)
     for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=harness.positive, default=default, help=f"default {default}")
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     options = parser.parse_args(words)
     if options.classes < 2 or options.rows < 10 * options.classes:
         parser.error(f"--rows {options.rows} --classes {options.classes}: use 2 or more classes, 10 rows for each")
-    harness.say_unused(words, "preset", "batch-size", "precision", "compile")
     measured = [measure_layer(layer, options) for layer in range(options.layers)]
     layers, reached = [turns for turns, _ in measured], [values for _, values in measured]
     rows = {name: together(layers, name) for name in (OURS, PEER)}
     limits, numbers = harness.machine_limits(options.device), options.rows * options.width
     least = max(4 * numbers * options.classes / limits.flops_per_second, 4 * numbers / limits.bytes_per_second)
     evaluation = Turns(tuple(seconds for turns in layers for seconds in turns[EVALUATION].seconds))
+    harness.print_table(f"{options.layers} layers", rows, peer=PEER)
     size = f"{options.rows:,} x {options.width}, {options.classes} classes"
-    harness.print_table(f"{options.layers} layers", rows, peer=PEER, work=0, limit=1, unit="s")
-    harness.print_table(size, {EVALUATION: evaluation}, peer=EVALUATION, work=least, limit=1)
+    harness.print_table(size, {EVALUATION: evaluation}, peer=EVALUATION, work={EVALUATION: least})
     means = {name: sum(values[name] for values in reached) / len(reached) for name in (OURS, PEER)}
-    harness.print_json(
-        "probe",
+    harness.print_result(
+        options,
+        rows | {EVALUATION: evaluation},
+        sklearn,
         ratio_vs_peer=rows[OURS].ratio_to(rows[PEER]),
         fraction_of_limit=least / evaluation.median,
         accuracy={name: round(value, 4) for name, value in means.items()},
         size={name: getattr(options, name) for name in SIZES},
-        sides=harness.as_json(rows | {EVALUATION: evaluation}),
-        **harness.conditions(options.device, sklearn),
     )
 
 

@@ -1,8 +1,8 @@
-"""The speed of pixels to palette ids, compared with the processor of ``transformers`` and a plain search in torch.
+"""The speed of pixels to palette ids, compared with the processor of ``transformers``.
 
-All sides get the same images, smooth colors with some grain, and must give the same ids. The slow peers get
-``--peer-images`` of them; their times are scaled to a whole batch. A further side gets random bytes, whose ids are all
-over the table, which no real image is. Ours gets another of 8 batches each turn, as in training.
+Both sides get the same images, smooth colors with some grain, and must give the same ids. The slow peer gets
+``--peer-images`` of them; its time is scaled to a whole batch. A further side gets random bytes, whose ids are all over
+the table, which no real image is. Ours gets another of 8 batches each turn, as in training.
 
 The limit: every pixel is read (3 bytes), looked up (2 bytes) and written (8 bytes, int64) at the speed at which the
 device copies large tensors. Below the table: the time to build the table of all 2^24 colors, without the cache on disk.
@@ -25,10 +25,10 @@ from lightning_igpt.benchmarks.peers import transformers
 from lightning_igpt.lookup import build_table
 from lightning_igpt.palette import Palette
 
-BATCHES = 8
+BATCHES, TABLE_REPEATS = 8, 3
 BYTES_PER_PIXEL = 3 + 2 + 8
 TABLE = "table from nothing"
-OURS, NOISE, PEER, SEARCH = "lightning_igpt", "lightning_igpt, random bytes", "transformers", "distances in torch"
+OURS, NOISE, PEER = "lightning_igpt", "lightning_igpt, random bytes", "transformers"
 
 
 def pictures(count: int, size: int, seed: int) -> Tensor:
@@ -50,39 +50,12 @@ def processor_tokens(palette: Palette, images: Tensor) -> Callable[[], Tensor]:
     """The processor of ``transformers`` on images (B, 3, S, S), which need no resizing."""
     processor = transformers.ImageGPTImageProcessorPil(clusters=palette.to_list(), do_resize=False)
     arrays = list(images.permute(0, 2, 3, 1).contiguous().cpu().numpy())
-
-    def run() -> Tensor:
-        tokens: Tensor = processor(images=arrays, return_tensors="pt", input_data_format="channels_last")["input_ids"]
-        return tokens.flatten(1)
-
-    return run
+    given = {"images": arrays, "return_tensors": "pt", "input_data_format": "channels_last"}
+    return lambda: processor(**given)["input_ids"].flatten(1)
 
 
-def search_tokens(palette: Palette, images: Tensor) -> Callable[[], Tensor]:
-    """A search over the distances of all pixels to all colors."""
-    colors = palette.colors.to(images.device)  # (K, 3)
-    squares = colors.square().sum(1)
-
-    def run() -> Tensor:
-        pixels = images.permute(0, 2, 3, 1).reshape(-1, 3) / 127.5 - 1
-        # |pixel|^2 is the same for all colors.
-        return torch.addmm(squares, pixels, colors.T, alpha=-2).argmin(1).view(len(images), -1)
-
-    return run
-
-
-def check_agreement(palette: Palette, images: Tensor, processor: Tensor, search: Tensor) -> float:
-    """Check for the processor's ids; return the share of ids equal to those of the search in float32."""
-    ours = palette.quantize(images)
-    same = float((ours.cpu() == processor).float().mean())
-    harness.require(same == 1, f"{same:.4%} of the ids are those of transformers")
-    share = float((ours == search).float().mean())
-    harness.require(share >= 0.999, f"{share:.4%} of the ids are those of a search over all distances")
-    return share
-
-
-def measure(options: Namespace) -> tuple[dict[str, Turns], float]:
-    """Turns of every side for a whole batch, and the share of ids equal to those of the search in float32."""
+def measure(options: Namespace) -> dict[str, Turns]:
+    """Turns of every side for a whole batch, after a check for equal ids."""
     palette, batch, few = Palette.load("openai"), options.batch_size, min(options.peer_images, options.batch_size)
     batches, drawn = (
         itertools.cycle([make(batch, options.size, seed).to(options.device) for seed in range(BATCHES)])
@@ -93,26 +66,22 @@ def measure(options: Namespace) -> tuple[dict[str, Turns], float]:
         OURS: lambda: palette.quantize(next(batches)),
         NOISE: lambda: palette.quantize(next(drawn)),
         PEER: processor_tokens(palette, images),
-        SEARCH: search_tokens(palette, images),
     }
-    share = check_agreement(palette, images, sides[PEER](), sides[SEARCH]())
+    same = float((palette.quantize(images).cpu() == sides[PEER]()).float().mean())
+    harness.require(same == 1, f"{same:.4%} of the ids are those of transformers")
     turns = harness.in_turns(sides, repeats=options.repeats, device=options.device)
-    for name in (PEER, SEARCH):
-        turns[name] = Turns(tuple(seconds * batch / few for seconds in turns[name].seconds))
-    return turns, share
+    return turns | {PEER: turns[PEER].times(batch / few)}
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, compare, print."""
-    parser = harness.options_parser("quantize", __doc__, preset="igpt_s", batch_size=128, repeats=15)
-    parser.add_argument("--size", type=harness.positive, default=32, help="side of the images (default 32)")
-    parser.add_argument("--peer-images", type=harness.positive, default=8, help="images for the peers (default 8)")
-    parser.add_argument("--table-repeats", type=harness.positive, default=3, help="builds of the table (default 3)")
+    parser = harness.options_parser("quantize", __doc__, batch_size=128, repeats=15)
+    parser.add_argument("--size", type=int, default=32, help="side of the images (default 32)")
+    parser.add_argument("--peer-images", type=int, default=8, help="images for the peer (default 8)")
     options = parser.parse_args(words)
-    harness.say_unused(words, "preset", "precision", "compile")
-    rows, share = measure(options)
+    rows = measure(options)
     colors = Palette.load("openai").colors.numpy()
-    built = harness.in_turns({TABLE: lambda: build_table(colors)}, repeats=options.table_repeats, warm_up=0)
+    built = harness.in_turns({TABLE: lambda: build_table(colors)}, repeats=TABLE_REPEATS, warm_up=0)
     limit = harness.machine_limits(options.device).bytes_per_second
     pixels = options.batch_size * options.size**2
     title = f"{options.batch_size} images of {options.size} x {options.size}"
@@ -121,18 +90,16 @@ def main(words: Sequence[str] | None = None) -> None:
     speeds = {name: round(pixels / turns.median / 1e6, 3) for name, turns in rows.items()}
     print("\nMpx/s: " + ", ".join(f"{name} {speed:,.3g}" for name, speed in speeds.items()))
     print(f"the table of 2^24 colors from nothing: {built[TABLE].median:.2f} s")
-    harness.print_json(
-        "quantize",
+    harness.print_result(
+        options,
+        rows | built,
+        np,
+        transformers,
         ratio_vs_peer=rows[OURS].ratio_to(rows[PEER]),
-        fraction_of_limit=BYTES_PER_PIXEL * pixels / limit / rows[OURS].median,
+        fraction_of_limit=work[OURS] / limit / rows[OURS].median,
         ratio_vs_peer_random_bytes=round(rows[NOISE].ratio_to(rows[PEER]), 1),
-        bytes_per_pixel=BYTES_PER_PIXEL,
         mpx_per_s=speeds,
-        same_ids_as_float32_search=share,
-        batch_size=options.batch_size,
         size=options.size,
-        sides=harness.as_json(rows | built),
-        **harness.conditions(options.device, np, transformers),
     )
 
 

@@ -27,7 +27,6 @@ from lightning_igpt.benchmarks.peers import both_networks, random_tokens, transf
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.decoding import Decoder, Precision
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.planning import forward_flops_per_token
 from lightning_igpt.sampling import draw
 
 PEER = "transformers, cached"
@@ -90,8 +89,8 @@ def step_bytes(config: ImageGPTConfig, batch_size: int, seen: int, weight_bytes:
     return matrices * weight_bytes + 2 * config.n_layer * batch_size * config.n_embd * seen * cache_bytes
 
 
-def measure(options: Namespace) -> dict[str, Any]:
-    """Check, time, print the table; return the results for the JSON line."""
+def measure(options: Namespace) -> None:
+    """Check, time, print."""
     config, device, steps = PRESETS[options.preset], options.device, options.steps
     network, peer = both_networks(config, device)
     tokens = random_tokens(config, options.batch_size, device)
@@ -106,44 +105,42 @@ def measure(options: Namespace) -> dict[str, Any]:
         harness.require(value < CLOSE[name], f"logits of {name} differ by {value:.1e} of the largest")
 
     runs = {name: functools.partial(side.turn, pixels[:, :1], steps) for name, side in sides.items()}
-    turns = harness.in_turns(runs, repeats=options.repeats, device=device)
+    timed = harness.in_turns(runs, repeats=options.repeats, device=device)
+    turns = {name: turn.times(1 / steps) for name, turn in timed.items()}
     limit = harness.machine_limits(device).bytes_per_second
     seen = given + 1 + steps // 2
     work = {
-        name: steps * step_bytes(config, options.batch_size, seen, WEIGHT_BYTES[name], side.cache_bytes)
+        name: step_bytes(config, options.batch_size, seen, WEIGHT_BYTES[name], side.cache_bytes)
         for name, side in sides.items()
     }
     title = f"one step, {options.preset}, batch {options.batch_size}, position {seen}"
-    harness.print_table(title, turns, peer=PEER, work=work, limit=limit, per=steps)
+    harness.print_table(title, turns, peer=PEER, work=work, limit=limit)
 
     whole, chosen = harness.seconds_of(lambda: network(tokens), device), turns[options.precision]
-    ratio = whole * steps / chosen.median
-    print(f"without a cache, as OpenAI's sampler: {whole * 1e3:,.0f} ms per pixel, {ratio:,.0f} x")
-    return {
-        "ratio_vs_peer": chosen.ratio_to(turns[PEER]),
-        "fraction_of_limit": work[options.precision] / chosen.median / limit,
-        "ratio_vs_no_cache": round(ratio, 1),
-        "no_cache_flops_per_pixel": forward_flops_per_token(config) * config.n_positions * options.batch_size,
-        "bytes_per_second_limit": round(limit),
-        "logits_off": {name: float(f"{value:.3g}") for name, value in off.items()},
-        "steps_per_turn": steps,
-        "sides": harness.as_json(turns),
-    }
+    print(f"without a cache, as OpenAI's sampler: {whole * 1e3:,.0f} ms per pixel, {whole / chosen.median:,.0f} x")
+    harness.print_result(
+        options,
+        turns,
+        transformers,
+        ratio_vs_peer=chosen.ratio_to(turns[PEER]),
+        fraction_of_limit=work[options.precision] / chosen.median / limit,
+        ratio_vs_no_cache=round(whole / chosen.median, 1),
+        bytes_per_second_limit=round(limit),
+        logits_off={name: float(f"{value:.3g}") for name, value in off.items()},
+    )
 
 
 @torch.inference_mode()
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, measure, print."""
     parser = harness.options_parser("sample", __doc__, preset="igpt_s", batch_size=1, precisions=get_args(Precision))
-    parser.add_argument("--steps", type=harness.positive, default=24, help="pixels of one turn (default 24)")
+    parser.add_argument("--steps", type=int, default=24, help="pixels of one turn (default 24)")
     parser.set_defaults(precision="half")
     options = parser.parse_args(words)
     total = PRESETS[options.preset].n_positions
     if options.steps > total - 2:
         parser.error(f"--steps {options.steps} is too many; an image has {total} pixels, so at most {total - 2}")
-    harness.say_unused(words, "compile")
-    asked = {"preset": options.preset, "batch_size": options.batch_size, "precision": options.precision}
-    harness.print_json("sample", **measure(options), **asked, **harness.conditions(options.device, transformers))
+    measure(options)
 
 
 if __name__ == "__main__":

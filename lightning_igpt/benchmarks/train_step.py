@@ -2,8 +2,7 @@
 
 Both sides start from the same weights, train on the same tokens with the same learning rate, and must give the same
 loss in float32 before and after a first step; the peer has dropout 0 and plain AdamW. ``--layers`` uses fewer blocks
-than the preset. ``--trainer`` also measures the step in ``trainer.fit``: the overhead of Lightning and of this
-package's hooks.
+than the preset. The callback Throughput measures a step within ``trainer.fit``.
 
 Limit: 3 x the forward pass's operations (attention counted causally, ``planning.train_flops_per_token``) at the speed
 of a large matrix product in the same precision. On a GPU, relative to the chip's nominal speed, that is the MFU.
@@ -12,37 +11,26 @@ of a large matrix product in the same precision. On a GPU, relative to the chip'
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import logging
-import tempfile
-import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_igpt.benchmarks import harness
-from lightning_igpt.benchmarks.harness import Turns
 from lightning_igpt.benchmarks.peers import after_start, both_networks, random_tokens, transformers
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.modules import PretrainModule
 from lightning_igpt.objectives import next_pixel_loss
 from lightning_igpt.optim import make_adam
 from lightning_igpt.planning import train_flops_per_token
-from lightning_igpt.trainer import best_precision, make_trainer
+from lightning_igpt.trainer import best_precision
 
 OURS, COMPILED, PEER = "ours", "ours, compiled", "transformers"
 LR = 1e-4
 CLOSE = (1e-5, 1e-3)  # of the loss before and after a step, which depends on the signs of the smallest gradients
 WARM_UP = 2
-FEW = 3  # steps of one turn through the trainer
 
 
 def make_steps(
@@ -107,60 +95,16 @@ def check_agreement(config: ImageGPTConfig, tokens: Tensor) -> float:
     return off[0]
 
 
-def through_the_trainer(config: ImageGPTConfig, tokens: Tensor, precision: str, repeats: int) -> Turns:
-    """Seconds per step of ``trainer.fit`` with the callbacks of make_trainer, without checkpoints."""
-    module = PretrainModule(network=config.to_dict(), palette="openai", lr=LR, warmup_steps=1)
-    steps = WARM_UP + repeats + 1
-    ends: list[float] = []
-    quiet: Any = dict.fromkeys(("enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
-
-    def record(*_: Any) -> None:
-        if tokens.is_cuda:
-            torch.cuda.synchronize(tokens.device)
-        ends.append(time.perf_counter())
-
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(
-            max_steps=steps,
-            precision=precision,
-            accelerator="gpu" if tokens.is_cuda else "cpu",
-            devices=1,
-            callbacks=[LambdaCallback(on_train_batch_end=record)],
-            default_root_dir=folder,
-            **quiet,
-        )
-        trainer.fit(module, DataLoader([{"tokens": tokens}] * steps, batch_size=None))  # type: ignore[arg-type]
-    return Turns(tuple(later - earlier for earlier, later in itertools.pairwise(ends[WARM_UP:])))
-
-
-def overhead(
-    config: ImageGPTConfig, tokens: Tensor, precision: str, bare: Callable[[], Tensor], repeats: int
-) -> dict[str, float]:
-    """Seconds of a step of ``trainer.fit``, and its overhead over a step of the bare loop; in turns of a few steps."""
-    through: list[float] = []
-    loop: list[float] = []
-    logging.disable(logging.INFO)
-    try:
-        for _ in range(repeats):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", module="lightning")
-                through.append(through_the_trainer(config, tokens, precision, FEW).median)
-            loop.append(harness.in_turns({OURS: bare}, repeats=FEW, device=str(tokens.device))[OURS].median)
-    finally:
-        logging.disable(logging.NOTSET)
-    fit = Turns(tuple(through))
-    share = 1 / fit.ratio_to(Turns(tuple(loop))) - 1
-    print(f"trainer.fit: {fit.median * 1e3:,.1f} ms per step, {share:+.1%} over the bare loop")
-    return {"trainer_fit_s": float(f"{fit.median:.6g}"), "trainer_overhead": round(share, 4)}
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, measure, print."""
-    parser = harness.options_parser("train_step", __doc__, preset="igpt_s", batch_size=4)
-    parser.add_argument("--layers", type=harness.positive, help="blocks (default: the preset's)")
-    parser.add_argument("--trainer", action="store_true", help="also measure the same step driven by trainer.fit")
+    parser = harness.options_parser(
+        "train_step", __doc__, preset="igpt_s", batch_size=4, precisions=tuple(harness.PRECISIONS)
+    )
+    parser.add_argument("--compile", action="store_true", help="also measure ours compiled")
+    parser.add_argument("--layers", type=int, help="blocks (default: the preset's)")
     options = parser.parse_args(words)
-    preset, precision = PRESETS[options.preset], options.precision or best_precision(options.device.split(":")[0])
+    preset = PRESETS[options.preset]
+    precision = options.precision = options.precision or best_precision(options.device.split(":")[0])
     config = dataclasses.replace(preset, n_layer=options.layers or preset.n_layer)
     tokens = random_tokens(config, options.batch_size, options.device)
     off = check_agreement(config, tokens)
@@ -170,23 +114,18 @@ def main(words: Sequence[str] | None = None) -> None:
     limit = harness.machine_limits(options.device, harness.PRECISIONS[precision]).flops_per_second
     work = float(train_flops_per_token(config) * tokens.numel())
     title = f"{options.preset}, {config.n_layer} layers, batch {options.batch_size}, {precision}"
-    harness.print_table(title, turns, peer=PEER, work=work, limit=limit)
+    harness.print_table(title, turns, peer=PEER, work=dict.fromkeys(turns, work), limit=limit)
     best = turns[COMPILED if options.compile else OURS]
-    harness.print_json(
-        "train_step",
+    harness.print_result(
+        options,
+        turns,
+        transformers,
         ratio_vs_peer=best.ratio_to(turns[PEER]),
         fraction_of_limit=work / best.median / limit,
         tokens_per_second=round(tokens.numel() / best.median, 1),
-        flops_per_second=round(work / best.median),
         flops_per_second_limit=round(limit),
         losses_off=float(f"{off:.2g}"),
         layers=config.n_layer,
-        sides=harness.as_json(turns),
-        **(overhead(config, tokens, precision, steps[OURS], options.repeats) if options.trainer else {}),
-        preset=options.preset,
-        batch_size=options.batch_size,
-        precision=precision,
-        **harness.conditions(options.device, transformers, lightning),
     )
 
 

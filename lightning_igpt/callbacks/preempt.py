@@ -6,7 +6,6 @@ Lightning 2.6 ends a run on SIGTERM without a checkpoint and with exit status 0.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import subprocess
@@ -18,6 +17,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_igpt.checkpointing import validation_follows
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Preempt(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._stepped = trainer.global_step != self._step or not pl_module.automatic_optimization
         self._step = trainer.global_step
-        if self._stepped and not _validation_follows(trainer, batch_idx):
+        if self._stepped and not validation_follows(trainer, batch_idx):
             self._leave_if_asked(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,17 +108,6 @@ class Preempt(Callback):
             if requeue:
                 subprocess.run(["scontrol", "requeue", _job()], check=False)
         raise SystemExit(self.exit_status)
-
-
-def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether Lightning validates after this batch."""
-    every = trainer.check_val_every_n_epoch
-    if not trainer.enable_validation or (every is not None and (trainer.current_epoch + 1) % every):
-        return False
-    if trainer.val_check_batch == math.inf:  # the loader has no length
-        return trainer.is_last_batch
-    done = 1 + (trainer.fit_loop.total_batch_idx if every is None else batch_idx)
-    return done % int(trainer.val_check_batch or 1) == 0
 
 
 def _ends_anyway(trainer: Trainer) -> bool:

@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -19,15 +20,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 FILE, METRICS, RECORD = "run.json", "metrics.csv", "run_record"  # the last is a key in checkpoints
 LIBRARIES = ("lightning-igpt", "torch", "lightning", "datasets", "numpy", "pillow")
+DATA = ("batch_size", "seed", "val_fraction")  # with source and images, what decides the order
 TRAINER = ("precision", "max_steps", "max_epochs", "accumulate_grad_batches", "world_size")
 
 
 class RunRecord(Callback):
     """Record what made a run and what it logged, and warn where a resumed run differs.
 
-    When a fit starts, ``run.json`` in the run's folder gets an entry under ``runs``: settings, versions, machine, git
-    commit, palette and data. ``metrics.csv`` gets a row for each logged step; a resumed run appends. A trainer without
-    a logger writes no ``metrics.csv``. Checkpoints hold what a resumed run is compared with.
+    When a fit starts, ``run.json`` in the run's folder gets an entry under ``runs``. Where there is a logger,
+    ``metrics.csv`` gets a row for each logged step; a resumed run appends.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class RunRecord(Callback):
         self._earlier = checkpoint.get(RECORD, {})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[RECORD] = comparable(self.record)
+        checkpoint[RECORD] = comparable(self.record) if self.record else {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = Path(trainer.log_dir or trainer.default_root_dir) / FILE
@@ -60,9 +61,8 @@ class RunRecord(Callback):
             path.write_text(json.dumps({"runs": [*runs, self.record]}, indent=1), encoding="utf-8")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        now, was = comparable(self.record), self._earlier
-        changed = [name for name in now.keys() & was.keys() if now[name] != was[name]]
-        changes = [f"{name} {str(was[name])[:12]} -> {str(now[name])[:12]}" for name in sorted(changed)]
+        now, was = comparable(self.record) if self.record else {}, self._earlier
+        changes = [f"{key} {was[key]} -> {now[key]}" for key in sorted(now.keys() & was) if now[key] != was[key]]
         if changes:
             rank_zero_warn(f"the resumed run differs from the run that wrote its checkpoint: {', '.join(changes)}")
 
@@ -121,30 +121,30 @@ def describe(trainer: Trainer, module: Any) -> dict[str, Any]:
         "trainer": {name: getattr(trainer, name) for name in TRAINER},
         "module": {"class": type(module).__name__, "hparams": _hparams(module)},
         "data": {"class": type(data).__name__, "hparams": _hparams(data)},
+        "images": {f"{name}_images": len(part) for name, part in getattr(data, "parts", {}).items()},
         "module_seed": _hparams(module).get("seed"),
-        "data_seed": _hparams(data).get("seed"),
         "palette_sha256": getattr(getattr(module, "palette", None), "sha256", None),
-        "data_fingerprint": getattr(data, "fingerprint", None),
     }
-    return dict(json.loads(json.dumps(record, default=str)))
+    return json.loads(json.dumps(record, default=str))  # type: ignore[no-any-return]
 
 
 def comparable(record: Mapping[str, Any]) -> dict[str, Any]:
     """What of an entry a resumed run should share with the run that it continues."""
-    names = {"palette_sha256", "data_fingerprint", "module_seed", "data_seed"} & record.keys()
-    return dict(record.get("versions", {})) | {name: record[name] for name in names}
+    settings, names = record["data"]["hparams"], ("palette_sha256", "module_seed")
+    shared = {f"data_{name}": settings.get(name) for name in DATA} | {name: record[name] for name in names}
+    shared["data_source"] = Path(str(settings.get("source"))).name  # whole paths must not be published
+    return shared | dict(record["versions"]) | dict(record["images"])
 
 
 def _hparams(owner: Any) -> dict[str, Any]:
     """Hyperparameters, without the colors of a palette, which has a hash."""
-    pairs = dict(getattr(owner, "hparams", {})).items()
+    pairs = getattr(owner, "hparams", {}).items()
     return {name: value for name, value in pairs if name != "palette" or isinstance(value, str)}
 
 
 def _commit(folder: Path) -> str | None:
     """Commit of the git repository around a folder, with "-dirty" where tracked files differ; None without one."""
     words = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(words, capture_output=True, text=True, timeout=5).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return None

@@ -27,27 +27,21 @@ def run_function(
     verb: str,
     *,
     positional: bool = False,
-    about: str | None = None,
+    about: str = "",
 ) -> int:
-    """Parse ``words`` for ``function`` (or one of several, by name), and call it.
+    """Parse the words after a verb for a function, or for one of several by the name of its sub-verb, and call it.
 
-    Args:
-        function: What to run, or a mapping from sub-verbs to what to run.
-        words: The words after the verb.
-        verb: Its name.
-        positional: Take required arguments without their names.
-        about: What the verb does; default the function's docstring.
+    ``positional`` takes required arguments without their names; ``about`` says what a verb with sub-verbs does.
     """
     prog = f"{PROGRAM} {verb}"
     if isinstance(function, Mapping):
-        parser = Parser(prog=prog, description=about or "", add_help=True)
+        parser = Parser(prog=prog, description=f"{about[:1].upper()}{about[1:]}.", add_help=True)
         verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(function), title="verbs")
         for name, part in function.items():
             summary = docstring_parser.parse(part.__doc__ or "").short_description
             _add(verbs.add_parser(name, prog=f"{prog} {name}", description=summary, help=summary), part, positional)
     else:
-        text = docstring_parser.parse(function.__doc__ or "").description
-        parser = Parser(prog=prog, description=about or text or "")
+        parser = Parser(prog=prog, description=docstring_parser.parse(function.__doc__ or "").description or "")
         _add(parser, function, positional)
     options = vars(parser.parse_args(list(words)))
     chosen = function[options.pop("verb")] if isinstance(function, Mapping) else function

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from lightning_igpt.callbacks import captions, completion_rows
 from lightning_igpt.callbacks.completions import HIDDEN
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.places import check_folder
 from lightning_igpt.decoding import Precision
@@ -93,10 +91,7 @@ def complete(
 def read_mask(path: str, size: int) -> Tensor:
     """The pixels nearer to white than to black in the middle square of an image file, bool (size * size,).
 
-    Transparent pixels are black.
-
-    Raises:
-        ValueError: The file cannot be read as an image, or no pixel is marked.
+    Transparent pixels are black. A file without a white pixel, or that cannot be read, is a ValueError.
     """
     try:
         image = decode({"path": str(Path(path).expanduser())}, background=(0, 0, 0)).convert("L")
@@ -127,19 +122,10 @@ def inpainted_rows(
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; ``auto`` is the accelerator if there is one, else the CPU.
-
-    Raises:
-        ValueError: There is no such device here.
-    """
+    """The device of this name, or ValueError; ``auto`` is the accelerator if there is one, else the CPU."""
     if name != "auto":
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {name!r} is not available: {error}") from error
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function(complete, words, "complete")

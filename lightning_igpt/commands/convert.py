@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.places import check_file, check_folder
 from lightning_igpt.planning import parameter_count
 from lightning_igpt.weights import Pretrained, load_pretrained, native, save_pretrained
@@ -44,7 +42,12 @@ def convert(
         license: SPDX identifier of the weights' license, for the model card.
     """
     path = Path(out).expanduser()
-    check_out(path, to)
+    if to == "safetensors":
+        check_file(path, "OUT", "weights.safetensors", ".safetensors")
+    elif path.is_file() or path.suffix == ".safetensors":
+        raise ValueError(f"out is {path}, a file; the format hf is a folder: name one, or add --to safetensors")
+    else:
+        check_folder(path, "OUT")
     loaded = load_pretrained(source, palette=palette, image_size=image_size)
     logits = check_logits(loaded.network)
     _row("read", loaded.origin)
@@ -59,33 +62,19 @@ def convert(
     else:
         native.save_file(path, loaded.network, loaded.palette, loaded.head, loaded.class_names, card.known())
     _row("wrote", f"{path} ({to})")
-    _notes(loaded, to)
     head = loaded.head
+    if to == "hf" and loaded.config.objective == "bert":
+        _row("note", "transformers cannot run a BERT network: no sos, no causal mask; load_pretrained can")
+    if to == "hf" and head is not None:
+        _row("note", "the color head is in lm_head.safetensors, since transformers' classifier has no place for it")
     del loaded  # a large network is read back into the same memory
     again = load_pretrained(path)
     difference = (check_logits(again.network) - logits).abs().max().item()
-    if head is not None:
-        difference = max(difference, (again.head - head).abs().max().item() if again.head is not None else float("inf"))
+    if head is not None and again.head is not None:
+        difference = max(difference, (again.head - head).abs().max().item())
     _row("read back", f"largest difference of check logits {difference:g}")
-    if difference != 0:
+    if difference != 0 or (head is None) != (again.head is None):
         raise ValueError(f"the network read back from {path} differs by {difference:g}; check the disk and repeat")
-
-
-def check_out(path: Path, to: str) -> None:
-    """Raise unless the weights can be written there.
-
-    Raises:
-        ValueError: The name does not suit the format.
-        OSError: It cannot be written.
-    """
-    if to == "hf" and (path.is_file() or path.suffix == ".safetensors"):
-        raise ValueError(f"out is {path}, a file; the format hf is a folder: name one, or add --to safetensors")
-    if to == "hf":
-        check_folder(path, "OUT")
-    elif path.suffix != ".safetensors":
-        raise ValueError(f"out is {path}; a file of the format safetensors must end in .safetensors")
-    else:
-        check_file(path, "OUT", "weights.safetensors")
 
 
 def _describe(loaded: Pretrained) -> None:
@@ -98,26 +87,13 @@ def _describe(loaded: Pretrained) -> None:
         _row("classes", f"{len(loaded.head)}: {', '.join(loaded.class_names or ['without names'])}")
 
 
-def _notes(loaded: Pretrained, to: str) -> None:
-    if to == "hf" and loaded.config.objective == "bert":
-        _row("note", "transformers cannot run a BERT network: no sos, no causal mask; load_pretrained can")
-    if to == "hf" and loaded.head is not None:
-        _row("note", "the color head is in lm_head.safetensors, since transformers' classifier has no place for it")
-
-
 def _compare(loaded: Pretrained) -> None:
-    found = compare_with_transformers(loaded.network, loaded.palette, loaded.head)
-    what = "class" if loaded.head is not None else "color"
-    size = f"{found.logits:,} {what} logits up to {found.largest:.3g}"
-    _row("transformers", f"largest difference {found.difference:.3g} over {size}")
-    if not found.difference <= TOLERANCE * max(1.0, found.largest):
-        raise ValueError(f"the logits of transformers differ by up to {found.difference:.3g}; do not use this export")
+    peer = compare_with_transformers(loaded.network, loaded.palette, loaded.head)
+    logits = f"{peer.logits:,} {'color' if loaded.head is None else 'class'} logits up to {peer.largest:.3g}"
+    _row("transformers", f"largest difference {peer.difference:.3g} over {logits}")
+    if not peer.difference <= TOLERANCE * max(1.0, peer.largest):
+        raise ValueError(f"the logits of transformers differ by up to {peer.difference:.3g}; do not use this export")
 
 
 def _row(name: str, value: str) -> None:
     print(f"{name:<14}{value}")
-
-
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function(convert, words, "convert", positional=True)

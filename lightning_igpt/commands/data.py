@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from math import sqrt
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from lightning_igpt.commands.arguments import run_function
-from lightning_igpt.commands.images import name_of
+from lightning_igpt.commands.images import rows_of, to_tensor
 from lightning_igpt.commands.places import check_file
 from lightning_igpt.data.sources import Source, open_source
 from lightning_igpt.images import FORMATS, BadImageError, decode, resize_center_crop
@@ -60,11 +58,10 @@ def show(
     _row("columns", f"{opened.image_column}, {opened.label_column or 'no labels'}")
     print(*class_lines(opened), sep="\n", flush=True)
     modes: Counter[str] = Counter()
-    sizes, squares, bad, counts = [], [], [], []  # (width, height) upright, of the palette's error, places, of splits
+    sizes, squares, bad, counts = [], [], [], []  # (width, height) upright, of the palette's error, names, of splits
     for split, rows in opened.splits.items():
-        places = spread(len(rows), limit)
-        counts.append(f"{len(places):,} of {split}")
-        for name, value in rows_of(opened, split, places):
+        counts.append(f"{min(len(rows), limit or len(rows)):,} of {split}")
+        for name, value in rows_of(opened, split, limit):
             try:
                 image = decode(value)
             except BadImageError as error:
@@ -72,7 +69,7 @@ def show(
                 continue
             modes[file_mode(value)] += 1
             sizes.append(image.size)
-            squares.append(colors.rmse(_tensor(resize_center_crop(image, image_size))[None]) ** 2)
+            squares.append(colors.rmse(to_tensor(resize_center_crop(image, image_size))[None]) ** 2)
     _row("looked at", ", ".join(counts))
     if sizes:
         small, large = (pick(sizes, key=lambda size: size[0] * size[1]) for pick in (min, max))
@@ -104,20 +101,6 @@ def class_lines(source: Source) -> Iterator[str]:
         yield f"  and {len(names) - N_CLASSES:,} more"
 
 
-def spread(n_rows: int, limit: int) -> list[int]:
-    """Up to ``limit`` places in 0..n_rows-1, evenly spread, because many data sets are sorted by class; all with 0."""
-    count = min(n_rows, limit or n_rows)
-    return [number * n_rows // count for number in range(count)]
-
-
-def rows_of(source: Source, split: str, places: Sequence[int]) -> Iterator[tuple[str, Any]]:
-    """(name, undecoded image) of rows of a split."""
-    rows = source.splits[split].select_columns([source.image_column])
-    for place in places:
-        value = rows[place][source.image_column]
-        yield name_of(value or {}, split, place), value
-
-
 def file_mode(value: Any) -> str:
     """The Pillow mode of an undecoded image that can be read."""
     with Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"], formats=FORMATS) as file:
@@ -125,39 +108,30 @@ def file_mode(value: Any) -> str:
 
 
 def contact_sheet(source: Source, size: int, palette: Palette, n_images: int) -> tuple[torch.Tensor, int]:
-    """Images of the training split, or else the first, next to what the network reads; bad ones are left out.
+    """Images of the training split, or else the first, next to what the network reads, without bad ones.
 
-    Returns:
-        uint8 (3, H, W), and the number of images on it.
+    Returns uint8 (3, H, W) and the number of images on it.
     """
     split = "train" if "train" in source.splits else next(iter(source.splits))
     parts: list[torch.Tensor] = []
-    for name, value in rows_of(source, split, spread(len(source.splits[split]), n_images)):
+    for name, value in rows_of(source, split, n_images):
         try:
             image = decode(value)
         except BadImageError:
             continue
-        resized = _tensor(resize_center_crop(image, size))[None]
+        resized = to_tensor(resize_center_crop(image, size))[None]
         squares = torch.cat([resized, palette.dequantize(palette.quantize(resized))])
         enlarged = enlarge(squares, max(1, CELL // size))
         side = enlarged.shape[-1]
         method = Image.Resampling.NEAREST if max(image.size) <= side else Image.Resampling.LANCZOS
-        whole = _tensor(ImageOps.pad(image, (side, side), method, color=(224, 224, 224)))
-        parts.append(
-            image_grid(torch.cat([whole[None], enlarged])[None], scale=1, captions=None if parts else HEADINGS)
-        )
-        parts.append(heading(f"{name}, {image.width} x {image.height}"))
+        whole = to_tensor(ImageOps.pad(image, (side, side), method, color=(224, 224, 224)))
+        grid = image_grid(torch.cat([whole[None], enlarged])[None], scale=1, captions=None if parts else HEADINGS)
+        parts += [grid, heading(f"{name}, {image.width} x {image.height}")]
     return (stack(parts) if parts else heading("no image could be read")), len(parts) // 2
-
-
-def _tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
 def _row(name: str, text: str) -> None:
     print(f"{name:<12}{text}")
 
 
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function({"show": show}, words, "data", positional=True, about="Look at a data set.")
+VERBS = {"show": show}

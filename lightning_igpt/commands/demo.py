@@ -12,7 +12,7 @@ import json
 import socket
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from ipaddress import ip_address
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.demo_studio import Ask, Studio
 from lightning_igpt.weights import Pretrained, load_pretrained
@@ -72,9 +71,8 @@ def demo(
 
 def load_network(pretrained: str | None) -> Pretrained:
     """The network named, or the embedded one."""
-    if pretrained is not None:
-        return load_pretrained(pretrained)
-    return replace(load_pretrained(EMBEDDED), origin="embedded network of 8 x 8 digits")
+    embedded = "embedded network of 8 x 8 digits"
+    return load_pretrained(pretrained) if pretrained else replace(load_pretrained(EMBEDDED), origin=embedded)
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -88,19 +86,12 @@ def listening(host: str, port: int) -> socket.socket:
 def make_app(studio: Studio, host: str) -> Any:
     """The ASGI application: one page and four requests, answered under the name ``host`` and under addresses."""
     from fastapi import FastAPI, Request
-    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    worker = ThreadPoolExecutor(1, thread_name_prefix="demo")
-    text = PAGE.read_text(encoding="utf-8")
-    headers = {
-        "content-security-policy": POLICY,
-        "cross-origin-resource-policy": "same-origin",
-        "referrer-policy": "no-referrer",
-        "x-content-type-options": "nosniff",
-        "cache-control": "no-store",
-    }
+    worker, text = ThreadPoolExecutor(1, thread_name_prefix="demo"), PAGE.read_text(encoding="utf-8")
+    headers = {"content-security-policy": POLICY, "cross-origin-resource-policy": "same-origin"}
+    headers |= {"referrer-policy": "no-referrer", "x-content-type-options": "nosniff", "cache-control": "no-store"}
 
     @app.middleware("http")
     async def guard(request: Request, answer: Any) -> Any:
@@ -134,11 +125,6 @@ def make_app(studio: Studio, host: str) -> Any:
     async def wrong(request: Request, error: ValueError) -> JSONResponse:
         return JSONResponse({"error": str(error)}, 400)
 
-    @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        return JSONResponse({"error": f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"}, 400)
-
     return app
 
 
@@ -166,15 +152,12 @@ async def drawn_lines(studio: Studio, worker: ThreadPoolExecutor, ask: Ask) -> A
 
 
 def refusal(method: str, headers: dict[str, str], host: str) -> tuple[int, str]:
-    """Status and reason why a request is not answered, by its headers (lower-case names); the reason may be empty.
-
-    Addresses are safe names: to rebind DNS, an attacker needs a host name of their own.
-    """
+    """Status and reason why a request is not answered, by its headers (lower-case names); the reason may be empty."""
     named, origin, length = headers.get("host", ""), headers.get("origin"), int(headers.get("content-length", 0))
     try:
         name = urlsplit(f"//{named}").hostname or ""
         if name not in ("localhost", host.lower()):
-            ip_address(name)
+            ip_address(name)  # safe, since rebinding DNS takes a host name
     except ValueError:
         return 403, f"this server does not answer to the name {named!r}; open the address that it printed"
     if method != "GET" and origin is not None and urlsplit(origin).netloc != named:
@@ -189,8 +172,3 @@ def make_server(app: Any) -> Any:
     import uvicorn
 
     return uvicorn.Server(uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=2))
-
-
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function(demo, words, "demo")

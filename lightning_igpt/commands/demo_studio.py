@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from lightning_igpt import sampling
-from lightning_igpt.commands.images import read_images
+from lightning_igpt.commands.images import read_images, to_tensor
 from lightning_igpt.images import decode, resize_center_crop
 from lightning_igpt.objectives import nats_to_bits
 from lightning_igpt.pictures import surprise_colors, surprise_limit, surprise_map
@@ -79,15 +78,11 @@ class Studio:
     def read(self, content: bytes) -> list[int]:
         """The tokens of an image file's largest square in the middle; BadImageError where it cannot be decoded."""
         image = resize_center_crop(decode({"bytes": content}), self.config.image_size)
-        tokens: list[int] = self.loaded.palette.quantize(_pixels(image)[None])[0].tolist()
+        tokens: list[int] = self.loaded.palette.quantize(to_tensor(image)[None])[0].tolist()
         return tokens
 
     def score(self, tokens: Sequence[int]) -> dict[str, Any]:
-        """The surprise of each pixel: nats, colors of the map, and where its scale ends.
-
-        Raises:
-            ValueError: A BERT network, wrong tokens, or logits that are not finite.
-        """
+        """The surprise of each pixel: nats, colors of the map, and where its scale ends; a BERT network has none."""
         nats = sampling.score(self.network, self._picture(tokens)).cpu()[0]  # (T,)
         if not nats.isfinite().all():
             raise ValueError("the surprise is not a finite number; the network's weights are damaged")
@@ -98,13 +93,10 @@ class Studio:
         return {"nats": nats.tolist(), "heat": heat.tolist(), **numbers}
 
     def draw(self, ask: Ask, emit: Emit, gone: threading.Event) -> None:
-        """Draw, and emit the new pixels after each row, or step of a BERT network; last the time, or an error.
+        """Draw, and emit the new pixels after each row, or step of a BERT network, until ``gone`` is set.
 
-        Args:
-            ask: What to draw.
-            emit: Called with {"begun": true}; then with {"positions": n lists, "tokens": n lists, "done": share of the
-                hole} each time; last with {"seconds": s} or {"error": text}.
-            gone: Once it is set, drawing ends with the current row.
+        Emits {"begun": true}; {"positions": n lists, "tokens": n lists, "done": share of the hole} each time; last
+        {"seconds": s} or {"error": text}.
         """
         try:
             if not gone.is_set():
@@ -189,10 +181,6 @@ def photos(size: int) -> dict[str, Tensor]:
     """The photographs that come with scikit-learn: uint8 (3, size, size) by name."""
     from sklearn.datasets import load_sample_images
 
-    found = load_sample_images()
-    images = [resize_center_crop(Image.fromarray(image), size) for image in found.images]
-    return {Path(name).stem: _pixels(image) for name, image in zip(found.filenames, images, strict=True)}
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
+    samples = load_sample_images()
+    images = [resize_center_crop(Image.fromarray(image), size) for image in samples.images]
+    return {Path(name).stem: to_tensor(image) for name, image in zip(samples.filenames, images, strict=True)}

@@ -1,121 +1,73 @@
-"""``--dry_run``: what a run would be, before it is one: network, data, steps, strategy, memory and time.
-
-Not here: the formulas and the table of devices (``planning``).
-"""
+"""``--dry_run``: what a run would be, before it is one: network, data, steps, strategy, memory and time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 
+from lightning_igpt import planning
 from lightning_igpt.callbacks import Recompute
-from lightning_igpt.commands.plan import CPU_MFU, measured_cpu
+from lightning_igpt.commands.plan import GIB, hours, make_run, measured_cpu, row, shape
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.sources import name_of
-from lightning_igpt.planning import (
-    ACTIVATION_BYTES,
-    RECOMPUTE,
-    Device,
-    Run,
-    Schedule,
-    device_called,
-    forward_flops_per_token,
-    largest_batch,
-    parameter_count,
-    training_bytes,
-    usual_mfu,
-)
+from lightning_igpt.planning import Device, Schedule
 from lightning_igpt.trainer import choices
 from lightning_igpt.weights.checkpoint import read_checkpoint
 
-GIB = 2**30
 CONVERTED = frozenset({".parquet", ".arrow", ".tar"})  # files that are read by converting them
-UNITS = (("years", 365.25 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 1))
 TITLES = {"train": "training", "val": "validation", "test": "test"}
-NOTHING = "nothing was trained, and nothing was written"
 
 
-def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | None) -> list[str]:
-    """What the verb would do, line by line.
-
-    Trainer, model and data are those of the run, before ``setup``; the network may lie on the meta device.
+def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | None) -> Iterator[str]:
+    """What the verb would do with trainer, model and data before ``setup``; the network may lie on the meta device.
 
     Raises:
         ValueError: Data, network and batch do not fit together, or the checkpoint could not be opened.
-        OSError: The checkpoint or the source does not exist.
     """
     if checkpoint and Path(checkpoint).is_file():
         read_checkpoint(Path(checkpoint))
-    return list(_lines(verb, trainer, model, data, checkpoint))
-
-
-def _lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | None) -> Iterator[str]:
     yield row("would", f"{verb}: {type(model).__name__} on {type(data).__name__}")
     config, counts = getattr(model, "config", None), images(data)
     if isinstance(config, ImageGPTConfig):
-        yield row("network", network(config))
-        _check_size(config, data)
+        side, size = config.image_size, getattr(data, "image_size", None) or config.image_size
+        yield row("network", f"{config.objective}, {shape(config)}, {side} x {side} pixels, {config.vocab_size} colors")
+        if size != side:
+            raise ValueError(
+                f"the data has image_size {size}, but the network reads images of {side} x {side}; leave out the "
+                "data's image_size"
+            )
     origin = getattr(model, "origin", None)
     yield row("weights", checkpoint or (f"those of {origin}" if origin else "drawn at random"))
     source = name_of(data.source) if hasattr(data, "source") else type(data).__name__
     shown = ", ".join(f"{count:,} {TITLES.get(role, role)}" for role, count in counts.items())
     yield row("data", f"{source}: {f'{shown} images' if shown else 'not opened, to avoid a download or conversion'}")
     if verb == "fit":
-        yield from _fit(trainer, model, data, counts)
-    for text in choices(trainer):
-        yield row("", text)
+        yield from _fit(trainer, model, data, counts.get("train"))
+    yield from (row("", text) for text in choices(trainer))
     places = [str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]
     yield row("results", ", ".join(dict.fromkeys(places)) or str(trainer.default_root_dir))
-    yield f"dry run: {NOTHING}"
-
-
-def row(name: str, text: str) -> str:
-    """A line of the table."""
-    return f"{name:<12}{text}"
-
-
-def network(config: ImageGPTConfig) -> str:
-    """Shape and size in words."""
-    shape = f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, {config.vocab_size} colors"
-    side = config.image_size
-    return f"{config.objective}, {shape}, {side} x {side} pixels: {parameter_count(config):,} parameters"
+    yield "dry run: nothing was trained, and nothing was written"
 
 
 def images(data: Any) -> dict[str, int]:
     """Images of each part; empty where counting them would copy, convert or download anything."""
-    if not hasattr(data, "source") or not _is_cheap(data.source):
-        return {}
+    source = getattr(data, "source", None)
+    if source != "digits":
+        place = Path(source).expanduser() if isinstance(source, str | Path) else None
+        if place is None or not place.exists():  # perhaps a hub id
+            return {}
+        if any(path.suffix.lower() in CONVERTED for path in (place, *place.rglob("*"))):
+            return {}
     data.setup("fit")
     return {role: len(part) for role, part in data.parts.items()}
 
 
-def _is_cheap(source: Any) -> bool:
-    if source == "digits":
-        return True
-    place = Path(source).expanduser() if isinstance(source, str | Path) else None
-    if place is None or not place.exists():  # perhaps a hub id
-        return False
-    files = place.rglob("*") if place.is_dir() else [place]
-    return not any(path.suffix.lower() in CONVERTED for path in files)
-
-
-def _check_size(config: ImageGPTConfig, data: Any) -> None:
-    size = getattr(data, "image_size", None)
-    if size is not None and size != config.image_size:
-        raise ValueError(
-            f"the data has image_size {size}, but the network reads images of {config.image_size} x "
-            f"{config.image_size}; leave out the data's image_size"
-        )
-
-
-def _fit(trainer: Trainer, model: Any, data: Any, counts: dict[str, int]) -> Iterator[str]:
-    step, n_images = getattr(data, "batch_size", None), counts.get("train")
-    world, parts = trainer.world_size, trainer.accumulate_grad_batches
+def _fit(trainer: Trainer, model: Any, data: Any, n_images: int | None) -> Iterator[str]:
+    step, world, parts = getattr(data, "batch_size", None), trainer.world_size, trainer.accumulate_grad_batches
     trained = hasattr(model, "network") and any(weight.requires_grad for weight in model.network.parameters())
     if not isinstance(step, int):
         yield row("length", "unknown: the data has no batch_size")
@@ -130,7 +82,7 @@ def _fit(trainer: Trainer, model: Any, data: Any, counts: dict[str, int]) -> Ite
     shared = f"{step // (world * parts)} at once x {world} devices x {parts} accumulated"
     yield row("length", f"{'unknown' if steps is None else f'{steps:,}'} steps of {step:,} images ({shared})")
     if hasattr(model, "network"):
-        yield from _costs(trainer, model.config, step, steps or 1, trained)
+        yield from _costs(trainer, model.config, Schedule(step, steps or 1), trained)
 
 
 def length(trainer: Trainer, step: int, n_images: int | None) -> int | None:
@@ -143,25 +95,23 @@ def length(trainer: Trainer, step: int, n_images: int | None) -> int | None:
     return min((end for end in ends if end > 0), default=None)
 
 
-def _costs(trainer: Trainer, config: ImageGPTConfig, step: int, steps: int, trained: bool) -> Iterator[str]:
+def _costs(trainer: Trainer, config: ImageGPTConfig, schedule: Schedule, trained: bool) -> Iterator[str]:
     """Memory and time, by the formulas of ``planning``."""
-    place = trainer.strategy.root_device
+    place, precision = trainer.strategy.root_device, str(trainer.precision)
     kind = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
-    device = measured_cpu() if kind == "cpu" else device_called(kind)
-    if device is None or str(trainer.precision) not in ACTIVATION_BYTES:
-        yield row("costs", f"unknown for {kind} in {trainer.precision}")
+    device = measured_cpu() if kind == "cpu" else planning.device_called(kind)
+    if device is None or precision not in planning.ACTIVATION_BYTES:
+        yield row("costs", f"unknown for {kind} in {precision}")
         return
-    run = Run(config, Schedule(step, steps), device, trainer.world_size, str(trainer.precision))
-    speed = f"{device.name}, {device.peak(run.precision) / 1e12:,.3g} TFLOP/s"
-    if not trained:
-        rate = device.reached(run.precision) / (config.n_positions * forward_flops_per_token(config))
+    run = make_run(config, schedule, device, trainer.world_size, precision)
+    speed = f"{device.name}, {device.peak(precision) / 1e12:,.3g} TFLOP/s"
+    if trained:
+        yield row("memory", _memory(trainer, config, schedule.batch_size, device))
+        yield row("time", f"about {hours(run.seconds)}, at {run.mfu:.0%} of {speed}")
+        yield row("", "validation and reading images come on top")
+    else:
+        rate = device.reached(precision) / (config.n_positions * planning.forward_flops_per_token(config))
         yield row("time", f"features: at most {rate:,.3g} images/s, without fitting ({speed})")
-        return
-    yield row("memory", _memory(trainer, config, step, device))
-    run = replace(run, mfu=min(CPU_MFU if kind == "cpu" else usual_mfu(config), run.ceiling_mfu))
-    amount, unit = next((run.seconds / length, unit) for unit, length in UNITS if run.seconds >= length or unit == "s")
-    yield row("time", f"about {amount:.3g} {unit}, at {run.mfu:.0%} of {speed}")
-    yield row("", "validation and reading images come on top")
 
 
 def _memory(trainer: Trainer, config: ImageGPTConfig, step: int, device: Device) -> str:
@@ -171,14 +121,14 @@ def _memory(trainer: Trainer, config: ImageGPTConfig, step: int, device: Device)
     world, parts = trainer.world_size, trainer.accumulate_grad_batches
     sharded = any(word in type(trainer.strategy).__name__ for word in ("Sharded", "ModelParallel", "FSDP"))
     options: dict[str, Any] = {"precision": str(trainer.precision), "devices": world, "sharded": sharded}
-    for how in asked or (RECOMPUTE[:1] if trainer.strategy.root_device.type == "cpu" else RECOMPUTE):
-        needed: int = sum(training_bytes(config, step // (world * parts), recompute=how, **options).values())
+    for how in asked or (planning.RECOMPUTE[:1] if trainer.strategy.root_device.type == "cpu" else planning.RECOMPUTE):
+        needed: int = sum(planning.training_bytes(config, step // (world * parts), recompute=how, **options).values())
         if needed <= device.usable:
             break
     text = f"{needed / GIB:.2f} of {device.usable / GIB:.1f} GiB usable per device, recompute {how}"
     if needed <= device.usable:
         return text
-    most, share = largest_batch(config, device.usable, recompute=how, **options), step // world
+    most, share = planning.largest_batch(config, device.usable, recompute=how, **options), step // world
     fitting = [number for number in range(parts, share + 1) if share % number == 0 and share // number <= most]
     cure = f"--trainer.accumulate_grad_batches {fitting[0]} does" if fitting else "nor does a single image"
     return f"{text}, which does NOT fit; {cure}"

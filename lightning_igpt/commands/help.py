@@ -99,14 +99,9 @@ def _broken(line: str) -> list[str]:
 
 
 def page(prog: str, usage: str, description: str, groups: Mapping[str, Sequence[tuple[str, str]] | str]) -> str:
-    """A page of help.
+    """A page of help for program and verb.
 
-    Args:
-        prog: Program and verb.
-        usage: How to call it.
-        description: What it does.
-        groups: Under each heading options and what they mean, such as ``("-c --config RECIPE", "A YAML file.")``, or
-            one paragraph.
+    Under each heading it has options and what they mean, such as ``("-c --config RECIPE", "A YAML file.")``, or text.
     """
     shown = Parser(prog=prog, usage=usage, description=description)
     for heading, rows in groups.items():

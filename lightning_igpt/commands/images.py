@@ -40,10 +40,6 @@ def read_images(
         split: Which split; default the first of test, validation and train that is there.
         limit: How many at most.
         on_bad_image: error, or skip, which prints the images that cannot be read and leaves them out.
-
-    Raises:
-        FileNotFoundError: There is no such path.
-        ValueError: There are no images, the split does not exist, or an image cannot be decoded.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"asked for {limit} images; ask for at least 1")
@@ -51,7 +47,7 @@ def read_images(
     images, kept = [], []
     for row, name in zip(rows, names, strict=True):
         try:
-            images.append(np.array(resize_center_crop(decode(row), size)))
+            images.append(to_tensor(resize_center_crop(decode(row), size)))
         except BadImageError as error:
             if on_bad_image == "error":
                 raise ValueError(f"{name}: {error}") from error
@@ -60,25 +56,30 @@ def read_images(
             kept.append(name)
     if not images:
         raise ValueError(f"none of the {len(names)} images of {source} can be read")
-    return Images(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), kept)
+    return Images(torch.stack(images), kept)
+
+
+def rows_of(source: Source, split: str, limit: int | None = None) -> Iterator[tuple[str, Any]]:
+    """``limit`` of a split's (name, undecoded image), evenly spread, as many data sets are sorted by class; or all."""
+    rows = source.splits[split].select_columns([source.image_column])
+    count = min(len(rows), limit or len(rows))
+    for place in (number * len(rows) // count for number in range(count)):
+        value = rows[place][source.image_column]
+        yield name_of(value or {}, split, place), value
 
 
 def images_of(source: Source, split: str, limit: int | None = None) -> Iterator[Image.Image]:
-    """``limit`` images of a split, evenly spread, because many data sets are sorted by class; default all.
-
-    Raises:
-        BadImageError: An image cannot be used; the message names it.
-    """
-    rows = source.splits[split]
-    limit = limit or len(rows)
-    for number in range(limit):
-        row = number * len(rows) // limit
-        value = rows[row][source.image_column]
+    """The images of ``rows_of``; the BadImageError of one that cannot be decoded names it."""
+    for name, value in rows_of(source, split, limit):
         try:
             yield decode(value)
         except BadImageError as error:
-            path = f" ({value['path']})" if value and value.get("path") else ""
-            raise BadImageError(f"{source.name}, split {split!r}, row {row}{path}: {error}") from error
+            raise BadImageError(f"{source.name}, {name}: {error}") from error
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def check_split(source: Source, split: str) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_igpt import __version__
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.places import check_folder
 from lightning_igpt.data import ProbeDataModule
@@ -114,23 +113,15 @@ def lowdata(
 def draw_subsets(labels: Tensor, class_names: Sequence[str], largest: int, n_subsets: int, *, seed: int) -> Tensor:
     """Rows of balanced random subsets, drawn without replacement: int64 (S, C, n).
 
-    Args:
-        labels: int64 (N,).
-        class_names: Of the C classes.
-        largest: Rows per class, n. The first m of them are the subset of the budget m, so that results do not depend on
-            the other budgets.
-        n_subsets: How many, S.
-        seed: Of the draws.
-
-    Raises:
-        ValueError: A class has too few images.
+    ``labels`` are int64 (N,), of C classes; ``largest`` is n, ``n_subsets`` S. The first m rows of a class are its
+    subset of the budget m, so that results do not depend on the other budgets. ValueError: a class has too few images.
     """
     classes = [np.flatnonzero(labels.numpy() == number) for number in range(len(class_names))]
     name, fewest = min(zip(class_names, map(len, classes), strict=True), key=lambda pair: pair[1])
     if fewest < largest:
-        cure = f"set --labels_per_class to at most {fewest}"
         raise ValueError(
-            f"class {name!r} has {fewest} training images, fewer than the {largest} labels asked for; {cure}"
+            f"class {name!r} has {fewest} training images, fewer than the {largest} labels asked for; set "
+            f"--labels_per_class to at most {fewest}"
         )
     generators = [np.random.default_rng([seed, subset]) for subset in range(n_subsets)]
     return torch.from_numpy(np.array([[rng.permutation(rows)[:largest] for rows in classes] for rng in generators]))
@@ -168,8 +159,7 @@ def measure(
 ) -> dict[str, list[float] | float | None]:
     """Test accuracy of a logistic regression on each subset, with mean and sample standard deviation.
 
-    ``x`` is float (R, D), ``x_test`` (N, D), ``labels`` int64 (R,), ``test_labels`` (N,); ``subsets``, int64 (S, C, n),
-    are places in x; ``c`` is the inverse strength of the penalty.
+    ``x`` is float (R, D), ``x_test`` (N, D), ``labels`` int64 (R,), ``test_labels`` (N,); ``subsets`` int64 (S, C, n).
     """
     accuracies = []
     for subset in subsets.flatten(1):
@@ -193,8 +183,3 @@ def write_results(folder: Path, facts: dict[str, Any], results: Sequence[dict[st
             writer.writerows([*key, subset, f"{value:.6f}"] for subset, value in enumerate(one["accuracies"]))
     (folder / "lowdata.json").write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
     print(f"wrote {folder / 'lowdata.csv'} and lowdata.json")
-
-
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function(lowdata, words, "lowdata")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from math import sqrt
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 
-from lightning_igpt.commands.arguments import run_function
-from lightning_igpt.commands.images import check_split, images_of
+from lightning_igpt.commands.images import check_split, images_of, to_tensor
 from lightning_igpt.commands.places import check_file
 from lightning_igpt.data.sources import open_source
 from lightning_igpt.kmeans import fit_palette
@@ -45,10 +42,8 @@ def fit(
         overwrite: Replace existing files.
     """
     path, picture = Path(out), Path(out).with_suffix(".png")
-    if path.suffix != ".npy":
-        raise ValueError(f"out is {out}; a palette is saved as a .npy file")
-    for file in (path, picture):
-        check_file(file, "OUT", path.name)
+    for file, suffix in ((path, ".npy"), (picture, ".png")):
+        check_file(file, "OUT", "palette.npy", suffix)
         if file.exists() and not overwrite:
             raise FileExistsError(f"{file} exists; pass --overwrite true to replace it")
     if limit is not None and limit < 1:
@@ -87,13 +82,9 @@ def mean_error(palette: Palette, images: Iterator[Image.Image]) -> float:
     """Root mean square error per channel over all pixels, in 0..255, of images of any size."""
     squares, n_pixels = 0.0, 0
     for image in images:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W)
-        size = pixels.shape[2] * pixels.shape[3]
-        squares, n_pixels = squares + palette.rmse(pixels) ** 2 * size, n_pixels + size
+        size = image.width * image.height
+        squares, n_pixels = squares + palette.rmse(to_tensor(image)[None]) ** 2 * size, n_pixels + size
     return sqrt(squares / n_pixels)
 
 
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    about = "Fit a palette to images, or show one."
-    return run_function({"fit": fit, "show": show}, words, "palette", positional=True, about=about)
+VERBS = {"fit": fit, "show": show}

@@ -12,13 +12,9 @@ from pathlib import Path
 
 
 def check_file(path: str | Path, option: str, example: str, suffix: str = "") -> None:
-    """Raise ValueError or OSError unless a file can be written, or replaced.
+    """Raise ValueError or OSError unless a file can be written, or replaced, and its name ends in ``suffix``.
 
-    Args:
-        path: The file.
-        option: What names it, such as ``--out``.
-        example: Name of such a file, for the message.
-        suffix: What its name must end in.
+    ``option`` is what names it, such as ``--out``, and ``example`` such a file's name, both for the message.
     """
     path = Path(path)
     if path.is_dir():

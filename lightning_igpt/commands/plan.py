@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any, Literal
 
 from lightning_igpt import planning
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.planning import Device, Run, Schedule
 from lightning_igpt.private import multiplies_bfloat16
@@ -58,85 +58,69 @@ def plan(
             f"batch_size {batch_size} is no multiple of {devices} devices x {accumulate_grad_batches} batches each; "
             f"take {max(1, batch_size // max(parts, 1)) * parts}"
         )
-    run = make_run(
-        config, Schedule(batch_size, steps), device_kind, devices, PRECISIONS.get(precision or "", precision), mfu
-    )
+    device = measured_cpu() if device_kind.lower() == "cpu" else planning.find_device(device_kind)
+    run = make_run(config, Schedule(batch_size, steps), device, devices, PRECISIONS.get(precision or "", precision))
+    run = run if mfu is None else replace(run, mfu=mfu)
     print(*lines(network, run, batch_size // parts), sep="\n")
 
 
 def make_run(
-    config: ImageGPTConfig,
-    schedule: Schedule,
-    device_kind: str,
-    devices: int = 1,
-    precision: str | None = None,
-    mfu: float | None = None,
+    config: ImageGPTConfig, schedule: Schedule, device: Device, devices: int = 1, precision: str | None = None
 ) -> Run:
-    """A run on devices of a kind, in the device's usual precision and at the usual share of its peak.
+    """A run, by default in the device's usual precision and at the usual share of its peak.
 
     Raises:
-        ValueError: A number is out of range, or device or precision are unknown.
+        ValueError: A number is out of range, or the device has no such precision.
     """
-    is_cpu = device_kind.lower() == "cpu"
-    device = measured_cpu() if is_cpu else planning.find_device(device_kind)
     precision = precision or ("bf16-mixed" if device.bfloat16 else "32-true")
-    run = Run(config, schedule, device, devices, precision, CPU_MFU if is_cpu else planning.usual_mfu(config))
-    return replace(run, mfu=mfu if mfu is not None else min(run.mfu, run.ceiling_mfu))  # small networks reach less
+    run = Run(
+        config, schedule, device, devices, precision, planning.usual_mfu(config) if device.torch_name else CPU_MFU
+    )
+    return replace(run, mfu=min(run.mfu, run.ceiling_mfu))  # small networks reach less
 
 
 def lines(name: str, run: Run, micro_batch: int) -> Iterator[str]:
-    """The table.
-
-    Args:
-        name: Of the network.
-        run: The run.
-        micro_batch: Images that a device computes at once.
-    """
+    """The table, for a network of that name and images that a device computes at once."""
     config, device, schedule = run.config, run.device, run.schedule
     tokens, per_token = config.n_positions, planning.train_flops_per_token(config)
-    shape = f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads"
-    yield _row("network", f"{name}, {config.objective}: {shape}, {planning.parameter_count(config):,} parameters")
-    yield _row("images", f"{config.image_size} x {config.image_size} = {tokens:,} tokens")
+    yield row("network", f"{name}, {config.objective}: {shape(config)}")
+    yield row("images", f"{config.image_size} x {config.image_size} = {tokens:,} tokens")
     step = f"{per_token * tokens * schedule.batch_size:.3e} per step of {schedule.batch_size:,} images"
-    yield _row("training FLOPs", f"{per_token:.3e} per token, {step}")
-    yield _row("", f"{run.flops:.3e} in {schedule.steps:,} steps, {run.tokens:.3e} tokens")
-    yield _row("devices", f"{run.devices} x {device.name}, {device.usable / GIB:.1f} GiB usable")
-    yield _row("", f"{run.precision}, peak {device.peak(run.precision) / 1e12:,.4g} TFLOP/s, {device.source}")
-    yield ""
-    yield from _memory(run, micro_batch)
-    yield ""
+    yield row("training FLOPs", f"{per_token:.3e} per token, {step}")
+    yield row("", f"{run.flops:.3e} in {schedule.steps:,} steps, {run.tokens:.3e} tokens")
+    yield row("devices", f"{run.devices} x {device.name}, {device.usable / GIB:.1f} GiB usable")
+    yield row("", f"{run.precision}, peak {device.peak(run.precision) / 1e12:,.4g} TFLOP/s, {device.source}")
+    yield from ("", *_memory(run, micro_batch), "")
     choice = planning.choose(config, micro_batch, run.devices, device.usable, run.precision)
     fits = f"{choice.bytes / GIB:.0f} GiB" if choice.fits else "does NOT fit"
-    yield _row("strategy", f"{choice.strategy}, recompute {choice.recompute}, {fits}")
-    yield from (_row("", line) for line in textwrap.wrap(choice.reason, WIDTH - MARGIN))
+    yield row("strategy", f"{choice.strategy}, recompute {choice.recompute}, {fits}")
+    yield from (row("", line) for line in textwrap.wrap(choice.reason, WIDTH - MARGIN))
     yield ""
-    yield _row(f"time at {run.mfu:.0%} MFU", f"{hours(run.seconds)}, {schedule.images / run.seconds:,.4g} images/s")
-    yield _row("floor", hours(run.floor_device_seconds / run.devices))
+    yield row(f"time at {run.mfu:.0%} MFU", f"{hours(run.seconds)}, {schedule.images / run.seconds:,.4g} images/s")
+    yield row("floor", hours(run.floor_device_seconds / run.devices))
     if config.objective == "autoregressive":
         seconds = tokens * planning.decode_seconds(config, device, SAMPLED, run.precision)
-        yield _row("sampling", f"at most {SAMPLED / seconds:,.3g} images/s in batches of {SAMPLED} on one device")
-    yield _row("checkpoint", f"{planning.checkpoint_bytes(config, run.precision) / 1e9:,.3g} GB")
+        yield row("sampling", f"at most {SAMPLED / seconds:,.3g} images/s in batches of {SAMPLED} on one device")
+    yield row("checkpoint", f"{planning.checkpoint_bytes(config, run.precision) / 1e9:,.3g} GB")
 
 
 def _memory(run: Run, micro_batch: int) -> Iterator[str]:
     """GiB of a step, and the largest micro-batch, for each way to recompute and to spread the state."""
-    yield _row(
-        "memory per device", f"{'eager':>12}{'compiled':>12}{'largest micro-batch':>26}   (micro-batch {micro_batch:,})"
-    )
-    for strategy in ("DDP", "FSDP") if run.devices > 1 else ("",):
-        for recompute in planning.RECOMPUTE:
-            sizes, most = [], []
-            for compiled in (False, True):
-                options: dict[str, Any] = {
-                    "precision": run.precision,
-                    "devices": run.devices,
-                    "sharded": strategy == "FSDP",
-                }
-                options |= {"recompute": recompute, "compiled": compiled}
-                sizes.append(sum(planning.training_bytes(run.config, micro_batch, **options).values()) / GIB)
-                most.append(planning.largest_batch(run.config, run.device.usable, **options))
-            name = f"  {strategy} {recompute}".replace("   ", "  ")
-            yield _row(name, f"{sizes[0]:>8.2f} GiB{sizes[1]:>8.2f} GiB{most[0]:>15,} eager, {most[1]:,} compiled")
+    head = f"{'eager':>12}{'compiled':>12}{'largest micro-batch':>26}   (micro-batch {micro_batch:,})"
+    yield row("memory per device", head)
+    for strategy, recompute in product(("DDP", "FSDP") if run.devices > 1 else ("",), planning.RECOMPUTE):
+        options: dict[str, Any] = {"precision": run.precision, "devices": run.devices, "recompute": recompute}
+        ways = [options | {"sharded": strategy == "FSDP", "compiled": compiled} for compiled in (False, True)]
+        sizes = [sum(planning.training_bytes(run.config, micro_batch, **way).values()) / GIB for way in ways]
+        most = [planning.largest_batch(run.config, run.device.usable, **way) for way in ways]
+        name = f"  {strategy} {recompute}".replace("   ", "  ")
+        yield row(name, f"{sizes[0]:>8.2f} GiB{sizes[1]:>8.2f} GiB{most[0]:>15,} eager, {most[1]:,} compiled")
+
+
+def shape(config: ImageGPTConfig) -> str:
+    """A network's size in words."""
+    size = f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads"
+    return f"{size}, {planning.parameter_count(config):,} parameters"
 
 
 def measured_cpu() -> Device:
@@ -172,19 +156,14 @@ def hours(seconds: float) -> str:
 
 def _seconds(run: Callable[[], object]) -> float:
     """Of the fastest of a few calls, after one to warm up."""
-    run()
-    found = []
-    for _ in range(REPEATS):
+    times = []
+    for _ in range(REPEATS + 1):
         start = time.perf_counter()
         run()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
-def _row(name: str, text: str) -> str:
+def row(name: str, text: str) -> str:
+    """A line of a table."""
     return f"{name:<{MARGIN}}{text}".rstrip()
-
-
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function(plan, words, "plan")

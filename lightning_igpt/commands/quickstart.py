@@ -7,18 +7,16 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_igpt import __version__
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.places import check_folder
 from lightning_igpt.commands.quickstart_page import picture_sections, result_rows, write_report
 from lightning_igpt.config import PRESETS
@@ -53,8 +51,8 @@ def quickstart(
             one.
         dry_run: Print the steps with their sizes, and stop.
     """
-    for name, value in (("steps", steps), ("epochs", epochs), ("threads", 1 if threads is None else threads)):
-        if value < 1:
+    for name, value in {"steps": steps, "epochs": epochs, "threads": threads}.items():
+        if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     check_folder(out, "--out")
     titles = [f"1/4 pretraining without labels, {steps} steps of {BATCH_SIZE} images", "2/4 completing lower halves"]
@@ -114,10 +112,11 @@ def quiet_lightning() -> None:
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:
-    """A trainer that logs to TensorBoard and to a CSV file in the folder."""
-    loggers = [kind(folder.parent, name=folder.name, version="") for kind in (TensorBoardLogger, CSVLogger)]
-    quiet: dict[str, Any] = {"enable_model_summary": False, "log_every_n_steps": 5}
-    return make_trainer(default_root_dir=folder, logger=loggers, **quiet, **options)
+    """A trainer that logs to TensorBoard and to a new metrics.csv in the folder."""
+    (folder / "metrics.csv").unlink(missing_ok=True)  # of an earlier quickstart, since runs append to it
+    logger = TensorBoardLogger(folder.parent, name=folder.name, version="")
+    options |= {"enable_model_summary": False, "log_every_n_steps": 5}
+    return make_trainer(default_root_dir=folder, logger=logger, **options)
 
 
 def pretrain(folder: Path, seed: int, steps: int) -> dict[str, float]:
@@ -128,22 +127,16 @@ def pretrain(folder: Path, seed: int, steps: int) -> dict[str, float]:
     runner.fit(module, data)
     runner.save_checkpoint(folder / "pretrain.ckpt")
     val = runner.validate(module, data, verbose=False)[0]["val/nats_per_pixel"]
-    loaders = data.train_dataloader(), data.val_dataloader()
-    train_tokens, val_tokens = (module.tokens_of(whole(loader)) for loader in loaders)
-    return {
-        "val_nats_per_pixel": val,
-        "uniform_nats_per_pixel": math.log(NETWORK.vocab_size),
-        "unigram_nats_per_pixel": unigram_nats(train_tokens, val_tokens, NETWORK.vocab_size),
-    }
+    train, held_out = (module.tokens_of(whole(part)) for part in (data.train_dataloader(), data.val_dataloader()))
+    n_colors = NETWORK.vocab_size
+    nats = {"val": val, "uniform": math.log(n_colors), "unigram": unigram_nats(train, held_out, n_colors)}
+    return {f"{name}_nats_per_pixel": value for name, value in nats.items()}
 
 
 def unigram_nats(train: Tensor, val: Tensor, vocab_size: int) -> float:
-    """Nats per pixel of the model that knows each position's color frequencies and nothing else.
+    """Nats per pixel of ``val``, int64 (M, T), by the color frequencies at each position of ``train``, int64 (N, T).
 
-    Args:
-        train: int64 (N, T), counted with one added to every color.
-        val: int64 (M, T), scored.
-        vocab_size: K.
+    One is added to the count of each of the ``vocab_size`` colors.
     """
     counts = torch.nn.functional.one_hot(train, vocab_size).sum(0) + 1  # (T, K)
     nats = -(counts / counts.sum(1, keepdim=True)).log()
@@ -158,7 +151,7 @@ def whole(loader: Any) -> dict[str, Tensor]:
 
 def probe(folder: Path, seed: int) -> dict[str, Any]:
     """Probe the pretrained and an untrained network, and classify raw pixels, on the same split."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for prefix, weights in (("", str(folder / "pretrain.ckpt")), ("untrained_", None)):
         # c is fixed, since choosing it takes longer.
         module = ProbeModule(weights, network=NETWORK, palette=PALETTE, c=1.0, seed=seed)
@@ -166,8 +159,8 @@ def probe(folder: Path, seed: int) -> dict[str, Any]:
         runner = trainer(folder / f"probe-{'pretrained' if weights else 'untrained'}", max_epochs=1)
         runner.fit(module, data)
         test = runner.test(module, data, verbose=False)[0]
-        found[f"{prefix}accuracy_by_layer"] = {str(n): value for n, value in module.accuracy_by_layer.items()}
-        found |= {f"{prefix}best_layer": module.best_layer, f"{prefix}best_accuracy": test["test/accuracy"]}
+        results[f"{prefix}accuracy_by_layer"] = {str(n): value for n, value in module.accuracy_by_layer.items()}
+        results |= {f"{prefix}best_layer": module.best_layer, f"{prefix}best_accuracy": test["test/accuracy"]}
     data = ProbeDataModule("digits", image_size=NETWORK.image_size, seed=seed)
     data.setup()
     (x, labels), (x_test, labels_test) = (
@@ -176,7 +169,7 @@ def probe(folder: Path, seed: int) -> dict[str, Any]:
     )
     weight, bias = fit_logistic(x, labels, 10)
     right = (x_test @ weight.T + bias).argmax(1) == labels_test
-    return found | {"raw_pixels_accuracy": float(right.float().mean())}
+    return results | {"raw_pixels_accuracy": float(right.float().mean())}
 
 
 def finetune(folder: Path, seed: int, epochs: int) -> dict[str, float]:
@@ -190,8 +183,3 @@ def finetune(folder: Path, seed: int, epochs: int) -> dict[str, float]:
     runner.fit(module, data)
     test = runner.test(module, data, verbose=False)[0]
     return {"accuracy": test["test/accuracy"], "cross_entropy": test["test/cross_entropy"]}
-
-
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function(quickstart, words, "quickstart")

@@ -20,17 +20,7 @@ NEXT_STEPS = "Train on your own images, complete them, probe and fine-tune; or s
 
 
 def picture_sections(module: PretrainModule, images: Tensor, out: Path, seed: int) -> list[str]:
-    """Quantize, complete and score test digits; write completions.png.
-
-    Args:
-        module: The pretrained network.
-        images: uint8 (N,3,S,S), at least ``N_PICTURES``.
-        out: The folder of the quickstart.
-        seed: Of the samples.
-
-    Returns:
-        Sections of the page.
-    """
+    """Sections in which digits, uint8 (N,3,S,S), are quantized, completed and scored; write completions.png."""
     network, palette = module.network, module.palette
     tokens, side = palette.quantize(images), images.shape[-1]  # (N, T)
     sheet = swatch(palette.rgb, side=8, columns=len(palette))[None, None]
@@ -43,12 +33,9 @@ def picture_sections(module: PretrainModule, images: Tensor, out: Path, seed: in
     limit = surprise_limit(nats[shown], len(palette))
     maps = surprise_map(nats[shown].view(-1, side, side), limit=limit)
     means = [f"{value:.2f}" for value in nats[shown].mean(1).tolist()]
-    before, legend = "Test digits before (above) and after quantization (below).", report.surprise_legend(limit)
-    picked = "Temperature 1; the first test digits, not picked."
-    lowest = (
-        "Nats per pixel of the least (left half) and the most surprising (right half) test digits, above maps of them."
-    )
-    surprise = torch.stack([palette.dequantize(tokens[shown]), maps])
+    surprise, legend = torch.stack([palette.dequantize(tokens[shown]), maps]), report.surprise_legend(limit)
+    before = "Test digits before (above) and after quantization (below)."
+    lowest = "Nats per pixel of the least (left) and the most surprising (right) test digits, above maps of them."
     return [
         report.section(
             "Palette",
@@ -60,7 +47,9 @@ def picture_sections(module: PretrainModule, images: Tensor, out: Path, seed: in
             "Completions",
             "The network sees the upper half of a test digit and draws the rest pixel by pixel. Most halves allow "
             "several digits, and the samples differ accordingly.",
-            report.pixels(rows, "Rows of digits: half, samples, truth", picked, headings=captions(N_SAMPLES)),
+            report.pixels(
+                rows, "Half, samples, truth", "The first test digits, not picked.", headings=captions(N_SAMPLES)
+            ),
         ),
         report.section(
             "Surprise",
@@ -72,13 +61,7 @@ def picture_sections(module: PretrainModule, images: Tensor, out: Path, seed: in
 
 
 def write_report(out: Path, results: Mapping[str, Any], pictures: list[str]) -> None:
-    """Write report.html, loss.png and probe_by_layer.png.
-
-    Args:
-        out: The folder of the quickstart, with the metrics of pretraining.
-        results: As in report.json.
-        pictures: From ``picture_sections``.
-    """
+    """Write report.html, loss.png and probe_by_layer.png, from the metrics of pretraining and what report.json has."""
     settings, checkpoint = results["settings"], out / "pretrain.ckpt"
     network = "{n_layer} layers, width {n_embd}, {n_head} heads".format(**settings["network"])
     (pretraining,) = report.read_runs(out / "pretrain")
@@ -95,16 +78,13 @@ def write_report(out: Path, results: Mapping[str, Any], pictures: list[str]) -> 
         *pictures,
         _probes(out, results),
         report.section("Next steps", NEXT_STEPS, report.commands(commands)),
+        report.section("How this was made", report.facts("Settings, versions", pretraining.settings)),
     ]
-    if pretraining.settings:
-        sections += [report.section("How this was made", report.facts("Settings, versions", pretraining.settings))]
-    report.write_page(
-        out / "report.html",
-        "Image GPT on 8 × 8 digits",
+    subtitle = (
         f"{network}; 1,437 digits to train on, 360 to test; {results['seconds']:.0f} seconds, seed "
-        f"{settings['seed']}; lightning_igpt {__version__}, torch {results['versions']['torch']}.",
-        sections,
+        f"{settings['seed']}; lightning_igpt {__version__}, torch {results['versions']['torch']}."
     )
+    report.write_page(out / "report.html", "Image GPT on 8 × 8 digits", subtitle, sections)
 
 
 def result_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -129,12 +109,11 @@ def _pretraining(out: Path, results: Mapping[str, Any], curves: Mapping[str, rep
         {"per-position unigram": density["unigram_nats_per_pixel"], "uniform": density["uniform_nats_per_pixel"]},
     )
     plot.light.savefig(out / "loss.png")
-    alt = f"Nats per pixel over steps; validation ends at {density['val_nats_per_pixel']:.2f}"
     return report.section(
         "Pretraining",
         "The network learns to predict each pixel from those before it. The dashed line is a model that knows the "
         "frequency of each gray at each position only: the distance below it comes from context.",
-        report.drawing(plot, alt, "Nats per pixel; lower is better."),
+        report.drawing(plot, "Nats per pixel over steps", "Nats per pixel; lower is better."),
     )
 
 
@@ -148,11 +127,7 @@ def _probes(out: Path, results: Mapping[str, Any]) -> str:
     return report.section(
         "Linear probes",
         "A logistic regression on the mean over positions of each layer's features.",
-        report.drawing(
-            plot,
-            f"Accuracy by layer; the pretrained network is best at layer {probes['best_layer']}",
-            "Test accuracy by layer; dashed: raw pixels.",
-        ),
+        report.drawing(plot, "Accuracy by layer", "Test accuracy by layer; dashed: raw pixels."),
         f"Raw pixels reach {probes['raw_pixels_accuracy']:.3f}: the mean over positions drops where things are, which "
         "in centered 8 × 8 digits is nearly the whole answer. The fair baseline of the probe is the untrained network. "
         "On natural images at the paper's scale the probe wins (96.3 % on CIFAR-10). Fine-tuning changes the features "

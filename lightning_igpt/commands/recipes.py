@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.places import check_file
 
 PACKAGE = Path(__file__).parents[1]
@@ -23,11 +22,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Path:
-    """The file of a shipped recipe.
-
-    Raises:
-        FileNotFoundError: No recipe has that name; the message offers the closest.
-    """
+    """The file of a shipped recipe; FileNotFoundError, which offers the closest name, if there is none."""
     stem = name.removesuffix(".yaml")
     if stem in names():
         return folder() / f"{stem}.yaml"
@@ -70,8 +65,4 @@ def copy(name: str, to: str = ".", overwrite: bool = False) -> None:
     print(f"{target}: edit it, then lightning-igpt fit --config {target}")
 
 
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    about = "List, show or copy the recipes that come with the package."
-    verbs: dict[str, Callable[..., None]] = {"list": list_recipes, "show": show, "copy": copy}
-    return run_function(verbs, words, "recipes", positional=True, about=about)
+VERBS: dict[str, Callable[..., None]] = {"list": list_recipes, "show": show, "copy": copy}

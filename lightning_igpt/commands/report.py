@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_igpt import report as page
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.places import check_file
 
 
@@ -18,11 +16,6 @@ def report(runs: list[str], out: str = "report.html") -> None:
         out: The page to write. It is one file that fetches nothing. Missing folders are made.
     """
     check_file(out, "--out", "report.html")
-    found = {run.folder.resolve(): run for folder in runs for run in page.read_runs(Path(folder))}
-    page.write_runs(Path(out), list(found.values()))
-    print(f"wrote {out}: {len(found)} run{'s' * (len(found) > 1)}")
-
-
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function(report, words, "report", positional=True)
+    unique = {run.folder.resolve(): run for folder in runs for run in page.read_runs(Path(folder))}
+    page.write_runs(Path(out), list(unique.values()))
+    print(f"wrote {out}: {len(unique)} run{'s' * (len(unique) > 1)}")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lightning_igpt import sampling
-from lightning_igpt.commands.arguments import run_function
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.places import check_file
@@ -79,7 +78,7 @@ def score(
     if not per_image.isfinite().all():
         name, value = next(pair for pair in zip(names, per_image.tolist(), strict=True) if not math.isfinite(pair[1]))
         raise ValueError(f"{name}: its surprise is {value}; the weights are damaged, or training diverged")
-    ranked = [(names[index], per_image[index].item()) for index in ranking(per_image)]
+    ranked = [(names[i], per_image[i].item()) for i in per_image.argsort(descending=True, stable=True).tolist()]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as table:
         writer = csv.writer(table)
@@ -95,18 +94,8 @@ def score(
         print(f"wrote {sheet}")
 
 
-def ranking(per_image: Tensor) -> list[int]:
-    """Indices of images, the most surprising first; of equals the earlier one."""
-    return per_image.argsort(descending=True, stable=True).tolist()
-
-
 def summary(per_image: Tensor, uniform: float) -> str:
-    """Mean and standard error of the mean (the sample standard deviation over the root of n), in words.
-
-    Args:
-        per_image: Float64 (N,), nats per pixel of each image.
-        uniform: ln K.
-    """
+    """Mean of float64 (N,) nats per pixel and its standard error, in words; ``uniform`` is ln K."""
     n, mean = len(per_image), f"{per_image.mean():.4f}"
     if n == 1:
         return f"1 image: {mean} nats per pixel (no standard error from one image; uniform: {uniform:.4f})"
@@ -115,21 +104,13 @@ def summary(per_image: Tensor, uniform: float) -> str:
 
 
 def surprise_sheet(tokens: Tensor, nats: Tensor, names: Sequence[str], palette: Palette, *, pictures: int) -> Tensor:
-    """The most surprising images and a few of the least, each next to its heat map, with a legend.
+    """The most surprising images and a few of the least, each next to its heat map, with a legend: uint8 (3, h, w).
 
-    Args:
-        tokens: int64 (N, T).
-        nats: Float (N, T), the surprise of each pixel.
-        names: Of the N images.
-        palette: Of the tokens.
-        pictures: How many of the most surprising.
-
-    Returns:
-        uint8 (3, h, w).
+    ``tokens`` are int64 (N, T), ``nats`` float (N, T), the surprise of each pixel; ``pictures`` counts the most.
     """
     per_image = nats.mean(1, dtype=torch.float64)
     n, side = len(names), math.isqrt(nats.shape[1])
-    ranked = list(enumerate(ranking(per_image), 1))
+    ranked = list(enumerate(per_image.argsort(descending=True, stable=True).tolist(), 1))
     most, least = ranked[:pictures], ranked[max(pictures, n - N_LEAST) :]
     indices = [index for _, index in most + least]
     limit = surprise_limit(nats[indices], len(palette))
@@ -143,8 +124,3 @@ def surprise_sheet(tokens: Tensor, nats: Tensor, names: Sequence[str], palette: 
             lines = [(f"{rank}: {per_image[index]:.3f} nats per pixel", names[index]) for rank, index in shown]
             parts += [heading(title), contact_sheet(cells, lines)]
     return stack(parts)
-
-
-def run(words: Sequence[str]) -> int:
-    """Entry point of the verb."""
-    return run_function(score, words, "score")

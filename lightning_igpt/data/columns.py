@@ -39,9 +39,7 @@ def marked_palette(rows: datasets.Dataset) -> TokenMark:
         ValueError: There are no ids, nothing names their palette, they belong to several, or they fill no square.
     """
     if not is_tokenized(rows.features):
-        raise ValueError(
-            f"there is no column {TOKENS_COLUMN!r} of integers; the columns are {', '.join(rows.features)}"
-        )
+        raise ValueError(f"there is no column {TOKENS_COLUMN!r} of integers; the columns are {_listed(rows.features)}")
     return TokenMark(_sha256(rows), _image_size(rows))
 
 
@@ -52,7 +50,7 @@ def find_image_column(features: datasets.Features, wanted: str | None, *, where:
         ValueError: There is no such column, none or several of type Image, or ``wanted`` cannot hold images.
     """
     if wanted is not None:
-        check_column(features, wanted, option="image_column", where=where)
+        _check_column(features, wanted, "image_column", where)
         if not (isinstance(features[wanted], datasets.Image) or _can_hold_images(features[wanted])):
             raise ValueError(
                 f"column {wanted!r} of {where} has the type {features[wanted]}, which cannot hold images; "
@@ -67,15 +65,13 @@ def find_image_column(features: datasets.Features, wanted: str | None, *, where:
 
 
 def find_label_column(features: datasets.Features, wanted: str | None, *, needed: bool, where: str) -> str | None:
-    """Name the column of labels: ``wanted``, or else the only ClassLabel, or else integers called "label(s)".
-
-    Without labels it returns None, or raises if they are ``needed``.
+    """Name the column of labels: ``wanted``, or else the only ClassLabel, or else integers called "label(s)", or None.
 
     Raises:
         ValueError: ``wanted`` does not exist or is of no use, or labels are needed and the choice is not clear.
     """
     if wanted is not None:
-        check_column(features, wanted, option="label_column", where=where)
+        _check_column(features, wanted, "label_column", where)
         if not (_is_integer(features[wanted]) or _is_string(features[wanted])):
             raise ValueError(
                 f"column {wanted!r} of {where} has the type {features[wanted]}; labels are ClassLabel, integers or "
@@ -96,8 +92,7 @@ def find_label_column(features: datasets.Features, wanted: str | None, *, needed
     )
 
 
-def check_column(features: datasets.Features, name: str, *, option: str, where: str) -> None:
-    """Raise ValueError where a column does not exist; the message lists those that do."""
+def _check_column(features: datasets.Features, name: str, option: str, where: str) -> None:
     if name not in features:
         raise ValueError(f"{option} is {name!r}, but {where} has the columns {_listed(features)}")
 
@@ -130,18 +125,9 @@ def class_names_of(dataset: datasets.Dataset | datasets.IterableDataset, column:
 
 
 def encode_labels(dataset: datasets.Dataset, column: str, class_names: Sequence[str], *, where: str) -> Tensor:
-    """Read a column of labels as class numbers into ``class_names``.
+    """Read a column of labels as numbers into ``class_names``, the training split's: int64 (rows,).
 
     ClassLabels and strings are matched by name, because a split that lacks a class may number the others differently.
-
-    Args:
-        dataset: A split.
-        column: Its column of labels.
-        class_names: The classes, as the training split has them.
-        where: Name of source and split, for messages.
-
-    Returns:
-        int64 (rows,), each in 0..len(class_names)-1.
 
     Raises:
         ValueError: A label is missing, hidden (-1), outside the range, or of a class that training does not have.
@@ -155,14 +141,11 @@ def encode_labels(dataset: datasets.Dataset, column: str, class_names: Sequence[
     feature = dataset.features[column]
     if _is_string(feature):
         distinct, numbers = np.unique(np.array(values.to_pylist(), dtype=object), return_inverse=True)
-        return _by_name(distinct.tolist(), numbers, class_names, where=where)
-    numbers = values.to_numpy().astype(np.int64)
-    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else list(class_names)
-    _check_range(numbers, len(names), where=where)
-    return _by_name(names, numbers, class_names, where=where)
-
-
-def _by_name(names: list[str], numbers: np.ndarray, class_names: Sequence[str], *, where: str) -> Tensor:
+        names = distinct.tolist()
+    else:
+        numbers = values.to_numpy().astype(np.int64)
+        names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else list(class_names)
+        _check_range(numbers, len(names), where=where)
     number_of = {name: number for number, name in enumerate(class_names)}
     used = [names[number] for number in np.unique(numbers)]
     if unknown := [name for name in used if name not in number_of]:
@@ -194,10 +177,8 @@ def _sha256(rows: datasets.Dataset) -> str:
             f"{PALETTE_COLUMN!r} that names it. Make the data set with lightning_igpt.tokenize, or by "
             "map(palette.transform(), batched=True), which both write it"
         )
-    if isinstance(feature, datasets.ClassLabel):
-        hashes = list(feature.names)
-    else:
-        hashes = rows.select_columns([PALETTE_COLUMN]).with_format("arrow")[:][PALETTE_COLUMN].unique().to_pylist()
+    named = isinstance(feature, datasets.ClassLabel)
+    hashes = list(feature.names) if named else _read(rows, PALETTE_COLUMN).unique().to_pylist()
     if wrong := [value for value in hashes if not re.fullmatch("[0-9a-f]{64}", str(value))]:
         raise ValueError(f"the column {PALETTE_COLUMN!r} should hold the SHA-256 of a palette; it holds {wrong[0]!r}")
     if len(hashes) != 1:
@@ -209,9 +190,7 @@ def _sha256(rows: datasets.Dataset) -> str:
 def _image_size(rows: datasets.Dataset) -> int:
     length = getattr(rows.features[TOKENS_COLUMN], "length", -1)
     if length < 0:
-        if not len(rows):
-            raise ValueError(f"the column {TOKENS_COLUMN!r} has no fixed length and no rows, so no picture size")
-        length = len(rows.with_format(None)[0][TOKENS_COLUMN])
+        length = len(rows.with_format(None)[0][TOKENS_COLUMN]) if len(rows) else 0
     size = isqrt(length)
     if not length or size * size != length:
         raise ValueError(f"rows of {length} tokens fill no square picture; the nearest is {size} x {size} = {size**2}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -10,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_igpt.data import loaders, readers, streams
 from lightning_igpt.data.loaders import Loader, make_loader, matching_palette, place_of
-from lightning_igpt.data.order import EndlessOrder, EvalOrder, StreamOrder
-from lightning_igpt.data.readers import BadImagePolicy, ImageBatches, OnBadImage
+from lightning_igpt.data.order import EndlessOrder, EvalOrder
+from lightning_igpt.data.readers import ImageBatches, OnBadImage
 from lightning_igpt.data.sources import ImageSource, Source, name_of, open_source
 from lightning_igpt.data.splits import Division, Part, divide, make_parts
 from lightning_igpt.data.streams import StreamBatches, StreamPart, StreamReader
@@ -101,14 +102,9 @@ class ImageDataModule(LightningDataModule):
         self.shuffle_buffer, self.val_images = shuffle_buffer, val_images
         self.on_bad_image, self.max_bad_share = on_bad_image, max_bad_share
         self._split_names = {"train_split": train_split, "val_split": val_split, "test_split": test_split}
-        self._open_options: dict[str, Any] = {
-            "name": config_name,
-            "revision": revision,
-            "image_column": image_column,
-            "label_column": label_column,
-            "train_split": train_split,
-            "streaming": streaming,
-        }
+        where: dict[str, Any] = {"name": config_name, "revision": revision, "streaming": streaming}
+        columns = {"image_column": image_column, "label_column": label_column}
+        self._open_options = {**where, **columns, "train_split": train_split, "need_labels": self.needs_labels}
         self._check_options()
         self.parts: dict[str, Part] = {}  # train and, where there are any, val and test; of a stream what is kept
         self.left_out: dict[str, readers.BadImages] = {}  # by part
@@ -120,7 +116,7 @@ class ImageDataModule(LightningDataModule):
     def opened(self) -> Source:
         """What ``source`` names, opened."""
         if self._opened is None:
-            self._opened = open_source(self.source, need_labels=self.needs_labels, **self._open_options)
+            self._opened = open_source(self.source, **self._open_options)
             self.class_names = self._opened.class_names
             self.num_classes = None if self.class_names is None else len(self.class_names)
             if self._opened.streaming and self.cache == "disk":
@@ -132,10 +128,9 @@ class ImageDataModule(LightningDataModule):
         """Training images; None before ``setup`` and for streams of unknown length."""
         if self.division is None or not self.opened.streaming:
             return len(self.parts["train"]) if self.parts else None
-        split = (self.opened.splits[self.division.train].info.splits or {}).get(self.division.train)
-        if split is None or not split.num_examples:
-            return None
-        return int(split.num_examples * (1 - (self.val_fraction if self.division.val is None else 0)))
+        name, held_out = self.division.splits["train"], 0 if "val" in self.division.splits else self.val_fraction
+        split = (self.opened.splits[name].info.splits or {}).get(name)
+        return int(split.num_examples * (1 - held_out)) if split and split.num_examples else None
 
     @property
     def batches_per_epoch(self) -> int | None:
@@ -150,8 +145,7 @@ class ImageDataModule(LightningDataModule):
     def roles(self) -> list[str]:
         """Which of train, val and test there are; after ``setup``."""
         assert self.division is not None
-        has = {"train": True, "val": self.division.val or self.val_fraction > 0, "test": self.division.test}
-        return [role for role, present in has.items() if present]
+        return [*self.division.splits, *(["val"] if "val" not in self.division.splits and self.val_fraction else [])]
 
     def prepare_data(self) -> None:
         """Download and convert once per node."""
@@ -171,7 +165,7 @@ class ImageDataModule(LightningDataModule):
             self.parts = make_parts(division, val_fraction=self.val_fraction, seed=self.seed)
             if self.needs_labels:
                 if len(self.parts["train"].labels(self.opened).unique()) < 2:  # type: ignore[no-untyped-call]
-                    where = f"{self.opened.name}, split {division.train!r}"
+                    where = f"{self.opened.name}, split {division.splits['train']!r}"
                     raise ValueError(f"{where} has images of a single class; a classifier needs two or more")
                 if "val" in self.parts:
                     self.parts["val"].labels(self.opened)
@@ -188,36 +182,32 @@ class ImageDataModule(LightningDataModule):
                 accumulated micro-batches.
         """
         self._check_role("train")
-        trainer, place = self.trainer, place_of(self.trainer)
+        trainer, place, streaming = self.trainer, place_of(self.trainer), self.opened.streaming
         per_pass = None if self.n_train is None else max(1, self.n_train // self.batch_size)
-        options: dict[str, Any] = {
+        order = EndlessOrder(
+            self.batch_size if streaming else len(self.parts["train"]),
+            batch_size=self.batch_size,
+            n_steps=loaders.n_steps(trainer, per_pass, self.opened.name),
+            seed=self.seed,
+            first_step=lambda: 0 if trainer is None else trainer.global_step,
             **place._asdict(),
-            "batch_size": self.batch_size,
-            "n_steps": loaders.n_steps(trainer, per_pass, self.opened.name),
-            "seed": self.seed,
-            "first_step": lambda: 0 if trainer is None else trainer.global_step,
-        }
-        resize, augment, policy = self.training_resize(), self.augmentation(), self._policy(replace=True)
-        if not self.opened.streaming:
-            part = self.parts["train"]
-            order = EndlessOrder(len(part), **options)
-            images = self._images("train", resize, True, augment, self.needs_labels)
+        )
+        resize, augment = self.training_resize(), self.augmentation()
+        if not streaming:
+            images = self._images("train", resize, self.needs_labels, replace=True, augment=augment)
             return make_loader(images, order, self._log("train"), order.at_once, self.num_workers)
         rows = self._stream_part("train", self.needs_labels)
         workers = streams.n_readers(rows, self.num_workers, place.world_size)
         states = streams.begin(self._stream_states, place.rank, place.world_size, max(1, workers))
-        reader = StreamReader(rows, resize, augment, policy)
+        reader = StreamReader(rows, resize, augment, self.on_bad_image)
         batches = StreamBatches(reader, place.rank, place.world_size, self.seed, self.shuffle_buffer, states)
-        order = StreamOrder(**options)
         self._stream = make_loader(batches, order, self._log("train"), order.at_once, workers)
         return self._stream
 
     def val_dataloader(self) -> Loader | list[Loader]:
-        """Every validation image once; empty with ``val_fraction=0`` and no validation split."""
         return self.eval_loader("val") if self.division is None or "val" in self.roles() else []
 
     def test_dataloader(self) -> Loader:
-        """Every test image once; ValueError where there is no test split."""
         return self.eval_loader("test")
 
     def predict_dataloader(self) -> Loader:
@@ -238,7 +228,7 @@ class ImageDataModule(LightningDataModule):
         """
         self._check_role(role)
         need_labels = self.needs_labels if need_labels is None else need_labels
-        place, resize, policy = place_of(self.trainer), CenterCrop(self._size()), self._policy(replace=False)
+        place, resize = place_of(self.trainer), CenterCrop(self._size())
         at_once = -(-self.batch_size // (place.world_size * place.accumulate))
         labels = None
         if self.opened.streaming:
@@ -249,21 +239,20 @@ class ImageDataModule(LightningDataModule):
                         f"{rows.where} is a stream; {place.world_size} devices cannot divide it so that each image "
                         "comes once. Use one device (--trainer.devices 1), or streaming=False"
                     )
-                once = streams.StreamOnce(StreamReader(rows, resize, None, policy), at_once)
+                once = streams.StreamOnce(StreamReader(rows, resize, None, self.on_bad_image), at_once)
                 return make_loader(once, None, self._log(role), None, min(self.num_workers, 1))
             self.parts.setdefault("val", streams.keep(rows, self.val_images))
             labels = rows.labels(self.parts["val"].dataset)
-        images = self._images(role, resize, False, None, need_labels, labels)
+        images = self._images(role, resize, need_labels, labels=labels)
         order = EvalOrder(len(images), batch_size=at_once, rank=place.rank, world_size=place.world_size)
         return make_loader(images, order, self._log(role), None, self.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of a stream, where every worker of every process is; else nothing: the step alone decides the order."""
-        return {} if self._stream is None else {"stream_states": loaders.all_states(self._stream)}
+        # Of a stream, where every worker of every process is; otherwise the step alone decides the order.
+        return {} if self._stream is None else {"stream_states": self._stream.all_states()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep where a stream was; what versions before 0.2 saved is ignored."""
-        self._stream_states = state_dict.get("stream_states", [])
+        self._stream_states = state_dict.get("stream_states", [])  # not what versions before 0.2 saved
 
     def teardown(self, stage: str) -> None:
         """Say how many images were left out, and list them in ``bad_images.csv`` next to the logs."""
@@ -273,22 +262,21 @@ class ImageDataModule(LightningDataModule):
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if bad := self.bad_images:
             rank = self.trainer.global_rank
-            path = readers.write_list(bad, folder / (f"bad_images_{rank}.csv" if rank else "bad_images.csv"))
+            path = folder / (f"bad_images_{rank}.csv" if rank else "bad_images.csv")
+            folder.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([("image", "reason"), *bad.items()])
             rank_zero_warn(f"{len(bad)} images could not be read and were left out; they are listed in {path}")
 
     def training_resize(self) -> Resize:
-        """What makes a training image square."""
         return CenterCrop(self._size())
 
     def augmentation(self) -> Augment | None:
-        """What changes a training image then."""
         return None
 
-    def _images(
-        self, role: str, resize: Resize, replace: bool, augment: Augment | None, need_labels: bool, labels: Any = None
-    ) -> ImageBatches:
+    def _images(self, role: str, resize: Resize, need_labels: bool, labels: Any = None, **options: Any) -> ImageBatches:
         """A stored part as batches; labels that nobody needs may be absent or unusable."""
-        part, source, policy = self.parts[role], self.opened, self._policy(replace=replace)
+        part, source = self.parts[role], self.opened
         if labels is None and not source.streaming:
             try:
                 labels = part.labels(source) if need_labels or source.class_names is not None else None
@@ -300,26 +288,23 @@ class ImageDataModule(LightningDataModule):
         if source.tokens is not None:
             reader: readers.Reader = TokenReader(part, part.dataset, source.image_column, resize.size)
         elif self.cache != "disk":
-            reader = readers.ImageReader(part, source.image_column, resize, policy)
+            reader = readers.ImageReader(part, source.image_column, resize)
         else:
             assert palette is not None
-            options = {"n_crops": self.n_crops if role == "train" else 1, "num_workers": self.num_workers}
-            reader = cached_tokens(self.trainer, part, source.image_column, palette, resize, policy, **options)
-        return ImageBatches(reader, len(part), labels=labels, augment=augment)
+            reader = cached_tokens(
+                self.trainer, part, source.image_column, palette, resize, skip=self.on_bad_image == "skip",
+                n_crops=self.n_crops if role == "train" else 1, num_workers=self.num_workers,
+            )  # fmt: skip
+        return ImageBatches(reader, on_bad_image=self.on_bad_image, seed=self.seed, labels=labels, **options)
 
     def _stream_part(self, role: str, need_labels: bool) -> StreamPart:
         assert self.division is not None
         matching_palette(self.trainer, self.opened, self.palette, cache=False)
-        split = {"train": self.division.train, "val": self.division.val, "test": self.division.test}[role]
-        fraction = self.val_fraction if self.division.val is None and role != "test" else 0.0
+        splits = self.division.splits
+        fraction = self.val_fraction if "val" not in splits and role != "test" else 0.0
         # Hidden labels of a test split do not concern a prediction.
-        labels = need_labels or role != "test"
-        return streams.open_part(
-            self.opened, split or self.division.train, need_labels, labels, fraction=fraction, held_out=role == "val"
-        )
-
-    def _policy(self, *, replace: bool) -> BadImagePolicy:
-        return BadImagePolicy(self.on_bad_image, replace, self.seed)
+        labels, split = need_labels or role != "test", splits.get(role, splits["train"])
+        return streams.open_part(self.opened, split, need_labels, labels, fraction=fraction, held_out=role == "val")
 
     def _log(self, role: str) -> readers.BadImages:
         n_images = None if role not in self.parts or self.opened.streaming else len(self.parts[role].dataset)

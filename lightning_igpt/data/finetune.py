@@ -17,9 +17,7 @@ class FineTuneDataModule(ImageDataModule):
     digits and text.
 
     Args:
-        source: "digits" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, or of
-            WebDataset shards; a folder written by save_to_disk; in Python also the objects of datasets. See
-            ``ImageDataModule``.
+        source: "digits" (embedded), a hub id "owner/name", or a file or folder; see ``ImageDataModule``.
         pad: Pixels of reflected padding on every side before the random cut; below image_size.
         flip: Mirror left to right at random.
         **common: The other options of ``ImageDataModule``.
@@ -32,7 +30,6 @@ class FineTuneDataModule(ImageDataModule):
         self.pad, self.flip = pad, flip
 
     def augmentation(self) -> Augment | None:
-        """Pad, cut and mirror."""
         size = self._size()
         if self.pad >= size:
             raise ValueError(f"pad is {self.pad}, but reflection needs fewer pixels than the image has ({size})")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_igpt.images import SUFFIXES
 
 # Folder names that mean a split, and what the split is called: one of the names ``splits.py`` looks for.
-SPLIT_NAMES = {name: name for name in ("train", "validation", "valid", "val", "dev", "test")} | {
-    "training": "train",
-    "eval": "validation",
-    "evaluation": "validation",
-    "testing": "test",
-}
-UNREADABLE = frozenset(
-    {".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".raw", ".psd", ".svg"}
-)
+SPLIT_NAMES = {name: name for name in ("train", "validation", "valid", "val", "dev", "test")}
+SPLIT_NAMES |= {"training": "train", "eval": "validation", "evaluation": "validation", "testing": "test"}
+UNREADABLE = {".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".raw", ".psd", ".svg"}
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # suffix: what ``datasets`` calls it
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -56,26 +50,25 @@ def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -
         return _open_file(path, streaming)
     if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
         return datasets.load_from_disk(str(path))
-    if any(file.name in _METADATA for file in list_files(path, frozenset({".csv", ".jsonl", ".parquet"}))):
+    if any(file.name in _METADATA for file in list_files(path, {".csv", ".jsonl", ".parquet"})):
         return datasets.load_dataset("imagefolder", data_dir=str(path))
     kinds = {"image": SUFFIXES, "Parquet": {".parquet"}, "Arrow": {".arrow"}, "WebDataset": {".tar"}}
-    files = {kind: list_files(path, frozenset(suffixes)) for kind, suffixes in kinds.items()}
-    files = {kind: paths for kind, paths in files.items() if paths}
+    files = {kind: paths for kind, suffixes in kinds.items() if (paths := list_files(path, suffixes))}
+    unreadable = list_files(path, UNREADABLE)
+    problem = f"{len(unreadable)} images in formats that are not read ({', '.join(sorted(_suffixes(unreadable)))})"
     if len(files) > 1:
         counts = " and ".join(f"{len(paths)} {kind} files" for kind, paths in files.items())
         raise ValueError(f"{path} holds {counts}; give a folder of one kind")
     if "image" in files:
+        if unreadable:
+            rank_zero_warn(f"{path} also holds {problem}; they are left out. Convert them to JPEG or PNG to use them")
         return open_image_folder(path, files["image"])
     if "Arrow" in files:  # by the folder alone ``datasets`` does not recognize these
         return datasets.load_dataset("arrow", data_dir=str(path), streaming=streaming)
     if files:
         return datasets.load_dataset(str(path), name, streaming=streaming)
-    if unreadable := list_files(path, UNREADABLE):
-        suffixes = ", ".join(sorted({file.suffix.lower() for file in unreadable}))
-        raise ValueError(
-            f"{path} holds {len(unreadable)} images, but in formats that are not read ({suffixes}); convert them to "
-            "JPEG or PNG"
-        )
+    if unreadable:
+        raise ValueError(f"{path} holds {problem}; convert them to JPEG or PNG")
     raise ValueError(
         f"{path} holds no images ({' '.join(sorted(SUFFIXES))}), no Parquet, Arrow or WebDataset (.tar) files, and no "
         "data set written by save_to_disk, at any depth"
@@ -84,18 +77,18 @@ def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -
 
 def _open_file(path: Path, streaming: bool) -> Any:
     suffix = path.suffix.lower()
-    if suffix in SUFFIXES:
-        raise ValueError(f"{path} is a single image; give the folder that holds your images")
-    if suffix in UNREADABLE:
-        raise ValueError(f"{path} is an image in a format that is not read; convert it to JPEG or PNG")
+    if suffix in SUFFIXES | UNREADABLE:
+        raise ValueError(f"{path} is a single image; give the folder that holds your images, as JPEG or PNG")
     if suffix not in TABLES:
-        raise ValueError(
-            f"{path} is a file that is not Parquet, Arrow or a WebDataset tar; give such a file, or a folder"
-        )
+        raise ValueError(f"{path} is no Parquet file, Arrow file or WebDataset tar; give one, or a folder")
     return datasets.load_dataset(TABLES[suffix], data_files={"train": str(path)}, streaming=streaming)
 
 
-def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+def _suffixes(files: list[Path]) -> set[str]:
+    return {file.suffix.lower() for file in files}
+
+
+def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """Files below ``folder`` with one of ``suffixes``, relative to it and sorted; hidden ones are left out.
 
     Links are followed, but no folder is read twice, so a link to a parent folder does not multiply the files.
@@ -123,62 +116,38 @@ def open_image_folder(folder: Path, files: list[Path]) -> datasets.DatasetDict:
     ``<split>/<class>/...``, ``<class>/...``, ``<split>/...`` and loose files are understood. Sub-folders are splits
     where all of them are called ``train`` (``training``), ``validation`` (``valid``, ``val``, ``dev``; ``eval`` and
     ``evaluation`` become ``validation``) or ``test`` (``testing``), in any case. Below that, the first folders are
-    classes where every image of a split is in one and there are two or more. Warns of images in formats that are not
-    read.
-
-    Args:
-        folder: The folder.
-        files: Its images, as ``list_files`` gives them.
+    classes where every image of a split is in one and there are two or more.
 
     Raises:
         ValueError: Some sub-folders are named after splits and others are not, two name the same split, or splits lie
             inside other folders.
     """
-    if unreadable := Counter(path.suffix.lower() for path in list_files(folder, UNREADABLE)):
-        rank_zero_warn(
-            f"{folder} also holds {unreadable.total()} images in formats that are not read "
-            f"({', '.join(sorted(unreadable))}); they are left out. Convert them to JPEG or PNG to use them"
-        )
     top = {path.parts[0] if len(path.parts) > 1 else "" for path in files}
     named = sorted(name for name in top if name.lower() in SPLIT_NAMES)
-    while len(top) == 1 and "" not in top and not named:  # one folder around everything
-        lone = top.pop()
-        folder, files = folder / lone, [path.relative_to(lone) for path in files]
-        top = {path.parts[0] if len(path.parts) > 1 else "" for path in files}
-        named = sorted(name for name in top if name.lower() in SPLIT_NAMES)
+    if len(top) == 1 and "" not in top and not named:  # one folder around everything
+        (lone,) = top
+        return open_image_folder(folder / lone, [path.relative_to(lone) for path in files])
     if not named:
-        _check_no_inner_splits(folder, files)
+        inner = {SPLIT_NAMES.get(path.parts[1].lower()): path for path in files if len(path.parts) > 2}
+        if "train" in inner and len(inner.keys() - {None}) > 1:
+            raise ValueError(
+                f"{folder} has splits inside other folders ({inner['train']}); put the splits outermost, as in "
+                "train/cat/, or its test images would be trained on"
+            )
         return _to_datasets(folder, {"train": [(path, path) for path in files]})
-    _check_split_folders(folder, named, files)
-    splits = defaultdict(list)
-    for path in files:
-        splits[SPLIT_NAMES[path.parts[0].lower()]].append((path, path.relative_to(path.parts[0])))
-    return _to_datasets(folder, splits)
-
-
-def _check_no_inner_splits(folder: Path, files: list[Path]) -> None:
-    inner = {SPLIT_NAMES.get(path.parts[1].lower()) for path in files if len(path.parts) > 2}
-    if "train" in inner and len(inner - {None}) > 1:
-        example = next(path for path in files if len(path.parts) > 2 and path.parts[1].lower() in SPLIT_NAMES)
-        raise ValueError(
-            f"{folder} has splits inside other folders ({example}); put the splits outermost, as in "
-            f"{example.parts[1]}/{example.parts[0]}/, or its test images would be trained on"
-        )
-
-
-def _check_split_folders(folder: Path, named: list[str], files: list[Path]) -> None:
-    others = sorted({path.parts[0] + "/" * (len(path.parts) > 1) for path in files if path.parts[0] not in named})
-    if others:
+    if others := sorted({path.parts[0] + "/" * (len(path.parts) > 1) for path in files if path.parts[0] not in named}):
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise ValueError(
             f"{folder} has folders named after splits ({', '.join(named)}) and other images next to them ({shown}). "
             f"Where {named[0]} is a split, move the other images into train/, or away; where it is a class, rename it "
             "or give a DatasetDict"
         )
-    for split, count in Counter(SPLIT_NAMES[name.lower()] for name in named).items():
-        if count > 1:
-            same = [name for name in named if SPLIT_NAMES[name.lower()] == split]
-            raise ValueError(f"{folder} has {count} folders for the split {split!r} ({', '.join(same)}); merge them")
+    if len({SPLIT_NAMES[name.lower()] for name in named}) < len(named):
+        raise ValueError(f"{folder} has several folders for one split ({', '.join(named)}); merge them")
+    splits = defaultdict(list)
+    for path in files:
+        splits[SPLIT_NAMES[path.parts[0].lower()]].append((path, path.relative_to(path.parts[0])))
+    return _to_datasets(folder, splits)
 
 
 def _to_datasets(folder: Path, splits: dict[str, list[tuple[Path, Path]]]) -> datasets.DatasetDict:

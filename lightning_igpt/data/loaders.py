@@ -36,20 +36,22 @@ class Loader(DataLoader[dict[str, Tensor]]):
     def __init__(self, dataset: Any, bad_images: BadImages, **options: Any) -> None:
         super().__init__(dataset, **options)
         self.bad_images = bad_images
-        self.states: dict[int, str] = {}  # of a stream: where each worker is after the last batch given
+        self.states = list(getattr(dataset, "states", ()))  # of a stream: where each worker is after the last batch
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
         # A generator, so that the order reads the step with the first batch: Lightning makes the iterator before it
         # has restored that where trainer.estimated_stepping_batches is asked for.
         iterator = super().__iter__()
-        if (
-            self.num_workers > 0 and iterator is not self._watched
-        ):  # persistent workers have one iterator for all epochs
+        if self.num_workers > 0 and iterator is not self._watched:  # persistent workers have one for all epochs
             # Before anything else of the loader is collected, and before Python ends: workers ignore SIGTERM.
             self._watched, self._stopper = iterator, weakref.finalize(self, _stop, iterator, os.getpid())
         try:
             for batch in iterator:
-                yield self._record(batch)
+                bad = batch.pop(BAD, [])
+                self.bad_images.note(bad, len(batch["sample"]) + len(bad))
+                if STATE in batch:
+                    worker, self.states[worker] = batch.pop(STATE)
+                yield batch
         except Exception as error:
             self._stopper()  # not when the traceback, which holds the workers, is collected
             forget_iterator(self)
@@ -58,19 +60,19 @@ class Loader(DataLoader[dict[str, Tensor]]):
             # From a worker it has the worker's whole traceback in its text.
             raise BadImageError(str(error).rpartition(f"{BadImageError.__name__}: ")[2].strip()) from error
 
-    def _record(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        bad, state = batch.pop(BAD, []), batch.pop(STATE, None)
-        self.bad_images.note(bad, len(batch["sample"]) + len(bad))
-        if state is not None:
-            self.states[state[0]] = state[1]
-        return batch
-
     def state_dict(self) -> dict[str, Any]:
         """Nothing; it is here because Lightning warns of other loaders that results of a resumed run are unreliable."""
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+    def all_states(self) -> list[list[str]]:
+        """Where the workers of every process are in a stream; all processes must call it together."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return [self.states]
+        states: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, self.states)
+        return states
 
 
 def make_loader(
@@ -92,18 +94,16 @@ def make_loader(
 
 
 class Place(NamedTuple):
-    """Which part of every optimizer step this process computes."""
+    """Which part of every optimizer step this process computes; all of it without a trainer."""
 
-    rank: int
-    world_size: int
-    accumulate: int
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1
 
 
 def place_of(trainer: Trainer | None) -> Place:
-    """That of this process; all of every step without a trainer."""
-    if trainer is None:
-        return Place(0, 1, 1)
-    return Place(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
+    """The place of this process."""
+    return Place(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches) if trainer else Place()
 
 
 def n_steps(trainer: Trainer | None, per_pass: int | None, source: str) -> int:
@@ -154,8 +154,7 @@ def matching_size(trainer: Trainer | None, source: Source, wanted: int | None) -
         return DEFAULT_IMAGE_SIZE
     if own not in (None, size):
         raise ValueError(
-            f"{source.name} holds tokens of {own} x {own} images, but image_size is {size}; make tokens of that size "
-            "from the images"
+            f"image_size is {size}, but {source.name} holds tokens of {own} x {own} images; set it to {own}"
         )
     return size
 
@@ -179,16 +178,6 @@ def matching_palette(trainer: Trainer | None, source: Source, wanted: str | None
     if cache and mark is None and mine is None and network is None:
         raise ValueError("cache=disk keeps tokens: give palette, or use it with a trainer whose module has one")
     return mine or network
-
-
-def all_states(loader: Loader) -> list[list[str]]:
-    """Where the workers of every process are in a stream; all processes must call it together."""
-    own = [state for _, state in sorted(loader.states.items())]
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [own]
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, own)
-    return states
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -17,39 +17,18 @@ from torch.utils.data import DistributedSampler
 Draw: TypeAlias = tuple[int, int]  # (row of the data, number of the draw)
 
 
-def images_at_once(batch_size: int, world_size: int, accumulate: int) -> int:
-    """Images that one device computes at once: its part of a micro-batch.
-
-    Raises:
-        ValueError: The images of an optimizer step cannot be divided evenly.
-    """
-    parts = world_size * accumulate
-    if batch_size % parts:
-        less, more = batch_size // parts * parts, -(-batch_size // parts) * parts
-        raise ValueError(
-            f"batch_size {batch_size}, the images of an optimizer step, cannot be divided among {world_size} devices x "
-            f"accumulate_grad_batches {accumulate}; set batch_size to {f'{less} or ' if less else ''}{more}, or change "
-            "one of the other two"
-        )
-    return batch_size // parts
-
-
 class EndlessOrder(DistributedSampler[Draw]):
     """The draws of optimizer step k are a pure function of (seed, k), for k = 0, 1, 2, ... without end.
 
     Every pass over the data is a new permutation; the rows that do not fill a whole step are left for another pass.
     Accumulated micro-batches and, within them, ranks take consecutive slices of a step, so neither changes the order.
+    A stream, which decides itself what is read next, takes only the samples of passes of one step.
 
     Args:
         n_images: Number of rows.
-        batch_size: Rows per optimizer step, over all ranks and micro-batches.
-        n_steps: Optimizer steps in one iteration.
-        seed: Decides the order.
-        rank: This process.
-        world_size: Number of processes.
-        accumulate: Micro-batches per optimizer step.
-        first_step: Called whenever an iteration begins, which then starts at that step and offers ``n_steps`` steps.
-            The loop that reads them stops earlier when it resumes in the middle.
+        batch_size: Rows per optimizer step, over all ranks and ``accumulate`` micro-batches.
+        n_steps: Optimizer steps in one iteration. The loop that resumes in the middle of one stops earlier.
+        first_step: Called whenever an iteration begins, which then starts at that step.
 
     Raises:
         ValueError: There are fewer rows than one step takes, or a step cannot be divided evenly.
@@ -67,7 +46,15 @@ class EndlessOrder(DistributedSampler[Draw]):
         accumulate: int = 1,
         first_step: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.at_once = images_at_once(batch_size, world_size, accumulate)
+        parts = world_size * accumulate
+        if batch_size % parts:
+            less, more = batch_size // parts * parts, -(-batch_size // parts) * parts
+            raise ValueError(
+                f"batch_size {batch_size}, the images of an optimizer step, cannot be divided among {world_size} "
+                f"devices x accumulate_grad_batches {accumulate}; set batch_size to {f'{less} or ' if less else ''}"
+                f"{more}, or change one of the other two"
+            )
+        self.at_once = batch_size // parts  # what one device computes: its part of a micro-batch
         if n_images < batch_size:
             raise ValueError(
                 f"batch_size {batch_size} exceeds the {n_images} training images; lower batch_size or set "
@@ -78,17 +65,13 @@ class EndlessOrder(DistributedSampler[Draw]):
         self.accumulate, self.first_step = accumulate, first_step
         self._pass, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
-    def starts(self) -> range:
-        """Where the slices of this rank begin within a step, one for each micro-batch."""
-        return range(self.rank * self.at_once, self.batch_size, self.num_replicas * self.at_once)
-
     def draws(self, step: int) -> Iterator[Draw]:
         """This rank's (row, sample) pairs of one step; ``sample`` is pass * n_images + place in the permutation."""
         number_of_pass, within = divmod(step, self.n_images // self.batch_size)
         if number_of_pass != self._pass:
             generator = torch.Generator().manual_seed(self.seed + number_of_pass)
             self._pass, self._permutation = number_of_pass, torch.randperm(self.n_images, generator=generator)
-        for start in self.starts():
+        for start in range(self.rank * self.at_once, self.batch_size, self.num_replicas * self.at_once):
             first = within * self.batch_size + start
             rows = self._permutation[first : first + self.at_once].tolist()
             yield from zip(rows, range(number_of_pass * self.n_images + first, 2**63), strict=False)
@@ -100,19 +83,6 @@ class EndlessOrder(DistributedSampler[Draw]):
 
     def __len__(self) -> int:
         return self.n_steps * self.accumulate * self.at_once
-
-
-class StreamOrder(EndlessOrder):
-    """Numbers the draws of a stream, which decides itself what is read next; the row is always 0."""
-
-    def __init__(self, *, batch_size: int, **common: object) -> None:
-        super().__init__(batch_size, batch_size=batch_size, **common)  # type: ignore[arg-type]
-
-    def draws(self, step: int) -> Iterator[Draw]:
-        """This rank's (0, sample) pairs of one step; ``sample`` counts from the beginning of the run."""
-        for start in self.starts():
-            first = step * self.batch_size + start
-            yield from ((0, sample) for sample in range(first, first + self.at_once))
 
 
 class EvalOrder(DistributedSampler[list[Draw]]):

@@ -18,9 +18,7 @@ class PretrainDataModule(ImageDataModule):
     3.1: a square of 58% to 88% of the shorter side); smaller ones are only resized. Validation takes the center.
 
     Args:
-        source: "digits" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, or of
-            WebDataset shards; a folder written by save_to_disk; in Python also the objects of datasets. See
-            ``ImageDataModule``.
+        source: "digits" (embedded), a hub id "owner/name", or a file or folder; see ``ImageDataModule``.
         random_crop: Crop large training images at random. Off: the center, as in evaluation.
         n_crops: With cache=disk: random squares kept of each training image, of which every pass takes the next. 1
             keeps the center.
@@ -43,7 +41,6 @@ class PretrainDataModule(ImageDataModule):
         self.random_crop, self.n_crops = random_crop, n_crops
 
     def training_resize(self) -> Resize:
-        """Random crops; a token cache of one crop keeps the center."""
         crops = self.random_crop and (self.cache != "disk" or self.n_crops > 1)
         if self.random_crop and not crops:
             rank_zero_info("cache=disk keeps the center of large images; n_crops=10 keeps ten random squares of each")

@@ -13,9 +13,7 @@ class ProbeDataModule(ImageDataModule):
     """Images and labels for ``ProbeModule``, never augmented.
 
     Args:
-        source: "digits" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, or of
-            WebDataset shards; a folder written by save_to_disk; in Python also the objects of datasets. See
-            ``ImageDataModule``.
+        source: "digits" (embedded), a hub id "owner/name", or a file or folder; see ``ImageDataModule``.
         shuffle: For ``solver=sgd``: shuffled batches in an endless order. The default, for L-BFGS, reads
             every image exactly once, in order.
         **common: The other options of ``ImageDataModule``.
@@ -26,5 +24,4 @@ class ProbeDataModule(ImageDataModule):
         self.shuffle = shuffle
 
     def train_dataloader(self) -> Loader:
-        """Every training image once, in order; or shuffled batches without end."""
         return super().train_dataloader() if self.shuffle else self.eval_loader("train")

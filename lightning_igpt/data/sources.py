@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -40,25 +40,15 @@ _STREAM_SHARDS = 64  # of data sets that are stored here as a whole
 
 @dataclass(frozen=True)
 class Source:
-    """Opened images, or tokens made of them.
+    """Opened images, or tokens made of them."""
 
-    Args:
-        name: What messages call it.
-        splits: The splits by name; the image column gives ``{"bytes", "path"}``, nothing is decoded yet.
-        image_column: The column of images, or of tokens.
-        label_column: The column of labels, or None.
-        class_names: The classes of the training split, or None without labels.
-        tokens: Palette and size of the tokens; None for images.
-        streaming: The splits are streams, which have no length and are read in their own order.
-    """
-
-    name: str
-    splits: dict[str, Rows]
-    image_column: str
+    name: str  # what messages call it
+    splits: dict[str, Rows]  # by name; the image column gives {"bytes", "path"}, nothing is decoded yet
+    image_column: str  # or that of tokens
     label_column: str | None
-    class_names: list[str] | None
-    tokens: TokenMark | None = None
-    streaming: bool = False
+    class_names: list[str] | None  # of the training split; None without labels
+    tokens: TokenMark | None = None  # palette and size; None for images
+    streaming: bool = False  # the splits are streams, which have no length and are read in their own order
 
     def labels(self, split: str) -> Tensor:
         """Class numbers of a split, int64 (rows,), aligned with ``class_names``.
@@ -77,10 +67,6 @@ class Source:
         if self.tokens is not None:
             raise ValueError(f"{self.name} holds tokens, from which images cannot be recovered; give the images")
 
-    def with_split(self, name: str, rows: Rows) -> Source:
-        """The same source with one more split."""
-        return replace(self, splits={**self.splits, name: rows})
-
 
 def open_source(
     source: ImageSource,
@@ -93,19 +79,10 @@ def open_source(
     train_split: str | None = None,
     streaming: bool = False,
 ) -> Source:
-    """Open images wherever they are.
+    """Open images wherever they are; the options are those of ``ImageDataModule``.
 
-    Args:
-        source: "digits"; a hub id "owner/name"; a folder of images, of Parquet or Arrow files or of WebDataset shards,
-            or one such file; a folder written by ``save_to_disk``; or an object of ``datasets``: Dataset, DatasetDict,
-            IterableDataset, IterableDatasetDict. A path that exists takes precedence over a hub id.
-        name: Configuration of a data set that has several.
-        revision: Branch, tag or commit of a hub data set.
-        image_column: Column of images; needed where not exactly one column has the type Image.
-        label_column: Column of labels; needed where not exactly one column is a ClassLabel.
-        need_labels: Raise where there are no labels.
-        train_split: The split that decides the classes; default: ``train``, or else the first.
-        streaming: Read rows as they arrive, without a copy of all of them first.
+    A path that exists takes precedence over a hub id. The classes are those of ``train_split``, or else of ``train``
+    or of the first split.
 
     Raises:
         FileNotFoundError: The path does not exist.
@@ -114,18 +91,25 @@ def open_source(
     """
     with quiet():
         opened, where = _open(source, name, revision, streaming)
-    splits = {split: (as_stream(rows) if streaming else rows).with_format(None) for split, rows in opened.items()}
+    splits = {split: (_as_stream(rows) if streaming else rows).with_format(None) for split, rows in opened.items()}
     base = re.split(r"[\[+]", train_split or "train")[0].strip()
     train = splits.get(base, next(iter(splits.values())))
-    features = _features(train, where)
-    mark = None
+    features, mark = train.features or _first(train, where).features, None  # a stream's may be unknown
     if image_column is None and is_tokenized(features):
         image_column, mark = TOKENS_COLUMN, _find_mark(splits, where)
         features = datasets.Features({key: kind for key, kind in features.items() if key != PALETTE_COLUMN})
     else:
         image_column = find_image_column(features, image_column, where=where)
         splits = {split: _undecoded(rows, image_column, where) for split, rows in splits.items()}
-    column, classes = _find_labels(train, features, label_column, needed=need_labels, where=where)
+    column = find_label_column(features, label_column, needed=need_labels, where=where)
+    classes = None
+    if column is not None:
+        try:
+            classes = class_names_of(train, column)
+        except ValueError:
+            if need_labels or label_column is not None:
+                raise
+            column = None
     return Source(where, splits, image_column, column, classes, mark, isinstance(train, datasets.IterableDataset))
 
 
@@ -134,8 +118,7 @@ def name_of(source: Any) -> str:
     return str(source) if isinstance(source, str | Path) else type(source).__name__
 
 
-def as_stream(rows: Rows) -> datasets.IterableDataset:
-    """A stored data set as a stream of up to 64 shards; a stream as it is."""
+def _as_stream(rows: Rows) -> datasets.IterableDataset:
     if isinstance(rows, datasets.IterableDataset):
         return rows
     if not len(rows):
@@ -163,15 +146,12 @@ def _open(source: Any, name: str | None, revision: str | None, streaming: bool) 
             raise FileNotFoundError(f"source is {where!r}, but there is no file or folder {path.absolute()}")
     elif isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
         where = f"the {type(source).__name__} of {', '.join(source)}"
-    elif isinstance(source, datasets.Dataset):
-        where = f"the Dataset of {len(source)} rows"
-    elif isinstance(source, datasets.IterableDataset):
-        where = "the IterableDataset"
+    elif isinstance(source, datasets.Dataset | datasets.IterableDataset):
+        where = f"the Dataset of {len(source)} rows" if isinstance(source, datasets.Dataset) else "the IterableDataset"
     else:
         raise TypeError(
             f"source is a {type(source).__name__}; it takes a string, a path, or a Dataset, DatasetDict, "
-            "IterableDataset or IterableDatasetDict of Hugging Face datasets; interleave_datasets and "
-            "concatenate_datasets make one of several"
+            "IterableDataset or IterableDatasetDict of Hugging Face datasets"
         )
     if isinstance(source, datasets.Dataset | datasets.IterableDataset):
         return {"train": source}, where
@@ -191,11 +171,6 @@ def _open_hub(source: str, name: str | None, revision: str | None, streaming: bo
         ) from error
 
 
-def _features(rows: Rows, where: str) -> datasets.Features:
-    """The columns and their types; of a stream of unknown types, those of its first row."""
-    return rows.features if rows.features is not None else _first(rows, where).features
-
-
 def _first(stream: datasets.IterableDataset, where: str) -> datasets.Dataset:
     rows = list(stream.take(1))
     if not rows:
@@ -207,33 +182,18 @@ def _find_mark(splits: dict[str, Rows], where: str) -> TokenMark:
     """Palette and size of the tokens, which must be the same in every split."""
     marks: dict[str, TokenMark] = {}
     for split, rows in splits.items():
-        if isinstance(rows, datasets.IterableDataset):
-            rows = _first(rows, f"{where}, split {split!r}")
-        if len(rows):
-            try:
-                marks[split] = marked_palette(rows)
-            except ValueError as error:
-                raise ValueError(f"{where}, split {split!r}: {error}") from error
+        place = f"{where}, split {split!r}"
+        stored = _first(rows, place) if isinstance(rows, datasets.IterableDataset) else rows
+        try:
+            marks |= {split: marked_palette(stored)} if len(stored) else {}
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
     if not marks:
         raise ValueError(f"{where} has no rows")
     if len(set(marks.values())) > 1:
         listed = ", ".join(f"{split}: {mark.sha256[:12]} at {mark.image_size} pixels" for split, mark in marks.items())
         raise ValueError(f"the splits of {where} are tokens of different palettes or sizes ({listed}); make them again")
     return next(iter(marks.values()))
-
-
-def _find_labels(
-    train: Rows, features: datasets.Features, wanted: str | None, *, needed: bool, where: str
-) -> tuple[str | None, list[str] | None]:
-    column = find_label_column(features, wanted, needed=needed, where=where)
-    if column is None:
-        return None, None
-    try:
-        return column, class_names_of(train, column)
-    except ValueError:
-        if needed or wanted is not None:
-            raise
-        return None, None
 
 
 def _undecoded(rows: Rows, column: str, where: str) -> Rows:

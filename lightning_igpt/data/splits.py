@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import datasets
 import numpy as np
@@ -48,72 +48,52 @@ class Part:
         return labels if self.rows is None else labels[self.rows]
 
 
-@dataclass(frozen=True)
-class Division:
-    """Names of the splits for each role, and the source that has them all."""
+class Division(NamedTuple):
+    """The split of each role (train, and val and test where there are any), by name, in a source that has them."""
 
     source: Source
-    train: str
-    val: str | None
-    test: str | None
+    splits: dict[str, str]
 
 
 def divide(
-    source: Source,
-    *,
-    train_split: str | None = None,
-    val_split: str | None = None,
-    test_split: str | None = None,
+    source: Source, *, train_split: str | None = None, val_split: str | None = None, test_split: str | None = None
 ) -> Division:
-    """Choose the splits of each role.
-
-    Args:
-        source: The opened source.
-        train_split: Split to train on, or slices such as ``train[:10%]`` or ``train+unlabeled``; default: ``train``.
-        val_split: Split or slice to validate on; default: ``validation``, ``valid``, ``val`` or ``dev``.
-        test_split: Split or slice to test on; default: ``test``.
+    """Choose the split of each role: the named one or slice, or else the first of ``_NAMES`` that there is.
 
     Raises:
         ValueError: A split does not exist or is empty, or rows would be trained and evaluated on.
     """
     wanted = {"train": train_split, "val": val_split, "test": test_split}
-    for role, name in wanted.items():
-        if name is not None:
-            source = _with_slice(source, name, f"{role}_split")
-    train = _choose(source, "train", train_split)
-    if train is None:
-        raise ValueError(
-            f"{source.name} has no split named 'train'; set train_split to one of: {', '.join(source.splits)}"
-        )
-    chosen: dict[str, str | None] = {}
-    for role in ("val", "test"):
-        name = _choose(source, role, wanted[role])
-        shared = 0 if name is None else _shared_rows(source, train, name)
-        if shared and wanted[role] is not None:
+    chosen: dict[str, str] = {}
+    for role, given in wanted.items():
+        if given is not None:
+            source = _with_slice(source, given, f"{role}_split")
+        name = given or next((name for name in _NAMES[role] if name in source.splits), None)
+        if name is None and role == "train":
             raise ValueError(
-                f"{role}_split {name!r} and train_split {train!r} have {shared} rows in common, which would be trained "
-                "and evaluated on; they must differ"
+                f"{source.name} has no split named 'train'; set train_split to one of: {', '.join(source.splits)}"
             )
-        chosen[role] = None if shared else name
-    if not source.streaming:
-        for name in (train, chosen["val"], chosen["test"]):
-            if name is not None and not len(source.splits[name]):
+        shared = 0 if name is None or role == "train" else _shared_rows(source, chosen["train"], name)
+        if shared and given is not None:
+            raise ValueError(
+                f"{role}_split {name!r} and train_split {chosen['train']!r} have {shared} rows in common, which would "
+                "be trained and evaluated on; they must differ"
+            )
+        if name is not None and not shared:
+            chosen[role] = name
+            if not source.streaming and not len(source.splits[name]):
                 raise ValueError(f"{source.name} has no rows in the split {name!r}")
-    return Division(source, train, chosen["val"], chosen["test"])
+    return Division(source, chosen)
 
 
 def make_parts(division: Division, *, val_fraction: float, seed: int) -> dict[str, Part]:
-    """Parts that never share a row with training.
-
-    Returns:
-        ``train`` and, where there are any, ``val`` and ``test``.
+    """Parts that never share a row with training: ``train`` and, where there are any, ``val`` and ``test``.
 
     Raises:
         ValueError: The training split is too small to hold out any.
     """
     source = division.source
-    roles = {"train": division.train, "val": division.val, "test": division.test}
-    parts = {role: Part(source.name, split, source.splits[split]) for role, split in roles.items() if split is not None}
+    parts = {role: Part(source.name, split, source.splits[split]) for role, split in division.splits.items()}
     if "val" not in parts and val_fraction > 0:
         parts.update(_hold_out(parts["train"], val_fraction, seed))
     return parts
@@ -127,31 +107,29 @@ def _with_slice(source: Source, name: str, option: str) -> Source:
         raise ValueError(f"{option} is {name!r}, but {source.name} has the splits {', '.join(source.splits)}")
     if source.streaming:
         raise ValueError(f"{option} is {name!r}; a stream has no slices: name a whole split, or use streaming=False")
-    ranges = _ranges(source, name, option=option)
+    try:
+        ranges = _ranges(source, name)
+        pieces = [source.splits[base].select(range(start, stop)) for base, start, stop in ranges]
+        rows = pieces[0] if len(pieces) == 1 else datasets.concatenate_datasets(pieces)
+    except Exception as error:  # of many classes: syntax, unknown splits, rows that are not there, other columns
+        raise ValueError(
+            f"{option} is {name!r}, which is no slice of {source.name} ({', '.join(source.splits)}): {error}. Write "
+            "for instance train[:10%], train[100:], or train+test"
+        ) from error
     if twice := sum(_overlap(a, b) for a, b in combinations(ranges, 2)):
         raise ValueError(
             f"{option} is {name!r}, which takes {twice} rows of {source.name} twice; a hold-out could then validate on "
             "images that are trained on. Name every row once"
         )
-    pieces = [source.splits[base].select(range(start, stop)) for base, start, stop in ranges]
-    try:
-        return source.with_split(name, pieces[0] if len(pieces) == 1 else datasets.concatenate_datasets(pieces))
-    except ValueError as error:
-        raise ValueError(f"{option} is {name!r}, but these splits of {source.name} do not fit: {error}") from error
+    return replace(source, splits={**source.splits, name: rows})
 
 
-def _ranges(source: Source, name: str, *, option: str = "a split") -> list[_Range]:
+def _ranges(source: Source, name: str) -> list[_Range]:
     """The rows that a name means."""
     lengths = {split: len(rows) for split, rows in source.splits.items() if _PLAIN.fullmatch(split)}
     if name in lengths:
         return [(name, 0, lengths[name])]
-    try:
-        absolute = datasets.ReadInstruction.from_spec(name).to_absolute(lengths)
-    except Exception as error:  # of many classes: syntax, unknown splits, rows that are not there
-        raise ValueError(
-            f"{option} is {name!r}, which is no slice of {source.name} ({', '.join(lengths)}): {error}. Write for "
-            "instance train[:10%], train[100:], or train+test"
-        ) from error
+    absolute = datasets.ReadInstruction.from_spec(name).to_absolute(lengths)
     return [(piece.splitname, piece.from_, piece.to) for piece in absolute]
 
 
@@ -165,10 +143,6 @@ def _overlap(a: _Range, b: _Range) -> int:
     return max(0, min(a[2], b[2]) - max(a[1], b[1])) if a[0] == b[0] else 0
 
 
-def _choose(source: Source, role: str, wanted: str | None) -> str | None:
-    return wanted or next((name for name in _NAMES[role] if name in source.splits), None)
-
-
 def _hold_out(train: Part, fraction: float, seed: int) -> dict[str, Part]:
     n = len(train)
     n_val = max(1, round(n * fraction))
@@ -180,6 +154,5 @@ def _hold_out(train: Part, fraction: float, seed: int) -> dict[str, Part]:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
     rank_zero_info(f"no validation split in {train.source}: holding out {n_val} of {n} rows of {train.split!r}")
     return {
-        "train": Part(train.source, train.split, train.dataset, np.sort(order[n_val:])),
-        "val": Part(train.source, train.split, train.dataset, np.sort(order[:n_val])),
+        role: replace(train, rows=np.sort(rows)) for role, rows in (("train", order[n_val:]), ("val", order[:n_val]))
     }

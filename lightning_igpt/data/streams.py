@@ -27,18 +27,14 @@ from torch.utils.data import Dataset, get_worker_info
 from lightning_igpt.data.order import Draw
 from lightning_igpt.data.readers import (
     MAX_STAND_INS,
-    REPAIR,
-    STOP,
     BadImage,
-    BadImagePolicy,
-    Reading,
+    OnBadImage,
     check_draws,
     make_batch,
-    square,
 )
 from lightning_igpt.data.sources import Source
 from lightning_igpt.data.splits import Part
-from lightning_igpt.data.transforms import Augment, Resize
+from lightning_igpt.data.transforms import Augment, Resize, square
 from lightning_igpt.images import BadImageError, decode
 from lightning_igpt.palette import PALETTE_COLUMN
 
@@ -46,20 +42,16 @@ STATE = "stream_state"  # key of a batch: (worker, where it is in its stream); t
 _EMPTY_PASSES = 100  # a reader may get shards without rows in some passes, but hardly in so many in succession
 
 
-@dataclass(frozen=True)
-class HoldOut:
+def belongs(row: Mapping[str, Any], column: str, fraction: float, held_out: bool) -> bool:
     """For ``filter``: divides rows by a hash of their content, so that copies of an image stay together."""
-
-    column: str
-    fraction: float
-    held_out: bool  # keep the rows that are held out, or the others
-
-    def __call__(self, row: Mapping[str, Any]) -> bool:
-        """Whether to keep a row."""
-        value = row[self.column]
-        with suppress(BadImageError):  # reported when it is read
-            value = fetch(value)
-        return (zlib.crc32(_content(value)) < self.fraction * 2**32) == self.held_out
+    value = row[column]
+    with suppress(BadImageError):  # reported when it is read
+        value = fetch(value)
+    if isinstance(value, Mapping):
+        content = value.get("bytes") or str(value.get("path") or "").encode()
+    else:
+        content = b"" if value is None else np.asarray(value).tobytes()
+    return (zlib.crc32(content) < fraction * 2**32) == held_out
 
 
 @dataclass(frozen=True)
@@ -80,10 +72,9 @@ class StreamPart:
         """
         value = row[self.source.image_column]
         if self.source.tokens is not None:
-            mark = row.get(PALETTE_COLUMN, self.source.tokens.sha256)
-            if isinstance(mark, str) and mark != self.source.tokens.sha256:
-                hashes = f"{self.source.tokens.sha256[:12]} and {mark[:12]}"
-                raise ValueError(f"{self.where} holds tokens of several palettes ({hashes}); make them with one")
+            mine, mark = self.source.tokens.sha256, row.get(PALETTE_COLUMN)
+            if isinstance(mark, str) and mark != mine:
+                raise ValueError(f"{self.where} holds tokens of two palettes, {mine[:12]} and {mark[:12]}; use one")
             if len(value) != resize.size**2:
                 raise ValueError(f"{self.where}, draw {sample}: {len(value)} tokens, not {resize.size}^2")
             return np.asarray(value, np.int16).reshape(1, resize.size, resize.size)
@@ -104,18 +95,17 @@ class StreamPart:
         """
         label, classes = row.get(str(self.source.label_column)), self.source.class_names or []
         names = classes if self.own_names is None else self.own_names
-        if isinstance(label, int) and 0 <= label < len(names):
-            if names[label] in classes:
-                return classes.index(names[label])
-            if self.need_labels:
-                raise ValueError(f"{self.where} has the class {names[label]!r}, which the training split does not have")
+        name = names[label] if isinstance(label, int) and 0 <= label < len(names) else None
+        if name in classes:
+            return classes.index(name)
         if not self.need_labels:
             return -1
+        if name is not None:
+            raise ValueError(f"{self.where} has the class {name!r}, which the training split does not have")
         hint = "; -1 marks the hidden labels of a benchmark's test split" if label == -1 else ""
         raise ValueError(f"{self.where}: a label is {label!r}, outside 0..{len(names) - 1}{hint}")
 
     def labels(self, rows: datasets.Dataset) -> Tensor | None:
-        """Class numbers of stored rows, int64 (rows,); None without labels."""
         if self.source.label_column is None:
             return None
         return torch.tensor([self.label(row) for row in rows.select_columns([self.source.label_column])])
@@ -126,23 +116,20 @@ class StreamPart:
         return f"{self.source.name}, split {self.split!r}"
 
 
+@dataclass(frozen=True)
 class StreamReader:
     """Turns rows into batches."""
 
-    def __init__(
-        self,
-        part: StreamPart,
-        resize: Resize,
-        augment: Augment | None = None,
-        policy: BadImagePolicy = STOP,
-    ) -> None:
-        self.part, self.resize, self.augment, self.policy = part, resize, augment, policy
+    part: StreamPart
+    resize: Resize
+    augment: Augment | None
+    on_bad_image: OnBadImage
 
     def batch(self, rows: Iterator[Mapping[str, Any]], samples: Sequence[int]) -> dict[str, Any]:
         """The next ``len(samples)`` rows that can be read; fewer where the rows end.
 
         Raises:
-            BadImageError: A row cannot be read and the policy is "error", or too many in succession cannot be.
+            BadImageError: A row cannot be read and may not be left out, or too many in succession cannot be read.
         """
         grids: list[NDArray[Any]] = []
         labels: list[int] = []
@@ -154,8 +141,8 @@ class StreamReader:
                 labels.append(self.part.label(row) if self.part.source.label_column else -1)
                 continue
             bad.append(grid)
-            if self.policy.action == "error":
-                raise BadImageError(f"{grid.place}: {grid.reason}. {REPAIR}")
+            if self.on_bad_image == "error":
+                raise grid.error()
             if len(bad) > len(samples) + MAX_STAND_INS:
                 raise BadImageError(
                     f"{len(bad)} of {len(bad) + len(grids)} images in succession cannot be read; the last is "
@@ -163,21 +150,21 @@ class StreamReader:
                 )
         if not grids:
             return {}
-        reading = Reading(np.stack(grids), [], list(samples[: len(grids)]), bad)
-        return make_batch(reading, torch.tensor(labels) if self.part.source.label_column else None, self.augment)
+        classes = torch.tensor(labels) if self.part.source.label_column else None
+        return make_batch(np.stack(grids), samples[: len(grids)], classes, bad, self.augment)
 
 
 class StreamBatches(Dataset[dict[str, Any]]):
-    """Endless batches of a stream, asked for by draws as ``StreamOrder`` numbers them.
+    """Endless batches of a stream, asked for by draws, whose samples alone count.
 
     A map-style data set, so that torch knows a length and gives the draws to the workers in turn.
     """
 
     def __init__(
-        self, reader: StreamReader, rank: int, world_size: int, seed: int, buffer: int, states: Sequence[str] = ()
+        self, reader: StreamReader, rank: int, world_size: int, seed: int, buffer: int, states: Sequence[str]
     ) -> None:
         self.reader, self.rank, self.world_size, self.seed, self.buffer = reader, rank, world_size, seed, buffer
-        self.states = states  # where each worker of this process begins, as STATE reports it; empty: at the first row
+        self.states = states  # where each worker of this process begins, as STATE reports it
         self._rows: Iterator[Mapping[str, Any]] | None = None  # of each worker process its own
         self._place: dict[str, Any] = {}  # the pass of this worker, and the stream of that pass
 
@@ -187,9 +174,8 @@ class StreamBatches(Dataset[dict[str, Any]]):
         info = get_worker_info()
         worker, n_workers = (0, 1) if info is None else (info.id, info.num_workers)
         if self._rows is None:
-            begin = json.loads(self.states[worker]) if self.states else {"pass": 0, "stream": None}
             index, count = self.rank * n_workers + worker, self.world_size * n_workers
-            seed = self.seed * 1_000_003
+            seed, begin = self.seed * 1_000_003, json.loads(self.states[worker])
             self._rows = _endless(self.reader.part, index, count, seed, self.buffer, begin, self._place)
         batch = self.reader.batch(self._rows, [sample for _, sample in draws])
         state = {"pass": self._place["pass"], "stream": self._place["stream"].state_dict()}
@@ -246,11 +232,7 @@ class StreamOnce(torch.utils.data.IterableDataset[dict[str, Any]]):
 def open_part(
     source: Source, split: str, need_labels: bool, with_labels: bool, *, fraction: float = 0.0, held_out: bool = False
 ) -> StreamPart:
-    """The rows of a split, or those of a hold-out of it, or the others, without the columns that nobody reads.
-
-    Raises:
-        ValueError: Labels are needed, and there is no column of them.
-    """
+    """The rows of a split, or those of a hold-out of it, or the others, without the columns that nobody reads."""
     rows, own_names = source.splits[split], None
     assert isinstance(rows, datasets.IterableDataset)
     has_labels = rows.features is None or source.label_column in rows.features
@@ -263,7 +245,8 @@ def open_part(
         own_names = getattr(rows.features.get(source.label_column), "names", None)
         rows = rows.select_columns([name for name in wanted if name in rows.features])
     if fraction > 0:
-        rows = rows.filter(HoldOut(source.image_column, fraction, held_out))
+        options = {"column": source.image_column, "fraction": fraction, "held_out": held_out}
+        rows = rows.filter(belongs, fn_kwargs=options)
     return StreamPart(source, split, rows, own_names, need_labels)
 
 
@@ -280,19 +263,20 @@ def n_readers(part: StreamPart, num_workers: int, world_size: int) -> int:
 
 
 def begin(saved: Sequence[Sequence[str]], rank: int, world_size: int, n_readers: int) -> Sequence[str]:
-    """Where the workers of this process begin, from what a checkpoint says.
+    """Where the workers of this process begin: at the first row, or where a checkpoint says.
 
     With another number of readers the places cannot be handed over; then the next pass begins, and a warning says so.
     """
-    before = [len(states) for states in saved]
-    if not saved or before == [n_readers] * world_size:
-        return saved[rank] if saved else ()
-    number = 1 + max(json.loads(state)["pass"] for states in saved for state in states)
-    rank_zero_warn(
-        f"the checkpoint was made by {len(before)} processes with {before[0]} stream readers each, this run has "
-        f"{world_size} with {n_readers}: the stream begins its next pass (number {number}). To continue where it "
-        "stopped, use as many devices and num_workers as before"
-    )
+    before, number = [len(states) for states in saved], 0
+    if before == [n_readers] * world_size:
+        return saved[rank]
+    if saved:
+        number = 1 + max(json.loads(state)["pass"] for states in saved for state in states)
+        rank_zero_warn(
+            f"the checkpoint was made by {len(before)} processes with {before[0]} stream readers each, this run has "
+            f"{world_size} with {n_readers}: the stream begins its next pass (number {number}). To continue where it "
+            "stopped, use as many devices and num_workers as before"
+        )
     return [json.dumps({"pass": number, "stream": None})] * n_readers
 
 
@@ -333,9 +317,3 @@ def fetch(value: Any) -> Any:
     except Exception as error:  # each file system raises its own
         absent = isinstance(error, FileNotFoundError)
         raise BadImageError("there is no such file" if absent else f"the file cannot be read: {error}") from error
-
-
-def _content(value: Any) -> bytes:
-    if isinstance(value, Mapping):
-        return value.get("bytes") or str(value.get("path") or "").encode()
-    return b"" if value is None else np.asarray(value).tobytes()

@@ -7,7 +7,8 @@ The column ``tokens`` holds a picture's ids; the column ``palette`` names the co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -21,9 +22,9 @@ from numpy.typing import NDArray
 
 from lightning_igpt.data.columns import TOKENS_COLUMN, find_image_column, is_tokenized
 from lightning_igpt.data.folders import quiet
-from lightning_igpt.data.readers import REPAIR, STOP, BadImage, BadImagePolicy, Reading, square
+from lightning_igpt.data.readers import REPAIR, BadImage
 from lightning_igpt.data.splits import Part
-from lightning_igpt.data.transforms import Resize
+from lightning_igpt.data.transforms import Resize, square
 from lightning_igpt.images import BadImageError, decode
 from lightning_igpt.palette import PALETTE_COLUMN, Colors, Palette
 
@@ -68,14 +69,11 @@ def tokenize(
         ValueError: There is no column of images, the data are tokenized already, or an option is out of range.
     """
     palette = _ready(Palette.load(palette))
-    options: dict[str, Any] = {"image_column": image_column, "num_proc": num_proc, "batch_size": batch_size}
+    options = (palette, size, image_column, num_proc, batch_size)
     if not isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
-        return _tokenize(dataset, palette, size, where="the data set", **options)
-    splits = {
-        split: _tokenize(part, palette, size, where=f"the split {split!r}", **options)
-        for split, part in dataset.items()
-    }
-    return type(dataset)(splits)
+        return _tokenize(dataset, "the data set", *options)
+    splits = dataset.items()
+    return type(dataset)({name: _tokenize(part, f"the split {name!r}", *options) for name, part in splits})
 
 
 def _ready(palette: Palette) -> Palette:
@@ -85,16 +83,9 @@ def _ready(palette: Palette) -> Palette:
 
 
 def _tokenize(
-    dataset: DataSet,
-    palette: Palette,
-    size: int,
-    *,
-    where: str,
-    image_column: str | None,
-    num_proc: int | None,
-    batch_size: int,
+    dataset: DataSet, where: str, palette: Palette, size: int, wanted: str | None, num_proc: int | None, batch_size: int
 ) -> DataSet:
-    column = _image_column(dataset, image_column, num_proc, where=where)
+    column = _image_column(dataset, wanted, num_proc, where)
     transform = palette.transform(column, size)
     dataset = dataset.with_format(None).cast_column(column, datasets.Image(decode=False))
     others = {name: feature for name, feature in dataset.features.items() if name != column}
@@ -102,10 +93,9 @@ def _tokenize(
     features = datasets.Features({**others, TOKENS_COLUMN: _tokens_feature(size * size), PALETTE_COLUMN: label})
     if isinstance(dataset, datasets.Dataset) and not len(dataset):  # map would leave such a split as it is
         return datasets.Dataset.from_dict({name: [] for name in features}, features=features, split=dataset.split)
+    processes = {} if num_proc is None else {"num_proc": num_proc}  # a stream has no such option
     options = {"batch_size": batch_size, "with_indices": True, "remove_columns": [column], "features": features}
-    if num_proc is not None:
-        options["num_proc"] = num_proc
-    result = dataset.map(transform, batched=True, **options)
+    result = dataset.map(transform, batched=True, **options, **processes)
     result.info.description = (
         f"Pictures of {size} x {size} pixels as ids 0..{len(palette) - 1} of an Image GPT palette of {len(palette)} "
         f"colors, in raster order. SHA-256 of the palette: {palette.sha256}"
@@ -117,7 +107,7 @@ def _tokens_feature(length: int) -> datasets.List:
     return datasets.List(datasets.Value("int16"), length=length)  # ids are below 32,768
 
 
-def _image_column(dataset: DataSet, wanted: str | None, num_proc: int | None, *, where: str) -> str:
+def _image_column(dataset: DataSet, wanted: str | None, num_proc: int | None, where: str) -> str:
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise TypeError(
             f"tokenize takes a Dataset or a DatasetDict, not a {type(dataset).__name__}; datasets.load_dataset opens "
@@ -170,50 +160,48 @@ class TokenSquares:
         return {TOKENS_COLUMN: tokens.numpy().astype(np.int16).reshape(len(rows), -1), _ERROR_COLUMN: errors}
 
 
+@contextmanager
+def _first_on_its_node(trainer: Trainer | None) -> Iterator[None]:
+    """The first process of each node runs the block before the others do."""
+    if trainer is not None and trainer.local_rank > 0:
+        trainer.strategy.barrier("token cache")
+    yield
+    if trainer is not None and trainer.local_rank == 0:
+        trainer.strategy.barrier("token cache")
+
+
 def cached_tokens(
     trainer: Trainer | None,
     part: Part,
-    image_column: str,
+    column: str,
     palette: Palette,
     resize: Resize,
-    policy: BadImagePolicy,
+    *,
+    skip: bool = False,
     n_crops: int = 1,
     num_workers: int = 0,
 ) -> TokenReader:
     """Reads a part from tokens of its whole split in the cache of ``datasets``; one process of a node makes them.
 
     Raises:
-        BadImageError: An image cannot be read and the policy is "error"; the message names it.
+        BadImageError: An image cannot be read and ``skip`` is off; the message names it.
     """
-    if trainer is not None and trainer.local_rank > 0:
-        trainer.strategy.barrier("token cache")
-    bad, made = _make_cache(part, image_column, palette, resize, policy.action == "skip", n_crops, num_workers)
-    if trainer is not None and trainer.local_rank == 0:
-        trainer.strategy.barrier("token cache")
-    return TokenReader(part, made, TOKENS_COLUMN, resize.size, n_crops, policy, bad)
-
-
-def _make_cache(
-    part: Part, column: str, palette: Palette, resize: Resize, skip: bool, n_crops: int, num_workers: int
-) -> tuple[dict[int, BadImage], datasets.Dataset]:
-    """The rows that could not be read, and the tokens."""
     images = part.dataset.select_columns([column])
     if not images.cache_files:  # map keeps only what it makes of files
-        images = datasets.Dataset.from_generator(
-            _rows, gen_kwargs={"images": images}, features=images.features, split=datasets.Split(str(images.split))
-        )
+        kind: dict[str, Any] = {"features": images.features, "split": datasets.Split(str(images.split))}
+        with _first_on_its_node(trainer):
+            images = datasets.Dataset.from_generator(_rows, gen_kwargs={"images": images}, **kind)
     files, length = _state_of_files(images, column), n_crops * resize.size**2
+    features = {TOKENS_COLUMN: _tokens_feature(length), _ERROR_COLUMN: datasets.Value("string")}
     try:
-        with quiet():
+        with quiet(), _first_on_its_node(trainer):
             made = images.map(
                 TokenSquares(_ready(palette), column, resize, n_crops, skip, files),
                 batched=True,
                 batch_size=max(1, min(1000, 2**22 // length)),
                 with_indices=True,
                 remove_columns=[column],
-                features=datasets.Features(
-                    {TOKENS_COLUMN: _tokens_feature(length), _ERROR_COLUMN: datasets.Value("string")}
-                ),
+                features=datasets.Features(features),
                 num_proc=num_workers or None,
                 desc="token cache",
             )
@@ -224,7 +212,7 @@ def _make_cache(
     wrong = [row for row, error in enumerate(errors) if error]
     paths = [value and value["path"] for value in images[wrong][column]] if wrong else []
     bad = {row: BadImage(part.describe(row, path), errors[row]) for row, path in zip(wrong, paths, strict=True)}
-    return bad, made
+    return TokenReader(part, made, TOKENS_COLUMN, resize.size, n_crops, bad)
 
 
 def _rows(images: datasets.Dataset) -> Any:
@@ -248,10 +236,8 @@ class TokenReader:
     Args:
         part: The rows.
         dataset: The data set of the part, or tokens made of it row by row.
-        column: Column of lists of n_crops * S * S tokens; S is ``size``.
-        n_crops: Squares of each image, of which every pass over the part takes the next.
-        policy: What happens to images that could not be read when the tokens were made.
-        bad: These images by row; their tokens mean nothing.
+        column: Column of lists of n_crops * size * size tokens, of whose squares every pass over the part takes one.
+        bad: By row, the images that could not be read when the tokens were made; their tokens mean nothing.
 
     Raises:
         ValueError: A row has another number of tokens.
@@ -264,39 +250,25 @@ class TokenReader:
         column: str,
         size: int,
         n_crops: int = 1,
-        policy: BadImagePolicy = STOP,
         bad: Mapping[int, BadImage] | None = None,
     ) -> None:
-        self.part, self.size, self.n_crops, self.policy, self.bad = part, size, n_crops, policy, bad or {}
-        self._table = dataset.select_columns([column]).with_format("arrow")
-        self._views, self._ends = self._open()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": None}  # where workers are spawned, each maps the file for itself
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._views, self._ends = self._open()
-
-    def _open(self) -> tuple[list[NDArray[Any]], NDArray[np.int64]]:
-        """The chunks, (rows, n_crops * S * S) each, and the row after the last of each."""
-        (column,) = self._table[:].columns
-        length, views, ends = self.n_crops * self.size**2, [], np.cumsum([len(chunk) for chunk in column.chunks])
-        for chunk, end in zip(column.chunks, ends, strict=True):
+        self.part, self.size, self.n_crops, self.bad = part, size, n_crops, bad or {}
+        self._made_of = (part, dataset, column, size, n_crops, bad)
+        self._views: list[NDArray[Any]] = []  # the chunks, (rows, n_crops * S * S) each
+        (chunked,) = dataset.select_columns([column]).with_format("arrow")[:].columns
+        length, self._ends = n_crops * size**2, np.cumsum([len(chunk) for chunk in chunked.chunks])
+        for chunk, end in zip(chunked.chunks, self._ends, strict=True):
             lengths = pc.list_value_length(chunk).fill_null(0).to_numpy(zero_copy_only=False)
             if (lengths != length).any():
                 wrong = int(np.flatnonzero(lengths != length)[0])
-                row = self.part.describe(int(end) - len(chunk) + wrong)
-                raise ValueError(f"{row}: there are {lengths[wrong]} tokens, not {self.size}^2")
-            views.append(chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, length))
-        return views, ends
+                row = part.describe(int(end) - len(chunk) + wrong)
+                raise ValueError(f"{row}: there are {lengths[wrong]} tokens, not {size}^2")
+            self._views.append(chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, length))
 
-    def read(self, places: list[int], samples: list[int]) -> Reading:
-        """Read tokens, int16 (B, 1, S, S).
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenReader, self._made_of  # where workers are spawned, each maps the file for itself
 
-        Raises:
-            BadImageError: See ``BadImagePolicy.settle``.
-        """
+    def read(self, places: list[int], samples: list[int]) -> tuple[NDArray[Any], dict[int, BadImage]]:
         rows = np.asarray(self.part.rows_of(places))
         chunks = np.searchsorted(self._ends, rows, side="right")
         grids = np.empty((len(rows), 1, self.size, self.size), np.int16)
@@ -304,12 +276,8 @@ class TokenReader:
         for index, (chunk, row) in enumerate(zip(chunks.tolist(), (rows - self._ends[chunks]).tolist(), strict=True)):
             start = samples[index] // turns % self.n_crops * area
             flat[index] = self._views[chunk][row, start : start + area]  # row counts from the end of the chunk
-        reading = Reading(grids, list(places), samples, [])
         if not self.bad:
-            return reading
-        bad = {i: self.bad[row]._replace(number=places[i]) for i, row in enumerate(rows.tolist()) if row in self.bad}
-        return self.policy.settle(reading, bad, self.part, self._one)
-
-    def _one(self, place: int, sample: int) -> NDArray[np.int16] | BadImage:
-        (row,) = self.part.rows_of([place])
-        return self.bad[row] if row in self.bad else self.read([place], [sample]).grids[0]
+            return grids, {}
+        return grids, {
+            i: self.bad[row]._replace(number=places[i]) for i, row in enumerate(rows.tolist()) if row in self.bad
+        }

@@ -24,41 +24,29 @@ _AUGMENTATION = 0x5EED_0F_A96  # far from the seeds that people choose
 
 
 class Resize(Protocol):
-    """Makes an image square."""
+    """Maps an image and the number of its draw to a ``size`` x ``size`` image."""
 
     @property
-    def size(self) -> int:
-        """Side of the square."""
-        ...
+    def size(self) -> int: ...
 
-    def __call__(self, image: Image.Image, sample: int) -> Image.Image:
-        """Return a ``size`` x ``size`` image; ``sample`` is the number of the draw."""
-        ...
+    def __call__(self, image: Image.Image, sample: int) -> Image.Image: ...
 
 
 class Augment(Protocol):
-    """Changes square images, or their tokens, at random."""
+    """Maps pixels or tokens (B, C, S, S) and the numbers of their draws to the same shape, at random."""
 
-    def __call__(self, grids: NDArray[Any], samples: Sequence[int]) -> NDArray[Any]:
-        """Map (B, C, S, S) to the same shape; ``samples`` are the numbers of the draws."""
-        ...
+    def __call__(self, grids: NDArray[Any], samples: Sequence[int]) -> NDArray[Any]: ...
+
+
+def square(resize: Resize, image: Image.Image, sample: int) -> NDArray[np.uint8]:
+    """The pixels of a resized image, uint8 (3, S, S)."""
+    pixels: NDArray[np.uint8] = np.asarray(resize(image, sample)).transpose(2, 0, 1)
+    return pixels
 
 
 def draw_generator(seed: int, sample: int) -> np.random.Generator:
     """The random numbers of one draw: a pure function of ``seed`` and ``sample``, both 0 or larger."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, sample], dtype=np.uint64)))
-
-
-def random_resized_crop(image: Image.Image, size: int, *, generator: np.random.Generator) -> Image.Image:
-    """The paper's pre-training crop: a square of 224/384 to 224/256 of the shorter side, anywhere in the image.
-
-    The paper resizes the shorter side to an integer in 256..384, crops 224 at random, then resizes to ``size``. Here
-    the same square is cut out of the original and resampled once instead of twice.
-    """
-    width, height = image.size
-    side = min(width, height) / generator.uniform(*_SHORTER_SIDE)
-    corner = generator.random(2) * (width - side, height - side)
-    return cut(image, (float(corner[0]), float(corner[1])), side=side, size=size)
 
 
 def reflect_pad_crop_flip(
@@ -67,14 +55,11 @@ def reflect_pad_crop_flip(
     """The paper's fine-tuning augmentation for CIFAR: pad by reflection, cut, maybe mirror.
 
     Args:
-        grids: (B, C, S, S), pixels or tokens.
+        grids: (B, C, S, S), pixels or tokens; so is the result.
         pad: Pixels added on every side; below S.
-        top: (B,), where each cut begins in the padded grid, 0 to 2 * pad.
+        top: (B,), the row of the padded grid where each cut begins, 0 to 2 * pad.
         left: (B,), the same for columns.
         mirrored: (B,), which are mirrored left to right.
-
-    Returns:
-        (B, C, S, S).
     """
     n, channels, size, _ = grids.shape
     # Where each row and column of the padded grid comes from; np.pad on the pixels is five times slower.
@@ -93,13 +78,16 @@ class CenterCrop:
     size: int
 
     def __call__(self, image: Image.Image, sample: int) -> Image.Image:
-        """See ``resize_center_crop``."""
         return resize_center_crop(image, self.size)
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Pre-training: random crops of large images, the centre of small ones.
+    """Pre-training: the paper's random crops of large images, the center of small ones.
+
+    A crop is a square of 224/384 to 224/256 of the shorter side, anywhere in the image. The paper resizes the shorter
+    side to an integer in 256..384, crops 224 at random, then resizes to ``size``. Here the same square is cut out of
+    the original and resampled once instead of twice.
 
     Large means that the shorter side is at least twice ``size``: even the smallest crop (58%) is then not enlarged.
     """
@@ -108,10 +96,12 @@ class RandomCrop:
     seed: int = 0
 
     def __call__(self, image: Image.Image, sample: int) -> Image.Image:
-        """See ``random_resized_crop`` and ``resize_center_crop``."""
         if min(image.size) < 2 * self.size:
             return resize_center_crop(image, self.size)
-        return random_resized_crop(image, self.size, generator=draw_generator(self.seed, sample))
+        generator, (width, height) = draw_generator(self.seed, sample), image.size
+        side = min(width, height) / generator.uniform(*_SHORTER_SIDE)
+        left, top = generator.random(2) * (width - side, height - side)
+        return cut(image, (float(left), float(top)), side=side, size=self.size)
 
 
 @dataclass(frozen=True)
@@ -123,7 +113,6 @@ class PadCropFlip:
     seed: int = 0
 
     def __call__(self, grids: NDArray[Any], samples: Sequence[int]) -> NDArray[Any]:
-        """Augment a batch."""
         # Another seed than that of the masks, which are drawn by the same numbers.
         draws = counter_uniform(torch.tensor(samples), 3, seed=self.seed + _AUGMENTATION).numpy()  # (B, 3)
         top, left = (draws[:, :2].T * (2 * self.pad + 1)).astype(np.int64)

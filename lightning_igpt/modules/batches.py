@@ -21,8 +21,6 @@ from lightning_igpt.palette import Palette
 from lightning_igpt.sampling import check_tokens
 
 HALF_A_BYTE = 0.5 / 255
-LARGEST = 64  # side of the paper's largest images; 224 would be 50,176 tokens
-MOST_NORMALIZED = 10  # no usual mean and deviation map [0, 1] beyond this
 MAX_PROCESSES = 65_536  # separates the sample numbers of processes
 
 
@@ -35,12 +33,7 @@ class Batch(NamedTuple):
 
 
 def read_batch(batch: Any, palette: Palette, config: ImageGPTConfig) -> Batch:
-    """Turn what a loader yields into tokens, labels and sample numbers.
-
-    Raises:
-        TypeError: The batch has none of the accepted forms.
-        ValueError: Images or tokens do not fit the network.
-    """
+    """Tokens, labels and sample numbers of a batch; TypeError or ValueError says what of it cannot be read."""
     if isinstance(batch, Mapping):
         labels, samples = batch.get("label"), batch.get("sample")
         if "tokens" in batch:
@@ -59,11 +52,7 @@ def read_batch(batch: Any, palette: Palette, config: ImageGPTConfig) -> Batch:
 
 
 def need_labels(batch: Batch, num_classes: int) -> Tensor:
-    """The labels of a batch, int64 (B,).
-
-    Raises:
-        ValueError: There are none, or one is outside 0 .. num_classes - 1.
-    """
+    """The labels of a batch, int64 (B,); ValueError where there are none, or one is outside 0 .. num_classes - 1."""
     labels = batch.labels
     if labels is None:
         raise ValueError("this batch has no labels, which probing and fine-tuning need: yield 'label' next to 'image'")
@@ -82,34 +71,20 @@ def need_labels(batch: Batch, num_classes: int) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images as uint8: bytes unchanged, floats in [0, 1] rounded.
-
-    Raises:
-        TypeError: Integers of another type.
-        ValueError: Floats beyond half a byte outside [0, 1], as normalization gives them.
-    """
+    """Images as uint8: bytes unchanged, floats in [0, 1] rounded; others, as normalization gives them, are refused."""
     if images.dtype == torch.uint8:
         return images
     if not images.is_floating_point():
         raise TypeError(f"images must be uint8, or floats in [0, 1]; got {images.dtype}")
     low, high = images.aminmax()
     if not (low > -HALF_A_BYTE and high < 1 + HALF_A_BYTE):
-        cure = "Leave out the normalization, or undo it by images * std + mean: the palette does its own"
-        if low >= 0 and high > MOST_NORMALIZED:
-            cure = "If they are bytes, convert them by images.to(torch.uint8); else divide them by 255"
+        cure = "Leave out the normalization, or undo it by images * std + mean; bytes become uint8 by .to(torch.uint8)"
         raise ValueError(f"float images must lie in [0, 1]; these run from {low:.3g} to {high:.3g}. {cure}")
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def mask_for(module: Any, batch: Batch, batch_idx: int, number: int = 0) -> Tensor | None:
-    """BERT's mask, bool (B, T), of a batch: a function of the sample numbers; None for autoregressive networks.
-
-    Args:
-        module: A module of this package: its ``config``, ``seed`` and ``mask_ratio`` are used.
-        batch: The batch.
-        batch_idx: Lightning's number of the batch.
-        number: Which of several masks of the same sample.
-    """
+    """BERT's mask, bool (B, T), by sample numbers, ``number`` of several; None for autoregressive networks."""
     if module.config.objective == "autoregressive":
         return None
     samples = sample_numbers(module, batch, batch_idx)
@@ -118,10 +93,9 @@ def mask_for(module: Any, batch: Batch, batch_idx: int, number: int = 0) -> Tens
 
 
 def evaluation_masks(module: Any, batch: Batch, batch_idx: int) -> list[Tensor | None]:
-    """The masks of an evaluation, which uses ``module.mask_inputs`` and ``module.n_masks`` as well.
+    """The masks of an evaluation: ``n_masks``, or one that hides nothing; ``[None]`` for autoregressive networks.
 
-    The paper hides pixels in evaluation too, and lets five masks vote (section 4.6). Without ``mask_inputs`` there is
-    one mask, which hides nothing. ``[None]`` for autoregressive networks.
+    The paper hides pixels in evaluation too, and lets five masks vote (section 4.6).
     """
     if module.config.objective == "autoregressive":
         return [None]
@@ -143,53 +117,40 @@ def sample_numbers(module: Any, batch: Batch, batch_idx: int) -> Tensor:
 
 def _to_tokens(images: Any, palette: Palette, config: ImageGPTConfig) -> Tensor:
     if not isinstance(images, Tensor):
-        raise TypeError(
-            f"images must be one tensor (B, 3, S, S); got {type(images).__name__}. "
-            "Resize them to one size and stack them, or use this package's data modules"
-        )
+        got = type(images).__name__
+        raise TypeError(f"images must be one tensor (B, 3, S, S); got {got}: resize them to one size and stack them")
     side = config.image_size
     if images.ndim == 4 and images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)  # gray
     if images.ndim != 4 or images.shape[1] != 3:
-        hint = ""
-        if images.ndim == 4 and images.shape[3] in (1, 3):
-            hint = "; permute(0, 3, 1, 2) puts the channels first"
-        elif images.ndim == 4 and images.shape[1] == 4:
-            hint = "; images[:, :3] drops transparency"
+        last = images.ndim == 4 and images.shape[3] in (1, 3)
+        hint = "; permute(0, 3, 1, 2) puts the channels first" if last else ""
         raise ValueError(f"images must have the shape (B, 3, {side}, {side}); got {tuple(images.shape)}{hint}")
     if tuple(images.shape[2:]) != (side, side):
         height, width = images.shape[2:]
         raise ValueError(
-            f"images are {height} x {width} but the network reads {side} x {side} (image_size={side}); resize them"
-            + (f", or build the network with image_size={height}" if height == width <= LARGEST else "")
+            f"images are {height} x {width} but the network reads {side} x {side}; resize them or set its image_size"
         )
     return palette.quantize(to_bytes(images))
 
 
 def _check_palette_column(column: Any, palette: Palette) -> None:
     """Rows of ``palette.transform`` and ``lightning_igpt.tokenize`` name their palette by its SHA-256, as text."""
-    names = {column} if isinstance(column, str) else set(column) if isinstance(column, (list, tuple)) else set()
-    for name in names:
+    for name in [column] if isinstance(column, str) else column if isinstance(column, (list, tuple)) else ():
         if isinstance(name, str) and name != palette.sha256:
             raise ValueError(
                 f"the tokens of this batch have the palette {name[:12]}, but the network's is {palette.sha256[:12]}: "
                 "every token would mean another color. Make the tokens with the network's palette"
             )
     if isinstance(column, Tensor):  # the class number of a ClassLabel, whose name a loader of tensors leaves out
-        warnings.warn(
-            "this batch does not name the palette of its tokens: a loader without text gives only the class number of "
-            f"the column 'palette'. Check that its name is {palette.sha256}, or use this package's data modules, "
-            "which check it",
-            stacklevel=2,
-        )
+        text = "this batch gives a number for the palette of its tokens: check that its name is"
+        warnings.warn(f"{text} {palette.sha256}, or use this package's data modules", stacklevel=2)
 
 
 def _check_tokens(tokens: Any, config: ImageGPTConfig) -> Tensor:
     if not isinstance(tokens, Tensor):
-        raise TypeError(
-            f"tokens must be one tensor (B, T); got {type(tokens).__name__}: lists of a data set become tensors by "
-            'with_format("torch")'
-        )
+        got = type(tokens).__name__
+        raise TypeError(f'tokens must be one tensor (B, T); got {got}: with_format("torch") makes tensors of lists')
     ids: Tensor = tokens.to(torch.int64)
     if ids.ndim != 2 or ids.shape[1] != config.n_positions:
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from lightning_igpt import __version__
 from lightning_igpt.config import ImageGPTConfig, Objective
 from lightning_igpt.decoding import is_sharded
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.modules.resume import is_evaluating, trainer_of
+from lightning_igpt.modules.resume import is_evaluating, load_run_state, save_random_states, trainer_of
 from lightning_igpt.palette import Palette
 from lightning_igpt.private import current_datamodule
 from lightning_igpt.weights import load_pretrained
@@ -48,14 +48,9 @@ def build_network(
     objective: Objective | None = None,
     image_size: int | None = None,
 ) -> Built:
-    """Make or load the network and its palette from a module's arguments.
+    """Make or load the network and its palette; ValueError where the arguments contradict each other or the weights.
 
-    Loaded weights keep their shape; only ``image_size`` (positions are interpolated) and ``dropout`` may differ. Under
-    ``trainer.init_module(empty_init=True)`` of a sharded strategy a network that is not loaded stays on the meta
-    device until :func:`shard_network`.
-
-    Raises:
-        ValueError: The arguments contradict each other or the loaded weights.
+    Loaded weights keep their shape; only ``image_size`` (positions are interpolated) and ``dropout`` may differ.
     """
     if pretrained is None:
         config = ImageGPTConfig.resolve("igpt_s" if network is None else network)
@@ -64,8 +59,7 @@ def build_network(
         if len(colors) != config.vocab_size:
             raise ValueError(
                 f"the palette has {len(colors)} colors but the network's vocab_size is {config.vocab_size}; "
-                f"set vocab_size={len(colors)}, or fit a palette of {config.vocab_size} colors "
-                f"(lightning-igpt palette fit --n_colors {config.vocab_size})"
+                f"set vocab_size={len(colors)}, or fit a palette by palette fit --n_colors {config.vocab_size}"
             )
         return Built(ImageGPT(config), colors)
     with torch.device("cpu"):
@@ -84,26 +78,23 @@ def build_network(
     return Built(loaded.network, loaded.palette, loaded.lineage, loaded.path)
 
 
-def register(module: Any, built: Built, **hyperparameters: Any) -> None:
-    """Attach network and palette; keep hyperparameters as plain values, so that a checkpoint opens by itself.
+def register(module: Any, built: Built, *names: str, **others: Any) -> None:
+    """Attach network and palette; keep these attributes and values as hyperparameters, in place of the weights' source.
 
-    The network's config takes the place of ``network`` and ``pretrained``: a checkpoint holds the weights.
+    They are plain values, so that a checkpoint opens by itself.
     """
     module.network, module.palette, module.origin, module.origin_path = built
     colors = torch.tensor(built.palette.to_list(), dtype=torch.float32, device="cpu")  # (K, 3)
     module.register_buffer(COLORS, colors)
     named = {"network": built.network.config.to_dict(), "palette": built.palette.spec}
-    module.save_hyperparameters(named | hyperparameters)
+    module.save_hyperparameters(named | {name: getattr(module, name) for name in names} | others)
 
 
 def shard_network(module: Any) -> None:
     """Shard a module's network under ModelParallelStrategy; call it from ``configure_model``.
 
-    A unit, which is gathered and freed at once, is a block, the rest of the network, or a classifier's head. Weights on
-    the meta device are drawn by the first process as they would be on one device, and shared out.
-
-    Raises:
-        ValueError: The strategy asks for tensor parallelism, or another strategy gets a sharded network.
+    The units are blocks, the rest of the network, and a classifier's head. Weights on the meta device, where
+    ``trainer.init_module(empty_init=True)`` leaves them, are drawn by the first process as on one device.
     """
     trainer, network = trainer_of(module), module.network
     if trainer is None:  # load_from_checkpoint configures the model, too
@@ -111,10 +102,8 @@ def shard_network(module: Any) -> None:
     strategy = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy):
         if is_sharded(network):
-            raise ValueError(
-                f"this module's network is sharded, which {type(strategy).__name__} cannot train: load its checkpoint "
-                "into a new module"
-            )
+            name = type(strategy).__name__
+            raise ValueError(f"{name} cannot train a sharded network: load its checkpoint into a new module")
         return
     _check_strategy(trainer, module.device_mesh)
     for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
@@ -141,15 +130,10 @@ def shard_network(module: Any) -> None:
 def _check_strategy(trainer: Trainer, mesh: Any) -> None:
     data, tensor = mesh["data_parallel"].size(), mesh["tensor_parallel"].size()
     if tensor > 1:
-        raise ValueError(
-            f"the strategy has tensor_parallel_size={tensor}, but layers are not divided: use strategy='fsdp2', or "
-            f"ModelParallelStrategy(data_parallel_size={data * tensor}, tensor_parallel_size=1)"
-        )
+        sizes = f"data_parallel_size={data * tensor}, tensor_parallel_size=1"
+        raise ValueError(f"the strategy has tensor_parallel_size={tensor}, but layers are not divided: set {sizes}")
     if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ValueError(
-            "weights cannot be averaged while they are sharded, since torch cannot copy such a network; leave out "
-            "WeightAveraging (EMAWeightAveraging), or train with strategy='ddp'"
-        )
+        raise ValueError("weights cannot be averaged while they are sharded; leave out WeightAveraging, or use DDP")
 
 
 def _share_out(network: ImageGPT, strategy: ModelParallelStrategy) -> None:
@@ -165,16 +149,10 @@ def _share_out(network: ImageGPT, strategy: ModelParallelStrategy) -> None:
 class Mean(MeanMetric):
     """torchmetrics' mean, summed in float32: in bf16-true a sum in bfloat16 would stop growing at 256 images."""
 
-    def __init__(self) -> None:
-        narrow = torch.get_default_dtype()  # Trainer.init_module sets it
-        torch.set_default_dtype(torch.float32)
-        try:
-            super().__init__()
-        finally:
-            torch.set_default_dtype(narrow)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Mean:
-        return super()._apply(lambda value: fn(value).to(value.dtype), exclude_state)  # type: ignore[return-value]
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        if self.mean_value.dtype != torch.float32:  # module.to(dtype), or Trainer.init_module
+            self.set_dtype(torch.float32)
+        super().update(*args, **kwargs)
 
 
 def metrics_by_stage(make: Callable[[], Metric]) -> nn.ModuleDict:
@@ -183,11 +161,13 @@ def metrics_by_stage(make: Callable[[], Metric]) -> nn.ModuleDict:
         return nn.ModuleDict({stage: make() for stage in ("val", "test")})
 
 
-def stamp(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Describe a checkpoint in itself, and keep the exact palette: training in bfloat16 rounds the module's buffer."""
+def save(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Describe a checkpoint in itself; keep random states and the exact palette, whose buffer bfloat16 rounds."""
     trainer = trainer_of(module)
-    step = module.validated_at if trainer is not None else None
-    metrics = {} if step is None else {"step": step, **_validation_metrics(module.trainer)}
+    step, metrics = module.validated_at if trainer is not None else None, {}
+    if step is not None:
+        logged = module.trainer.callback_metrics.items()
+        metrics = {"step": step} | {name: float(value) for name, value in logged if name.startswith("val/")}
     checkpoint["state_dict"][COLORS] = module.palette.colors
     checkpoint[STAMP] = {
         "class": type(module).__name__,
@@ -199,43 +179,33 @@ def stamp(module: Any, checkpoint: dict[str, Any]) -> None:
         "origin": module.origin,
         "validation": metrics,
     }
+    save_random_states(module, checkpoint)
 
 
 def note_validation(module: Any) -> None:
-    """Remember the step of a validation, whose numbers must not describe later weights; for on_validation_epoch_end."""
+    """Remember the step of a validation, whose numbers must not describe later weights."""
     if not module.trainer.sanity_checking:
         module.validated_at = module.trainer.global_step
 
 
-def _validation_metrics(trainer: Trainer) -> dict[str, float]:
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-
-
 def _data_name(trainer: Trainer) -> str | None:
     """The data's name without the path to it, which must not be published with the weights."""
-    data = current_datamodule(trainer)
-    source = None if data is None else data.hparams.get("source")
+    source: Any = getattr(current_datamodule(trainer), "hparams", {}).get("source")
     if not isinstance(source, str):
         return None
     return Path(source).name if Path(source).exists() or Path(source).is_absolute() else source
 
 
 def check_stamp(module: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Raise unless a checkpoint is one of this class with this network and palette.
-
-    Raises:
-        ValueError: It was written by another class, network or palette; the message names both and the cure.
-    """
+    """Raise ValueError unless a checkpoint is one of this class with this network and palette; names both values."""
     mine, other = type(module).__name__, checkpoint.get(STAMP)
     if other is None:
         raise ValueError(f"this checkpoint was not written by {mine}; to start from its weights, use pretrained=")
     if not isinstance(other, Mapping) or not {"class", "network", "palette_sha256"} <= other.keys():
         raise ValueError("this checkpoint is damaged: its description of itself is incomplete")
     if other["class"] != mine:
-        raise ValueError(
-            f"ckpt_path continues the same run, but this checkpoint is a {other['class']}'s and the model is a {mine}; "
-            f"to start from its weights, use pretrained="
-        )
+        what = f"this checkpoint is a {other['class']}'s and the model is a {mine}"
+        raise ValueError(f"{what}; to start from its weights, use pretrained=")
     config = ImageGPTConfig.resolve(other["network"])
     if config != module.config:
         raise ValueError(f"the checkpoint holds a network of {_differences(config, module.config)}")
@@ -246,10 +216,22 @@ def check_stamp(module: Any, checkpoint: Mapping[str, Any]) -> None:
         )
 
 
-def take_origin(module: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Where a loaded checkpoint's weights came from; older checkpoints do not say."""
-    if "origin" in checkpoint[STAMP]:
+def check_same(module: Any, checkpoint: Mapping[str, Any], name: str, before: Any) -> None:
+    """Raise ValueError where a run to continue has another value of a setting; ``before`` there was one."""
+    mine, saved = getattr(module, name), checkpoint.get("hyper_parameters", {}).get(name, before)
+    if mine != saved and not is_evaluating(module):
+        raise ValueError(
+            f"{name} is {mine}, but the run to continue has {saved}; keep {saved}, or start a new run from its weights "
+            "with pretrained="
+        )
+
+
+def load(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Check a checkpoint and prepare it for the module; for on_load_checkpoint."""
+    module.check_checkpoint(checkpoint)
+    if "origin" in checkpoint[STAMP]:  # older ones do not say where their weights came from
         module.origin, module.origin_path = checkpoint[STAMP]["origin"], None
+    load_run_state(module, checkpoint)
 
 
 def warn_if_untrained(module: Any, weight: Tensor) -> None:
@@ -258,28 +240,26 @@ def warn_if_untrained(module: Any, weight: Tensor) -> None:
         log.warning("these are random weights: no pretrained=, no ckpt_path, and no training before this")
 
 
-def check_settings(*, above_zero: Mapping[str, float], not_below_zero: Mapping[str, float]) -> None:
-    """Raise ValueError where a number is out of its range."""
-    for name, value in above_zero.items():
-        if not value > 0:
-            raise ValueError(f"{name} is {value}; it must be above 0")
-    for name, value in not_below_zero.items():
-        if not value >= 0:
-            raise ValueError(f"{name} is {value}; it must be 0 or more")
+def check_settings(*, above_zero: dict[str, Any], **not_below_zero: float | None) -> None:
+    """Raise ValueError where a number is out of its range; None is in each."""
+    for name, value in (above_zero | not_below_zero).items():
+        if value is not None and not (value > 0 or (value == 0 and name in not_below_zero)):
+            raise ValueError(f"{name} is {value}; it must be {'0 or more' if name in not_below_zero else 'above 0'}")
 
 
-def check_optimizer(lr: float, betas: tuple[float, float], weight_decay: float, warmup_steps: int | None) -> None:
-    """Raise ValueError where a setting of Adam or its schedule is out of range."""
-    rest = {"weight_decay": weight_decay, "warmup_steps": warmup_steps or 0}
-    check_settings(above_zero={"lr": lr}, not_below_zero=rest)
+def check_betas(betas: tuple[float, float]) -> None:
+    """Raise ValueError unless they are Adam's."""
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas is {betas}; it must be two numbers from 0 to below 1")
 
 
-def check_mask_ratio(ratio: float) -> None:
-    """Raise ValueError where BERT would hide nothing or everything."""
+def check_masks(config: ImageGPTConfig, ratio: float, mask_inputs: bool = True, n_masks: int = 1) -> None:
+    """Raise ValueError where BERT would hide nothing or everything, or use masks that it does not have."""
     if not 0 < ratio < 1:
         raise ValueError(f"mask_ratio is {ratio}; it must lie between 0 and 1")
+    check_settings(above_zero={"n_masks": n_masks})
+    if config.objective == "bert" and not mask_inputs and n_masks > 1:
+        raise ValueError(f"mask_inputs=False uses no mask, but n_masks is {n_masks}; set n_masks=1 or mask_inputs=True")
 
 
 def check_class_names(names: Any, num_classes: int | None) -> None:
@@ -288,7 +268,7 @@ def check_class_names(names: Any, num_classes: int | None) -> None:
         return
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"class_names is {names!r}; it must be a list of texts")
-    if len(set(names)) != len(names) or len(names) != (num_classes or len(names)):
+    if not len(set(names)) == len(names) == (num_classes or len(names)):
         raise ValueError(
             f"class_names has {len(names)} names, {len(set(names))} of them different; there are "
             f"{num_classes or 'as many'} classes, and each needs a name of its own"
@@ -302,17 +282,12 @@ def classes_of_data(trainer: Trainer) -> tuple[int | None, list[str] | None]:
 
 
 def adopt_class_names(module: Any) -> None:
-    """Take the data's class names where the module has none, and compare the numbers of classes.
-
-    Raises:
-        ValueError: The data has more classes than the module.
-    """
+    """Take the data's class names where the module has none; ValueError where the data has more classes."""
     count, names = classes_of_data(module.trainer)
-    if count is not None and count > module.num_classes:
-        raise ValueError(
-            f"the data has {count} classes but num_classes is {module.num_classes}; set num_classes={count}"
-        )
-    if count is not None and count < module.num_classes:
+    count = module.num_classes if count is None else count
+    if count > module.num_classes:
+        raise ValueError(f"num_classes is {module.num_classes} but the data has {count}; set num_classes={count}")
+    if count < module.num_classes:
         log.warning("num_classes is %d but the data has only %d classes", module.num_classes, count)
     if module.class_names is None and names is not None:
         rest = (f"LABEL_{number}" for number in range(len(names), module.num_classes))  # classes that the data lacks

@@ -35,35 +35,27 @@ class FineTuneModule(LightningModule):
     ``val/accuracy``.
 
     Args:
-        pretrained: The weights to start from: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI
-            checkpoint. None trains from scratch, for comparison; then give ``network``.
+        pretrained: As in PretrainModule. None trains from scratch, for comparison; then give ``network``.
         num_classes: Number of classes.
-        network: Preset name or the fields of an ImageGPTConfig. Default: the network of ``pretrained``, else igpt_s.
-        palette: As in PretrainModule. Default: the palette of ``pretrained``, else openai.
-        image_size: Side of the images in pixels; positions are interpolated. Default: the network's own.
+        network: As in PretrainModule.
+        palette: As in PretrainModule.
+        image_size: As in PretrainModule.
         lr: Learning rate; often a tenth of the one used in pretraining.
         betas: Adam's decay rates of the moments.
         weight_decay: Decoupled weight decay on matrices.
-        schedule: ``constant`` as in the paper, which stops early at the best validation accuracy; or ``cosine``, which
-            falls to zero at the end of the run and does better in short ones.
+        schedule: ``constant`` as in the paper, or ``cosine`` to zero at the end of the run, better in short ones.
         warmup_steps: Steps of linear warm-up before that.
-        layer_decay: Factor, above 0 and up to 1, by which each layer trains slower than the one above it: heads and
-            final norm at ``lr``, block l of L at ``lr * layer_decay**(L - l)``, embeddings at
-            ``lr * layer_decay**(L + 1)``. From ELECTRA (Clark et al., 2020), with the exponents of BEiT (Bao et al.,
-            2022). None or 1 gives all the same rate, as in the paper.
+        layer_decay: Factor, above 0 and up to 1, by which each layer trains slower than the next (ELECTRA, Clark et
+            al., 2020): heads and final norm at ``lr``, block l of L at ``lr * layer_decay**(L - l)``, embeddings at
+            ``lr * layer_decay**(L + 1)``, as in BEiT (Bao et al., 2022). None or 1: one rate, as in the paper.
         generative_weight: Weight of L_gen next to L_clf; the paper found 1 better than 0, which is classification only.
         mask_ratio: BERT networks only: probability that an input pixel is hidden.
-        mask_inputs: BERT networks only: hide input pixels, in evaluation too, as the paper does. False trains and
-            evaluates the classifier on whole images; with nothing hidden there is no L_gen, so generative_weight must
-            be 0.
-        n_masks: BERT networks only: masks under which an image is evaluated. With several, accuracy counts the class
-            that most masks vote for (section 4.6: 5), ties at random; cross-entropy and predictions use the mean of
-            the probabilities.
+        mask_inputs: BERT networks only: hide input pixels, in evaluation too, as the paper does. False needs
+            generative_weight=0, as there is no L_gen.
+        n_masks: BERT networks only: masks under which an image is evaluated. Accuracy counts the class that most vote
+            for (section 4.6: 5), ties at random; cross-entropy and predictions use the mean of the probabilities.
         class_names: Names of the classes. Default: the checkpoint's, else the data's.
         seed: Seed of BERT's masks and of ties between their votes.
-
-    Raises:
-        ValueError: Arguments contradict each other or the loaded weights.
     """
 
     network: ImageGPT
@@ -103,21 +95,21 @@ class FineTuneModule(LightningModule):
         if not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1, which is no decay")
         build.check_class_names(class_names, num_classes)
-        build.check_optimizer(lr, betas, weight_decay, warmup_steps)
-        build.check_settings(above_zero={"n_masks": n_masks}, not_below_zero={"generative_weight": generative_weight})
-        build.check_mask_ratio(mask_ratio)
+        rest = {"weight_decay": weight_decay, "warmup_steps": warmup_steps, "generative_weight": generative_weight}
+        build.check_settings(above_zero={"lr": lr}, **rest)
+        build.check_betas(betas)
         self.lr, self.betas, self.weight_decay, self.warmup_steps = lr, (betas[0], betas[1]), weight_decay, warmup_steps
         self.schedule, self.layer_decay, self.generative_weight = schedule, layer_decay, generative_weight
         self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
         self.num_classes, self.class_names, self._named = num_classes, class_names, class_names is not None
-        training = {"schedule": schedule, "layer_decay": layer_decay, "generative_weight": generative_weight}
-        masks = {"mask_ratio": mask_ratio, "mask_inputs": mask_inputs, "n_masks": n_masks, "seed": seed}
-        classes = {"num_classes": num_classes, "class_names": class_names}
-        adam = {"lr": lr, "betas": list(betas), "weight_decay": weight_decay, "warmup_steps": warmup_steps}
+        names = ("num_classes", "class_names", "lr", "weight_decay", "warmup_steps", "schedule", "layer_decay")
+        masks = ("generative_weight", "mask_ratio", "mask_inputs", "n_masks", "seed")
         built = build.build_network(network, palette, pretrained, image_size=image_size)
-        build.register(self, built, **classes, **adam, **training, **masks)
-        if self.config.objective == "bert" and not mask_inputs:
-            _check_unmasked(generative_weight, n_masks)
+        build.register(self, built, *names, *masks, betas=list(betas))
+        build.check_masks(self.config, mask_ratio, mask_inputs, n_masks)
+        if self.config.objective == "bert" and not mask_inputs and generative_weight != 0:
+            text = "mask_inputs=False hides no pixel to predict, but generative_weight is"
+            raise ValueError(f"{text} {generative_weight}; set generative_weight=0 or mask_inputs=True")
         self.head = nn.Linear(self.config.n_embd, num_classes, bias=False, device="cpu")
         nn.init.zeros_(self.head.weight)
         if generative_weight == 0:
@@ -196,22 +188,14 @@ class FineTuneModule(LightningModule):
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Raise ValueError where a run of this module cannot continue from a checkpoint; names both values."""
         build.check_stamp(self, checkpoint)
-        saved = checkpoint.get("hyper_parameters", {}).get("layer_decay", 1.0)
-        if saved != self.layer_decay and not resume.is_evaluating(self):  # the optimizer's groups have other scales
-            raise ValueError(
-                f"layer_decay is {self.layer_decay}, but the run to continue has {saved}; keep {saved}, or start a new "
-                "run from its weights with pretrained="
-            )
+        build.check_same(self, checkpoint, "layer_decay", before=1.0)  # the optimizer's groups have other scales
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        build.stamp(self, checkpoint)
-        resume.save_random_states(self, checkpoint)
+        build.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_checkpoint(checkpoint)
-        build.take_origin(self, checkpoint)
+        build.load(self, checkpoint)
         self._keep_class_names(checkpoint.get("hyper_parameters", {}).get("class_names"))
-        resume.load_run_state(self, checkpoint)
 
     def _keep_class_names(self, saved: list[str] | None) -> None:
         """Name the classes as in training, whatever the data at hand calls its own."""
@@ -265,14 +249,3 @@ def _mean_over_masks(logits: Tensor) -> Tensor:
     if len(logits) == 1:
         return logits[0]
     return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
-
-
-def _check_unmasked(generative_weight: float, n_masks: int) -> None:
-    """Raise where a setting asks for hidden pixels although mask_inputs=False hides none."""
-    if generative_weight != 0:
-        raise ValueError(
-            f"mask_inputs=False hides no pixel, so there is none to predict, but generative_weight is "
-            f"{generative_weight}; set generative_weight=0 or mask_inputs=True"
-        )
-    if n_masks > 1:
-        raise ValueError(f"mask_inputs=False uses no mask, but n_masks is {n_masks}; set n_masks=1 or mask_inputs=True")

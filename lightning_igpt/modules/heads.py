@@ -16,10 +16,9 @@ EPS = 1e-6  # added to the variance, as in the probes of MAE
 
 
 class RunningScale(nn.Module):
-    """Scale each feature of each layer to mean 0 and variance 1: batch normalization without gain and bias.
+    """Batch normalization of each feature of each layer, without gain and bias, over all processes.
 
-    A training batch, that of all processes together, is scaled by its own statistics. In evaluation their means over
-    all training batches scale, since frozen features do not drift.
+    Evaluation scales by the means of the statistics over all training batches, since frozen features do not drift.
     """
 
     mean: Tensor
@@ -126,12 +125,9 @@ class ConcatHead(nn.Module):
 
 
 def vote(logits: Tensor, samples: Tensor, *, seed: int) -> Tensor:
-    """The classes that most masks name, for each of n classifiers by itself (paper, section 4.6), int64 (B, n).
+    """The classes that most masks of float ``logits`` (M, B, n, C) name, for each of n classifiers, int64 (B, n).
 
-    Args:
-        logits: Float (M, B, n, C).
-        samples: int64 (B,), the number of each sample; decides ties together with ``seed``.
-        seed: Any integer.
+    The paper, section 4.6. Sample numbers, int64 (B,), and ``seed`` decide ties.
     """
     votes = logits.argmax(-1)  # (M, B, n)
     if len(votes) == 1:
@@ -142,17 +138,11 @@ def vote(logits: Tensor, samples: Tensor, *, seed: int) -> Tensor:
 
 
 def choose_layers(layers: Any, n_layer: int) -> list[int]:
-    """The layer numbers that ``layers`` stands for: ``all``, or a list of numbers from 0 to ``n_layer``.
-
-    Raises:
-        ValueError: It is neither.
-    """
-    if layers != "all" and not isinstance(layers, (list, tuple, range)):
-        raise ValueError(f"layers is {layers!r}; it must be 'all' or a list of layer numbers")
-    chosen = list(range(n_layer + 1)) if layers == "all" else list(layers)
-    if not chosen or not all(0 <= layer <= n_layer for layer in chosen):
-        raise ValueError(f"layers is {layers}; name one or more from 0 to {n_layer}, or 'all'")
-    return chosen
+    """The layer numbers that ``layers`` stands for: ``all``, or some from 0 to ``n_layer``; ValueError for others."""
+    chosen = range(n_layer + 1) if layers == "all" else layers
+    if not isinstance(chosen, (list, tuple, range)) or not chosen or not set(chosen) <= set(range(n_layer + 1)):
+        raise ValueError(f"layers is {layers!r}; it must be 'all', or a list of one or more from 0 to {n_layer}")
+    return list(chosen)
 
 
 def check_concat(concat: int | None, n_layers: int, solver: str) -> None:
@@ -162,9 +152,7 @@ def check_concat(concat: int | None, n_layers: int, solver: str) -> None:
     if concat < 1 or concat % 2 == 0:
         raise ValueError(f"concat is {concat}; it must be an odd number, as the layers are centered on the best")
     if concat > n_layers:
-        raise ValueError(
-            f"concat is {concat}, but only {n_layers} layers are probed; lower it, or name more in layers="
-        )
+        raise ValueError(f"concat is {concat}, but only {n_layers} layers are probed; lower it or name more in layers=")
     if solver == "sgd":
         raise ValueError(f"concat={concat} needs the features that solver='sgd' does not keep; use solver='lbfgs'")
 
@@ -175,10 +163,8 @@ def check_fit(solver: str, grid: Sequence[float], **numbers: float) -> None:
         raise ValueError(f"solver is {solver!r}; it must be 'lbfgs' or 'sgd'")
     if not grid:
         raise ValueError("c is an empty list; give one value or several to choose from")
-    for c in grid:
-        check_settings(above_zero={"c": c}, not_below_zero={})
     above = {name: numbers.pop(name) for name in ("max_iter", "lr")}
-    check_settings(above_zero=above, not_below_zero=numbers)
+    check_settings(above_zero=above | {"c": min(grid)}, **numbers)
 
 
 def check_same_probe(mine: Mapping[str, Any], saved: Mapping[str, Any], n_layer: int) -> None:

@@ -29,17 +29,15 @@ class PretrainModule(LightningModule):
     for BERT these are means over the masked pixels.
 
     Args:
-        network: Preset name (igpt_tiny, igpt_s, igpt_m, igpt_l, igpt_xl) or the fields of an ImageGPTConfig, such as
-            n_layer, n_head, n_embd, vocab_size, image_size. Default: the network of ``pretrained``, else igpt_s.
+        network: Preset name (igpt_tiny, igpt_s, igpt_m, igpt_l, igpt_xl) or the fields of an ImageGPTConfig. Default:
+            the network of ``pretrained``, else igpt_s.
         palette: ``openai`` (the 512 released colors), ``gray:K``, a .npy file, a Hugging Face folder or hub id, or the
             colors as a list. Default: the palette of ``pretrained``, else openai.
         objective: ``autoregressive`` or ``bert``. Default: the network's own.
-        pretrained: Start from these weights: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI
+        pretrained: Weights to start from: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI
             checkpoint. To continue an interrupted run use ckpt_path instead.
-        image_size: Side of the images in pixels. Default: the network's own. With ``pretrained`` of another size its
-            table of positions is interpolated.
-        optimizer: ``adam``, the paper's; or ``muon``, for the matrices in the blocks, with Adam for all else, on one
-            device or with DDP.
+        image_size: Side of the images in pixels; positions are interpolated. Default: the network's own.
+        optimizer: ``adam``, the paper's; or ``muon`` for the matrices in the blocks, without sharding.
         lr: Peak learning rate. The paper: 0.003 for S and M, 0.001 for L, 0.0003 for XL.
         betas: Adam's decay rates of the moments; Muon's momentum is 0.95.
         weight_decay: Decoupled weight decay on matrices.
@@ -77,13 +75,14 @@ class PretrainModule(LightningModule):
         super().__init__()
         if optimizer not in ("adam", "muon"):
             raise ValueError(f"optimizer is {optimizer!r}; it must be adam or muon")
-        build.check_optimizer(lr, betas, weight_decay, warmup_steps)
-        build.check_mask_ratio(mask_ratio)
+        build.check_settings(above_zero={"lr": lr}, weight_decay=weight_decay, warmup_steps=warmup_steps)
+        build.check_betas(betas)
         self.optimizer, self.lr, self.betas, self.weight_decay = optimizer, lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.mask_ratio, self.seed = warmup_steps, mask_ratio, seed
-        adam = {"lr": lr, "betas": list(betas), "weight_decay": weight_decay, "warmup_steps": warmup_steps}
         built = build.build_network(network, palette, pretrained, objective, image_size)
-        build.register(self, built, optimizer=optimizer, **adam, mask_ratio=mask_ratio, seed=seed)
+        build.check_masks(built.network.config, mask_ratio)
+        names = ("optimizer", "lr", "weight_decay", "warmup_steps", "mask_ratio", "seed")
+        build.register(self, built, *names, betas=list(betas))
         self.metrics = build.metrics_by_stage(build.Mean)
 
     @property
@@ -101,9 +100,8 @@ class PretrainModule(LightningModule):
     def forward(self, batch: Any) -> Tensor:
         """Logits (B, T, K) of a batch; a BERT network sees all pixels."""
         tokens = self.tokens_of(batch)
-        if self.config.objective == "bert":
-            return self.network(tokens, masked=torch.zeros_like(tokens, dtype=torch.bool))  # type: ignore[no-any-return]
-        return self.network(tokens)  # type: ignore[no-any-return]
+        masked = torch.zeros_like(tokens, dtype=torch.bool) if self.config.objective == "bert" else None
+        return self.network(tokens, masked=masked)  # type: ignore[no-any-return]
 
     def on_train_start(self) -> None:
         resume.start_training(self)
@@ -153,21 +151,13 @@ class PretrainModule(LightningModule):
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Raise ValueError where a run of this module cannot continue from a checkpoint; names both values."""
         build.check_stamp(self, checkpoint)
-        saved = checkpoint.get("hyper_parameters", {}).get("optimizer", "adam")  # older ones have none
-        if saved != self.optimizer and not resume.is_evaluating(self):
-            raise ValueError(
-                f"optimizer is {self.optimizer}, but the run to continue has {saved}; keep {saved}, or start a new run "
-                "from its weights with pretrained="
-            )
+        build.check_same(self, checkpoint, "optimizer", before="adam")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        build.stamp(self, checkpoint)
-        resume.save_random_states(self, checkpoint)
+        build.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_checkpoint(checkpoint)
-        build.take_origin(self, checkpoint)
-        resume.load_run_state(self, checkpoint)
+        build.load(self, checkpoint)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters, blocks = self.network.parameters(), self.network.blocks()

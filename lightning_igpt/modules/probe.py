@@ -35,39 +35,32 @@ class ProbeModule(LightningModule):
     With solver=lbfgs, one pass over the training images collects the features of all layers, one classifier per layer
     is fitted to them, and ``fit`` ends. With solver=sgd the classifiers are trained on batches. Validation logs
     ``probe/layer_<l>/accuracy``, picks the best layer and logs its ``val/accuracy``; test logs
-    ``test/layer_<l>/accuracy`` and, as ``test/accuracy``, that of the layer picked on validation. On several devices
-    each training image counts once; only a sampler of your own must not repeat images.
+    ``test/layer_<l>/accuracy`` and, as ``test/accuracy``, that of the layer picked on validation.
 
     Args:
-        pretrained: The network to probe, as in FineTuneModule. None probes an untrained network, as a baseline; then
-            give ``network``.
+        pretrained: As in PretrainModule. None probes an untrained network, as a baseline; then give ``network``.
         layers: ``all``, or a list of layer numbers: 0 is the input of the first block, n_layer the final norm.
-        network: Preset name or the fields of an ImageGPTConfig. Default: the network of ``pretrained``, else igpt_s.
-        palette: As in PretrainModule. Default: the palette of ``pretrained``, else openai.
-        image_size: Side of the images in pixels; positions are interpolated. Default: the network's own.
+        network: As in PretrainModule.
+        palette: As in PretrainModule.
+        image_size: As in PretrainModule.
         num_classes: Number of classes. Default: the data's.
         class_names: Names of the classes. Default: the data's.
         solver: ``lbfgs`` fits to all features at once, as the paper does for CIFAR and STL-10. ``sgd`` keeps none, as
             the paper does for ImageNet: momentum 0.9, a cosine to zero; it needs a loader that shuffles.
         concat: lbfgs only: an odd number of layers, centered on the best, that are fitted together once validation has
             picked that (the paper: 5); logged as ``val/concat_accuracy`` and ``test/concat_accuracy``. Default: none.
-        c: lbfgs only: inverse strength of the L2 penalty, as scikit-learn's C; the paper does not state it. From a list
-            (default: 0.001, 0.01, 0.1, 1, 10) each layer takes what is best on a held-out tenth of the training images,
-            then fits to all of them.
-        standardize: Scale each feature to mean 0 and variance 1 first; the paper does not state it. Under SGD this is
-            batch normalization without gain and bias, our choice as in the probes of MAE (He et al., 2022).
+        c: lbfgs only: inverse strength of the L2 penalty, as scikit-learn's C. From a list (default: 0.001, 0.01, 0.1,
+            1, 10) each layer takes what is best on a held-out tenth of the training images, then fits to all.
+        standardize: Scale each feature to mean 0 and variance 1 first; under SGD by batch normalization without gain
+            and bias, as in the probes of MAE (He et al., 2022).
         max_iter: lbfgs only: upper bound on steps per classifier.
         lr: sgd only: learning rate at the start. The paper tried 30, 10, 3, ... and does not state its scaling.
         weight_decay: sgd only: L2 decay of the weights. The paper states none.
         mask_ratio: BERT networks only: probability that an input pixel is hidden.
         mask_inputs: BERT networks only: hide input pixels, in evaluation too, as the paper does.
-        n_masks: BERT networks only: masks under which an image is evaluated. With several, accuracy counts the class
-            that most masks vote for (section 4.6: 5), ties at random; predictions are the mean of the probabilities.
+        n_masks: BERT networks only: masks under which an image is evaluated, as in FineTuneModule.
         max_feature_bytes: lbfgs only: features beyond so many bytes per process move to temporary files, in TMPDIR.
         seed: Seed of BERT's masks, of ties between their votes, and of the tenth that c is chosen on.
-
-    Raises:
-        ValueError: A layer does not exist, or arguments contradict each other or the loaded weights.
     """
 
     network: ImageGPT
@@ -110,19 +103,14 @@ class ProbeModule(LightningModule):
         numbers = {"max_iter": max_iter, "lr": lr, "weight_decay": weight_decay, "max_feature_bytes": max_feature_bytes}
         heads.check_fit(solver, grid, **numbers)
         build.check_class_names(class_names, num_classes)
-        build.check_mask_ratio(mask_ratio)
-        build.check_settings(above_zero={"n_masks": n_masks}, not_below_zero={})
         self.pretrained, self.class_names, self.lr, self.weight_decay = pretrained, class_names, lr, weight_decay
         self.solver, self.c, self.standardize, self.concat = solver, c, standardize, concat
         self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
-        probed = {"layers": layers, "solver": solver, "concat": concat, "c": c, "standardize": standardize}
-        masks = {"mask_ratio": mask_ratio, "mask_inputs": mask_inputs, "n_masks": n_masks, "seed": seed}
-        classes = {"num_classes": num_classes, "class_names": class_names}
+        names = ("solver", "concat", "c", "standardize", "mask_ratio", "mask_inputs", "n_masks", "seed", "class_names")
         built = build.build_network(network, palette, pretrained, image_size=image_size)
-        build.register(self, built, **probed, **numbers, **masks, **classes)
+        build.register(self, built, *names, layers=layers, num_classes=num_classes, **numbers)
         self.network.requires_grad_(False).eval()
-        if self.config.objective == "bert" and not mask_inputs and n_masks > 1:
-            raise ValueError(f"mask_inputs=False uses no mask, but n_masks is {n_masks}; set n_masks=1")
+        build.check_masks(self.config, mask_ratio, mask_inputs, n_masks)
         self.layers = heads.choose_layers(layers, self.config.n_layer)
         heads.check_concat(concat, len(self.layers), solver)
         self.correct = heads.Correct(len(self.layers) + 1)  # the last counts for concat
@@ -269,15 +257,13 @@ class ProbeModule(LightningModule):
         heads.check_same_probe(self.hparams, checkpoint["hyper_parameters"], self.config.n_layer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        build.stamp(self, checkpoint)
+        build.save(self, checkpoint)
         checkpoint[RESULTS] = [dict(row) for row in self.results]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_checkpoint(checkpoint)
-        build.take_origin(self, checkpoint)
+        build.load(self, checkpoint)
         self._set_classes(checkpoint["state_dict"]["bias"].shape[1])
         self.results = [dict(row) for row in checkpoint.get(RESULTS, self.results)]
-        resume.load_run_state(self, checkpoint)
 
     def _picked(self) -> int:
         if len(self.layers) > 1 and self.best < 0:

@@ -6,15 +6,17 @@ Exact for checkpoints written between two optimizer steps. The order of the imag
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+
+from lightning_igpt.private import current_datamodule
 
 log = logging.getLogger(__name__)
 
@@ -29,19 +31,14 @@ def trainer_of(module: LightningModule) -> Trainer | None:
         return None
 
 
-def is_fitting(module: LightningModule) -> bool:
-    """Whether a module is attached to a trainer that runs ``fit``, its validations included."""
-    trainer = trainer_of(module)
-    return trainer is not None and trainer.state.fn == TrainerFn.FITTING
-
-
 def is_evaluating(module: LightningModule) -> bool:
     """Whether a module is attached to a trainer that runs ``validate``, ``test`` or ``predict``."""
-    return trainer_of(module) is not None and not is_fitting(module)
+    trainer = trainer_of(module)
+    return trainer is not None and trainer.state.fn != TrainerFn.FITTING
 
 
 def save_random_states(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Add the generators' states of all processes to a checkpoint; all processes call it together."""
+    """Add the generators' states of all processes to a checkpoint, together, where training draws numbers."""
     trainer = trainer_of(module)
     if trainer is None or not _draws(module):
         return
@@ -56,10 +53,11 @@ def save_random_states(module: Any, checkpoint: dict[str, Any]) -> None:
 
 def load_run_state(module: Any, checkpoint: dict[str, Any]) -> None:
     """Prepare a checkpoint for a run that continues it: the recipe's rates win, and random states wait for training."""
-    if not is_fitting(module):
+    if trainer_of(module) is None or is_evaluating(module):
         return
     module.random_states = checkpoint.get(RANDOM)
     _keep_rates(module, checkpoint)
+    _count_micro_batches(module, checkpoint)
     _forget_foreign_files(module.trainer, checkpoint)
 
 
@@ -74,38 +72,42 @@ def start_training(module: Any) -> None:
         if "cuda" in mine and module.device.type == "cuda":
             torch.cuda.set_rng_state(mine["cuda"].cpu(), module.device)
     elif states is not None:
-        log.warning(
-            "the checkpoint was saved by %d processes and this run has %d: dropout draws other numbers than it would "
-            "have drawn",
-            len(states),
-            trainer.world_size,
-        )
+        text = "the checkpoint was saved by %d processes and this run has %d: dropout draws other numbers"
+        log.warning(text, len(states), trainer.world_size)
     elif _draws(module) and trainer.global_rank > 0:  # else all processes would drop the same
         torch.manual_seed((torch.initial_seed() + trainer.global_rank) % 2**63)
     _follow_schedule(trainer)
+    count_batches(trainer)
     loop = trainer.fit_loop
     if loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch:
         loop.reset_restart_stage()  # else Lightning 2.6 does not count the epoch that begins, for later checkpoints
+
+
+def count_batches(trainer: Trainer) -> None:
+    """Count the batches of an interrupted epoch as this run accumulates them, else windows end within a step."""
+    loop = trainer.fit_loop.epoch_loop
+    progress, steps = loop.batch_progress, loop.automatic_optimization.optim_progress.optimizer.step.current.completed
+    if steps and not progress.is_last_batch:
+        shift = steps * trainer.accumulate_grad_batches - progress.current.ready
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(progress.current, name, getattr(progress.current, name) + shift)
 
 
 def total_steps(trainer: Trainer) -> tuple[int, int | None]:
     """(optimizer steps of the run, optimizer steps per pass over the data if the data module knows its size)."""
     batches = getattr(getattr(trainer, "datamodule", None), "batches_per_epoch", None)
     if batches is None:
-        total = trainer.estimated_stepping_batches
-        if total == float("inf"):
-            raise ValueError("a cosine needs to know where the run ends: give the trainer max_steps or max_epochs")
-        return int(total), None
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
-    # Lightning steps on an accumulation window that the end of an epoch cuts short, too.
-    per_epoch = max(1, -(-batches // trainer.accumulate_grad_batches))
-    ends = [trainer.max_steps] if trainer.max_steps > 0 else []
-    if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        ends.append(per_epoch * trainer.max_epochs)
-    if not ends:
+        total, per_epoch = trainer.estimated_stepping_batches, None
+    else:
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+        # Lightning steps on an accumulation window that the end of an epoch cuts short, too.
+        per_epoch = max(1, -(-batches // trainer.accumulate_grad_batches))
+        ends = (trainer.max_steps, per_epoch * (trainer.max_epochs or -1))
+        total = min((end for end in ends if end > 0), default=math.inf)
+    if total == math.inf:
         raise ValueError("a cosine needs to know where the run ends: give the trainer max_steps or max_epochs")
-    return min(ends), per_epoch
+    return int(total), per_epoch
 
 
 def _draws(module: Any) -> bool:
@@ -116,8 +118,7 @@ def _draws(module: Any) -> bool:
 def _keep_rates(module: Any, checkpoint: Mapping[str, Any]) -> None:
     """Let a resumed run train with the module's learning rate, betas and weight decay, not the checkpoint's.
 
-    Lightning restores the optimizer with the settings that it was saved with, whatever recipe and flags say. Groups
-    that this package made note their scale of the rate (layer-wise decay) and whether they are decayed.
+    Groups that this package made note their scale of the rate (layer-wise decay) and whether they are decayed.
     """
     rates: list[float] = []
     for state in checkpoint.get("optimizer_states", []):
@@ -144,6 +145,21 @@ def _follow_schedule(trainer: Trainer) -> None:
                 group["lr"] = base * factor(schedule.last_epoch)
 
 
+def _count_micro_batches(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Make Lightning's counts of batches those of this run's accumulation, which may differ from the checkpoint's.
+
+    Loaders of this package's data modules yield whole optimizer steps, from the step that training has reached.
+    """
+    if not module.automatic_optimization or not hasattr(current_datamodule(module.trainer), "needs_labels"):
+        return
+    loop = checkpoint["loops"]["fit_loop"]
+    steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    for scope in ("total", "current"):
+        counts = loop["epoch_loop.batch_progress"][scope]
+        more = steps[scope]["completed"] * module.trainer.accumulate_grad_batches - counts["processed"]
+        counts.update({name: count + more for name, count in counts.items()})
+
+
 def _forget_foreign_files(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Drop the state of a ModelCheckpoint that names files outside of its folder.
 
@@ -152,16 +168,9 @@ def _forget_foreign_files(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """
     states = checkpoint.get("callbacks") or {}
     for callback in trainer.checkpoint_callbacks:
-        state = states.get(callback.state_key)
-        if isinstance(callback, ModelCheckpoint) and state is not None:
-            named = [state.get(name) for name in ("best_model_path", "kth_best_model_path", "last_model_path")]
-            named += list(state.get("best_k_models") or {})
-            if not all(_is_inside(str(path), str(callback.dirpath)) for path in named if path):
-                del states[callback.state_key]
-                log.info("%s starts without its old state: that names files outside of %s", callback, callback.dirpath)
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    if "://" in folder:
-        return path.startswith(folder) and ".." not in path
-    return "://" not in path and Path(path).resolve().is_relative_to(Path(folder).resolve())
+        state, inside = states.get(callback.state_key) or {}, f"{getattr(callback, 'dirpath', None)}{os.sep}"
+        named = [state.get(name) for name in ("best_model_path", "kth_best_model_path", "last_model_path")]
+        named += state.get("best_k_models") or {}
+        if not all(str(path).startswith(inside) and ".." not in str(path) for path in named if path):
+            del states[callback.state_key]
+            log.info("%s starts without its old state: that names files outside of %s", callback, inside)

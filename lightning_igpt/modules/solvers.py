@@ -1,7 +1,4 @@
-"""ProbeModule's solver L-BFGS: where features wait, and how classifiers are fitted to them by all processes of a run.
-
-The regression itself is in ``features``.
-"""
+"""ProbeModule's solver L-BFGS: it collects features in one pass and fits classifiers to them by ``features``."""
 
 from __future__ import annotations
 
@@ -11,9 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch import Tensor
-from torch.utils.data import BatchSampler, DistributedSampler
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_igpt.features import choose_c, fit_logistic, usable_grid
@@ -26,8 +21,7 @@ class FeatureStore:
     """Rows of features that grow by batches and are read by columns, one layer at a time.
 
     Args:
-        max_bytes: Features kept in memory; beyond it they move to temporary files without names (Python's ``tempfile``,
-            which follows TMPDIR), so that none outlives the process.
+        max_bytes: Features kept in memory; beyond it they move to temporary files without names, in TMPDIR.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -50,11 +44,7 @@ class FeatureStore:
         return torch.cat(self._numbers)
 
     def add(self, features: Tensor, labels: Tensor, numbers: Tensor) -> None:
-        """Append rows: float features (B, K, D) for K columns, kept as float32; labels and numbers, int64 (B,).
-
-        Raises:
-            OSError: The folder for temporary files is full.
-        """
+        """Append rows: float features (B, K, D) for K columns, kept as float32; labels and numbers, int64 (B,)."""
         self._labels.append(labels.cpu())
         self._numbers.append(numbers.cpu())
         columns = features.detach().float().cpu().transpose(0, 1).contiguous()  # (K, B, D)
@@ -113,7 +103,7 @@ class WholeFit(torch.optim.Optimizer):
     """An optimizer of one step, in which its closure fits the parameters; Lightning saves checkpoints by its steps."""
 
     def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {})
+        super().__init__(parameters, {"lr": 0.0})  # which LearningRateMonitor reads
 
     def step(self, closure: Any = None) -> Any:
         return closure()
@@ -126,76 +116,36 @@ def fit_heads(
     *,
     num_classes: int,
     device: torch.device,
-    rank: int = 0,
     world_size: int = 1,
-    n_rows: int | None = None,
 ) -> list[Head]:
-    """Fit a classifier to each group of columns, concatenated, on all processes' rows, each row once.
+    """Fit a classifier to each group of columns, concatenated, on all processes' rows; every process fits all.
 
-    The processes take turns in fitting, so that several work at a time, and every process gets all classifiers. Rows
-    are put into the order of their numbers, so that what is held out does not depend on the number of processes; those
-    with a number from ``n_rows`` on are padding and left out.
-
-    Raises:
-        ValueError: All rows have the same label.
+    Rows count once each, in the order of their numbers, whatever the number of processes; ValueError where all have
+    the same label.
     """
-    labels, order = _rows(store, device, world_size, n_rows)
+    labels, numbers = (_gather(rows.to(device), world_size) for rows in (store.labels, store.numbers))
+    order = rows_once(numbers)
+    if len(order) < len(numbers):
+        log.warning("%d of %d training images came before and are left out", len(numbers) - len(order), len(numbers))
+    labels = labels[order]
+    if bool((labels == labels[0]).all()):
+        raise ValueError(f"all {len(labels)} training images have the label {labels[0]}; a probe needs two classes")
     how = how._replace(grid=usable_grid(how.grid, len(labels)))  # here, so that a warning comes once
-    heads: dict[int, Head] = {}
-    for first in range(0, len(groups), world_size):
-        features = torch.empty(0)
-        for owner, group in enumerate(groups[first : first + world_size]):
-            parts = [_gather(store.column(column).to(device), world_size) for column in group]
-            if owner == rank:
-                features = torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # (N, columns * D)
-        if first + rank < len(groups):
-            heads[first + rank] = how.fit(features if order is None else features[order], labels, num_classes)
-    if world_size > 1:
-        mine = {number: Head(head.weight.cpu(), head.bias.cpu(), head.c) for number, head in heads.items()}
-        everyone: list[Any] = [None] * world_size
-        torch.distributed.all_gather_object(everyone, mine)
-        heads = {number: head for part in everyone for number, head in part.items()}
-    return [heads[number] for number in range(len(groups))]
+    heads = []
+    for group in groups:
+        parts = [_gather(store.column(column).to(device), world_size)[order] for column in group]
+        features = torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # (N, columns * D)
+        heads.append(how.fit(features, labels, num_classes))
+    return heads
 
 
-def rows_once(numbers: Tensor, n_rows: int | None = None) -> Tensor:
-    """Where each of int64 ``numbers`` (N,) comes first, by ascending number, without those from ``n_rows`` on."""
+def rows_once(numbers: Tensor) -> Tensor:
+    """Where each of int64 ``numbers`` (N,) comes first, by ascending number."""
     order = numbers.argsort(stable=True)
     ascending = numbers[order]
     keep = torch.ones_like(ascending, dtype=torch.bool)
     keep[1:] = ascending[1:] != ascending[:-1]
-    return order[keep if n_rows is None else keep & (ascending < n_rows)]
-
-
-def rows_before_padding(loader: Any) -> int | None:
-    """Rows that torch's DistributedSampler shares out among processes, padded with repeats at the end.
-
-    Its row k of process r is number ``k * processes + r`` of the whole, so the repeats are the numbers from the value
-    returned on. None for any other loader: what its sampler repeats is unknown.
-    """
-    batches = getattr(loader, "batch_sampler", None)
-    if type(batches) not in (BatchSampler, type(None)):
-        return None
-    sampler: Any = getattr(batches, "sampler", None) or getattr(loader, "sampler", None)
-    return len(sampler.dataset) if type(sampler) in (DistributedSampler, DistributedSamplerWrapper) else None
-
-
-def _rows(
-    store: FeatureStore, device: torch.device, world_size: int, n_rows: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """(labels of the rows to fit to, their places among all processes' rows; None if these are all, in order)."""
-    labels = _gather(store.labels.to(device), world_size)
-    numbers = _gather(store.numbers.to(device), world_size)
-    order = rows_once(numbers, n_rows)
-    if len(order) < len(numbers):
-        level = logging.INFO if world_size > 1 else logging.WARNING  # several processes: the sampler has padded
-        log.log(level, "%d of %d training images came before and are left out", len(numbers) - len(order), len(numbers))
-    labels = labels[order]
-    if bool((labels == labels[0]).all()):
-        raise ValueError(
-            f"all {len(labels)} training images have the label {int(labels[0])}; a probe needs two classes"
-        )
-    return labels, None if torch.equal(order, torch.arange(len(numbers), device=device)) else order
+    return order[keep]
 
 
 def _gather(rows: Tensor, world_size: int) -> Tensor:
@@ -204,16 +154,10 @@ def _gather(rows: Tensor, world_size: int) -> Tensor:
 
 
 class Lbfgs:
-    """What ProbeModule does to fit its classifiers to all features at once: collect them in one pass, then fit.
-
-    Args:
-        how: The settings of a fit.
-        max_bytes: As in FeatureStore, per process.
-    """
+    """What ProbeModule does to fit its classifiers to all features at once: collect them in one pass, then fit."""
 
     def __init__(self, how: Logistic, max_bytes: int) -> None:
         self.how = how
-        self.n_rows: int | None = None  # of the training images, where a sampler repeats some
         self.training, self.validation = FeatureStore(max_bytes), FeatureStore(max_bytes)
 
     def forget(self, probe: Any) -> None:
@@ -226,19 +170,14 @@ class Lbfgs:
             probe.concat_head.center.fill_(-1)
 
     def collect(self, probe: Any, features: Tensor, labels: Tensor, samples: Any, batch_idx: int) -> None:
-        """Keep the features (B, layers, D) of a training batch, and fit at the last.
-
-        Every image counts once, on several devices too: repeats are known by the loader's sample numbers, or by the
-        layout of torch's DistributedSampler, which Lightning puts into ordinary loaders.
-        """
+        """Keep the features (B, layers, D) of a training batch, and fit at the last; a sample number counts once."""
         trainer = probe.trainer
         if batch_idx and not len(self.training):
             raise ValueError(
                 f"this run was cut off after {batch_idx} batches, before the fit, and a checkpoint does not hold the "
                 "features; start again without ckpt_path"
             )
-        if not isinstance(samples, Tensor):
-            self.n_rows = rows_before_padding(trainer.train_dataloader)
+        if not isinstance(samples, Tensor):  # as torch's DistributedSampler deals them out
             row = torch.arange(len(self.training), len(self.training) + len(labels))
             samples = row * trainer.world_size + trainer.global_rank
         self.training.add(features, labels, samples)
@@ -275,8 +214,7 @@ class Lbfgs:
             self.close()
 
     def _fit(self, probe: Any, groups: Sequence[Sequence[int]]) -> list[Head]:
-        options: dict[str, Any] = {"num_classes": probe.num_classes, "device": probe.device, "n_rows": self.n_rows}
-        options |= {"rank": probe.global_rank, "world_size": probe.trainer.world_size}
+        options: dict[str, Any] = {"device": probe.device, "world_size": probe.trainer.world_size}
         # A line search is lost in bfloat16, and in validation Lightning forbids gradients.
         with torch.autocast(probe.device.type, enabled=False), torch.inference_mode(False):
-            return fit_heads(self.training, groups, self.how, **options)
+            return fit_heads(self.training, groups, self.how, num_classes=probe.num_classes, **options)

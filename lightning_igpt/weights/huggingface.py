@@ -85,7 +85,7 @@ def from_state_dict(state: Mapping[str, Tensor], config: Mapping[str, Any], wher
         ValueError: Parameters are missing, unexpected, or of the wrong shape.
     """
     names = {name for name in state if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
-    check_keys({row.huggingface for row in rows(read_config(config, bias=True))}, names, where, _hint(names))
+    check_keys({row.huggingface for row in rows(read_config(config, bias=True))}, names, where)
     biased = any(bool(state[name].any()) for name in names if name.endswith(".bias"))
     ours = read_config(config, bias=biased)
     return assemble(ours, {row.ours: _source(row) for row in rows(ours)}, state.__getitem__, where)
@@ -227,14 +227,6 @@ def _source(row: Name) -> Source:
 def _marker(config: Mapping[str, Any]) -> Mapping[str, Any]:
     marker = config.get(MARKER, {})
     return marker if isinstance(marker, Mapping) else {}
-
-
-def _hint(found: set[str]) -> str:
-    if LM_HEAD not in found and any(name.startswith("transformer.") for name in found):
-        return "\nThis looks like a classifier saved by transformers, which keeps no color head (lm_head)."
-    if "wte.weight" in found:
-        return "\nThis looks like transformers' ImageGPTModel; save an ImageGPTForCausalImageModeling."
-    return ""
 
 
 def _labels_of(config: Mapping[str, Any], head: Tensor | None) -> list[str] | None:

@@ -60,15 +60,15 @@ def rows(config: ImageGPTConfig) -> Iterator[Name]:
             yield from (_numbered(row, str(layer)) for row in present)
 
 
-def check_keys(expected: Iterable[str], existing: Iterable[str], where: str, hint: str = "") -> None:
-    """Raise a ValueError that lists what is missing (-) and unexpected (+), then the hint, unless both are the same."""
+def check_keys(expected: Iterable[str], existing: Iterable[str], where: str) -> None:
+    """Raise a ValueError that lists what is missing (-) and unexpected (+), unless both are the same."""
     missing, unexpected = set(expected) - set(existing), set(existing) - set(expected)
     lines = [f"- {key}"[:200] for key in sorted(missing)]
     lines += [f"+ {key}"[:200] for key in sorted(unexpected)]
     if lines:
         more = [f"... and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
         listed = "\n".join([*lines[:MAX_LINES], *more])
-        raise ValueError(f"{where}: parameters missing (-) or unexpected (+):\n{listed}{hint}")
+        raise ValueError(f"{where}: parameters missing (-) or unexpected (+):\n{listed}")
 
 
 def _numbered(row: Name, layer: str) -> Name:

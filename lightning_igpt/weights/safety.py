@@ -9,6 +9,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ SHARDS = (
 )
 
 
-def read_torch(path: Path) -> Any:
-    """Tensors, which are mapped, and plain values from a file by ``torch.save``; ValueError for damage and objects."""
+def read_torch(path: Path, map_location: Any = "cpu", *, mmap: bool = True) -> Any:
+    """Tensors and plain values from a file by ``torch.save``; ValueError for damage and objects.
+
+    With ``mmap`` the tensors are read where they are used, and processes of one machine share their memory.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_starts(path, ZIP))
+        return torch.load(path, map_location, weights_only=True, mmap=mmap and _starts(path, ZIP))
     except Exception as error:  # damage ends in any kind of error, also in an OSError
         if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
             raise
@@ -76,42 +80,38 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_intact(path: Path) -> None:
-    """Raise where a file by ``torch.save`` is truncated or differs from its checksums, of which torch compares none.
-
-    Files of torch before 1.6, and those written with ``set_crc32_options(False)``, have none.
-    """
-    if not _starts(path, ZIP):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            has_sums = any(entry.CRC for entry in archive.infolist())
-            broken = archive.testzip() if has_sums else None
-    except Exception as error:  # zipfile has many errors for damage
-        raise ValueError(f"{path} is damaged or incomplete ({str(error)[:300]}); copy or download it again") from error
-    if broken is not None:
-        raise ValueError(f"{path} is damaged: {broken} in it differs from its checksum; copy or download it again")
-
-
-def check_opens_safely(path: str | Path) -> None:
-    """Raise a ValueError where Lightning's opening of a checkpoint could run code, or would fetch it.
-
-    Object stores, such as ``s3://``, are not looked into: Lightning reads them with torch's loader, which has to be
-    given ``weights_only=True``. Whoever can write to the folder could still exchange the file after the check.
-    """
+def check_local(path: str | Path) -> None:
+    """Raise a ValueError where ``path`` is an address to fetch from, or names no file of a run's whole state."""
     text, path = str(path), Path(path)
     if ADDRESS.search(text):
         raise ValueError(f"{text}: checkpoints are not fetched from addresses; download the file and name its path")
-    if "://" in text and not path.exists():
-        return
     if path.is_dir():
         kind = SHARDS if (path / ".metadata").exists() else "a folder; name a checkpoint in it"
         raise ValueError(f"{path} is {kind}")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} holds weights alone, no state of a run; start from it with pretrained=")
-    read_torch(path)
-    if not _starts(path, ZIP):  # torch.load reads such a file from its start, FSDPStrategy an archive at its end
-        raise ValueError(f"{path} is of torch's format from before 1.6; open and save it again with torch")
+
+
+def check_intact(path: Path) -> None:
+    """Raise a ValueError unless ``path`` is a file by ``torch.save`` that equals its checksums, which torch ignores.
+
+    A file that did not change since an earlier call is not read again.
+    """
+    check_local(path)
+    status = path.stat()
+    _compare_checksums(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache
+def _compare_checksums(path: Path, size: int, modified: int) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            has_sums = any(entry.CRC for entry in archive.infolist())  # none after set_crc32_options(False)
+            broken = archive.testzip() if has_sums else None
+    except Exception as error:  # zipfile has many errors for damage
+        raise ValueError(f"{path} is damaged or incomplete ({str(error)[:300]}); use another copy") from error
+    if broken is not None:
+        raise ValueError(f"{path} is damaged: {broken} in it differs from its checksum; use another copy")
 
 
 @contextlib.contextmanager

@@ -1,11 +1,21 @@
 import json
 
+import datasets
 import pytest
+import torch
 
 from lightning_igpt.benchmarks import data
 
-SIDES = {"bare decoding", "data module", "datasets + DataLoader", "data module, tokens", "transformers, tokens"}
-SMALL_SIDES = {"token cache", "streaming"}
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    yield
+    torch.set_num_threads(threads)
+
+
+SIDES = {"bare decoding", "data module", "data module, tokens", "transformers, tokens"}
 
 
 def test_the_last_line_is_json_with_every_measurement(capsys):
@@ -15,7 +25,7 @@ def test_the_last_line_is_json_with_every_measurement(capsys):
     result = json.loads(printed.splitlines()[-1])
     assert set(result) == {
         *("benchmark", "ratio_vs_peer", "fraction_of_limit", "device", "threads", "cores", "versions"),
-        *("unit", "batch", "size", *data.KINDS),
+        *("unit", "batch", "size", *data.SHARE),
     }
     assert set(result["versions"]) == {"python", "torch", "datasets", "PIL", "numpy"} and result["threads"] == 1
     rates = {name: row["median"] for name, row in result["PNG 32x32"].items()}
@@ -23,21 +33,19 @@ def test_the_last_line_is_json_with_every_measurement(capsys):
     assert result["batch"] == 8 and result["ratio_vs_peer"] == pytest.approx(ratio, rel=1e-3)
     assert result["fraction_of_limit"] == result["PNG 32x32"]["data module"]["to_bare"]
     assert "--precision has no bearing" in printed and "--batch-size has" not in printed
-    for kind in data.KINDS:
-        wanted = SIDES | SMALL_SIDES if kind == "PNG 32x32" else SIDES
-        assert set(result[kind]) == wanted
+    for kind in data.SHARE:
+        assert set(result[kind]) == (SIDES | {"token cache", "streaming"} if kind == data.SMALL else SIDES)
         for row in result[kind].values():
             assert 0 < row["min"] <= row["median"] <= row["max"] and row["to_bare"] > 0
         assert f"\n{kind}" in printed
 
 
-@pytest.mark.parametrize("kind", data.KINDS.values(), ids=data.KINDS)
+@pytest.mark.parametrize("kind", data.SHARE)
 def test_the_data_module_reads_what_bare_decoding_reads(kind, tmp_path):
     files = data.make_files(kind, 8)
-    with data._everything_in(tmp_path):
-        path = data.write_parquet(files, tmp_path / "a.parquet")
-        images = next(data._batches(path, batch_size=8))["image"].permute(0, 2, 3, 1).numpy()
-    bare = sorted(data.bare_pixels(file).tobytes() for file in files)
+    path = data.write_parquet(files, tmp_path / "a.parquet")
+    images = next(data.batches(path, batch_size=8))["image"].permute(0, 2, 3, 1).numpy()
+    bare = sorted(data.square(file).tobytes() for file in files)
     assert len(set(bare)) == 8 and sorted(pixels.tobytes() for pixels in images) == bare
 
 

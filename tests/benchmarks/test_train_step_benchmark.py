@@ -17,18 +17,12 @@ def tiny(monkeypatch):
 
 
 def test_the_last_line_is_json_with_every_side(capsys):
-    train_step.main([*WORDS, "--layers", "2", "--trainer", "--precision", "32-true"])
+    train_step.main([*WORDS, "--layers", "2", "--precision", "32-true"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(result) >= KEYS | {"trainer_fit_s", "trainer_overhead"}
+    assert set(result) >= KEYS
     assert set(result["sides"]) == {train_step.OURS, train_step.PEER}
     assert result["layers"] == 2 and result["losses_off"] < 1e-4
     assert result["tokens_per_second"] > 0 and result["fraction_of_limit"] > 0
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_other_precisions_run(precision, capsys):
-    train_step.main([*WORDS, "--precision", precision])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["precision"] == precision
 
 
 def test_another_loss_is_refused(monkeypatch):

@@ -29,7 +29,8 @@ def pretrain(folder, *callbacks, config=TINY, set_by_hand="none", **options):
     """The module after a short run, the same for the same arguments."""
     torch.manual_seed(0)
     module = PretrainModule(config, "gray:8", lr=0.01, warmup_steps=0)
-    module.network.set_recompute(set_by_hand)
+    for block in module.network.blocks():
+        block.recompute = set_by_hand
     options = {"max_epochs": 1, "enable_checkpointing": False} | options
     quiet_trainer(folder, callbacks=list(callbacks), **options).fit(module, loader(24), loader(12))
     return module

@@ -78,9 +78,9 @@ def test_the_record_holds_what_made_the_run(tmp_path, monkeypatch):
     assert first["versions"]["torch"] == metadata.version("torch") and first["commit"] == commit
     assert first["module"]["class"] == "PretrainModule" and first["module"]["hparams"]["network"]["n_embd"] == 8
     assert first["data"]["hparams"]["batch_size"] == 4 and first["trainer"]["accumulate_grad_batches"] == 2
-    assert first["data_fingerprint"] == PretrainDataModule(tiny(26)).fingerprint
+    assert first["images"] == {"train_images": 23, "val_images": 3}
     assert first["palette_sha256"] == Palette.load("gray:4").sha256
-    assert (first["module_seed"], second["module_seed"], second["data_seed"]) == (3, 4, 0)
+    assert (first["module_seed"], second["module_seed"], second["data"]["hparams"]["seed"]) == (3, 4, 0)
 
 
 def test_metrics_are_those_of_lightnings_csv_logger_with_one_row_per_step(tmp_path):
@@ -115,7 +115,7 @@ def test_a_resumed_run_is_warned_of_what_changed(tmp_path, monkeypatch):
     assert f"module_seed 0 -> 9, numpy {version('numpy')} -> 0.1" in warning
     monkeypatch.undo()
     _, (warning,) = fit(tmp_path, ckpt_path=ckpt, source=25)
-    assert "data_fingerprint" in warning and "seed" not in warning
+    assert "val_images 3 -> 2" in warning and "seed" not in warning
     kept = torch.load(ckpt, weights_only=True)
     assert str(tmp_path) not in str(kept.pop(RECORD))
     torch.save(kept, ckpt)

@@ -47,7 +47,7 @@ def test_card_and_image_size(tmp_path, capsys):
 def test_wrong_use_says_so(tmp_path, capsys):
     save_pretrained(tmp_path / "bert", random_network(SMALL_BERT), Palette.load("gray:20"))
     for words, message in [
-        (["--to", "safetensors"], r"must end in \.safetensors"),
+        (["--to", "safetensors"], r"must be a \.safetensors file"),
         (["--check"], "transformers cannot run a BERT network"),
     ]:
         with pytest.raises(SystemExit, match=message):

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from lightning_igpt.__main__ import main
-from lightning_igpt.commands.data import spread
 from lightning_igpt.data import tokenize
 from lightning_igpt.images import decode, resize_center_crop
 from lightning_igpt.palette import Palette
@@ -111,18 +110,11 @@ def test_nothing_but_bad_images_is_still_a_report(tmp_path, capsys):
     assert "0 images" in text
 
 
-def test_a_limit_is_spread_over_the_split():
-    assert spread(7, 2) == [0, 3]
-    assert spread(3, 0) == spread(3, 5) == [0, 1, 2]
-
-
 def test_mistakes_are_told_in_one_line(tmp_path):
     tokenize(tiny(9, (8, 8)), "gray:4", size=8).save_to_disk(tmp_path / "tokens")
     for words, told in (
-        (["nowhere"], "nowhere"),
         (["tokens"], "holds tokens"),
         (["digits", "--limit", "-1"], "limit is -1; it must be at least 0"),
-        (["digits", "--n_images", "0"], "n_images is 0; it must be at least 1"),
         (["digits", "--image_size", "0"], "image_size is 0; it must be at least 1"),
         (["digits", "--palette", "opnai"], "no palette 'opnai'"),
     ):

@@ -274,19 +274,19 @@ def test_pictures_are_chosen_dropped_and_refused(visit, address, digits, tmp_pat
         Image.effect_noise((50, 40), 100).convert("RGB").save(tmp_path / name)
     (tmp_path / "broken.png").write_bytes(b"<html>404</html>")
 
-    def quantised(name):
+    def quantized(name):
         palette = digits.loaded.palette
         return palette.dequantize(palette.quantize(read_images(str(tmp_path / name), 8).pixels))[0]
 
     page.get_by_label("Or your own").set_input_files(tmp_path / "one.png")
     page.get_by_role("img", name="one.png, as the network sees it").wait_for()
-    assert torch.equal(colors(page.locator("#given"))[0], quantised("one.png"))
+    assert torch.equal(colors(page.locator("#given"))[0], quantized("one.png"))
     page.evaluate(DROP, [list((tmp_path / "two.png").read_bytes()), "two.png"])
     page.get_by_role("img", name="two.png, as the network sees it").wait_for()
-    assert torch.equal(colors(page.locator("#given"))[0], quantised("two.png"))
+    assert torch.equal(colors(page.locator("#given"))[0], quantized("two.png"))
     page.evaluate(DROP, [list((tmp_path / "broken.png").read_bytes()), "broken.png"])
     page.get_by_role("alert").filter(has_text="broken.png: the file is not an image of a known format").wait_for()
-    assert torch.equal(colors(page.locator("#given"))[0], quantised("two.png")), "the picture stays"
+    assert torch.equal(colors(page.locator("#given"))[0], quantized("two.png")), "the picture stays"
     page.evaluate("() => { net.max_bytes = 10; }")
     page.evaluate(DROP, [list((tmp_path / "one.png").read_bytes()), "one.png"])
     page.get_by_role("alert").filter(has_text="more than the limit of 10; shrink it first").wait_for()

@@ -35,7 +35,7 @@ def dry(capsys, *words):
 def test_fit_says_what_would_run(capsys):
     rows, said = dry(capsys, "fit", "--config", "digits_tiny_pretrain")
     assert rows["would"] == "fit: PretrainModule on PretrainDataModule"
-    assert "8 x 8 pixels: 674,112 parameters" in rows["network"] and rows["weights"] == "drawn at random"
+    assert "674,112 parameters, 8 x 8 pixels" in rows["network"] and rows["weights"] == "drawn at random"
     assert rows["data"] == "digits: 1,293 training, 360 test, 144 validation images"
     steps = yaml.safe_load((recipes.folder() / "digits_tiny_pretrain.yaml").read_text())["trainer"]["max_steps"]
     assert rows["length"] == f"{steps} steps of 16 images (16 at once x 1 devices x 1 accumulated)"

@@ -60,9 +60,7 @@ def test_something_wrong_is_1_and_one_line(verb):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--trainer.max_steps", "x"], "trainer.max_steps"),
         (["--data.batch_size", "x"], "batch_size"),
-        (["--model.objective", "x"], "objective"),
         (["--model.lrr", "1"], "lrr"),
         (["--model", "PretrainModul"], "PretrainModul"),
         (["--trainer.max_stepz", "1"], "trainer.max_stepz"),

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -46,12 +47,12 @@ def test_the_table_holds_the_numbers_of_planning(capsys):
 
 
 def test_time_is_flops_by_the_share_of_the_peak(capsys):
-    run = verb.make_run(PRESETS["igpt_s"], Schedule(128, 1000), "h100", devices=2, mfu=0.4)
+    run = replace(verb.make_run(PRESETS["igpt_s"], Schedule(128, 1000), find_device("h100"), devices=2), mfu=0.4)
     assert run.seconds == pytest.approx(run.flops / (2 * 0.4 * 989.4e12))
     text = planned(capsys, "--steps", 1000, "--devices", 2, "--mfu", 0.4)
     assert f"time at 40% MFU   {verb.hours(run.seconds)}, " in text
     assert f"{128_000 / run.seconds:,.4g} images/s" in text
-    tiny = verb.make_run(PRESETS["igpt_tiny"], Schedule(128, 1000), "h100")
+    tiny = verb.make_run(PRESETS["igpt_tiny"], Schedule(128, 1000), find_device("h100"))
     assert tiny.mfu == tiny.ceiling_mfu < 0.33  # no more is assumed than can be
 
 

@@ -73,14 +73,6 @@ def test_what_the_report_suggests_works(folder, capsys):
     assert f"5 images: {sum(nats) / 5:.4f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("limit", ["0", "-3"])
-@pytest.mark.slow
-def test_no_images_is_a_mistake(folder, limit):
-    words = ["--pretrained", str(folder / "pretrain.ckpt"), "--images", "digits", "--n_images", limit]
-    with pytest.raises(SystemExit, match=f"asked for {limit} images"):
-        main(["complete", *words])
-
-
 def test_unigram_is_the_smoothed_frequency_at_each_position():
     train, val = torch.tensor([[0, 1], [0, 2], [0, 2]]), torch.tensor([[0, 2], [1, 1]])
     expected = [math.log(6 / 4), math.log(6 / 3), math.log(6 / 1), math.log(6 / 2)]

@@ -1,6 +1,6 @@
 import json
-import math
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -56,7 +56,7 @@ def test_a_run_of_the_command_line(fitted, tmp_path):
     assert run.curves["train/nats_per_pixel"][0] == [0, 1, 2, 3]
     steps, values = run.curves["val/nats_per_pixel"]
     assert f"{min(values):.4f} at step {steps[values.index(min(values))]}" in html
-    assert dict(run.settings)["module.hparams.network.vocab_size"] == "4" and torch.__version__ in html
+    assert dict(run.settings)["module.hparams.network.vocab_size"] == "4" and version("torch") in html
     assert html.count("<img") == 2 and "Completions at step 0000004" in html
     assert not re.search(r'(src|href)="(?!data:)', html) and "<script" not in html and "http" not in html
 
@@ -78,13 +78,6 @@ def test_numbers_layers_and_pictures_of_a_probe(tmp_path):
     assert "0.6250" in html and "0.5000" in html and "0.7500 at step 7" in html
 
 
-def test_a_diverged_validation_is_not_the_best(tmp_path):
-    write(tmp_path / "run", "step,val/nats_per_pixel\n1,2.5\n2,nan\n")
-    report([str(tmp_path)], out=str(tmp_path / "page.html"))
-    assert "2.5000 at step 1" in without_bytes(tmp_path / "page.html")
-    assert math.isnan(read_runs(tmp_path)[0].curves["val/nats_per_pixel"][1][-1])
-
-
 def test_runs_keep_their_order_and_come_once(tmp_path):
     for number in (2, 10, 1):
         write(tmp_path / f"version_{number}", "step,val/accuracy\n1,0.5\n")
@@ -95,12 +88,13 @@ def test_runs_keep_their_order_and_come_once(tmp_path):
 
 
 def test_words_of_a_record_are_no_markup(tmp_path):
-    write(tmp_path / "run", "step,val/accuracy\n1,0.5\n")
+    write(tmp_path / "run", "step,val/nats_per_pixel\n1,2.5\n2,nan\n")
     record = {"runs": [{}, {"module": {"class": "<script>alert(1)</script>"}, "seeds": {"model": 0, "data": None}}]}
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     assert read_runs(tmp_path)[0].settings == [("module.class", "<script>alert(1)</script>"), ("seeds.model", "0")]
     report([str(tmp_path)], out=str(tmp_path / "page.html"))
-    assert "<script" not in without_bytes(tmp_path / "page.html")
+    html = without_bytes(tmp_path / "page.html")
+    assert "<script" not in html and "2.5000 at step 1" in html  # what diverged is not the best
 
 
 @pytest.mark.parametrize(

@@ -88,14 +88,6 @@ def test_training_and_validation_share_no_image_and_labels_follow():
         assert len(train) == 27 and len(val) == 3 and not train & val
 
 
-def test_random_crop_is_for_large_training_images():
-    large = rows([noise((40, 40), 1)] * 10)
-    for random_crop, kinds in ((True, 9), (False, 1)):
-        data = ready(PretrainDataModule, large, batch_size=3, image_size=8, random_crop=random_crop)
-        assert len(column(data.train_dataloader(), "image").unique(dim=0)) == kinds
-        assert len(column(data.val_dataloader(), "image").unique(dim=0)) == 1
-
-
 def test_augmentation_of_fine_tuning():
     images = rows([noise((8, 8), 1)] * 20, [0, 1] * 10)
     for options, kinds in (({}, range(6, 19)), ({"pad": 0, "flip": False}, [1]), ({"pad": 0}, [2])):
@@ -104,15 +96,6 @@ def test_augmentation_of_fine_tuning():
         assert len(column(data.val_dataloader(), "image").unique(dim=0)) == 1
     with pytest.raises(ValueError, match=r"pad is 8, but .*\(8\)"):
         ready(FineTuneDataModule, images, batch_size=6, image_size=8, pad=8).train_dataloader()
-
-
-@pytest.mark.parametrize("cls", ALL)
-def test_workers_change_nothing(cls):
-    plain, busy = (
-        ready(cls, rows([noise((20, 20), i) for i in range(12)], [0, 1] * 6), batch_size=3, image_size=8, num_workers=n)
-        for n in (0, 1)
-    )
-    assert torch.equal(column(plain.train_dataloader(), "image"), column(busy.train_dataloader(), "image"))
 
 
 def test_a_partial_batch_of_evaluation_and_the_size_of_a_loader():
@@ -170,12 +153,6 @@ def test_hidden_test_labels_do_not_stop_training():
     assert "label" not in next(iter(data.predict_dataloader()))
     with pytest.raises(ValueError, match=r"split 'test' .*hidden"):
         data.test_dataloader()
-
-
-def test_too_few_images_for_one_step():
-    for cls in (PretrainDataModule, FineTuneDataModule):
-        with pytest.raises(ValueError, match=r"batch_size 64 exceeds the 23 training images"):
-            ready(cls, tiny(26), batch_size=64, image_size=8).train_dataloader()
 
 
 @pytest.mark.parametrize(

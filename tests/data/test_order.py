@@ -2,9 +2,8 @@ from itertools import chain, islice
 
 import pytest
 import torch
-from torch.utils.data import DistributedSampler
 
-from lightning_igpt.data.order import EndlessOrder, EvalOrder, StreamOrder, images_at_once
+from lightning_igpt.data.order import EndlessOrder, EvalOrder
 
 
 def order(n=26, batch_size=12, n_steps=6, **options):
@@ -22,22 +21,14 @@ def test_order_is_the_written_formula():
 
 
 @pytest.mark.parametrize("world_size, accumulate", [(1, 1), (2, 1), (1, 3), (2, 3), (4, 3), (12, 1)])
-@pytest.mark.parametrize("kind", [order, lambda **options: StreamOrder(batch_size=12, n_steps=6, **options)])
-def test_devices_and_accumulation_leave_every_step_as_it_is(kind, world_size, accumulate):
-    options = {"world_size": world_size, "accumulate": accumulate, "n_steps": 13} if kind is order else {
-        "world_size": world_size, "accumulate": accumulate}  # fmt: skip
-    whole = list(kind(**{name: value for name, value in options.items() if name == "n_steps"}))
-    ranks = [list(kind(rank=rank, **options)) for rank in range(world_size)]
+def test_devices_and_accumulation_leave_every_step_as_it_is(world_size, accumulate):
+    whole = list(order(n_steps=13))
+    options = {"world_size": world_size, "accumulate": accumulate, "n_steps": 13}
+    ranks = [list(order(rank=rank, **options)) for rank in range(world_size)]
     at_once = 12 // (world_size * accumulate)
     micro_batches = [[draws[i : i + at_once] for i in range(0, len(draws), at_once)] for draws in ranks]
     together = list(chain(*(chain(*shares) for shares in zip(*micro_batches, strict=True))))
     assert together == whole and len({sample for _, sample in whole}) == len(whole)
-
-
-def test_a_pass_repeats_no_row():
-    rows = [row for row, _ in order(n_steps=20)]
-    assert all(len(set(rows[start : start + 24])) == 24 for start in range(0, len(rows), 24))
-    assert list(order(seed=0)) != list(order(seed=1))
 
 
 def test_iteration_starts_at_the_step_of_the_run():
@@ -53,14 +44,10 @@ def test_iteration_starts_at_the_step_of_the_run():
     )
 
 
-def test_lightning_leaves_the_orders_alone():
-    assert isinstance(order(), DistributedSampler) and isinstance(EvalOrder(3, batch_size=2), DistributedSampler)
-
-
 def test_a_step_that_cannot_be_divided():
-    assert images_at_once(96, 8, 4) == 3
+    assert order(100, batch_size=96, world_size=8, accumulate=4).at_once == 3
     with pytest.raises(ValueError, match=r"batch_size 46.* 4 devices x accumulate_grad_batches 3; .* to 36 or 48"):
-        images_at_once(46, 4, 3)
+        order(batch_size=46, world_size=4, accumulate=3)
     with pytest.raises(ValueError, match=r"batch_size 5.* 8 devices x accumulate_grad_batches 1; .* to 8, or"):
         order(batch_size=5, world_size=8)
     with pytest.raises(ValueError, match=r"batch_size 27 exceeds the 26 training images"):

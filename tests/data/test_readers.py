@@ -15,7 +15,7 @@ from lightning_igpt.data.loaders import make_loader, n_steps
 from lightning_igpt.data.order import EvalOrder
 from lightning_igpt.data.readers import BadImages, ImageBatches, ImageReader
 from lightning_igpt.data.splits import Part
-from lightning_igpt.data.transforms import CenterCrop, PadCropFlip, RandomCrop
+from lightning_igpt.data.transforms import CenterCrop
 from tests.image_files import noise, rows, tiny
 
 UNDECODED = datasets.Image(decode=False)
@@ -23,7 +23,7 @@ UNDECODED = datasets.Image(decode=False)
 
 def batches(dataset, part_rows=None, resize=None, **options):
     part = Part("some/source", "train", dataset.cast_column("image", UNDECODED), part_rows)
-    return ImageBatches(ImageReader(part, "image", resize or CenterCrop(4)), len(part), **options)
+    return ImageBatches(ImageReader(part, "image", resize or CenterCrop(4)), **options)
 
 
 def by_hand(image):
@@ -40,16 +40,6 @@ def test_a_batch_holds_the_images_in_order():
     assert set(batches(rows(images))[[(0, 0)]]) == {"image", "sample"}
     part = batches(tiny(9), np.array([2, 5, 8]))
     assert len(part) == 3 and part[[(2, 0), (0, 1)]]["image"][:, 0, 0, 0].tolist() == [8, 2]
-
-
-def test_the_draw_decides_a_crop_and_the_augmentation():
-    cropped = batches(rows([noise((40, 40), 0), noise((6, 6), 1)]), resize=RandomCrop(4, seed=3))
-    first, second = cropped[[(0, 0), (1, 1)]]["image"], cropped[[(0, 2), (1, 3)]]["image"]
-    assert not torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
-    assert torch.equal(cropped[[(0, 0)]]["image"][0], first[0])
-    augment = PadCropFlip(2, True, seed=1)
-    changed = batches(rows([noise((4, 4), seed) for seed in range(3)]), augment=augment)[[(2, 10), (0, 11)]]["image"]
-    assert np.array_equal(changed, augment(np.stack([by_hand(noise((4, 4), row)).numpy() for row in (2, 0)]), (10, 11)))
 
 
 @pytest.mark.parametrize(

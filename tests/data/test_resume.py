@@ -5,15 +5,19 @@ import os
 import subprocess
 import sys
 import warnings
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule
-from tests.image_files import tiny
+from lightning_igpt.data.transforms import RandomCrop
+from lightning_igpt.modules.resume import count_batches
+from tests.image_files import noise, rows, tiny
 
 SOURCE = tiny(26)  # 23 to train on, 3 steps of 6 per pass
 
@@ -23,6 +27,9 @@ class Recorder(LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen, self.sizes = [], set()
+
+    def on_train_start(self):
+        count_batches(self.trainer)  # as all modules of this package do
 
     def training_step(self, batch, batch_idx):
         values = batch["image"][:, 0, 0, 0] if "image" in batch else batch["tokens"][:, 0]
@@ -111,10 +118,50 @@ def test_accumulation_and_workers_leave_the_order_as_it_is(tmp_path):
         module, options = Recorder(), {"max_steps": 7, "accumulate_grad_batches": accumulate}
         assert fit(options, module=module, num_workers=workers) == whole
         assert module.sizes == {(6 // accumulate, 6 // accumulate)}
-    resumed = {"max_steps": 7, "accumulate_grad_batches": 2}
-    assert fit(resumed, ckpt=tmp_path / "step-4.ckpt", num_workers=1) == whole[24:]
+    for step, accumulate, workers in ((3, 2, 0), (4, 3, 2), (5, 6, 0)):  # whose batches are counted from elsewhere
+        folder = tmp_path / f"{step}"
+        folder.mkdir()
+        module, options = Recorder(), {"max_steps": 7, "accumulate_grad_batches": accumulate}
+        path = tmp_path / f"step-{step}.ckpt"
+        assert fit(options, ckpt=path, save_to=folder, module=module, num_workers=workers) == whole[6 * step :]
+        assert module.sizes == {(6 // accumulate, 6 // accumulate)}
+        back = fit({"max_steps": 7}, ckpt=folder / "step-6.ckpt")
+        assert back == whole[36:]
+    epochs = fit({"max_epochs": 3}, save_to=tmp_path)
+    assert fit({"max_epochs": 3, "accumulate_grad_batches": 3}, ckpt=tmp_path / "step-4.ckpt") == epochs[24:]
     with pytest.raises(ValueError, match=r"batch_size 6,.* 1 devices x accumulate_grad_batches 4; .* to 4 or 8"):
         fit({"max_steps": 7, "accumulate_grad_batches": 4})
+
+
+CROPPED = [noise((20, 17), seed) for seed in range(26)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_step_has_the_images_of_its_number_wherever_a_run_begins(world_size, accumulate, workers):
+    """Pixels of all ranks and micro-batches against crops made one by one by the formula; a pass has four steps."""
+    total, size = 6, 11
+    permutations = [torch.randperm(26, generator=torch.Generator().manual_seed(3 + n)).tolist() for n in range(3)]
+    draws = [(row, n * 26 + place) for n in range(3) for place, row in enumerate(permutations[n][:24])]
+    crops = [np.asarray(RandomCrop(8, seed=3)(CROPPED[row], sample)) for row, sample in draws[: total * size]]
+    wanted = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).unflatten(0, (size, total))
+    at_once = total // (world_size * accumulate)
+    for first in range(size) if workers == 0 else (0, 4, 7):
+        ranks = []
+        for rank in range(world_size):
+            options = {"batch_size": total, "image_size": 8, "seed": 3, "val_fraction": 0, "num_workers": workers}
+            data = PretrainDataModule(rows(CROPPED), **options)
+            data.trainer = SimpleNamespace(
+                global_rank=rank, world_size=world_size, accumulate_grad_batches=accumulate, global_step=first,
+                max_steps=size, max_epochs=None, lightning_module=None,
+            )  # fmt: skip
+            data.setup()
+            batches = islice(data.train_dataloader(), (size - first) * accumulate)
+            ranks.append(torch.stack([batch["image"] for batch in batches]))  # (micro-batches, at once, 3, 8, 8)
+        assert ranks[0].shape[1] == at_once
+        seen = torch.stack(ranks, 1).reshape(size - first, total, 3, 8, 8)
+        assert torch.equal(seen, wanted[first:]), first
 
 
 def test_epochs_are_whole_steps_and_a_window_that_is_cut_short_ends_its_step():
@@ -149,7 +196,7 @@ from tests.image_files import picture, tiny
 
 def data(kind):
     if kind == "map":
-        return PretrainDataModule(tiny(26), batch_size=8, image_size=4)
+        return PretrainDataModule(tiny(40), batch_size=12, image_size=4, num_workers=workers)
     if kind == "disk":
         return PretrainDataModule(tiny(26), batch_size=8, image_size=4, cache="disk", palette="gray:16")
     def shards(sizes):
@@ -161,12 +208,13 @@ def data(kind):
 
 
 if __name__ == "__main__":
-    kind, devices, out, steps, ckpt = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
+    kind, out, ckpt, *numbers = sys.argv[1:]
+    devices, steps, accumulate, workers = map(int, numbers)
     trainer = Trainer(
         accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, max_steps=steps,
-        num_sanity_val_steps=0, val_check_interval=4, check_val_every_n_epoch=None, callbacks=[Save(Path(out))],
-        default_root_dir=out,
+        num_sanity_val_steps=0, val_check_interval=6, check_val_every_n_epoch=None, callbacks=[Save(Path(out))],
+        default_root_dir=out, accumulate_grad_batches=accumulate,
     )
     module = Recorder()
     trainer.fit(module, data(kind), ckpt_path=ckpt or None, weights_only=True if ckpt else None)
@@ -174,26 +222,30 @@ if __name__ == "__main__":
 """
 
 
-def fit_on(devices, folder, kind, out, steps=10, ckpt=""):
+def fit_on(devices, folder, kind, out, steps=10, ckpt="", accumulate=1, workers=0):
     """What all ranks saw, step by step in turn."""
     (folder / "script.py").write_text(SCRIPT)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     environment |= {"HF_DATASETS_CACHE": str(folder / f"cache-{out}"), "TQDM_DISABLE": "1"}
-    command = [sys.executable, str(folder / "script.py"), kind, str(devices), out, str(steps), str(ckpt)]
+    numbers = map(str, (devices, steps, accumulate, workers))
+    command = [sys.executable, str(folder / "script.py"), kind, out, str(ckpt), *numbers]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((folder / out / f"seen-{rank}.json").read_text()) for rank in range(devices)]
-    share = 8 // devices
+    total = 12 if kind == "map" else 8
+    share = total // (devices * accumulate)
     starts = range(0, len(ranks[0]), share)
-    return [list(chain(*(seen[start : start + share] for seen in ranks))) for start in starts], done.stderr
+    together = list(chain(*(seen[start : start + share] for start in starts for seen in ranks)))
+    return [together[start : start + total] for start in range(0, len(together), total)], done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.marathon
 def test_the_order_survives_a_change_of_the_number_of_devices(tmp_path):
     whole, _ = fit_on(1, tmp_path, "map", "whole")
-    assert fit_on(2, tmp_path, "map", "two", ckpt="whole/step-4.ckpt")[0] == whole[4:]
-    assert fit_on(1, tmp_path, "map", "back", ckpt="two/step-7.ckpt")[0] == whole[7:]
+    two, _ = fit_on(2, tmp_path, "map", "two", ckpt="whole/step-4.ckpt", accumulate=3, workers=2)
+    assert two == whole[4:]
+    assert fit_on(1, tmp_path, "map", "back", ckpt="two/step-7.ckpt", accumulate=3)[0] == whole[7:]
 
 
 @pytest.mark.marathon

@@ -20,13 +20,6 @@ def first_bytes(source, split="train"):
     return source.splits[split][0][source.image_column]["bytes"]
 
 
-def test_digits():
-    source = open_source("digits", need_labels=True)
-    assert shape(source) == {"train": 1437, "test": 360} and source.name == "digits"
-    assert source.class_names == [str(i) for i in range(10)]
-    assert source.labels("test").tolist() == source.splits["test"]["label"]
-
-
 def test_in_memory():
     dataset = tiny(6)
     source = open_source(dataset)
@@ -35,11 +28,6 @@ def test_in_memory():
     both = open_source(datasets.DatasetDict(train=dataset, test=dataset.select([1])))
     assert shape(both) == {"train": 6, "test": 1} and first_bytes(both, "test") == encoded(picture(1))
     assert dataset.features["image"].decode  # the caller's data set is as it was
-
-
-def test_a_transform_of_the_caller_does_not_get_in_the_way():
-    dataset = tiny(3).with_transform(lambda batch: {"image": ["changed"] * len(batch["image"])})
-    assert first_bytes(open_source(dataset)) == encoded(picture(0))
 
 
 def test_parquet(tmp_path):
@@ -82,14 +70,12 @@ def test_other_sources_that_are_nothing(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match=r"holds no images"):
         open_source(tmp_path)
-    with pytest.raises(ValueError, match=r"is a file that is not Parquet, Arrow or"):
+    with pytest.raises(ValueError, match=r"is no Parquet file, Arrow file or"):
         open_source(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match=r"a\.JPG is a single image; give the folder"):
         open_source(written(tmp_path / "one" / "a.JPG"))
-    photo = written(tmp_path / "phone" / "b.HEIC")
-    with pytest.raises(ValueError, match=r"format that is not read; convert it to JPEG"):
-        open_source(photo)
-    with pytest.raises(ValueError, match=r"phone holds 1 images, but in formats that are not read \(\.heic\)"):
+    written(tmp_path / "phone" / "b.HEIC")
+    with pytest.raises(ValueError, match=r"phone holds 1 images in formats that are not read \(\.heic\)"):
         open_source(tmp_path / "phone")
     with pytest.raises(TypeError, match=r"source is a list"):
         open_source([1, 2])
@@ -118,13 +104,6 @@ def test_image_columns_of_other_types(tmp_path):
     for name, key in (("raw", "bytes"), ("both", "bytes"), ("file", "path")):
         row = open_source(dataset, image_column=name).splits["train"][0][name]
         assert row[key] == (content if key == "bytes" else str(tmp_path / "a.png"))
-
-
-def test_splits_that_number_their_classes_differently():
-    train = rows([picture()] * 3, [0, 1, 2], names=["ant", "bee", "cow"])
-    test = rows([picture()] * 2, [0, 1], names=["bee", "cow"])
-    source = open_source(datasets.DatasetDict(train=train, test=test), need_labels=True)
-    assert source.labels("test").tolist() == [1, 2]
 
 
 def test_train_split_decides_the_classes():

@@ -30,19 +30,6 @@ def test_hold_out_is_seeded_and_never_overlaps():
     assert again["val"].rows.tolist() == val and other["val"].rows.tolist() != val
 
 
-def test_hold_out_says_so(monkeypatch):
-    said = []
-    monkeypatch.setattr("lightning_igpt.data.splits.rank_zero_info", said.append)
-    split({"train": 57})
-    assert len(said) == 1 and "holding out 6 of 57 rows of 'train'" in said[0]
-    split({"train": 57, "val": 3})
-    assert len(said) == 1
-
-
-def test_no_hold_out():
-    assert chosen(split({"train": 5}, val_fraction=0)) == {"train": ("train", 5)}
-
-
 def test_named_splits():
     parts = split({"a": 5, "b": 4, "c": 3, "test": 2}, train_split="b", val_split="test", test_split="c")
     assert chosen(parts) == {"train": ("b", 4), "val": ("test", 2), "test": ("c", 3)}

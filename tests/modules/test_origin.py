@@ -1,10 +1,9 @@
 """Where a module's weights came from: kept in its checkpoints and in what is made of them."""
 
-import pytest
 import torch
 
-from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
-from lightning_igpt.weights import load_pretrained, save_pretrained
+from lightning_igpt.modules import FineTuneModule, PretrainModule
+from lightning_igpt.weights import load_pretrained
 from lightning_igpt.weights.checkpoint import STAMP
 from tests.modules.helpers import TINY, loader, quiet_trainer
 
@@ -35,13 +34,6 @@ def test_the_chain_is_kept_without_folders(tmp_path):
     assert stamped(third) == tuned.origin and str(tmp_path) not in repr(torch.load(third, weights_only=True)[STAMP])
 
 
-@pytest.mark.parametrize("cls", [ProbeModule, FineTuneModule, PretrainModule])
-def test_every_module_tells(tmp_path, cls):
-    first = trained(tmp_path, PretrainModule(TINY, "gray:8"))
-    module = cls(pretrained=str(first))
-    assert (module.origin, module.origin_path) == ("x.ckpt (1 step)", first)
-
-
 def test_a_resumed_run_keeps_the_origin_that_it_is_not_told(tmp_path):
     first = trained(tmp_path / "first", PretrainModule(TINY, "gray:8"))
     second = trained(tmp_path / "second", PretrainModule(pretrained=str(first)))
@@ -60,14 +52,3 @@ def test_older_checkpoints_do_not_tell(tmp_path):
     module = PretrainModule(pretrained=str(first))
     quiet_trainer(tmp_path).validate(module, loader(), ckpt_path=path, verbose=False)
     assert module.origin_path == first
-
-
-def test_exported_weights_carry_it_and_their_card_shows_it(tmp_path):
-    first = trained(tmp_path / "first", PretrainModule(TINY, "gray:8"))
-    loaded = load_pretrained(trained(tmp_path / "second", PretrainModule(pretrained=str(first))))
-    save_pretrained(tmp_path / "cats", loaded.network, loaded.palette, card=loaded.card)
-    assert "| trained from | x.ckpt (1 step) |" in (tmp_path / "cats" / "README.md").read_text()
-    module = PretrainModule(pretrained=str(tmp_path / "cats"))
-    assert module.origin == "cats (1 step), trained from x.ckpt (1 step)" and module.origin_path == tmp_path / "cats"
-    save_pretrained(tmp_path / "dogs", loaded.network, loaded.palette)
-    assert "trained from" not in (tmp_path / "dogs" / "README.md").read_text()

@@ -156,20 +156,6 @@ def test_training_in_bfloat16_leaves_the_palette_and_float32_behind(tmp_path):
     assert {parameter.dtype for parameter in loaded.network.parameters()} == {torch.float32}
 
 
-def test_a_longer_resumed_run_follows_the_longer_cosine(tmp_path):
-    def rates(max_steps, ckpt_path=None):
-        model, found = module(lr=1.0, warmup_steps=1), []
-        model.on_train_batch_start = lambda *args: found.append(model.optimizers().param_groups[0]["lr"])
-        trainer = quiet_trainer(tmp_path, max_steps=max_steps)
-        trainer.fit(model, loader(128), ckpt_path=ckpt_path)
-        return found, trainer.checkpoint_callback.best_model_path
-
-    _, path = rates(4)
-    whole, _ = rates(8)
-    resumed, _ = rates(8, path)
-    assert resumed == pytest.approx(whole[4:])
-
-
 @pytest.mark.parametrize(
     ("options", "end"),
     [
@@ -178,13 +164,14 @@ def test_a_longer_resumed_run_follows_the_longer_cosine(tmp_path):
         pytest.param({"max_epochs": 2, "limit_train_batches": 0.5}, 4, marks=pytest.mark.slow),
         ({"max_epochs": 2, "max_steps": 5}, 5),
         ({"max_steps": 5}, 5),
-        ({"max_epochs": 2, "accumulate_grad_batches": 3}, 4),
+        ({"max_epochs": 2, "accumulate_grad_batches": 4}, 6),
     ],
 )
 def test_the_cosine_ends_with_the_run(tmp_path, options, end):
     model, rates = module(lr=1.0, warmup_steps=1), []
     model.on_train_batch_end = lambda *args: rates.append(model.optimizers().param_groups[0]["lr"])
-    data = PretrainDataModule("digits", batch_size=323, image_size=4, val_fraction=0.1)  # 4 batches in an epoch
+    size = 324 if "accumulate_grad_batches" in options else 323  # 3 or 4 optimizer steps in an epoch
+    data = PretrainDataModule("digits", batch_size=size, image_size=4, val_fraction=0.1)
     trainer = quiet_trainer(tmp_path, limit_val_batches=0, **options)
     trainer.fit(model, data)
     assert trainer.global_step == end

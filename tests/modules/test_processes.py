@@ -34,6 +34,25 @@ def test_each_process_drops_others(tmp_path):
     assert in_processes(work) == [0, 0]
 
 
+def test_the_probe_by_lbfgs_fits_to_the_images_of_all(tmp_path):
+    def fit(devices, **options):
+        torch.manual_seed(0)
+        module = ProbeModule(network=TINY, palette="gray:8", num_classes=3, c=[0.01, 1.0], concat=3)
+        options |= {"max_epochs": 1, "devices": devices, "use_distributed_sampler": False}
+        quiet_trainer(tmp_path, **options).fit(module, Shared(batches(TINY, 8)))
+        return module
+
+    twin = fit(1)
+
+    def work(rank):
+        module = fit(2, strategy="ddp")
+        assert module.results == twin.results
+        for name, value in module.state_dict().items():
+            torch.testing.assert_close(value, twin.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+    assert in_processes(work) == [0, 0]
+
+
 def test_the_probe_by_sgd_scales_by_the_images_of_all(tmp_path):
     def fit(devices, **options):
         torch.manual_seed(0)

@@ -8,13 +8,11 @@ from transformers import (
     ImageGPTForCausalImageModeling,
     ImageGPTForImageClassification,
     ImageGPTImageProcessorPil,
-    ImageGPTModel,
 )
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.modules import FineTuneModule
 from lightning_igpt.palette import Palette
-from lightning_igpt.sampling import complete
 from lightning_igpt.weights import load_pretrained, save_pretrained
 from tests.networks import SMALL, SMALL_BERT, random_network, random_tokens
 
@@ -161,26 +159,6 @@ def test_a_classifier_with_its_class_names(tmp_path, palette):
     assert load_pretrained(tmp_path).head is None and not (tmp_path / "lm_head.safetensors").exists()
 
 
-def test_a_head_that_does_not_fit_is_refused(tmp_path, palette):
-    network, head = random_network(), torch.zeros(3, 32)
-    with pytest.raises(ValueError, match=r"class head is \(3, 31\)"):
-        save_pretrained(tmp_path, network, palette, head=torch.zeros(3, 31))
-    with pytest.raises(ValueError, match="2 different names, the head 3 classes"):
-        save_pretrained(tmp_path, network, palette, head=head, class_names=["a", "b", "a"])
-    with pytest.raises(ValueError, match=r"unknown card fields \['licence'\]"):
-        save_pretrained(tmp_path, network, palette, card={"licence": "mit"})
-    assert not list(tmp_path.iterdir())
-
-
-def test_other_classes_of_theirs_say_what_they_lack(tmp_path, palette):
-    for kind, message in [(ImageGPTForImageClassification, "keeps no color head"), (ImageGPTModel, "ImageGPTModel")]:
-        folder = tmp_path / kind.__name__
-        their_model(kind).save_pretrained(folder)
-        write_processor(folder, palette)
-        with pytest.raises(ValueError, match=rf"(?s)- lm_head\.weight.*{message}"):
-            load_pretrained(folder)
-
-
 def test_shapes_types_and_values_are_checked(tmp_path, palette):
     save_pretrained(tmp_path, random_network(), palette)
     state = safetensors.torch.load_file(tmp_path / "model.safetensors")
@@ -212,39 +190,3 @@ def test_another_palette_in_the_folder_is_noticed(tmp_path, palette):
     write_processor(tmp_path, Palette.load("gray:16"))
     with pytest.raises(ValueError, match=r"network of 20 colors but a palette of 16"):
         load_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("steps", [0, 5])
-def test_greedy_completion_equals_generate(tmp_path, palette, steps):
-    """Token for token, against transformers' own decoding."""
-    network, tokens = random_network(), random_tokens()
-    save_pretrained(tmp_path, network, palette)
-    theirs = ImageGPTForCausalImageModeling.from_pretrained(tmp_path).eval()
-    prompt = torch.cat([torch.full((2, 1), 20), tokens[:, :steps]], 1)
-    generated = theirs.generate(prompt, max_length=17, do_sample=False, suppress_tokens=[20])
-    assert torch.equal(complete(network, tokens[:, :steps], temperature=0)[:, 0], generated[:, 1:])
-
-
-def test_wrong_folders_say_so(tmp_path, palette):
-    save_pretrained(tmp_path / "a", random_network(), palette)
-    config = json.loads((tmp_path / "a" / "config.json").read_text())
-
-    def with_config(**changes):
-        (tmp_path / "a" / "config.json").write_text(json.dumps(config | changes))
-        return tmp_path / "a"
-
-    with pytest.raises(ValueError, match="model_type 'gpt2'"):
-        load_pretrained(with_config(model_type="gpt2"))
-    with pytest.raises(ValueError, match="reorder_and_upcast_attn"):
-        load_pretrained(with_config(reorder_and_upcast_attn=True))
-    with pytest.raises(ValueError, match=r"layer_norm_epsilon 0\.1"):
-        load_pretrained(with_config(layer_norm_epsilon=0.1))
-    with pytest.raises(ValueError, match="activation_function"):
-        load_pretrained(with_config(activation_function="gelu"))
-    with pytest.raises(ValueError, match=r"(?s)parameters missing.*- transformer\.h\.3\.attn"):
-        load_pretrained(with_config(n_layer=4))
-    with pytest.raises(ValueError, match=r"palette has 16 colors \(sha256 \w+\), the network 20"):
-        save_pretrained(tmp_path / "b", random_network(), Palette.load("gray:16"))
-    (tmp_path / "a" / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match=r"network of 20 colors but no palette.*load_pretrained\(source, palette="):
-        load_pretrained(with_config())

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_igpt.weights import load_pretrained, openai
+from lightning_igpt.weights import load_pretrained
 from tests.test_model import GOLDEN
 
 
@@ -64,18 +64,3 @@ def test_real_checkpoints_in_shards(tmp_path, kind):
     next(tmp_path.glob("*.data-00001-of-00003")).unlink()
     with pytest.raises(ValueError, match="data files is missing"):
         load_pretrained(prefix)
-
-
-def test_without_tensorflow_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
-    (tmp_path / "model.ckpt-1.index").touch()
-    with pytest.raises(ModuleNotFoundError, match=r"lightning-igpt\[openai\]"):
-        load_pretrained(tmp_path / "model.ckpt-1")
-
-
-def test_npz_archives_and_other_checkpoints_are_refused(tmp_path, monkeypatch):
-    np.savez(tmp_path / "x.npz", wte=np.zeros(3))
-    with pytest.raises(ValueError, match=r"x\.npz: \.npz archives are read up to version 0\.1"):
-        load_pretrained(tmp_path / "x.npz")
-    with pytest.raises(ValueError, match=r"x is no Image GPT checkpoint: it lacks \['wtet'"):
-        openai.from_variables({"wte": (3, 3)}, {}.__getitem__, "x")
