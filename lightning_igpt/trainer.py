@@ -85,7 +85,7 @@ def make_trainer(
         monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy (higher is better) or
             val/nats_per_pixel (lower is better).
         callbacks: Added to those chosen here: ModelCheckpoint, LearningRateMonitor, LayerCurve, ClassificationReport,
-            RunRecord, Throughput, CompileBlocks, Recompute, FiniteGuard, Preempt and, on CUDA, a progress bar that
+            RunRecord, Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and, on CUDA, a bar that
             reads the loss at every 20th step only. A callback of such a class replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         strategy: Default: DDP on several devices, and FSDP2 where the network with its optimizer does not fit on each.
