@@ -26,7 +26,7 @@ import PIL
 import torch
 from PIL import Image
 
-from lightning_igpt.benchmarks.harness import conditions, options_parser, print_json, say_unused
+from lightning_igpt.benchmarks.harness import conditions, options_parser, print_json
 from lightning_igpt.benchmarks.peers import transformers
 from lightning_igpt.data.folders import quiet
 from lightning_igpt.data.pretrain import PretrainDataModule
@@ -162,7 +162,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=20_000, help="small PNG files to make (default 20000)")
     parser.add_argument("--quick", action="store_true", help="short turns and few images: half a minute")
     options = parser.parse_args(words)
-    say_unused(words, "preset", "precision", "compile", "device")
     sizes = {name: getattr(options, name) for name in ("seconds", "repeats", "images")}
     if options.quick:
         sizes = {"seconds": 0.05, "repeats": 3, "images": 1_000}
