@@ -190,7 +190,9 @@ class ImageDataModule(LightningDataModule):
             n_steps=loaders.n_steps(trainer, per_pass, self.opened.name),
             seed=self.seed,
             first_step=lambda: 0 if trainer is None else trainer.global_step,
-            **place._asdict(),
+            rank=place.rank,
+            world_size=place.world_size,
+            accumulate=place.accumulate,
         )
         resize, augment = self.training_resize(), self.augmentation()
         if not streaming:

@@ -144,10 +144,8 @@ class StreamReader:
             if self.on_bad_image == "error":
                 raise grid.error()
             if len(bad) > len(samples) + MAX_STAND_INS:
-                raise BadImageError(
-                    f"{len(bad)} of {len(bad) + len(grids)} images in succession cannot be read; the last is "
-                    f"{grid.place}: {grid.reason}"
-                )
+                share = f"{len(bad)} of {len(bad) + len(grids)} images in succession"
+                raise BadImageError(f"{share} cannot be read; the last is {grid.place}: {grid.reason}")
         if not grids:
             return {}
         classes = torch.tensor(labels) if self.part.source.label_column else None
