@@ -82,25 +82,3 @@ def test_correlated_features_of_any_scale_reach_the_minimum(monkeypatch, widest)
     weight, bias = weight.double().requires_grad_(), bias.double().requires_grad_()
     (F.cross_entropy(x.double() @ weight.T + bias, y) + weight.square().sum() / 800).backward()
     assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 1.1e-4
-
-
-@pytest.mark.parametrize(
-    ("features", "labels", "c", "message"),
-    [
-        (torch.randn(4, 2), torch.tensor([0, 1, 0]), 1.0, r"labels \(3,\) for features \(4, 2\)"),
-        (torch.randn(4, 2), torch.tensor([[0], [1], [0], [1]]), 1.0, r"labels \(4, 1\)"),
-        (torch.randn(4, 2), torch.tensor([0, 1, 2, 1]), 1.0, "from 0 to 2, but there are 2 classes"),
-        (torch.randn(4, 2), torch.tensor([0, 1, -1, 1]), 1.0, "from -1 to 1"),
-        (torch.randn(4, 2), torch.tensor([0.0, 1, 0, 1]), 1.0, "int64; got torch.float32"),
-        (torch.randn(4), torch.tensor([0, 1, 0, 1]), 1.0, r"\(N, D\).*got \(4,\)"),
-        (torch.randn(0, 2), torch.tensor([], dtype=torch.long), 1.0, r"got \(0, 2\)"),
-        (torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), 0.0, r"c is \[0.0\].*above 0"),
-        (torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), -1.0, r"c is \[-1.0\]"),
-        (torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), float("nan"), r"c is \[nan\]"),
-    ],
-)
-def test_wrong_arguments_are_named(features, labels, c, message):
-    with pytest.raises(ValueError, match=message):
-        fit_logistic(features, labels, 2, c=c)
-    with pytest.raises(ValueError, match=message.replace(r"\]", r", 1.0\]")):
-        choose_c(features, labels, 2, grid=[c, 1.0])

@@ -59,20 +59,3 @@ def test_merged_colors_lose_little(photo, fitted, monkeypatch):
     merged = fit_palette(photo, 16)
     assert merged != fitted
     assert merged.rmse(photo) < 1.05 * fitted.rmse(photo)
-
-
-@pytest.mark.parametrize(
-    ("images", "options", "error", "message"),
-    [
-        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), {"n_colors": 2}, ValueError, "1 distinct colors.*n_colors 2"),
-        ([], {"n_colors": 1}, ValueError, "n_colors is 1"),
-        (torch.zeros(1, 3, 4, 4), {}, TypeError, "torch.float32"),
-        ([np.zeros((3, 4, 4), dtype=np.uint8)], {}, TypeError, r"ndarray \(3, 4, 4\) of uint8"),
-        ({"train": []}, {}, TypeError, "one split"),
-        ([{"a": Image.new("L", (1, 1)), "b": Image.new("L", (1, 1))}], {}, ValueError, r"\['a', 'b'\]"),
-        ([{"a": Image.new("L", (1, 1))}], {"image_column": "image"}, ValueError, r"'image'.*\['a'\]"),
-    ],
-)
-def test_wrong_images_are_explained(images, options, error, message):
-    with pytest.raises(error, match=message):
-        fit_palette(images, **options)

@@ -161,14 +161,6 @@ def test_a_cuda_device_gives_the_same(openai, tiles):
 # Names and files
 
 
-@pytest.mark.parametrize("spec", ["openai", "gray:2", "gray:16", "gray:256", COLORS])
-def test_spec_loads_the_same_palette(spec):
-    palette = Palette.load(spec)
-    assert Palette.load(json.loads(json.dumps(palette.spec))) == palette
-    assert palette.spec == (spec if isinstance(spec, str) else palette.to_list())
-    assert Palette.load(palette) is palette
-
-
 def test_files_give_the_palette_back(tmp_path, openai, monkeypatch):
     openai.save(tmp_path / "new" / "p.npy")
     assert Palette.load(tmp_path / "new" / "p.npy") == openai

@@ -20,33 +20,32 @@ class Name(NamedTuple):
     """One parameter in each format; ``{}`` stands for the block's number."""
 
     ours: str
-    huggingface: str
-    huggingface_transposed: bool
     openai: tuple[str, ...]  # without the prefix "model/"; several are stacked; none where the format has no such thing
+    huggingface_transposed: bool = False
     openai_transposed: bool = False
+
+    @property
+    def huggingface(self) -> str:
+        """The name in transformers."""
+        return self.ours if self.ours == "lm_head.weight" else f"transformer.{self.ours.replace('sos', 'wte.weight')}"
 
 
 TABLE = (
-    Name("wte.weight", "transformer.wte.weight", False, ("wte",)),
-    Name("sos", "transformer.wte.weight", False, ("sos",)),
-    Name("wpe.weight", "transformer.wpe.weight", False, ("wpe",)),
-    Name("h.{}.ln_1.weight", "transformer.h.{}.ln_1.weight", False, ("h{}/ln_1/g",)),
-    Name(
-        "h.{}.attn.c_attn.weight",
-        "transformer.h.{}.attn.c_attn.weight",
-        True,
-        ("h{}/attn/q_proj", "h{}/attn/k_proj", "h{}/attn/v_proj"),
-    ),
-    Name("h.{}.attn.c_attn.bias", "transformer.h.{}.attn.c_attn.bias", False, ()),
-    Name("h.{}.attn.c_proj.weight", "transformer.h.{}.attn.c_proj.weight", True, ("h{}/attn/c_proj",), True),
-    Name("h.{}.attn.c_proj.bias", "transformer.h.{}.attn.c_proj.bias", False, ()),
-    Name("h.{}.ln_2.weight", "transformer.h.{}.ln_2.weight", False, ("h{}/ln_2/g",)),
-    Name("h.{}.mlp.c_fc.weight", "transformer.h.{}.mlp.c_fc.weight", True, ("h{}/mlp/c_fc/w",), True),
-    Name("h.{}.mlp.c_fc.bias", "transformer.h.{}.mlp.c_fc.bias", False, ()),
-    Name("h.{}.mlp.c_proj.weight", "transformer.h.{}.mlp.c_proj.weight", True, ("h{}/mlp/c_proj/w",), True),
-    Name("h.{}.mlp.c_proj.bias", "transformer.h.{}.mlp.c_proj.bias", False, ()),
-    Name("ln_f.weight", "transformer.ln_f.weight", False, ("ln_f/g",)),
-    Name("lm_head.weight", "lm_head.weight", False, ("wtet",)),
+    Name("wte.weight", ("wte",)),
+    Name("sos", ("sos",)),
+    Name("wpe.weight", ("wpe",)),
+    Name("h.{}.ln_1.weight", ("h{}/ln_1/g",)),
+    Name("h.{}.attn.c_attn.weight", ("h{}/attn/q_proj", "h{}/attn/k_proj", "h{}/attn/v_proj"), True),
+    Name("h.{}.attn.c_attn.bias", ()),
+    Name("h.{}.attn.c_proj.weight", ("h{}/attn/c_proj",), True, True),
+    Name("h.{}.attn.c_proj.bias", ()),
+    Name("h.{}.ln_2.weight", ("h{}/ln_2/g",)),
+    Name("h.{}.mlp.c_fc.weight", ("h{}/mlp/c_fc/w",), True, True),
+    Name("h.{}.mlp.c_fc.bias", ()),
+    Name("h.{}.mlp.c_proj.weight", ("h{}/mlp/c_proj/w",), True, True),
+    Name("h.{}.mlp.c_proj.bias", ()),
+    Name("ln_f.weight", ("ln_f/g",)),
+    Name("lm_head.weight", ("wtet",)),
 )
 
 
@@ -72,5 +71,5 @@ def check_keys(expected: Iterable[str], existing: Iterable[str], where: str) -> 
 
 
 def _numbered(row: Name, layer: str) -> Name:
-    ours, theirs = row.ours.replace("{}", layer), row.huggingface.replace("{}", layer)
-    return row._replace(ours=ours, huggingface=theirs, openai=tuple(one.replace("{}", layer) for one in row.openai))
+    names = tuple(name.replace("{}", layer) for name in row.openai)
+    return row._replace(ours=row.ours.replace("{}", layer), openai=names)
