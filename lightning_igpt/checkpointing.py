@@ -10,8 +10,6 @@ import errno
 import logging
 import os
 import shutil
-import zipfile
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_igpt.weights.safety import check_intact, check_local, read_torch
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            check_whole(temporary)
+            check_intact(temporary)
             temporary.replace(target)
             _sync_folder(target.parent)
         except (OSError, RuntimeError, ValueError) as error:  # torch makes a RuntimeError of a write that failed
@@ -56,30 +56,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load tensors and plain values; ValueError for a damaged file, and others need ``weights_only=False``."""
-        if "://" not in str(path) and Path(path).is_file():
-            check_whole(Path(path))
-        return super().load_checkpoint(path, map_location, weights_only is None or weights_only)
-
-
-def check_whole(path: Path) -> None:
-    """Raise ValueError unless every entry of a file by ``torch.save`` equals its checksum, which torch never compares.
-
-    A file that did not change since an earlier call is not read again.
-    """
-    status = path.stat()
-    _compare_checksums(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache
-def _compare_checksums(path: Path, size: int, modified: int) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except Exception as error:  # zipfile has many errors for damage
-        raise ValueError(f"{path} is damaged or incomplete ({error}); use another checkpoint") from error
-    if broken is not None:
-        raise ValueError(f"{path} is damaged: {broken} differs from its checksum; use another checkpoint")
+        """Load tensors and plain values; ValueError for damage, for Python objects unless ``weights_only=False``."""
+        safely = weights_only is None or weights_only
+        if safely:
+            check_local(path)
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, safely)
+        check_intact(Path(path))
+        if not safely:
+            return super().load_checkpoint(path, map_location, False)
+        checkpoint: dict[str, Any] = read_torch(Path(path), map_location, mmap=False)
+        return checkpoint
 
 
 def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None = None) -> Path | None:
@@ -119,11 +106,8 @@ def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None 
 
 def check_resumable(path: Path, module: LightningModule | None = None) -> None:
     """Raise ValueError where a checkpoint is damaged, without optimizer, or of another class, network or palette."""
-    check_whole(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch's unpickler has many
-        raise ValueError(f"{path} cannot be opened without running code, or is damaged: {error}") from error
+    check_intact(path)
+    checkpoint = read_torch(path)
     if not isinstance(checkpoint, dict) or not KINDS.keys() <= checkpoint.keys():
         raise ValueError(f"{path} holds weights, but not the optimizer; start a new run from it with pretrained=")
     kinds: dict[str, type] = {"callbacks": dict, **KINDS}

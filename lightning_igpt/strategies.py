@@ -13,9 +13,9 @@ from lightning.pytorch.accelerators.cpu import CPUAccelerator
 from lightning.pytorch.accelerators.cuda import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from lightning_igpt.checkpointing import check_whole
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.planning import ACTIVATION_BYTES, Choice, choose, usable_bytes
+from lightning_igpt.weights.safety import check_intact, read_torch
 
 
 class Chosen(NamedTuple):
@@ -47,10 +47,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Open a checkpoint, mapped, so that the processes of a machine share memory; ValueError if it is damaged."""
         path = Path(self.broadcast(checkpoint_path))
-        check_whole(path)
-        checkpoint: dict[str, Any] = torch.load(
-            path, map_location="cpu", mmap=True, weights_only=weights_only is None or weights_only
-        )
+        if weights_only is not None and not weights_only:
+            return self.checkpoint_io.load_checkpoint(path, weights_only=False)
+        check_intact(path)
+        checkpoint: dict[str, Any] = read_torch(path)
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -6,7 +6,7 @@
 ``quantize``            colors to tokens, compared with ``transformers``' image processor
 ``features``            pooled features of all layers, compared with a plain pass and ``transformers``
 ``probe``               logistic regression on many layers, compared with scikit-learn
-``data``                files to batches, compared with bare decoding and plain ``datasets``
+``data``                files to batches, compared with bare decoding and ``transformers``
 ======================  =====================================================================================
 
 Both sides of a comparison get the same weights and inputs, must agree before anything is timed, and are measured in one

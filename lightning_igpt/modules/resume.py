@@ -57,7 +57,7 @@ def load_run_state(module: Any, checkpoint: dict[str, Any]) -> None:
         return
     module.random_states = checkpoint.get(RANDOM)
     _keep_rates(module, checkpoint)
-    _count_micro_batches(module, checkpoint)
+    count_micro_batches(module, checkpoint)
     _forget_foreign_files(module.trainer, checkpoint)
 
 
@@ -77,20 +77,9 @@ def start_training(module: Any) -> None:
     elif _draws(module) and trainer.global_rank > 0:  # else all processes would drop the same
         torch.manual_seed((torch.initial_seed() + trainer.global_rank) % 2**63)
     _follow_schedule(trainer)
-    count_batches(trainer)
     loop = trainer.fit_loop
     if loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch:
         loop.reset_restart_stage()  # else Lightning 2.6 does not count the epoch that begins, for later checkpoints
-
-
-def count_batches(trainer: Trainer) -> None:
-    """Count the batches of an interrupted epoch as this run accumulates them, else windows end within a step."""
-    loop = trainer.fit_loop.epoch_loop
-    progress, steps = loop.batch_progress, loop.automatic_optimization.optim_progress.optimizer.step.current.completed
-    if steps and not progress.is_last_batch:
-        shift = steps * trainer.accumulate_grad_batches - progress.current.ready
-        for name in ("ready", "started", "processed", "completed"):
-            setattr(progress.current, name, getattr(progress.current, name) + shift)
 
 
 def total_steps(trainer: Trainer) -> tuple[int, int | None]:
@@ -145,7 +134,7 @@ def _follow_schedule(trainer: Trainer) -> None:
                 group["lr"] = base * factor(schedule.last_epoch)
 
 
-def _count_micro_batches(module: Any, checkpoint: dict[str, Any]) -> None:
+def count_micro_batches(module: Any, checkpoint: dict[str, Any]) -> None:
     """Make Lightning's counts of batches those of this run's accumulation, which may differ from the checkpoint's.
 
     Loaders of this package's data modules yield whole optimizer steps, from the step that training has reached.

@@ -25,9 +25,9 @@ class Comparison(NamedTuple):
 @torch.no_grad()
 def check_logits(network: ImageGPT) -> Tensor:
     """Logits of the first pixels of a fixed picture, float32 (16, K): equal for equal networks."""
-    tokens = torch.arange(network.config.n_positions)[None] * 7 % network.config.vocab_size  # (1, T)
-    masked = torch.arange(network.config.n_positions)[None] % 3 == 0 if network.config.objective == "bert" else None
-    logits: Tensor = network.eval()(tokens, masked=masked)
+    positions = torch.arange(network.config.n_positions)[None]  # (1, T)
+    masked = positions % 3 == 0 if network.config.objective == "bert" else None
+    logits: Tensor = network.eval()(positions * 7 % network.config.vocab_size, masked=masked)
     return logits[0, :16].float()
 
 
@@ -43,8 +43,7 @@ def compare_with_transformers(network: ImageGPT, palette: Palette, head: Tensor 
     try:
         from transformers import ImageGPTForCausalImageModeling, ImageGPTForImageClassification
     except ModuleNotFoundError as error:
-        message = 'the comparison needs transformers: pip install "lightning-igpt[hf]"'
-        raise ModuleNotFoundError(message) from error
+        raise ModuleNotFoundError('the comparison needs transformers: pip install "lightning-igpt[hf]"') from error
     with tempfile.TemporaryDirectory() as folder:
         huggingface.save_folder(Path(folder), network, palette, head)
         kind = ImageGPTForCausalImageModeling if head is None else ImageGPTForImageClassification

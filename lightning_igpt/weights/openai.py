@@ -33,8 +33,7 @@ def load_checkpoint(path: Path, palette: Palette | None = None) -> Pretrained:
     try:
         import tensorflow as tf
     except ModuleNotFoundError as error:
-        message = 'reading a TensorFlow checkpoint needs TensorFlow: pip install "lightning-igpt[openai]"'
-        raise ModuleNotFoundError(message) from error
+        raise ModuleNotFoundError('this needs TensorFlow: pip install "lightning-igpt[openai]"') from error
     prefix = str(path)
     try:
         reader = tf.train.load_checkpoint(prefix)

@@ -20,7 +20,7 @@ SIDES = {"bare decoding", "data module", "data module, tokens", "transformers, t
 
 def test_the_last_line_is_json_with_every_measurement(capsys):
     sizes = ["--seconds", "0.001", "--repeats", "2", "--images", "32", "--batch-size", "8"]
-    data.main([*sizes, "--precision", "32-true"])
+    data.main(sizes)
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
     assert set(result) == {
@@ -32,7 +32,6 @@ def test_the_last_line_is_json_with_every_measurement(capsys):
     ratio = rates["data module, tokens"] / rates["transformers, tokens"]
     assert result["batch"] == 8 and result["ratio_vs_peer"] == pytest.approx(ratio, rel=1e-3)
     assert result["fraction_of_limit"] == result["PNG 32x32"]["data module"]["to_bare"]
-    assert "--precision has no bearing" in printed and "--batch-size has" not in printed
     for kind in data.SHARE:
         assert set(result[kind]) == (SIDES | {"token cache", "streaming"} if kind == data.SMALL else SIDES)
         for row in result[kind].values():
@@ -49,7 +48,7 @@ def test_the_data_module_reads_what_bare_decoding_reads(kind, tmp_path):
     assert len(set(bare)) == 8 and sorted(pixels.tobytes() for pixels in images) == bare
 
 
-@pytest.mark.parametrize("option", ["seconds", "images", "repeats", "batch-size"])
+@pytest.mark.parametrize("option", ["seconds", "images", "repeats"])
 def test_nothing_to_measure_is_refused(option, capsys):
     with pytest.raises(SystemExit):
         data.main([f"--{option}", "0"])

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule
 from lightning_igpt.data.transforms import RandomCrop
-from lightning_igpt.modules.resume import count_batches
+from lightning_igpt.modules.resume import count_micro_batches
 from tests.image_files import noise, rows, tiny
 
 SOURCE = tiny(26)  # 23 to train on, 3 steps of 6 per pass
@@ -28,8 +28,8 @@ class Recorder(LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen, self.sizes = [], set()
 
-    def on_train_start(self):
-        count_batches(self.trainer)  # as all modules of this package do
+    def on_load_checkpoint(self, checkpoint):
+        count_micro_batches(self, checkpoint)  # as all modules of this package do
 
     def training_step(self, batch, batch_idx):
         values = batch["image"][:, 0, 0, 0] if "image" in batch else batch["tokens"][:, 0]
