@@ -1,7 +1,6 @@
 """Images for every protocol, as LightningDataModules over Hugging Face ``datasets``.
 
-A batch is ``{"image": uint8 (B, 3, H, W), "sample": int64 (B,), "label": int64 (B,)}``; ``label`` is there when the
-source has labels. The modules know these keys and nothing else of this package.
+A batch is ``{"image": uint8 (B, 3, H, W), "sample": int64 (B,)}``, with ``"label": int64 (B,)`` where there are labels.
 """
 
 from lightning_igpt.data.finetune import FineTuneDataModule
