@@ -138,10 +138,11 @@ def run(tmp_path_factory, sources):
 
 
 def toy_flags(recipe, sources):
-    trainer, accumulate = recipe["trainer"], recipe["trainer"].get("accumulate_grad_batches", 1)
+    trainer, accumulate = recipe["trainer"], min(2, recipe["trainer"].get("accumulate_grad_batches", 1))
     flags = {
         "data.init_args.source": sources[recipe["data"]["init_args"]["source"]],
         "data.init_args.batch_size": 4,
+        "trainer.accumulate_grad_batches": accumulate,
         "data.init_args.num_workers": 0,
         "trainer.accelerator": "cpu",
         "trainer.devices": 1,
