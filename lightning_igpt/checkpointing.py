@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_igpt.files import replacing
 from lightning_igpt.weights.safety import check_intact, check_local, read_torch
 
 log = logging.getLogger(__name__)
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KINDS = {"loops": dict, "state_dict": dict, "optimizer_states": list, "lr_schedulers": list}  # what a run continues
 
 
@@ -38,20 +37,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target, target.with_name(f".{target.name}.tmp")) as temporary:
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            check_intact(temporary)
-            temporary.replace(target)
-            _sync_folder(target.parent)
-        except (OSError, RuntimeError, ValueError) as error:  # torch makes a RuntimeError of a write that failed
-            raise _explained(error, target, temporary) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+            try:
+                check_intact(temporary)
+            except ValueError as error:
+                raise OSError(errno.EIO, str(error)) from error
+        _sync_folder(target.parent)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
@@ -170,21 +165,6 @@ def _folders(trainer: Trainer) -> list[Path]:
     roots = [(logger.save_dir or trainer.default_root_dir, logger.name or "") for logger in trainer.loggers]
     folders = [Path(trainer.default_root_dir) / "checkpoints", *(Path(root) / str(name) for root, name in roots)]
     return folders + [Path(folder) for folder in named if folder and "://" not in str(folder)]
-
-
-def _explained(error: Exception, target: Path, temporary: Path) -> OSError:
-    """The error with what the user needs to know; where the disk is full, with both numbers."""
-    kept = "; the checkpoint that was there is as it was" if target.exists() else ""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    number = cause.errno if cause is not None else None
-    reason = str(error) if cause is None else cause.strerror or str(cause)
-    if number in FULL:
-        written = temporary.stat().st_size if temporary.exists() else 0
-        free = shutil.disk_usage(target.parent).free
-        reason = f"{reason}: {written:,} bytes of it were written, {free:,} are free; make room, or save elsewhere"
-    return OSError(number or errno.EIO, f"{target} could not be saved{kept}. {reason}")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,7 +5,6 @@ Not here: our own verbs (``commands/``), and what a dry run prints (``commands/d
 
 from __future__ import annotations
 
-import csv
 import itertools
 import warnings
 from argparse import ArgumentError
@@ -29,6 +28,7 @@ from lightning_igpt.commands import dry_run, recipes
 from lightning_igpt.commands.arguments import SEEDS, check_seed, leaves_of, one_line_errors, parameter_texts
 from lightning_igpt.commands.help import LIGHTNING_VERBS, PROGRAM, Parser, page, usage_error
 from lightning_igpt.commands.places import check_folder
+from lightning_igpt.files import write_csv
 from lightning_igpt.pictures import save_png
 from lightning_igpt.trainer import make_trainer
 
@@ -280,12 +280,10 @@ def write_predictions(
         return folder
     names = list(class_names or [])
     names += [str(number) for number in range(len(names), predictions.shape[1])]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "classes.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "class", *names])
-        for row, values in zip(rows, predictions.tolist(), strict=False):
-            writer.writerow([row, names[values.index(max(values))], *(f"{value:.6f}" for value in values)])
+    table: list[list[Any]] = [["row", "class", *names]]
+    for row, values in zip(rows, predictions.tolist(), strict=False):
+        table.append([row, names[values.index(max(values))], *(f"{value:.6f}" for value in values)])
+    write_csv(folder / "classes.csv", table)
     return folder / "classes.csv"
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 import os
-import uuid
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lightning_igpt.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -174,15 +175,9 @@ def _read(path: Path) -> NDArray[np.int16] | None:
 
 def _write(table: NDArray[np.int16], path: Path) -> None:
     """Replace a file in one step, so that other processes see the old table, the new one or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, table)
-            file.write(_checksum(table))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # exists only after a failure
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, table)
+        file.write(_checksum(table))
 
 
 def _checksum(table: NDArray[np.int16]) -> bytes:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from lightning_igpt.files import replacing
 from lightning_igpt.images import decode_form, resize_center_crop
 from lightning_igpt.lookup import cached_table
 from lightning_igpt.pictures import to_pil
@@ -103,8 +104,8 @@ class Palette:
         path = Path(path)
         if path.suffix != ".npy":
             raise ValueError(f"a palette is saved as a .npy file, not as {path.name!r}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, self._array)
+        with replacing(path) as temporary:
+            np.save(temporary, self._array)
 
     def quantize(self, images: Tensor) -> Tensor:
         """The id of the color nearest to every pixel.

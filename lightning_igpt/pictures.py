@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lightning_igpt.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -304,10 +306,13 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image.cpu().permute(1, 2, 0).numpy())
 
 
-def save_png(image: Tensor, path: str | Path) -> None:
-    """Write a uint8 (3,H,W) tensor as a PNG file, creating its folder."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    to_pil(image).save(path, format="PNG")
+def save_png(image: Tensor | Figure, path: str | Path) -> None:
+    """Write a uint8 (3,H,W) tensor, or a figure, as a PNG file, creating its folder."""
+    with replacing(path) as temporary:
+        if isinstance(image, Tensor):
+            to_pil(image).save(temporary, format="PNG")
+        else:
+            image.savefig(temporary, format="png")
 
 
 def _thinned(x: Sequence[int], y: Sequence[float]) -> tuple[Sequence[int], Sequence[float]]:

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_igpt import __version__
+from lightning_igpt.files import write_text
 from lightning_igpt.pictures import SIZE, Plot, image_grid, plot_curves, surprise_colors, to_pil, to_svg
 
 Curve: TypeAlias = tuple[list[int], list[float]]  # steps, values
@@ -97,8 +98,7 @@ def write_page(path: Path, title: str, subtitle: str, sections: Sequence[str]) -
     """Write the page: one file, no script, nothing fetched."""
     page = Template(TEMPLATE.read_text(encoding="utf-8"))
     text = page.substitute(title=html.escape(title), subtitle=html.escape(subtitle), body="\n".join(sections))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def section(title: str, *parts: str) -> str:

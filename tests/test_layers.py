@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_igpt"
 FLOORS = [
-    ["config", "lookup", "pictures", "private"],
+    ["config", "files", "lookup", "pictures", "private"],
     ["model", "palette", "kmeans", "images", "optim", "planning"],
     ["sampling", "decoding", "features", "objectives"],
     ["weights"],

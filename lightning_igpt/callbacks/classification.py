@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from math import ceil, sqrt
 from pathlib import Path
@@ -13,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from lightning_igpt.files import write_csv
 from lightning_igpt.pictures import Theme, contact_sheet, draw_figure, enlarge, render, save_png
 
 _READABLE = 100  # classes; beyond that a picture holds neither counts nor every name
@@ -92,10 +92,7 @@ class ClassificationReport(Callback):
 
 def write_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
     """Write a confusion matrix as CSV: counts int64 (C, C), a row for each true class, and C class names."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["true", *names])
-        writer.writerows([name, *row] for name, row in zip(names, counts.tolist(), strict=True))
+    write_csv(path, [["true", *names], *([name, *row] for name, row in zip(names, counts.tolist(), strict=True))])
 
 
 def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_igpt.pictures import Theme, draw_figure
+from lightning_igpt.files import write_csv
+from lightning_igpt.pictures import Theme, draw_figure, save_png
 
 COLUMNS = ("layer", "c", "val_accuracy", "test_accuracy")
 
@@ -66,10 +66,7 @@ def table_text(rows: Sequence[Row]) -> str:
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write the rows as CSV, unrounded; empty cells are unknown."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, [COLUMNS, *([row[name] for name in COLUMNS] for row in rows)])
 
 
 def layer_figure(rows: Sequence[Row]) -> Any:
@@ -106,10 +103,9 @@ def _show(trainer: Trainer, rows: Sequence[Row]) -> None:
     rank_zero_info(f"accuracy by layer\n{table_text(rows)}")
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    folder.mkdir(parents=True, exist_ok=True)
     write_rows(rows, folder / "probe_by_layer.csv")
     figure = layer_figure(rows)
-    figure.savefig(folder / "probe_by_layer.png")
+    save_png(figure, folder / "probe_by_layer.png")
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure("probe_by_layer", figure, trainer.global_step)

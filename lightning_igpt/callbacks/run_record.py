@@ -18,6 +18,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_igpt.files import write_text
+
 FILE, METRICS, RECORD = "run.json", "metrics.csv", "run_record"  # the last is a key in checkpoints
 LIBRARIES = ("lightning-igpt", "torch", "lightning", "datasets", "numpy", "pillow")
 DATA = ("batch_size", "seed", "val_fraction")  # with source and images, what decides the order
@@ -57,8 +59,7 @@ class RunRecord(Callback):
         has_folder = (trainer.loggers or trainer.checkpoint_callbacks) and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.record and has_folder and "://" not in str(trainer.default_root_dir):
             runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"runs": [*runs, self.record]}, indent=1), encoding="utf-8")
+            write_text(path, json.dumps({"runs": [*runs, self.record]}, indent=1))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         now, was = comparable(self.record) if self.record else {}, self._earlier
@@ -69,8 +70,7 @@ class RunRecord(Callback):
     def _close(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if self._metrics is not None:
             self._metrics.write()
-            trainer.loggers = [logger for logger in trainer.loggers if logger is not self._metrics]
-            self._metrics = None
+            trainer.loggers, self._metrics = [one for one in trainer.loggers if one is not self._metrics], None
 
     teardown = on_exception = _close
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.places import check_folder
 from lightning_igpt.data import ProbeDataModule
 from lightning_igpt.features import fit_logistic
+from lightning_igpt.files import write_csv, write_text
 from lightning_igpt.modules.batches import read_batch
 from lightning_igpt.objectives import MASK_RATIO, draw_mask
 from lightning_igpt.weights import Pretrained, load_pretrained
@@ -171,15 +171,13 @@ def measure(
 
 def write_results(folder: Path, facts: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     """Print a table; write lowdata.csv, a row for every subset, and lowdata.json with all that decided the numbers."""
-    folder.mkdir(parents=True, exist_ok=True)
     print(f"{'layer':>5}  {'labels per class':>16}  {'test accuracy, %':<17}  the paper's L on CIFAR-10")
-    with (folder / "lowdata.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["layer", "labels_per_class", "subset", "test_accuracy"])
-        for one in results:
-            key, sd = (one["layer"], one["labels_per_class"]), "" if one["sd"] is None else f" +- {100 * one['sd']:.1f}"
-            mean = f"{100 * one['mean']:.1f}{sd}"
-            print(f"{key[0]:>5}  {key[1]:>16}  {mean:<17}  {PAPER.get(key[1], '-')}")
-            writer.writerows([*key, subset, f"{value:.6f}"] for subset, value in enumerate(one["accuracies"]))
-    (folder / "lowdata.json").write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
+    rows: list[list[Any]] = [["layer", "labels_per_class", "subset", "test_accuracy"]]
+    for result in results:
+        layer, count, sd = result["layer"], result["labels_per_class"], result["sd"]
+        mean = f"{100 * result['mean']:.1f}" + ("" if sd is None else f" +- {100 * sd:.1f}")
+        print(f"{layer:>5}  {count:>16}  {mean:<17}  {PAPER.get(count, '-')}")
+        rows += [[layer, count, subset, f"{value:.6f}"] for subset, value in enumerate(result["accuracies"])]
+    write_csv(folder / "lowdata.csv", rows)
+    write_text(folder / "lowdata.json", json.dumps({**facts, "results": results}, indent=2) + "\n")
     print(f"wrote {folder / 'lowdata.csv'} and lowdata.json")

@@ -22,6 +22,7 @@ from lightning_igpt.commands.quickstart_page import picture_sections, result_row
 from lightning_igpt.config import PRESETS
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
 from lightning_igpt.features import fit_logistic
+from lightning_igpt.files import write_text
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.objectives import next_pixel_loss
@@ -82,7 +83,7 @@ def quickstart(
     settings = {"steps": steps, "epochs": epochs, "seed": seed, "threads": torch.get_num_threads()}
     results["settings"] = settings | {"network": NETWORK.to_dict()}
     results["versions"] = {"lightning_igpt": __version__, "torch": torch.__version__}
-    (folder / "report.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(folder / "report.json", json.dumps(results, indent=2) + "\n")
     write_report(folder, results, pictures)
     print(*(f"{what:<28}{value:<20}{note}" for what, value, note in result_rows(results)), sep="\n")
     print(f"open {folder / 'report.html'}")

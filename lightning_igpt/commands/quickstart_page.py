@@ -108,7 +108,7 @@ def _pretraining(out: Path, results: Mapping[str, Any], curves: Mapping[str, rep
         {label: curves[name] for name, label in names.items() if name in curves},
         {"per-position unigram": density["unigram_nats_per_pixel"], "uniform": density["uniform_nats_per_pixel"]},
     )
-    plot.light.savefig(out / "loss.png")
+    save_png(plot.light, out / "loss.png")
     return report.section(
         "Pretraining",
         "The network learns to predict each pixel from those before it. The dashed line is a model that knows the "
@@ -123,7 +123,7 @@ def _probes(out: Path, results: Mapping[str, Any]) -> str:
     curves = {label: ([int(n) for n in probes[name]], list(probes[name].values())) for label, name in names.items()}
     levels = {"logistic regression on raw pixels": probes["raw_pixels_accuracy"]}
     plot = plot_curves(curves, levels, xlabel="layer (0: embeddings)", ylabel="test accuracy")
-    plot.light.savefig(out / "probe_by_layer.png")
+    save_png(plot.light, out / "probe_by_layer.png")
     return report.section(
         "Linear probes",
         "A logistic regression on the mean over positions of each layer's features.",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lightning_igpt.commands.places import check_file
+from lightning_igpt.files import write_text
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -60,8 +61,7 @@ def copy(name: str, to: str = ".", overwrite: bool = False) -> None:
     check_file(target, "--to", "recipe.yaml", ".yaml")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; pass --overwrite to replace it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(find(name).read_text())
+    write_text(target, find(name).read_text(encoding="utf-8"))
     print(f"{target}: edit it, then lightning-igpt fit --config {target}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning_igpt import sampling
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.places import check_file
+from lightning_igpt.files import write_csv
 from lightning_igpt.objectives import nats_to_bits
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import (
@@ -79,11 +79,8 @@ def score(
         name, value = next(pair for pair in zip(names, per_image.tolist(), strict=True) if not math.isfinite(pair[1]))
         raise ValueError(f"{name}: its surprise is {value}; the weights are damaged, or training diverged")
     ranked = [(names[i], per_image[i].item()) for i in per_image.argsort(descending=True, stable=True).tolist()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as table:
-        writer = csv.writer(table)
-        writer.writerow(["image", "nats_per_pixel", "bits_per_pixel"])
-        writer.writerows([name, f"{value:.6f}", f"{nats_to_bits(value):.6f}"] for name, value in ranked)
+    rows = ([name, f"{value:.6f}", f"{nats_to_bits(value):.6f}"] for name, value in ranked)
+    write_csv(path, [["image", "nats_per_pixel", "bits_per_pixel"], *rows])
     print(summary(per_image, math.log(loaded.config.vocab_size)))
     print(f"{'rank':>6}  {'nats per pixel':>14}  image")
     for rank, (name, value) in enumerate(ranked[:N_PRINTED], 1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -18,6 +17,7 @@ from lightning_igpt.data.splits import Division, Part, divide, make_parts
 from lightning_igpt.data.streams import StreamBatches, StreamPart, StreamReader
 from lightning_igpt.data.tokens import TokenReader, cached_tokens
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
+from lightning_igpt.files import write_csv
 
 Cache = Literal["none", "disk", "auto", "memory"]
 _LEAST = {"batch_size": 1, "num_workers": 0, "seed": 0, "shuffle_buffer": 1, "val_images": 1, "image_size": 1}
@@ -265,9 +265,7 @@ class ImageDataModule(LightningDataModule):
         if bad := self.bad_images:
             rank = self.trainer.global_rank
             path = folder / (f"bad_images_{rank}.csv" if rank else "bad_images.csv")
-            folder.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([("image", "reason"), *bad.items()])
+            write_csv(path, [("image", "reason"), *bad.items()])
             rank_zero_warn(f"{len(bad)} images could not be read and were left out; they are listed in {path}")
 
     def training_resize(self) -> Resize:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_igpt.decoding import is_sharded
+from lightning_igpt.files import write_text
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Colors, Palette
 from lightning_igpt.private import uncompiled
@@ -114,7 +115,7 @@ def save_pretrained(
     names = None if head is None else labels(head, class_names)
     text = render(known, network.config, palette, names)
     huggingface.save_folder(folder, network, palette, head, names, known.known())
-    (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
+    write_text(folder / "README.md", text)
 
 
 def push_to_hub(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.files import write_text
 from lightning_igpt.model import NORM_EPS, ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights.card import ModelCard
@@ -183,7 +184,7 @@ def save_folder(
         state[HEAD] = head
     save_safetensors(folder / SAFE, state, FORMAT)
     for name, text in texts.items():
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+        write_text(folder / name, text + "\n")
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:

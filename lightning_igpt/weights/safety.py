@@ -1,14 +1,13 @@
-"""Files by strangers are opened so that nothing in them runs, and damage names the file; files are written whole."""
+"""Files by strangers are opened so that nothing in them runs, and damage names the file."""
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
-import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from lightning_igpt.files import replacing
 
 ADDRESS = re.compile(r"(^|::)(https?|ftps?|sftp):/", re.IGNORECASE)  # fsspec chains file systems with ::
 ZIP = b"PK\x03\x04"  # what an archive begins with; torch before 1.6 wrote none
@@ -66,7 +67,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write contiguous CPU tensors, and one text for the header, where safetensors shuffles several."""
     with replacing(path) as temporary:
-        safetensors.torch.save_file(dict(tensors), temporary, metadata=dict(metadata))
+        try:
+            safetensors.torch.save_file(dict(tensors), temporary, metadata=dict(metadata))
+        except safetensors.SafetensorError as error:  # what it makes of a full disk
+            raise OSError(errno.EIO, str(error)) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -112,23 +116,6 @@ def _compare_checksums(path: Path, size: int, modified: int) -> None:
         raise ValueError(f"{path} is damaged or incomplete ({str(error)[:300]}); use another copy") from error
     if broken is not None:
         raise ValueError(f"{path} is damaged: {broken} in it differs from its checksum; use another copy")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file in the folder to write to, renamed to ``path`` once whole; an error leaves what is there."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors would make it readable by its owner alone
-        yield temporary
-        temporary.chmod(mode)
-        temporary.replace(path)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _starts(path: Path, *beginnings: bytes) -> bool:

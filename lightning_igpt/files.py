@@ -1,0 +1,90 @@
+"""Files that a user keeps are written whole or not at all; an error names the file and the room that it needs."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, temporary: Path | None = None) -> Iterator[Path]:
+    """A temporary file in the folder of ``path``, renamed to ``path`` once it is written.
+
+    A pipe or a device such as ``/dev/stdout`` is written directly.
+
+    Args:
+        path: The file to replace; its folder is created if necessary. A link keeps its place.
+        temporary: Default: a name that no other process chooses.
+
+    Raises:
+        OSError: The file could not be written; it is as it was. On a full disk the message has the bytes written and
+            those free.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file() and not target.is_dir():
+        yield target
+        return
+    temporary = temporary or target.with_name(f".{uuid.uuid4().hex}{target.suffix[-16:]}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        if temporary.stat().st_mode != mode:  # safetensors makes its files readable by their owner alone
+            temporary.chmod(mode)
+        temporary.replace(target)
+    except Exception as error:
+        cause = os_error(error)
+        if cause is None:
+            raise
+        raise _explained(cause, target, temporary) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a text file, in UTF-8 with the line ends of ``text``."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "replace"))
+
+
+def write_csv(path: str | Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Replace a CSV file; text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        csv.writer(file).writerows([[_harmless(cell) for cell in row] for row in rows])
+
+
+def os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind another; torch makes a RuntimeError of a write that failed."""
+    while error is not None and not (isinstance(error, OSError) and error.errno):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _explained(error: OSError, target: Path, temporary: Path) -> OSError:
+    kept = "; the file that was there is as it was" if target.exists() else ""
+    reason = error.strerror or str(error)
+    if error.errno in FULL:
+        written = temporary.stat().st_size if temporary.exists() else 0
+        free = shutil.disk_usage(target.parent).free
+        reason = f"{reason}: {written:,} bytes of it were written, {free:,} are free; make room, or save elsewhere"
+    return OSError(error.errno, f"{target} could not be saved{kept}. {reason}")
+
+
+def _harmless(cell: Any) -> Any:
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
