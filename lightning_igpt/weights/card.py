@@ -106,7 +106,7 @@ _KINDS |= dict.fromkeys(("title", "data", "license", "notes", "origin"), str)
 
 def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_names: Sequence[str] | None = None) -> str:
     """README.md: front matter for the hub, what the network is and is for, what was measured, how to load it."""
-    words, classes = _WORDS[config.objective], class_names is not None
+    words, classes, bert = _WORDS[config.objective], class_names is not None, config.objective == "bert"
     facts = {
         "objective": words["objective"],
         "shape": f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, MLP {config.mlp_width}",
@@ -123,6 +123,8 @@ def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_name
         facts["classes"] = f"{len(class_names)}: {', '.join(class_names)}"
         numbers["validation accuracy"] = card.accuracy
         words = words | {"uses": f"- to sort pictures into the classes named above\n{words['uses']}"}
+        if not bert:
+            words["call"] = "logits = loaded.network.hidden(tokens).mean(1) @ loaded.head.T  # (B, classes)"
     if card.origin is not None:
         training["trained from"] = card.origin
     text = _fill(
@@ -136,27 +138,19 @@ def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_name
         n_colors=len(palette),
         training=_table(training),
         measured=_table({name: _UNKNOWN if x is None else f"{x:.4f}{at}" for name, x in numbers.items()}),
-        transformers=_transformers(config, classes),
+        transformers=_fill(f"model_card_{'bert' if bert else 'classifier' if classes else 'transformers'}.md").rstrip(),
         notes=f"\n## Notes\n\n{card.notes}" if card.notes else "",
     )
     return text.rstrip() + "\n"
 
 
-def _transformers(config: ImageGPTConfig, classes: bool) -> str:
-    if config.objective == "bert":
-        return _fill("model_card_bert.md").rstrip()
-    model = "ImageGPTForImageClassification" if classes else "ImageGPTForCausalImageModeling"
-    logits = "predicted" if classes else "of pixel t, given the pixels before it, at index t"
-    return _fill("model_card_transformers.md", model=model, logits=logits).rstrip()
-
-
 def _front_matter(card: ModelCard, config: ImageGPTConfig, classes: bool) -> str:
     task = "image-classification" if classes else "unconditional-image-generation"
-    values: dict[str, Any] = {
-        "library_name": "lightning-igpt" if config.objective == "bert" else "transformers",
-        "pipeline_tag": task,
-        "tags": ["image-gpt", "lightning-igpt"],
-    }
+    right = config.objective != "bert" and not classes  # of the others transformers makes something else by itself
+    values: dict[str, Any] = {"library_name": "transformers" if right else "lightning-igpt"}
+    if not classes:
+        values["pipeline_tag"] = task
+    values["tags"] = ["image-gpt", "lightning-igpt"]
     if card.license is not None:
         values["license"] = card.license.lower()  # the hub knows no capitals
     if card.data is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", card.data, re.ASCII):

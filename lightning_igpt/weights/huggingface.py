@@ -168,7 +168,9 @@ def save_folder(
             f"{network.config.vocab_size}; save a network with the palette that it was trained with"
         )
     names = None if head is None else labels(head, class_names)
-    colors = {"clusters": palette.to_list(), SHA256: palette.sha256}
+    colors: dict[str, Any] = {"clusters": palette.to_list(), SHA256: palette.sha256}
+    if head is not None:  # transformers.pipeline would classify without sos, and be wrong; so it ends in an error
+        colors["do_color_quantize"] = False
     size = dict.fromkeys(("height", "width"), network.config.image_size)
     texts = {
         CONFIG: json.dumps(_to_config(network.config, palette, names, card), indent=2),

@@ -1,9 +1,11 @@
 import re
 
+import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard as HubCard
 from PIL import Image
+from transformers import pipeline
 
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import ModelCard, save_pretrained
@@ -43,11 +45,11 @@ def test_the_hub_reads_what_was_measured(tmp_path):
             "validation"
         }
         assert (read.metrics or []) == [name for name, _ in expected]
-        assert read.pipeline_tag == "image-classification" and read.library_name == "transformers"
+        assert read.pipeline_tag is None and read.library_name == "lightning-igpt"
         assert read.datasets == (["me/cats"] if card.get("data") == "me/cats" else None)
 
 
-def test_the_cards_snippets_run(tmp_path, monkeypatch):
+def test_the_cards_snippets_run(tmp_path):
     """Both ways of loading, for a network and for a classifier, exactly as the card writes them."""
     network, palette = random_network(), Palette.load("gray:20")
     images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
@@ -57,11 +59,18 @@ def test_the_cards_snippets_run(tmp_path, monkeypatch):
         names = {"images": images}
         exec(ours.replace("path/or/hub-id", str(tmp_path / folder)), names)
         tokens = names["tokens"]
-        names = {"images": [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]}
-        exec(theirs.replace("path/or/hub-id", str(tmp_path / folder)), names)
         with torch.no_grad():
             expected = network(tokens) if head is None else network.hidden(tokens).mean(1) @ head.T
+        if head is not None:
+            torch.testing.assert_close(names["logits"], expected)
+        names = {"images": [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]}
+        exec(theirs.replace("path/or/hub-id", str(tmp_path / folder)), names)
         torch.testing.assert_close(names["logits"], expected, rtol=1e-4, atol=1e-5)
+    for scores, probabilities in zip(names["scores"], expected.softmax(1), strict=True):  # of transformers.pipeline
+        found = {one["label"]: one["score"] for one in scores}
+        torch.testing.assert_close(torch.tensor([found[f"LABEL_{n}"] for n in range(3)]), probabilities)
+    with pytest.raises(ValueError, match="input_ids"):  # without sos it would be wrong, so it makes no scores
+        pipeline("image-classification", model=str(tmp_path / "classifier"))(names["images"])
 
 
 def test_odd_texts_break_neither_front_matter_nor_table(tmp_path):
