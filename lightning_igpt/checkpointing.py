@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
+import pickle
+import time
+import warnings
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_igpt.files import replacing
-from lightning_igpt.weights.safety import check_intact, check_local, read_torch
+from lightning_igpt.weights.checkpoint import Moment, checkpoints_in, newest_first
+from lightning_igpt.weights.safety import check_intact, check_local, plain, read_torch
 
 log = logging.getLogger(__name__)
 
 KINDS = {"loops": dict, "state_dict": dict, "optimizer_states": list, "lr_schedulers": list}  # what a run continues
+_runs: WeakKeyDictionary[Trainer, Moment] = WeakKeyDictionary()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -33,6 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Save a checkpoint so that ``path`` holds the whole new file or, where OSError says why, the old one."""
+        checkpoint = make_plain(dict(checkpoint))
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -67,11 +75,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None = None) -> Path | None:
     """The newest checkpoint that a run can continue from, for ``trainer.fit(ckpt_path=...)``.
 
-    Those that are damaged, hold no optimizer, or are another network's or palette's are skipped with a warning.
+    Of several runs it is that of the last to start, and of a run the one with most optimizer steps since it was last
+    resumed, whatever the times of the files. Those that are damaged, hold no optimizer, or are another network's or
+    palette's are skipped with a warning.
 
     Args:
-        where: The run's trainer, for the folders of its loggers and ModelCheckpoints; or a folder, searched with all
-            below it.
+        where: The run's trainer, for the folders of its loggers and ModelCheckpoints, and what runs in its
+            ``default_root_dir`` left there under other loggers; or a folder, searched with all below it.
         module: The module that continues; None compares no network.
 
     Returns:
@@ -81,8 +91,7 @@ def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None 
         ValueError: There are checkpoints, and a run can continue from none of them; the message says why.
     """
     errors: list[str] = []
-    # With equal times the name decides, not the order of the folder: processes on other machines must agree.
-    for path in sorted(_candidates(where), key=lambda path: (-_time_of(path), str(path))):
+    for path in _candidates(where):
         try:
             check_resumable(path, module)
         except Exception as error:  # a file may hold anything, and fail anywhere
@@ -93,8 +102,8 @@ def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None 
             return path
     if errors:
         raise ValueError(
-            f"none of the {len(errors)} checkpoints there can be continued; the newest is {errors[0]}. To start a "
-            "new run, use another folder (default_root_dir) or remove them"
+            f"none of the {len(errors)} checkpoints there can be continued, such as {errors[0]}. To start a new run, "
+            "use another folder (default_root_dir) or remove them"
         )
     return None
 
@@ -105,7 +114,7 @@ def check_resumable(path: Path, module: LightningModule | None = None) -> None:
     checkpoint = read_torch(path)
     if not isinstance(checkpoint, dict) or not KINDS.keys() <= checkpoint.keys():
         raise ValueError(f"{path} holds weights, but not the optimizer; start a new run from it with pretrained=")
-    kinds: dict[str, type] = {"callbacks": dict, **KINDS}
+    kinds: dict[str, type] = {"callbacks": dict, "global_step": int, **KINDS}
     wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name, kind()), kind)]
     if wrong:
         raise ValueError(f"{path} is damaged: its {', '.join(wrong)} cannot be read; use another checkpoint")
@@ -142,21 +151,55 @@ def validation_follows(trainer: Trainer, batch_idx: int) -> bool:
     return (1 + (batch_idx if every else trainer.fit_loop.total_batch_idx)) % batches == 0
 
 
-def _time_of(path: Path) -> float:
-    """When it was written; 0 for a file that was removed meanwhile."""
+def run_of(trainer: Trainer, earlier: Any = None) -> dict[str, Any]:
+    """A note for checkpoints on the run that writes them: that of the checkpoint ``earlier``, where it resumes one.
+
+    A clock that is set back does not make the checkpoints of a resumed run older than those it resumed from.
+    """
+    said = Moment.of(earlier)
+    if 0 < said.started < math.inf:
+        _runs[trainer] = said._replace(fits=said.fits + 1)
+    run = _runs.setdefault(trainer, Moment(time.time(), 0, 0))
+    return {"started": run.started, "fits": run.fits, "root": Path(trainer.default_root_dir).absolute().name}
+
+
+def make_plain(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Put plain values, which open with ``weights_only=True``, in place of objects; warn of those that have none."""
+    for owner in (LightningModule, LightningDataModule):  # the class of OmegaConf's hyperparameters
+        if isinstance(checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_TYPE), type):
+            del checkpoint[owner.CHECKPOINT_HYPER_PARAMS_TYPE]
+    checkpoint.update(plain(checkpoint, _warn))
+    return checkpoint
+
+
+def _warn(key: str, value: Any) -> Any:
+    what = f"{key} in the checkpoint is a {type(value).__module__}.{type(value).__qualname__}, which "
+    cure = "; keep a plain value there: text, a number, a list, a dict or a tensor"
     try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+        pickle.dumps(value)
+    except Exception as error:
+        warnings.warn(f"{what}cannot be saved ({error}), only its text is{cure}", stacklevel=2)
+        return repr(value)
+    warnings.warn(f"{what}weights_only=True refuses, so that no run can resume from it{cure}", stacklevel=2)
+    return value
 
 
 def _candidates(where: str | Path | Trainer) -> list[Path]:
-    if isinstance(where, Trainer):
-        places = [place for folder in _folders(where) for place in folder.rglob("*.ckpt")]
-        places += Path(where.default_root_dir).glob("*.ckpt")  # no deeper: it may hold many runs
-    else:
-        places = list(Path(where).expanduser().rglob("*.ckpt"))
-    return [path for path in dict.fromkeys(places) if path.is_file() and not path.name.startswith(".")]
+    """What may be continued, newest first; under other loggers only checkpoints of this root, and of no older run."""
+    if not isinstance(where, Trainer):
+        return list(newest_first(checkpoints_in(Path(where).expanduser())))
+    root = Path(where.default_root_dir).absolute()
+    own = {path for folder in _folders(where) for path in checkpoints_in(folder)} | {*checkpoints_in(root, "*.ckpt")}
+    places = {root, *(Path(logger.save_dir).absolute() for logger in where.loggers if logger.save_dir)}
+    patterns = [f"{levels}{inner}*.ckpt" for levels in ("*/", "*/*/") for inner in ("", "checkpoints/**/")]
+    others = {path for place in places for pattern in patterns for path in checkpoints_in(place, pattern)}
+    moments = newest_first(own | others)
+    runs = {moments[path].started for path in own} - {math.inf}
+    return [
+        path
+        for path, moment in moments.items()
+        if path in own or (moment.root == root.name and (not runs or moment.started in runs))
+    ]
 
 
 def _folders(trainer: Trainer) -> list[Path]:
@@ -164,7 +207,8 @@ def _folders(trainer: Trainer) -> list[Path]:
     named = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     roots = [(logger.save_dir or trainer.default_root_dir, logger.name or "") for logger in trainer.loggers]
     folders = [Path(trainer.default_root_dir) / "checkpoints", *(Path(root) / str(name) for root, name in roots)]
-    return folders + [Path(folder) for folder in named if folder and "://" not in str(folder)]
+    folders += [Path(folder) for folder in named if folder and "://" not in str(folder)]
+    return [folder.absolute() for folder in folders]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,10 +4,18 @@ import errno
 import os
 import re
 import resource
+import time
+from argparse import Namespace
+from collections import UserDict, UserList, namedtuple
+from datetime import datetime, timedelta
+from decimal import Decimal
+from enum import Enum
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -22,19 +30,23 @@ def module(**changes):
     return igpt.PretrainModule(NETWORK | changes, "gray:4")
 
 
-def train(folder, *callbacks, steps=4, of=None):
+def train(folder, *callbacks, steps=4, of=None, data=None, resume=None, **more):
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    Trainer(max_steps=steps, default_root_dir=folder, callbacks=list(callbacks), **options).fit(
-        of or module(), igpt.PretrainDataModule(tiny(26), batch_size=4)
+    Trainer(max_steps=steps, default_root_dir=folder, callbacks=list(callbacks), **options, **more).fit(
+        of or module(), data or igpt.PretrainDataModule(tiny(26), batch_size=4), ckpt_path=resume
     )
+
+
+def every_step(folder, filename="{step}"):
+    return ModelCheckpoint(dirpath=folder, filename=filename, every_n_train_steps=1, save_top_k=-1)
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A folder with step=1 ... step=4, one second apart."""
-    train(tmp_path, ModelCheckpoint(dirpath=tmp_path / "a", filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    """A folder with step=1 ... step=4, the first with the latest time."""
+    train(tmp_path, every_step(tmp_path / "a"))
     for step in range(1, 5):
-        os.utime(tmp_path / "a" / f"step={step}.ckpt", (step, step))
+        os.utime(tmp_path / "a" / f"step={step}.ckpt", (9 - step, 9 - step))
     return tmp_path
 
 
@@ -42,10 +54,17 @@ def name_of(found):
     return None if found is None else found.name
 
 
-def test_the_newest_is_taken(run):
+def test_the_newest_is_taken(run, monkeypatch):
+    """By optimizer steps within a run, by their starts among runs: a clock may be wrong, and copies have new times."""
     assert name_of(find_checkpoint(run)) == name_of(find_checkpoint(str(run), module())) == "step=4.ckpt"
-    os.utime(run / "a" / "step=2.ckpt", (9, 9))
-    assert name_of(find_checkpoint(run)) == "step=2.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: 0.5)  # the clock was set back before the run was resumed
+        train(run, every_step(run / "b"), steps=5, resume=run / "a" / "step=2.ckpt")
+        train(run, every_step(run / "c"), steps=4, resume=run / "b" / "step=3.ckpt")  # back to an earlier step
+    os.utime(run / "a" / "step=4.ckpt")
+    assert find_checkpoint(run) == run / "c" / "step=4.ckpt"
+    train(run, every_step(run / "new"), steps=2)
+    assert find_checkpoint(run) == run / "new" / "step=2.ckpt"
 
 
 def truncated(path):
@@ -74,8 +93,6 @@ def no_mapping(path):
 @pytest.mark.parametrize("damage", [truncated, empty, flipped, weights_only, no_mapping, os.unlink])
 def test_what_cannot_be_continued_is_passed_over(damage, run, caplog):
     damage(run / "a" / "step=4.ckpt")
-    if (run / "a" / "step=4.ckpt").exists():
-        os.utime(run / "a" / "step=4.ckpt", (9, 9))
     assert name_of(find_checkpoint(run, module())) == "step=3.ckpt"
     assert ("step=4.ckpt is skipped" in caplog.text) == (damage is not os.unlink)
 
@@ -156,6 +173,95 @@ def test_a_trainer_tells_where_it_saves(tmp_path):
         ), number
     trainer().fit(module(), igpt.PretrainDataModule(tiny(26), batch_size=4))
     assert find_checkpoint(trainer(logger=logger)) == found  # not the newer one of another logger
+
+
+NAMED = {"named": lambda root: CSVLogger(root, name="mine"), "none": lambda root: False, "default": lambda root: None}
+
+
+@pytest.mark.parametrize(("first", "then"), [("named", "none"), ("none", "named"), ("default", "named")])
+def test_a_run_is_resumed_under_another_logger(first, then, tmp_path):
+    """From what it wrote in its root, as far as that is its own, and not from an older state under the own logger."""
+
+    def trainer(kind, steps=2):
+        options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+        logger = NAMED[kind](tmp_path / "root")
+        return igpt.make_trainer(max_steps=steps, default_root_dir=tmp_path / "root", logger=logger, **options)
+
+    train(tmp_path / "root" / "other")  # a run of its own, of a root below
+    for steps, kind in enumerate((first, then, first), 2):
+        found = find_checkpoint(trainer(kind), module())
+        assert (found and torch.load(found, weights_only=True)["global_step"]) == (None if steps == 2 else steps - 1)
+        data = igpt.PretrainDataModule(tiny(26), batch_size=4)
+        trainer(kind, steps).fit(module(), data, ckpt_path=found)
+
+
+class Color(Enum):
+    RED = "red"
+
+
+class Settings(igpt.PretrainDataModule):
+    def __init__(self, extra=None):
+        super().__init__(tiny(26), batch_size=4)
+        self.save_hyperparameters({"extra": extra})
+
+
+Point = namedtuple("Point", "x y")
+VALUES = [
+    (Path("a/b"), "a/b"),
+    (np.float64(0.5), 0.5),
+    (np.str_("x"), "x"),
+    (np.array(["x", "y"]), ["x", "y"]),
+    (np.datetime64("2026-01-02T03:04:05.000000006"), "2026-01-02T03:04:05.000000006"),
+    (np.array([2, 1], dtype=">i4")[::-1], torch.tensor([1, 2], dtype=torch.int32)),
+    (Namespace(a=Namespace(b=Path("c"))), {"a": {"b": "c"}}),
+    (UserDict({np.int64(1): UserList([Color.RED])}), {1: ["red"]}),
+    (datetime(2026, 1, 2, 3), "2026-01-02T03:00:00"),
+    (timedelta(days=2), 172800.0),
+    ((Decimal("0.5"), frozenset({Color.RED}), Point(1, range(2))), (0.5, {"red"}, (1, [0, 1]))),
+    (igpt.ImageGPTConfig(), igpt.ImageGPTConfig().to_dict()),
+]
+
+
+@pytest.mark.parametrize("own_io", [True, False])
+def test_objects_become_plain_values(own_io, tmp_path, recwarn):
+    """Hyperparameters and states of callbacks, under Lightning's own CheckpointIO too; the objects stay as they are."""
+
+    class Keeper(Callback):
+        def state_dict(self):
+            return {"values": [value for value, _ in VALUES]}
+
+    own, data = {"plugins": [AtomicCheckpointIO()]} if own_io else {}, Settings([value for value, _ in VALUES])
+    train(tmp_path, every_step(tmp_path), Keeper(), data=data, steps=1, **own)
+    checkpoint = torch.load(tmp_path / "step=1.ckpt", weights_only=True)
+    for values in checkpoint["callbacks"]["Keeper"]["values"], checkpoint["datamodule_hyper_parameters"]["extra"]:
+        torch.testing.assert_close(values, [plain for _, plain in VALUES], rtol=0, atol=0)
+        assert [type(value) for value in values] == [type(plain) for _, plain in VALUES]
+    assert data.hparams.extra[0] == Path("a/b") and not [one for one in recwarn if "in the checkpoint" in str(one)]
+    train(tmp_path, data=Settings(), steps=2, resume=find_checkpoint(tmp_path, module()), **own)
+
+
+def test_objects_without_a_plain_value_are_named(tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"datamodule_hyper_parameters\.extra\.0\.act in .* a torch.*GELU.*; keep a plain"
+    ):
+        train(tmp_path, every_step(tmp_path), data=Settings([{"act": torch.nn.GELU()}]), steps=1)
+    where = (
+        r"could run code: torch.nn.modules.activation.GELU in datamodule_hyper_parameters.extra.0.act; if it is yours"
+    )
+    for read in (find_checkpoint, lambda folder: igpt.load_pretrained(folder / "step=1.ckpt")):
+        with pytest.raises(ValueError, match=where):
+            read(tmp_path)
+    with pytest.warns(
+        UserWarning, match=r"extra in the checkpoint is a builtins.function, which cannot be saved .*local"
+    ):
+        train(tmp_path, every_step(tmp_path), data=Settings(lambda image: image), steps=1)
+    assert (
+        "<lambda>" in torch.load(find_checkpoint(tmp_path), weights_only=True)["datamodule_hyper_parameters"]["extra"]
+    )
+    objects = {"a": {"root": Path("x")}, "b": [np.float64(1)]}  # as earlier versions saved them
+    torch.save(objects, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match=r"(pathlib\S*PosixPath in a\.root|scalar in b\.0), .* in "):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "old.ckpt")
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):

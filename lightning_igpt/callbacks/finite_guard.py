@@ -102,7 +102,10 @@ def _whole(value: Any) -> Tensor:
 
 
 class DiskCheck(Callback):
-    """Before training, raise OSError where a checkpoint's folder cannot be written or its disk lacks room for one."""
+    """Before training, raise OSError where a checkpoint's folder cannot be written or its disk lacks room.
+
+    A checkpoint is written whole before the last is removed, so that a run needs room for two.
+    """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -115,13 +118,14 @@ class DiskCheck(Callback):
 
 
 def check_folder(folder: Path, size: int) -> None:
-    """Raise OSError unless a file of ``size`` bytes can be written into a folder, which is made if need be."""
+    """Raise OSError unless a folder, which is made if need be, takes a checkpoint of ``size`` bytes next to another."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OSError(error.errno, f"{folder} cannot be written: {error.strerror}; choose another folder") from error
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise OSError(f"a checkpoint takes about {size:,} bytes, but {folder} has {free:,} free; make room")
+    free, kept = shutil.disk_usage(folder).free, sum(path.stat().st_size for path in folder.rglob("*.ckpt"))
+    if free < max(size, 2 * size - kept):
+        what = f"a checkpoint takes about {size:,} bytes, but {folder} has {free:,} free"
+        raise OSError(f"{what}; make room for two, since one is written before the last is removed")

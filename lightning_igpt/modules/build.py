@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from lightning_igpt import __version__
+from lightning_igpt.checkpointing import make_plain, run_of
 from lightning_igpt.config import ImageGPTConfig, Objective
 from lightning_igpt.decoding import is_sharded
 from lightning_igpt.model import ImageGPT
@@ -178,8 +179,10 @@ def save(module: Any, checkpoint: dict[str, Any]) -> None:
         "data": None if trainer is None else _data_name(trainer),
         "origin": module.origin,
         "validation": metrics,
+        "run": None if trainer is None else run_of(trainer),
     }
     save_random_states(module, checkpoint)
+    make_plain(checkpoint)  # here, too, for trainers that write by Lightning's own means
 
 
 def note_validation(module: Any) -> None:

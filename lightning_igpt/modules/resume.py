@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_igpt.checkpointing import run_of
 from lightning_igpt.private import current_datamodule
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def load_run_state(module: Any, checkpoint: dict[str, Any]) -> None:
     """Prepare a checkpoint for a run that continues it: the recipe's rates win, and random states wait for training."""
     if trainer_of(module) is None or is_evaluating(module):
         return
+    run_of(module.trainer, checkpoint)
     module.random_states = checkpoint.get(RANDOM)
     _keep_rates(module, checkpoint)
     count_micro_batches(module, checkpoint)
@@ -66,6 +68,7 @@ def start_training(module: Any) -> None:
     states: list[dict[str, Tensor]] | None = module.random_states
     module.random_states = None
     trainer: Trainer = module.trainer
+    run_of(trainer)
     if states is not None and len(states) == trainer.world_size:
         mine = states[trainer.global_rank]
         torch.set_rng_state(mine["cpu"].cpu())

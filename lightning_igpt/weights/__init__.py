@@ -60,6 +60,9 @@ def load_pretrained(
     try:
         loaded = _load(source, given)
     except Exception as error:  # what reads a damaged file may raise nearly anything
+        if isinstance(error, OSError) and error.errno:  # the system's words name no purpose
+            why = f"the weights of {source} could not be read: {error.strerror}"
+            raise OSError(error.errno, why, error.filename) from error
         named = isinstance(error, ValueError) and Path(source).name in str(error)
         if named or isinstance(error, (OSError, ModuleNotFoundError, MemoryError)):
             raise
@@ -179,10 +182,14 @@ def _load(source: str | Path, palette: Palette | None) -> Pretrained:
 
 def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(huggingface.DOWNLOADS)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         where = f"{repository}@{revision}" if revision else repository
+        if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
+            cache = f"downloads are kept in {HF_HUB_CACHE}; set HF_HOME to a folder with room that can be written"
+            raise OSError(error.errno, f"{error.strerror}; {cache}", error.filename) from error
         raise FileNotFoundError(f"{where} is neither a path here nor a hub repository in reach: {error}") from error

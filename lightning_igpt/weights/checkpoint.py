@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.weights.card import ModelCard
@@ -60,10 +61,10 @@ def best_checkpoint(folder: Path) -> tuple[Path, str]:
         FileNotFoundError: The folder holds no checkpoint.
         ValueError: None of them can be read.
     """
-    paths = [path for path in folder.rglob("*.ckpt") if path.is_file() and not path.name.startswith(".")]
-    if not paths:
+    moments = newest_first(checkpoints_in(folder))
+    if not moments:
         raise FileNotFoundError(f"{folder} holds neither config.json (Hugging Face layout) nor a .ckpt file (a run)")
-    paths.sort(key=lambda path: -path.stat().st_mtime)
+    paths = list(moments)
     newest, checkpoint = next(_readable(paths), None) or (paths[0], read_checkpoint(paths[0]))  # which raises
     for state in _mapping(checkpoint.get("callbacks")).values():
         monitor, kept = _mapping(state).get("monitor"), _mapping(state).get("best_model_path")
@@ -74,12 +75,59 @@ def best_checkpoint(folder: Path) -> tuple[Path, str]:
             if alike[best]:
                 return best, f"the best in {monitor} of {folder}"
             log.warning("%s, the best in %s, is gone; another checkpoint is chosen", kept, monitor)
-    metric, sign = (NATS, 1) if checkpoint[STAMP].get("class") == "PretrainModule" else (ACCURACY, -1)
-    values = _validations([path for path in paths if path.parent == newest.parent], metric)
+    metric, values = _validations([path for path in paths if moments[path].started == moments[newest].started])
     if len(values) > 1:
-        best = min(values, key=lambda path: (sign * values[path], paths.index(path)))
+        best = min(values, key=lambda path: (values[path] if metric == NATS else -values[path], paths.index(path)))
         return best, f"the best in {metric} ({values[best]:.4f}) of {folder}"
     return newest, f"the newest in {folder}"
+
+
+class Moment(NamedTuple):
+    """When a checkpoint was written, by what it says itself: clocks differ, and copies have new times.
+
+    ``started`` is when its run started, in seconds since 1970, equal for all checkpoints of a run; ``fits`` how often
+    that had been resumed; ``root`` the name of its ``default_root_dir``, where it says.
+    """
+
+    started: float
+    fits: float
+    step: float
+    root: str | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Any) -> Moment:
+        """What a checkpoint, which may hold anything, says: ``started`` is infinite without a step, 0 if unknown."""
+        stamp = _mapping(_mapping(checkpoint).get(STAMP))
+        run, step = _mapping(stamp.get("run")), _mapping(checkpoint).get("global_step", stamp.get("steps"))
+        numbers = [value if isinstance(value, (int, float)) else 0 for value in (run.get("started"), run.get("fits"))]
+        if not isinstance(step, int) or not all(0 <= number < math.inf for number in numbers):
+            return cls(math.inf, 0, 0)
+        return cls(numbers[0], numbers[1], step, run.get("root"))
+
+
+def checkpoints_in(folder: Path, pattern: str = "**/*.ckpt") -> list[Path]:
+    """The checkpoints in a folder and below it, without hidden ones."""
+    return [path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith(".")]
+
+
+def newest_first(paths: Iterable[Path]) -> dict[Path, Moment]:
+    """Checkpoints by run, resumption and optimizer step; what cannot be read comes first, so that it is reported."""
+    moments: dict[Path, Moment] = {}
+    starts: dict[Path, float] = {}  # of runs that do not say: when the first file in their folder was written
+    for path in paths:
+        try:
+            moments[path], time = Moment.of(read_torch(path)), path.stat().st_mtime
+        except Exception:  # a file may hold anything, and fail anywhere
+            moments[path], time = Moment.of(None), math.inf
+        starts[_folder(path)] = min(starts.get(_folder(path), math.inf), time)
+    known = {path: moment._replace(started=moment.started or starts[_folder(path)]) for path, moment in moments.items()}
+    # With equal moments the name decides, not the order of the folder: processes on other machines must agree.
+    return dict(sorted(known.items(), key=lambda item: (*(-number for number in item[1][:3]), str(item[0]))))
+
+
+def _folder(path: Path) -> Path:
+    """The folder of a run's checkpoints; a name with a slash makes further ones, as in ``step=3-val/loss=2.ckpt``."""
+    return next(parent for parent in path.absolute().parents if "=" not in parent.name)
 
 
 def _readable(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -90,15 +138,17 @@ def _readable(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
             log.warning("%s is skipped: %s", path, error)
 
 
-def _validations(paths: list[Path], metric: str) -> dict[Path, float]:
-    """What the weights of each checkpoint gave in validation, where any of the checkpoints says so.
+def _validations(paths: list[Path]) -> tuple[str, dict[Path, float]]:
+    """(the metric, what the weights of each checkpoint gave in it) in validation, where any of the checkpoints says so.
 
     A checkpoint may be saved before the validation of its step; a later one then has its result.
     """
     stamps = {path: checkpoint[STAMP] for path, checkpoint in _readable(paths)}
     results = [_mapping(stamp.get("validation")) for stamp in stamps.values()]
+    metric = NATS if any(NATS in result for result in results) else ACCURACY  # classifiers measure no nats
     measured = {result.get("step"): result[metric] for result in results if metric in result}
-    return {path: measured[stamp.get("steps")] for path, stamp in stamps.items() if stamp.get("steps") in measured}
+    values = {path: measured[stamp.get("steps")] for path, stamp in stamps.items() if stamp.get("steps") in measured}
+    return metric, values
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import json
+import operator
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from argparse import Namespace
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import lru_cache
+from numbers import Number
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -40,8 +51,107 @@ def read_torch(path: Path, map_location: Any = "cpu", *, mmap: bool = True) -> A
             raise ValueError(f"{path} is no checkpoint (torch.save did not write it), or it is damaged") from error
         reason = f"it is damaged or incomplete ({str(error)[:300]})"
         if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to switch its protection off
-            reason = "it holds Python objects, which could run code, or is damaged"
+            reason = f"it holds Python objects, which could run code{_objects_in(path)}"
         raise ValueError(f"{path} cannot be opened with weights_only=True: {reason}") from error
+
+
+PLAIN = {type(None), bool, int, float, complex, str, bytes, bytearray, Tensor, torch.Size, torch.dtype, torch.device}
+PLAINER: tuple[tuple[Any, Callable[[Any], Any]], ...] = (  # of the kinds that an object has, the first counts
+    (Enum, lambda value: value.value),
+    (np.datetime64, str),
+    (np.timedelta64, lambda value: value / np.timedelta64(1, "s")),
+    (np.generic, lambda value: value.item()),
+    (np.ndarray, lambda value: _tensor(value) if value.dtype.kind in "biufc" else list(value)),
+    (os.PathLike, os.fspath),
+    ((datetime.date, datetime.time), lambda value: value.isoformat()),
+    (datetime.timedelta, lambda value: value.total_seconds()),
+    ((Namespace, SimpleNamespace), vars),
+    (int, int),
+    ((str, UUID), str),
+    (bytes, bytes),
+    (Number, float),
+    (Mapping, dict),
+    (tuple, tuple),
+    (Set, set),
+    (Sequence, list),
+)
+
+
+def plain(
+    value: Any, report: Callable[[str, Any], Any], key: str = "", done: dict[int, tuple[Any, Any]] | None = None
+) -> Any:
+    """A value with plain ones, which ``weights_only=True`` reads, in place of objects; the value itself if it has none.
+
+    Args:
+        value: Anything that a checkpoint holds.
+        report: Gets the key and the object where no plain value says the same, and gives what is put there.
+        key: Of ``value``, such as ``hyper_parameters.folder``.
+        done: By their ids, the values that were visited, and what is put in their place.
+    """
+    done, kind = {} if done is None else done, type(value)
+    if kind in PLAIN or isinstance(value, Tensor) or kind in torch.serialization.get_safe_globals():
+        return value
+    if id(value) not in done:
+        done[id(value)] = value, value  # for values that hold themselves; and as long as it lives, its id is its own
+        try:
+            done[id(value)] = value, _plain(value, report, key, done)
+        except Exception:
+            done[id(value)] = value, report(key, value)
+    return done[id(value)][1]
+
+
+def _plain(value: Any, report: Callable[[str, Any], Any], key: str, done: dict[int, tuple[Any, Any]]) -> Any:
+    kind = type(value)
+    if kind in (dict, OrderedDict, Counter):
+        names = [plain(name, report, key, done) for name in value]
+        items = [plain(item, report, f"{key}.{name}".lstrip(".")[:200], done) for name, item in value.items()]
+        same = all(map(operator.is_, [*names, *items], [*value, *value.values()]))
+        return value if same else kind(dict(zip(names, items, strict=True)))
+    if kind in (list, tuple, set):
+        items = [plain(item, report, f"{key}.{number}"[:200], done) for number, item in enumerate(value)]
+        return value if all(map(operator.is_, items, value)) else kind(items)
+    if is_dataclass(kind):
+        simpler: Any = {field.name: getattr(value, field.name) for field in fields(value)}
+    else:
+        simpler = next(convert(value) for known, convert in PLAINER if isinstance(value, known))
+    if type(simpler) is kind:
+        raise TypeError(kind)
+    return plain(simpler, report, key, done)
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+
+
+class _StandIn:
+    """What takes the place of an object in a file, and does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _StandIn:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _objects_in(path: Path) -> str:
+    """For the message: which objects a file holds, where as far as that can be seen, and what to do. None is made."""
+    names, places = list[str](), list[str]()
+    try:
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        stand_ins: list[Any] = [(type(name, (_StandIn,), {}), name) for name in names]
+        with torch.serialization.safe_globals(stand_ins):
+            content = torch.load(path, "meta", weights_only=True)
+        plain(content, lambda key, value: places.append(f"{type(value).__name__} in {key}"))
+    except Exception:  # a hostile file may end this anywhere
+        places = places or names
+    if not places:
+        return ", or is damaged"
+    texts = ", ".join(ascii(text)[1:-1][:100] for text in places[:3])
+    return (
+        f": {texts}{', ...' * (len(places) > 3)}; if it is yours, load it with weights_only=False in a script of your "
+        "own, put plain values there, and save it again"
+    )
 
 
 def tensors_in(content: Any, where: Path) -> dict[str, Tensor]:
