@@ -188,6 +188,12 @@ def test_a_folder_without_room_or_rights_stops_the_run_before_training(tmp_path,
         start(tmp_path / "file")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=r"takes about [\d,]+ bytes, but .*checkpoints has 1,000 free"):
+    with pytest.raises(OSError, match=r"takes about [\d,]+ bytes, but .*checkpoints has 1,000 free") as error:
         start(tmp_path)
     assert not list(tmp_path.rglob("*.ckpt"))
+    size = int(re.search(r"about ([\d,]+)", str(error.value))[1].replace(",", ""))
+    usage = usage._replace(free=size * 3 // 2)
+    with pytest.raises(OSError, match="room for two"):  # the next is written before the last is removed
+        start(tmp_path)
+    (tmp_path / "checkpoints" / "old.ckpt").write_bytes(b"0" * size)
+    start(tmp_path)  # there is one already

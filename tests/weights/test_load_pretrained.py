@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
@@ -72,11 +72,12 @@ def test_a_run_folder_gives_the_best_that_a_checkpoint_callback_kept(tmp_path):
     assert step_of(loaded) == 10 and "the best in val/x of" in loaded.origin and "10.ckpt" in loaded.origin
 
 
+@pytest.mark.parametrize("name", ["{}.ckpt", "step={0}-val/nats={0}.ckpt"])  # metrics' names make folders
 @pytest.mark.parametrize("kind", ["PretrainModule", "FineTuneModule"])
-def test_a_run_folder_gives_the_best_by_its_own_validation(tmp_path, kind):
+def test_a_run_folder_gives_the_best_by_its_own_validation(tmp_path, kind, name):
     values = {10: 2.5, 20: 2.0, 30: 2.2} if kind == "PretrainModule" else {10: 0.5, 20: 0.7, 30: 0.6}
     for step, value in values.items():
-        stamped(tmp_path / "a" / f"{step}.ckpt", step, nats=value, kind=kind)
+        stamped(tmp_path / "a" / name.format(step), step, nats=value, kind=kind)
     stamped(
         tmp_path / "other_run" / "5.ckpt", 5, nats=values[20] * (0.1 if kind == "PretrainModule" else 1.4), kind=kind
     )
@@ -90,6 +91,21 @@ def test_a_run_folder_gives_the_best_by_its_own_validation(tmp_path, kind):
         kind=kind,
     )
     assert step_of(load_pretrained(tmp_path)) == 20  # what step 30 measured says nothing of the weights of step 40
+
+
+@pytest.mark.parametrize("monitor", [None, "val/nats_per_pixel"])
+def test_the_best_of_a_run_whose_checkpoint_names_have_a_slash(tmp_path, monitor):
+    class Mine(PretrainModule):  # by what was measured, not by the name of the class
+        pass
+
+    names = "{step}-{val/nats_per_pixel:.3f}"
+    saver = ModelCheckpoint(monitor=monitor, filename=names, save_top_k=-1, every_n_train_steps=None if monitor else 1)
+    options = {"val_check_interval": 1, "check_val_every_n_epoch": None, "callbacks": [saver], "max_steps": 6}
+    data = PretrainDataModule("digits", batch_size=64, image_size=4)
+    quiet_trainer(tmp_path, **options).fit(Mine(TINY, "gray:8", lr=3.0, warmup_steps=0), data)
+    cards = [load_pretrained(path).card for path in tmp_path.rglob("*-val/*.ckpt")]
+    measured = {card.measured_at: card.nats_per_pixel for card in cards if card.measured_at}
+    assert load_pretrained(tmp_path).card.steps == min(measured, key=measured.get) != 6 == len(cards)
 
 
 def test_a_later_checkpoint_may_tell_of_an_earlier_ones_validation(tmp_path):
@@ -185,6 +201,20 @@ def test_an_unreachable_hub_id_says_so(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="owner/nothing is neither a path here nor a hub repository"):
         load_pretrained("owner/nothing")
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/nowhere"), OSError(28, "No space left")])
+def test_errors_of_the_cache_name_the_variable_to_set(tmp_path, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(type(error), match=rf"weights of me/cats .*: {error.strerror}; .* are kept in .*; set HF_HOME"):
+        load_pretrained("me/cats")
+    monkeypatch.setattr("lightning_igpt.weights.checkpoint.read_torch", fail)
+    (tmp_path / "mine.ckpt").touch()
+    with pytest.raises(type(error), match=rf"the weights of .*mine.ckpt could not be read: {error.strerror}"):
+        load_pretrained(tmp_path / "mine.ckpt")
 
 
 def test_a_changed_palette_or_a_missing_part_is_noticed(tmp_path, checkpoint):
