@@ -1,6 +1,6 @@
 """The model card that travels with exported weights, as the README.md of a Hugging Face repository.
 
-Its text is in ``assets/model_card*.md``, whose ``$names`` are filled in here.
+Its text is in ``assets/model_card*``, whose ``$names`` are filled in here.
 """
 
 from __future__ import annotations
@@ -20,22 +20,6 @@ from lightning_igpt.planning import parameter_count
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 _UNKNOWN = "not recorded"
-_WORDS = {
-    "autoregressive": {
-        "objective": "next pixel",
-        "uses": "- to complete pictures, to draw new ones, and to tell how surprising a picture is",
-        "order": "It draws row by row from the top: what is known after a hole does not influence the hole.",
-        "surprise": "each pixel given those before it",
-        "call": "igpt.complete(loaded.network, tokens[:, : tokens.shape[1] // 2])",
-    },
-    "bert": {
-        "objective": "masked pixels (BERT)",
-        "uses": "- to fill holes in pictures",
-        "order": "It fills holes in passes, the surest pixels first; it has no likelihood.",
-        "surprise": "hidden pixels given the others",
-        "call": "igpt.inpaint(loaded.network, tokens, known)",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -106,7 +90,8 @@ _KINDS |= dict.fromkeys(("title", "data", "license", "notes", "origin"), str)
 
 def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_names: Sequence[str] | None = None) -> str:
     """README.md: front matter for the hub, what the network is and is for, what was measured, how to load it."""
-    words, classes, bert = _WORDS[config.objective], class_names is not None, config.objective == "bert"
+    words = json.loads((_ASSETS / "model_card.json").read_text(encoding="utf-8"))[config.objective]
+    classes, bert = class_names is not None, config.objective == "bert"
     facts = {
         "objective": words["objective"],
         "shape": f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, MLP {config.mlp_width}",
@@ -122,7 +107,7 @@ def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_name
     if class_names is not None:
         facts["classes"] = f"{len(class_names)}: {', '.join(class_names)}"
         numbers["validation accuracy"] = card.accuracy
-        words = words | {"uses": f"- to sort pictures into the classes named above\n{words['uses']}"}
+        words["uses"] = f"- to sort pictures into the classes named above\n{words['uses']}"
         if not bert:
             words["call"] = "logits = loaded.network.hidden(tokens).mean(1) @ loaded.head.T  # (B, classes)"
     if card.origin is not None:

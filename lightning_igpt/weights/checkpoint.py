@@ -83,26 +83,21 @@ def best_checkpoint(folder: Path) -> tuple[Path, str]:
 
 
 class Moment(NamedTuple):
-    """When a checkpoint was written, by what it says itself: clocks differ, and copies have new times.
+    """When a checkpoint was written, by what it says itself: clocks differ, and copies have new times."""
 
-    ``started`` is when its run started, in seconds since 1970, equal for all checkpoints of a run; ``fits`` how often
-    that had been resumed; ``root`` the name of its ``default_root_dir``, where it says.
-    """
-
-    started: float
-    fits: float
+    started: float  # when its run started, in seconds since 1970; equal for all checkpoints of a run, 0 if unknown
+    fits: float  # how often that had been resumed
     step: float
-    root: str | None = None
+    root: str | None = None  # name of the run's default_root_dir
 
     @classmethod
     def of(cls, checkpoint: Any) -> Moment:
-        """What a checkpoint, which may hold anything, says: ``started`` is infinite without a step, 0 if unknown."""
+        """What a checkpoint, which may hold anything, says; ``started`` is infinite where it knows no step."""
         stamp = _mapping(_mapping(checkpoint).get(STAMP))
         run, step = _mapping(stamp.get("run")), _mapping(checkpoint).get("global_step", stamp.get("steps"))
-        numbers = [value if isinstance(value, (int, float)) else 0 for value in (run.get("started"), run.get("fits"))]
-        if not isinstance(step, int) or not all(0 <= number < math.inf for number in numbers):
-            return cls(math.inf, 0, 0)
-        return cls(numbers[0], numbers[1], step, run.get("root"))
+        started, fits = run.get("started", 0), run.get("fits", 0)
+        sane = all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in (started, fits, step))
+        return cls(started, fits, step, run.get("root")) if sane else cls(math.inf, 0, 0)
 
 
 def checkpoints_in(folder: Path, pattern: str = "**/*.ckpt") -> list[Path]:

@@ -13,6 +13,7 @@ import zipfile
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import lru_cache
@@ -61,7 +62,14 @@ PLAINER: tuple[tuple[Any, Callable[[Any], Any]], ...] = (  # of the kinds that a
     (np.datetime64, str),
     (np.timedelta64, lambda value: value / np.timedelta64(1, "s")),
     (np.generic, lambda value: value.item()),
-    (np.ndarray, lambda value: _tensor(value) if value.dtype.kind in "biufc" else list(value)),
+    (
+        np.ndarray,
+        lambda value: (
+            torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+            if value.dtype.kind in "biufc"
+            else list(value)
+        ),
+    ),
     (os.PathLike, os.fspath),
     ((datetime.date, datetime.time), lambda value: value.isoformat()),
     (datetime.timedelta, lambda value: value.total_seconds()),
@@ -82,11 +90,7 @@ def plain(
 ) -> Any:
     """A value with plain ones, which ``weights_only=True`` reads, in place of objects; the value itself if it has none.
 
-    Args:
-        value: Anything that a checkpoint holds.
-        report: Gets the key and the object where no plain value says the same, and gives what is put there.
-        key: Of ``value``, such as ``hyper_parameters.folder``.
-        done: By their ids, the values that were visited, and what is put in their place.
+    Where no plain value says the same, what ``report`` makes of the key (``a.b`` in a dict of dicts) and the object.
     """
     done, kind = {} if done is None else done, type(value)
     if kind in PLAIN or isinstance(value, Tensor) or kind in torch.serialization.get_safe_globals():
@@ -119,39 +123,24 @@ def _plain(value: Any, report: Callable[[str, Any], Any], key: str, done: dict[i
     return plain(simpler, report, key, done)
 
 
-def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
-
-
-class _StandIn:
-    """What takes the place of an object in a file, and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _StandIn:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
 def _objects_in(path: Path) -> str:
     """For the message: which objects a file holds, where as far as that can be seen, and what to do. None is made."""
-    names, places = list[str](), list[str]()
-    try:
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        stand_ins: list[Any] = [(type(name, (_StandIn,), {}), name) for name in names]
+
+    def nothing(*args: Any) -> None: ...
+
+    places, keys = list[str](), list[str]()
+    with suppress(Exception):  # a hostile file may end this anywhere
+        places = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        idle = dict.fromkeys(("__init__", "__setstate__"), nothing)
+        stand_ins: list[Any] = [(type(name, (), idle), name) for name in places]
         with torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, "meta", weights_only=True)
-        plain(content, lambda key, value: places.append(f"{type(value).__name__} in {key}"))
-    except Exception:  # a hostile file may end this anywhere
-        places = places or names
+        plain(content, lambda key, value: keys.append(f"{type(value).__name__} in {key}"))
     if not places:
         return ", or is damaged"
-    texts = ", ".join(ascii(text)[1:-1][:100] for text in places[:3])
-    return (
-        f": {texts}{', ...' * (len(places) > 3)}; if it is yours, load it with weights_only=False in a script of your "
-        "own, put plain values there, and save it again"
-    )
+    texts = [ascii(text)[1:-1][:100] for text in (keys or places)[:3]]
+    cure = "if it is yours, load it with weights_only=False in a script, put plain values there, and save it again"
+    return f": {', '.join(texts)}; {cure}"
 
 
 def tensors_in(content: Any, where: Path) -> dict[str, Tensor]:
