@@ -188,18 +188,18 @@ def _candidates(where: str | Path | Trainer) -> list[Path]:
     """What may be continued, newest first; under other loggers only checkpoints of this root, and of no older run."""
     if not isinstance(where, Trainer):
         return list(newest_first(checkpoints_in(Path(where).expanduser())))
-    root = Path(where.default_root_dir).absolute()
-    own = {path for folder in _folders(where) for path in checkpoints_in(folder)} | {*checkpoints_in(root, "*.ckpt")}
-    places = {root, *(Path(logger.save_dir).absolute() for logger in where.loggers if logger.save_dir)}
+    root, saved = Path(where.default_root_dir), [path for place in _folders(where) for path in checkpoints_in(place)]
+    places = [root, *(Path(logger.save_dir) for logger in where.loggers if logger.save_dir)]
     patterns = [f"{levels}{inner}*.ckpt" for levels in ("*/", "*/*/") for inner in ("", "checkpoints/**/")]
-    others = {path for place in places for pattern in patterns for path in checkpoints_in(place, pattern)}
-    moments = newest_first(own | others)
+    others = [path for place in places for pattern in patterns for path in checkpoints_in(place, pattern)]
+    own = {path.absolute(): path for path in [*saved, *checkpoints_in(root, "*.ckpt")]}
+    paths = {path.absolute(): path for path in others} | own
+    moments = newest_first(paths)
     runs = {moments[path].started for path in own} - {math.inf}
-    return [
-        path
-        for path, moment in moments.items()
-        if path in own or (moment.root == root.name and (not runs or moment.started in runs))
-    ]
+    joins = {
+        path for path, at in moments.items() if at.root == root.absolute().name and (not runs or at.started in runs)
+    }
+    return [paths[path] for path in moments if path in own or path in joins]
 
 
 def _folders(trainer: Trainer) -> list[Path]:
@@ -207,8 +207,7 @@ def _folders(trainer: Trainer) -> list[Path]:
     named = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     roots = [(logger.save_dir or trainer.default_root_dir, logger.name or "") for logger in trainer.loggers]
     folders = [Path(trainer.default_root_dir) / "checkpoints", *(Path(root) / str(name) for root, name in roots)]
-    folders += [Path(folder) for folder in named if folder and "://" not in str(folder)]
-    return [folder.absolute() for folder in folders]
+    return folders + [Path(folder) for folder in named if folder and "://" not in str(folder)]
 
 
 def _sync_folder(folder: Path) -> None:

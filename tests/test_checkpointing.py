@@ -322,15 +322,3 @@ def test_what_the_disk_gives_back_is_compared(tmp_path, monkeypatch):
         AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(10_000)}, path)
     monkeypatch.undo()
     assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
-
-
-def test_flipped_bits_are_noticed(tmp_path):
-    """torch.load compares no checksums: it would give other weights without a word."""
-    path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(10_000)}, path)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    assert not torch.equal(torch.load(path, weights_only=True)["weights"], torch.ones(10_000))
-    with pytest.raises(ValueError, match="damaged"):
-        AtomicCheckpointIO().load_checkpoint(path)

@@ -56,7 +56,8 @@ def read_torch(path: Path, map_location: Any = "cpu", *, mmap: bool = True) -> A
         raise ValueError(f"{path} cannot be opened with weights_only=True: {reason}") from error
 
 
-PLAIN = {type(None), bool, int, float, complex, str, bytes, bytearray, Tensor, torch.Size, torch.dtype, torch.device}
+PLAIN = {type(None), bool, int, float, complex, str, bytes, bytearray}
+PLAIN |= {Tensor, torch.Size, torch.dtype, torch.device, torch.layout}
 PLAINER: tuple[tuple[Any, Callable[[Any], Any]], ...] = (  # of the kinds that an object has, the first counts
     (Enum, lambda value: value.value),
     (np.datetime64, str),
@@ -112,12 +113,10 @@ def _plain(value: Any, report: Callable[[str, Any], Any], key: str, done: dict[i
         same = all(map(operator.is_, [*names, *items], [*value, *value.values()]))
         return value if same else kind(dict(zip(names, items, strict=True)))
     if kind in (list, tuple, set):
-        items = [plain(item, report, f"{key}.{number}"[:200], done) for number, item in enumerate(value)]
-        return value if all(map(operator.is_, items, value)) else kind(items)
+        return kind(plain(item, report, f"{key}.{number}"[:200], done) for number, item in enumerate(value))
     if is_dataclass(kind):
-        simpler: Any = {field.name: getattr(value, field.name) for field in fields(value)}
-    else:
-        simpler = next(convert(value) for known, convert in PLAINER if isinstance(value, known))
+        return plain({field.name: getattr(value, field.name) for field in fields(value)}, report, key, done)
+    simpler = next(convert(value) for known, convert in PLAINER if isinstance(value, known))
     if type(simpler) is kind:
         raise TypeError(kind)
     return plain(simpler, report, key, done)
