@@ -134,11 +134,11 @@ def _objects_in(path: Path) -> str:
         stand_ins: list[Any] = [(type(name, (), idle), name) for name in places]
         with torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, "meta", weights_only=True)
-        plain(content, lambda key, value: keys.append(f"{type(value).__name__} in {key}"))
+        plain(content, lambda key, value: keys.append(f"{getattr(value, '__name__', type(value).__name__)} in {key}"))
     if not places:
         return ", or is damaged"
     texts = [ascii(text)[1:-1][:100] for text in (keys or places)[:3]]
-    cure = "if it is yours, load it with weights_only=False in a script, put plain values there, and save it again"
+    cure = "if you wrote it, and only then, torch.load it with weights_only=False, put plain values there and save it"
     return f": {', '.join(texts)}; {cure}"
 
 
