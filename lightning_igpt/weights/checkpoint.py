@@ -54,8 +54,7 @@ def best_checkpoint(folder: Path) -> tuple[Path, str]:
     """(the best checkpoint of the newest run in a folder, why it was chosen).
 
     The best is what a ModelCheckpoint that monitors a validation metric kept as such; without one, the checkpoint with
-    the best validation in the folder of the newest; without any validation, the newest. What cannot be read is skipped
-    with a warning.
+    the best validation of that run; without any validation, the newest. What cannot be read is skipped with a warning.
 
     Raises:
         FileNotFoundError: The folder holds no checkpoint.
