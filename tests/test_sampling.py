@@ -109,21 +109,6 @@ def test_inpaint_reveals_the_surest_first():
     assert certainty[revealed].min() >= certainty[seen[1][0]].max()
 
 
-@pytest.mark.parametrize("given", [0, 1, 8, 15, 16])
-@pytest.mark.parametrize("temperature", [0, 1.3])
-def test_inpaint_after_a_raster_prefix_is_complete(given, temperature):
-    network, tokens = random_network(), random_tokens()
-    known = (torch.arange(16) < given).expand(2, 16)
-    if given < 16:
-        options = {"temperature": temperature, "generator": torch.manual_seed(3)}
-        expected = complete(network, tokens[:, :given], **options)[:, 0]
-    else:
-        expected = tokens
-    assert torch.equal(
-        inpaint(network, tokens, known, temperature=temperature, generator=torch.manual_seed(3)), expected
-    )
-
-
 SCATTERED = torch.rand(6, 16, generator=torch.Generator().manual_seed(5)) < 0.6
 SCATTERED[3] = True  # nothing to draw beside rows that lack something
 SCATTERED[4, :9] = True  # a first hole later than the others'
