@@ -14,9 +14,8 @@ from lightning_igpt.__main__ import LIGHTNING_VERBS, OWN_VERBS
 from lightning_igpt.commands import recipes
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.planning import find_device, parameter_count, train_flops_per_token, usual_mfu
-from tests.docs.pages import GENERATED, PAGES, ROOT, blocks, table
+from tests.docs.pages import GENERATED, PAGES, ROOT, table
 
-DEMO, TEST = "pip install . && lightning-igpt quickstart", 'pip install -e ".[test]" && pytest -n auto'
 TEXTS = PAGES | {path.name: path.read_text(encoding="utf-8") for path in recipes.folder().glob("*.yaml")}
 
 
@@ -24,12 +23,6 @@ TEXTS = PAGES | {path.name: path.read_text(encoding="utf-8") for path in recipes
 def test_inline_commands_exist(page):
     for verb in re.findall(r"`lightning-igpt ([\w-]+)", PAGES[page]):
         assert verb in {*LIGHTNING_VERBS, *OWN_VERBS} or verb.startswith("--")
-
-
-def test_the_two_commands_are_the_readmes_and_ci_runs_the_same():
-    lines = {line for block in blocks("README.md") for line in block.text.splitlines()}
-    assert {DEMO, TEST} <= lines
-    assert TEST in (ROOT / ".ci" / "run").read_text()
 
 
 def test_no_text_names_a_path_of_one_machine():

@@ -3,7 +3,6 @@
 import csv
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -46,9 +45,3 @@ def test_predict_through_the_command_line(tmp_path, monkeypatch):
     assert main(["predict", "--model", "FineTuneModule", *network, *data, *options, "--ckpt_path", "some.ckpt"]) == 0
     (path,) = tmp_path.rglob("classes.csv")
     assert len(path.read_text().splitlines()) == 361
-
-
-def test_a_missing_checkpoint_is_an_error_at_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"ckpt_path nowhere\.ckpt does not exist"):
-        main(["fit", "--config", "digits_tiny_pretrain", "--ckpt_path", "nowhere.ckpt"])
