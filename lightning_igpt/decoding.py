@@ -4,8 +4,6 @@ A step reads all weights and the whole cache and computes little with them. So i
 (16 bits per value instead of 32, or 8 per weight) and on the number of operations.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args

@@ -1,7 +1,5 @@
 """Uses of a trained network as a density of tokens: complete images, inpaint them, score them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -8,8 +8,6 @@ The ratio to the peer is that of tokens from the data module to tokens from ``tr
 that of tokens from the data module to bare decoding, both on small PNG files.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence

@@ -7,8 +7,6 @@ The limit: the operations of the plain pass (``planning.forward_flops_per_token`
 the blocks, at the speed of a large matrix product.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The same network twice: ours, and that of ``transformers`` with the same weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any

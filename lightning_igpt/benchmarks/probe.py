@@ -12,8 +12,6 @@ loss and gradient. The limit is its: 4 N D C operations at the speed of a large 
 one pass over the features at the speed of memory.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from argparse import Namespace

@@ -8,8 +8,6 @@ The limit: every pixel is read (3 bytes), looked up (2 bytes) and written (8 byt
 device copies large tensors. Below the table: the time to build the table of all 2^24 colors, without the cache on disk.
 """
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from argparse import Namespace

@@ -10,8 +10,6 @@ speed of a large copy or sum in the same run. OpenAI's own sampler has no cache:
 image, which is timed, too. Ratios in the last line are those of ``--precision`` (default: half).
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from argparse import Namespace

@@ -8,8 +8,6 @@ Limit: 3 x the forward pass's operations (attention counted causally, ``planning
 of a large matrix product in the same precision. On a GPU, relative to the chip's nominal speed, that is the MFU.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
