@@ -33,16 +33,6 @@ def their_features(theirs: Any, tokens: Tensor) -> Tensor:
     return torch.stack([state.mean(1) for state in (*normed, states[-1])], 1)  # the last is already normed
 
 
-def check_agreement(sides: dict[str, Callable[[], Tensor]]) -> float:
-    """Check for equal features; return the largest difference."""
-    ours, theirs = sides[ALL](), sides[PEER]()
-    difference = harness.largest_difference(ours, theirs)
-    harness.require(difference <= CLOSE, f"features differ by {difference:.1e} of the largest, more than {CLOSE:.0e}")
-    middle = harness.largest_difference(sides[MIDDLE]()[:, 0], ours[:, (ours.shape[1] - 1) // 2])
-    harness.require(middle <= CLOSE, f"the middle layer alone differs by {middle:.1e} from what it is among all")
-    return difference
-
-
 @torch.no_grad()
 def measure(options: Namespace) -> tuple[dict[str, Turns], float]:
     """Turns of every side, and the largest difference of features."""
@@ -55,7 +45,10 @@ def measure(options: Namespace) -> tuple[dict[str, Turns], float]:
         MIDDLE: lambda: network.features(tokens, [config.n_layer // 2]),
         PEER: lambda: their_features(model.transformer, tokens),
     }
-    difference = check_agreement(sides)
+    ours = sides[ALL]()
+    difference = harness.require_close("features", ours, sides[PEER](), CLOSE)
+    middle = ours[:, config.n_layer // 2 : config.n_layer // 2 + 1]
+    harness.require_close("features of the middle layer alone", sides[MIDDLE](), middle, CLOSE)
     for each in (network, model):
         each.to(torch.bfloat16 if options.precision == "bf16-true" else torch.float32)
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=options.precision == "bf16-mixed"):

@@ -133,16 +133,18 @@ def machine_limits(device: str = "cpu", dtype: torch.dtype = torch.float32, repe
     return Limits(2 * side**3 / best["product"], max(2 * size / best["copy"], size / best["sum"]))
 
 
-def largest_difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest absolute difference, as a share of the largest absolute value of ``theirs``."""
-    ours, theirs = ours.detach().double().cpu(), theirs.detach().double().cpu()
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
-
-
 def require(agrees: bool, what: str) -> None:
     """RuntimeError where two sides do not compute the same."""
     if not agrees:
         raise RuntimeError(f"the sides disagree, so comparing their speed means nothing: {what}")
+
+
+def require_close(what: str, ours: Tensor, theirs: Tensor, bound: float) -> float:
+    """The largest absolute difference, as a share of the largest absolute value of ``theirs``; at most ``bound``."""
+    ours, theirs = ours.detach().double().cpu(), theirs.detach().double().cpu()
+    off = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+    require(off <= bound, f"{what} differ by {off:.1e} of the largest, more than {bound:.0e}")
+    return off
 
 
 def conditions(device: str, *libraries: Any) -> dict[str, Any]:

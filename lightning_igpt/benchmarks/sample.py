@@ -90,9 +90,10 @@ def measure(options: Namespace) -> None:
     names = [name for name in get_args(Precision) if torch.device(device).type == "cpu" or name != "int8"]
     sides = {name: ours(network, prompt, name) for name in names} | {PEER: theirs(peer, prompt, config.vocab_size)}
     expected = network(tokens)[:, given + 1 : given + 1 + steps].transpose(0, 1)
-    off = {name: harness.largest_difference(side.run(pixels), expected) for name, side in sides.items()}
-    for name, value in off.items():
-        harness.require(value < CLOSE[name], f"logits of {name} differ by {value:.1e} of the largest")
+    off = {
+        name: harness.require_close(f"logits of {name}", side.run(pixels), expected, CLOSE[name])
+        for name, side in sides.items()
+    }
 
     runs = {name: functools.partial(side.run, pixels) for name, side in sides.items()}
     rows = {name: turns.times(1 / steps) for name, turns in harness.in_turns(runs, options.repeats, device).items()}
