@@ -99,7 +99,8 @@ class PadCropFlip:
     seed: int = 0
 
     def __call__(self, grids: NDArray[Any], samples: Sequence[int]) -> NDArray[Any]:
-        draws = counter_uniform(torch.tensor(samples), 3, seed=self.seed + _AUGMENTATION).numpy()  # (B, 3)
+        numbers = torch.tensor(samples, device="cpu")
+        draws = counter_uniform(numbers, 3, seed=self.seed + _AUGMENTATION).numpy()  # (B, 3)
         starts = (draws[:, :2].T * (2 * self.pad + 1)).astype(np.int64)  # of the cuts, in the padded grid
         n, channels, size, _ = grids.shape
         # Where each row and column of the padded grid comes from; np.pad on the pixels is five times slower.
