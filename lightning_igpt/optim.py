@@ -3,8 +3,6 @@
 Not in the paper: layer-wise decay of the learning rate for fine-tuning; Muon for the matrices.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Randomness is counter-based: a draw is decided by (seed, sample) alone, never by
 Rules: Chen et al. 2020, sections 3.1 (crops) and 3.2 with appendix A (CIFAR padding).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
