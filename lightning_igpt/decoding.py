@@ -4,11 +4,9 @@ A step reads all weights and the whole cache and computes little with them. So i
 (16 bits per value instead of 32, or 8 per weight) and on the number of operations.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +30,6 @@ def is_sharded(network: nn.Module) -> bool:
     return hasattr(network, "unshard")
 
 
-def check_precision(precision: str | None) -> None:
-    """Raise ValueError unless ``precision`` is None or one of the three."""
-    if precision not in (None, "full", "half", "int8"):
-        raise ValueError(f"precision is {precision!r}; it must be 'full', 'half' or 'int8'")
-
-
 class Decoder:
     """Keys, values and steps of one batch of images.
 
@@ -57,7 +49,8 @@ class Decoder:
         weight = network.wte.weight
         if precision is None:
             precision = "half" if torch.is_autocast_enabled(weight.device.type) else "full"
-        check_precision(precision)
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision is {precision!r}; it must be 'full', 'half' or 'int8'")
         if precision == "int8" and weight.device.type != "cpu":
             raise ValueError(f"precision 'int8' needs a CPU, but this network is on {weight.device}; use 'half'")
         if precision == "int8" and is_sharded(network):

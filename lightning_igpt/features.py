@@ -3,8 +3,6 @@
 The features are those of ``ImageGPT.features``.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import deque

@@ -6,8 +6,6 @@ Source: Chen et al., "Generative Pretraining from Pixels" (ICML 2020), section 3
 The paper says nothing about initialization or sample; those are this project's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 

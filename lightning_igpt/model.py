@@ -302,18 +302,18 @@ class ImageGPT(nn.Module):
                 raise ValueError(
                     "masked= and cache= exclude each other: a cache holds only earlier pixels; drop one of them"
                 )
-            self._check_length(tokens.shape[1], exact=True)
+            self.check_length(tokens.shape[1])
             x = self.wte(tokens) * ~masked[:, :, None]  # a hidden pixel keeps only its position
             return self._drop(x + self.wpe.weight)
         if self.sos is None:
             raise ValueError("this is a BERT network: it needs masked=, a bool (B, T) that marks hidden pixels")
         if cache is None:
-            self._check_length(tokens.shape[1], exact=True)
+            self.check_length(tokens.shape[1])
             return self._drop(self._after_sos(tokens[:, :-1]) + self.wpe.weight)
         if cache.length and tokens.shape[1] != 1:
             raise ValueError(f"a cache in use takes one pixel at a time, not {tokens.shape[1]}; use a new cache")
         x = self.wte(tokens) if cache.length else self._after_sos(tokens)
-        self._check_length(cache.length + x.shape[1], exact=False)
+        self.check_length(cache.length + x.shape[1], exact=False)
         return self._drop(x + self.wpe(cache.position + torch.arange(x.shape[1], device=x.device)))
 
     def _after_sos(self, tokens: Tensor) -> Tensor:
@@ -324,8 +324,8 @@ class ImageGPT(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)
 
-    def _check_length(self, length: int, *, exact: bool) -> None:
-        expected = self.config.n_positions
+    def check_length(self, length: int, *, exact: bool = True) -> None:
+        """Raise ValueError unless ``length`` is the number of tokens of an image or, if not ``exact``, less."""
+        side, expected = self.config.image_size, self.config.n_positions
         if length > expected or (exact and length != expected):
-            side = self.config.image_size
             raise ValueError(f"{length} tokens; this network reads images of {side} x {side} = {expected} pixels")

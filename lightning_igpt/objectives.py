@@ -3,8 +3,6 @@
 A pixel is one palette token. Nats divided by ln 2 are bits per pixel, not the bits per dimension of RGB models.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 Not in the paper: layer-wise decay of the learning rate for fine-tuning; Muon for the matrices.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -67,7 +65,6 @@ class MuonAdam(torch.optim.Optimizer):
         packed: Number of matrices stacked in a parameter of ``matrices``; 1 by default.
 
     Raises:
-        RuntimeError: This torch has no Muon.
         ValueError: None of ``matrices`` is to be trained, one of them is sharded or not a matrix, or its rows are not
             divisible by the number of packed matrices.
     """
@@ -82,8 +79,6 @@ class MuonAdam(torch.optim.Optimizer):
         weight_decay: float,
         packed: Mapping[nn.Parameter, int] | None = None,
     ) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise RuntimeError(f"torch {torch.__version__} has no Muon, which came with 2.9; update torch or use adam")
         by_parts: dict[int, list[nn.Parameter]] = {}
         for matrix in matrices:
             parts = (packed or {}).get(matrix, 1)

@@ -5,8 +5,6 @@ score matrix, which is what a fused kernel computes; BERT networks see both side
 no program can undercut: every operation at the speed of a large product, every byte at that of a large copy.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

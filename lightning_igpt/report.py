@@ -4,8 +4,6 @@ A run is a folder with a ``metrics.csv`` (one row per logged step, with the colu
 was there, a ``run.json``.
 """
 
-from __future__ import annotations
-
 import base64
 import csv
 import html

@@ -1,7 +1,5 @@
 """Uses of a trained network as a density of tokens: complete images, inpaint them, score them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_igpt.decoding import Decoder, Precision, check_precision
+from lightning_igpt.decoding import Decoder, Precision
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.objectives import pixel_nats
 
@@ -58,8 +56,7 @@ def complete(
             not finite.
     """
     _check_prompt(network, prompt)
-    _check_options(temperature, top_k, top_p, n_samples)
-    check_precision(precision)
+    _check_options(temperature, top_k, top_p, n_samples=n_samples)
     device, given, total = network.wte.weight.device, prompt.shape[1], network.config.n_positions
     tokens = F.pad(prompt.to(device), (0, total - given)).repeat_interleave(n_samples, 0)  # (B * n_samples, T)
     known = (torch.arange(total, device=device) < given).expand_as(tokens)
@@ -170,10 +167,10 @@ def inpaint(
         ValueError: Shapes differ or are not the network's, a known token is not in the palette, or an option is out of
             range.
     """
-    _check_mask(network, tokens, known)
-    check_precision(precision)
-    if steps < 1 or not temperature >= 0:
-        raise ValueError(f"steps {steps} must be at least 1 and temperature {temperature} at least 0")
+    if tokens.shape != known.shape or tokens.ndim != 2:
+        raise ValueError(f"tokens {tuple(tokens.shape)} and known {tuple(known.shape)} must both be (B, T)")
+    network.check_length(tokens.shape[1])
+    _check_options(temperature, steps=steps)
     device = network.wte.weight.device
     known = known.to(device=device, dtype=torch.bool)
     tokens = tokens.to(device).masked_fill(~known, 0)
@@ -257,17 +254,10 @@ def _check_prompt(network: ImageGPT, prompt: Tensor) -> None:
         raise ValueError(f"the prompt has {prompt.shape[1]} pixels and the image only {total}: nothing is left to draw")
 
 
-def _check_mask(network: ImageGPT, tokens: Tensor, known: Tensor) -> None:
-    if tokens.shape != known.shape or tokens.ndim != 2:
-        raise ValueError(f"tokens {tuple(tokens.shape)} and known {tuple(known.shape)} must both be (B, T)")
-    side, total = network.config.image_size, network.config.n_positions
-    if tokens.shape[1] != total:
-        raise ValueError(f"{tokens.shape[1]} tokens; this network reads images of {side} x {side} = {total} pixels")
-
-
-def _check_options(temperature: float, top_k: int | None, top_p: float | None, n_samples: int) -> None:
-    if n_samples < 1:
-        raise ValueError(f"n_samples is {n_samples}; it must be at least 1")
+def _check_options(temperature: float, top_k: int | None = None, top_p: float | None = None, **counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
     if not temperature >= 0:  # catches NaN too
         raise ValueError(f"temperature is {temperature}; it must be at least 0")
     if top_k is not None and top_k < 1:

@@ -1,7 +1,5 @@
 """Which strategy a run takes, and why: one device, the whole network on each of several, or a share of it on each."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from itertools import chain

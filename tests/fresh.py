@@ -19,7 +19,6 @@ import pytest
 from lightning_igpt.__main__ import main as program
 
 ROOT = Path(__file__).parents[1]
-OF_A_GROUP = ("MASTER_", "LOCAL_RANK")  # variables that an earlier group of processes leaves
 
 
 class Fresh:
@@ -40,9 +39,8 @@ class Fresh:
             patch.setenv("OMP_NUM_THREADS", "1")
             context.set_forkserver_preload(["tests.preloaded"])
             forkserver.ensure_running()
-        inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "LOCAL_RANK"))
-        }
+        left = ("MASTER_", "LOCAL_RANK")  # variables of an earlier group of processes
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(left)}
         environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
         self._output = Path(folder) / f".output-{time.monotonic_ns()}"
         self._output.touch()

@@ -3,7 +3,6 @@ import dataclasses
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_igpt import decoding
 from lightning_igpt.config import ImageGPTConfig
@@ -138,27 +137,6 @@ def test_no_step_asks_the_device_for_a_number(options):
             complete(network, tokens[:, :given], **options)
         reads.append(mode.count)
     assert reads[0] == reads[1] <= 4 and reads[2] <= reads[1]  # checks of the prompt, and where the holes are
-
-
-def flops(run):
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run()
-    return counter.get_total_flops()
-
-
-def test_a_step_costs_the_same_everywhere_but_for_attention():
-    """Operations, not seconds: one pass for the prompt, one position per step."""
-    network, tokens = random_network(WIDE), random_tokens(WIDE, 1)
-    matrices = 2 * (WIDE.n_layer * 12 * 64**2 + 32 * 64)
-    for position in (1, 20, 62):
-        decoder = Decoder(network, 1)
-        with torch.no_grad():
-            decoder.start(tokens[:, :position])
-        attention = 4 * WIDE.n_layer * 64 * (position + 2)
-        assert flops(lambda d=decoder: d.step(tokens[:, :1])) - matrices in (
-            0,
-            attention,
-        )  # counted, or not, by version
 
 
 # --- captured steps ---------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """README and documentation agree with the code: names, links, numbers, pictures. ``tests/docs`` runs their snippets."""
 
+import ast
+import itertools
 import os
 import re
 from pathlib import Path
@@ -10,11 +12,10 @@ import yaml
 import lightning_igpt
 from lightning_igpt.__main__ import LIGHTNING_VERBS, OWN_VERBS
 from lightning_igpt.commands import recipes
-from lightning_igpt.config import PRESETS
-from lightning_igpt.planning import parameter_count
-from tests.docs.pages import GENERATED, PAGES, ROOT, blocks, table
+from lightning_igpt.config import PRESETS, ImageGPTConfig
+from lightning_igpt.planning import find_device, parameter_count, train_flops_per_token, usual_mfu
+from tests.docs.pages import GENERATED, PAGES, ROOT, table
 
-DEMO, TEST = "pip install . && lightning-igpt quickstart", 'pip install -e ".[test]" && pytest -n auto'
 TEXTS = PAGES | {path.name: path.read_text(encoding="utf-8") for path in recipes.folder().glob("*.yaml")}
 
 
@@ -22,12 +23,6 @@ TEXTS = PAGES | {path.name: path.read_text(encoding="utf-8") for path in recipes
 def test_inline_commands_exist(page):
     for verb in re.findall(r"`lightning-igpt ([\w-]+)", PAGES[page]):
         assert verb in {*LIGHTNING_VERBS, *OWN_VERBS} or verb.startswith("--")
-
-
-def test_the_two_commands_are_the_readmes_and_ci_runs_the_same():
-    lines = {line for block in blocks("README.md") for line in block.text.splitlines()}
-    assert {DEMO, TEST} <= lines
-    assert TEST in (ROOT / ".ci" / "run").read_text()
 
 
 def test_no_text_names_a_path_of_one_machine():
@@ -83,3 +78,58 @@ def test_every_public_name_and_verb_is_documented():
     assert {*lightning_igpt.__all__} - {name.rpartition(".")[2] for name in directives} == {"__version__"}
     verbs = " ".join(row[0] for row in table("docs/reference/cli.md", "`.*"))
     assert {*re.findall(r"`(\w+)", verbs)} >= {*LIGHTNING_VERBS, *OWN_VERBS}
+
+
+@pytest.mark.parametrize("cost", [row for row in table("docs/reproduction.md", r"`\w+`") if len(row) == 3])
+def test_costs_of_reproduction_are_those_of_planning(cost):
+    recipe = yaml.safe_load(recipes.find(cost[0].strip("`")).read_text(encoding="utf-8"))
+    options = recipe["model"]["init_args"]
+    config = ImageGPTConfig.resolve(options["network"]).to_dict()
+    config = ImageGPTConfig(**config | {"objective": options.get("objective", config["objective"])})
+    images = 64 * 2_000_000 if "_xl_" in cost[0] else 128 * recipe["trainer"]["max_steps"]
+    flops = train_flops_per_token(config) * config.n_positions * images
+    hours = flops / usual_mfu(config) / find_device("h100").peak("bf16-mixed") / 3600
+    assert cost[1:] == [f"{flops:.1e}", f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"]
+
+
+# Metrics
+
+PACKAGE = ROOT / "lightning_igpt"
+LOGS = ("self", "module", "pl_module")
+VALUES = {  # of expressions between braces in a logged name
+    "stage": ["val", "test"],
+    "ending": [""],  # of the loader, where there are several
+    "{stage}/{name}{ending}": ["accuracy", "cross_entropy"],
+    "layer": ["<l>"],
+    "self._layer": ["<l>"],
+    "prefix": ["probe", "test"],
+    "throughput/{name}": ["images_per_second", "tokens_per_second", "mfu"],
+}
+
+
+def names_of(node):
+    """All names that a string, or an f-string, may have."""
+    if isinstance(node, ast.Constant):
+        return [node.value]
+    template = "".join(
+        part.value if isinstance(part, ast.Constant) else f"{{{ast.unparse(part.value)}}}" for part in node.values
+    )
+    parts = re.split(r"\{(.*?)\}", template)
+    choices = [VALUES.get(part) or VALUES[template] if place % 2 else [part] for place, part in enumerate(parts)]
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def logged():
+    """The first arguments of all calls of ``self.log`` and the like."""
+    for path in [*(PACKAGE / "modules").rglob("*.py"), *(PACKAGE / "callbacks").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func
+            if called and called.attr in ("log", "log_dict") and ast.unparse(called.value) in LOGS:
+                yield from names_of(node.args[0])
+
+
+def test_every_metric_is_on_the_page_with_its_unit_and_no_other():
+    rows = table("docs/reference/metrics.md", "`.*")
+    assert all(unit and where and what for _, unit, where, what in rows)
+    shown = [name for names, *_ in rows for name in re.findall(r"`([^`]+)`", names)]
+    assert sorted(shown) == sorted({*logged()})

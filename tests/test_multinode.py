@@ -37,19 +37,20 @@ def wait_for(port):
         time.sleep(0.1)
 
 
-def finish(folder, *commands, port=None):
+def finish(folder, *commands, port=None, **options):
     """Run commands at once in a folder with the recipe; what they printed, and the last checkpoint."""
     folder.mkdir()
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": MODEL, "data": DATA, "trainer": TRAINER}))
+    model = MODEL | {"init_args": MODEL["init_args"] | options}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": model, "data": DATA, "trainer": TRAINER}))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": folder}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": folder}
     processes = []
     try:
         for number, command in enumerate(commands):
             if number:
                 wait_for(port)  # the first machine holds the rendezvous
-            processes.append(subprocess.Popen([sys.executable, *command], env=environment, **options))
+            processes.append(subprocess.Popen([sys.executable, *command], env=environment, **pipes))
         outs = [process.communicate(timeout=LIMIT)[0] for process in processes]
     finally:
         for process in processes:
@@ -60,15 +61,17 @@ def finish(folder, *commands, port=None):
 
 
 @pytest.mark.slow
-def test_two_machines_equal_one_process(tmp_path):
-    """``batch_size`` is that of an optimizer step, whatever the devices."""
+@pytest.mark.parametrize("objective", ["autoregressive", pytest.param("bert", marks=pytest.mark.marathon)])
+def test_two_machines_equal_one_process(tmp_path, objective):
+    """``batch_size`` is that of an optimizer step, whatever the devices and the accumulated batches; float32."""
     fit = ["-m", "lightning_igpt", "fit", "--config", "recipe.yaml"]
-    _, expected = finish(tmp_path / "one", fit)
+    _, expected = finish(tmp_path / "one", fit, objective=objective)
     port = free_port()
     torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
     torchrun += ["--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "test", "--local-addr", "127.0.0.1"]
     machine = [*torchrun, *fit, "--trainer.num_nodes", "2", "--trainer.strategy", "ddp"]
-    out, found = finish(tmp_path / "two", machine, machine, port=port)
+    machine += ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "12"]
+    out, found = finish(tmp_path / "two", machine, machine, port=port, objective=objective)
     assert "Starting with 2 processes" in out
     for name, value in expected["state_dict"].items():
         torch.testing.assert_close(found["state_dict"][name], value, rtol=1e-5, atol=1e-6)

@@ -5,13 +5,14 @@ import re
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import lightning_igpt as igpt
 from lightning_igpt.checkpointing import find_checkpoint
 from lightning_igpt.optim import MuonAdam, make_adam
 from tests.modules.helpers import BERT, TINY, loader, quiet_trainer
 from tests.sharding import FullySharded, process_group, trainer
-from tests.test_resume import ENDLESS, NETWORK, SOURCE, assert_resumes, fit
+from tests.test_resume import ENDLESS, NETWORK, SOURCE, Recorder, assert_resumes, fit
 
 __all__ = ["process_group"]
 OPTIONS = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.3}
@@ -114,6 +115,19 @@ def test_a_resumed_run_equals_its_twin_bit_for_bit(tmp_path):
     whole = fit(pretraining, ENDLESS, save_to=tmp_path)
     for place in ("step-1", "validation-3", "step-5"):
         assert_resumes(pretraining, ENDLESS, whole, tmp_path / f"{place}.ckpt")
+
+
+def test_training_is_as_without_averaged_weights_and_a_resumed_run_as_its_twin(tmp_path):
+    """With Lightning's EMAWeightAveraging."""
+    plain, *_ = fit(pretraining, ENDLESS)
+    whole, weights, _ = fit(pretraining, ENDLESS, callbacks=[EMAWeightAveraging(decay=0.5), Recorder(tmp_path)])
+    assert whole.losses == plain.losses and whole.validations.keys() == plain.validations.keys()
+    assert whole.validations != plain.validations
+    for place in ("step-2", "step-3", "validation-3"):
+        options = {"ckpt": tmp_path / f"{place}.ckpt", "callbacks": [EMAWeightAveraging(decay=0.5)]}
+        again, found, _ = fit(pretraining, ENDLESS, **options)
+        assert again.validations[6] == whole.validations[6]
+        assert all(torch.equal(value, found[name]) for name, value in weights.items()), place
 
 
 def test_a_resumed_run_follows_new_settings(tmp_path):

@@ -1,4 +1,4 @@
-"""What is released: wheel and sdist as they are built from this tree, and the types that others see."""
+"""What is released: wheel and sdist as they are built from this tree, types that others see, what workflows may do."""
 
 import ast
 import email
@@ -10,11 +10,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lightning_igpt
 
 ROOT = Path(__file__).parents[1]
 VERSION = lightning_igpt.__version__
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+WORKFLOWS = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in (ROOT / ".github/workflows").glob("*.yml")}
 
 
 def build(source, out):
@@ -59,26 +62,9 @@ def test_the_sdist_makes_the_very_same_wheel(built, tmp_path):
         archive.extractall(tmp_path, filter="data")
     source = tmp_path / f"lightning_igpt-{VERSION}"
     assert contents(build(source, tmp_path / "dist")[0]) == contents(built[0])
-    for name in (
-        "README.md",
-        "CHANGELOG.md",
-        "CITATION.cff",
-        "tests/conftest.py",
-        ".ci/run",
-        ".github/workflows/tests.yml",
-    ):
+    for name in ("README.md", "CHANGELOG.md", "CITATION.cff", "tests/conftest.py", ".github/workflows/tests.yml"):
         assert (source / name).read_bytes() == (ROOT / name).read_bytes(), name
     assert not [path for path in source.rglob("*") if path.suffix in {".ckpt", ".pyc"}]
-
-
-def test_metadata_say_what_the_index_shows(built):
-    wheel = contents(built[0])
-    told = email.message_from_bytes(wheel[f"lightning_igpt-{VERSION}.dist-info/METADATA"])
-    assert (told["Name"], told["Version"], told["Requires-Python"]) == ("lightning-igpt", VERSION, ">=3.10")
-    assert told["License-Expression"] == "MIT" and told["Description-Content-Type"] == "text/markdown"
-    assert told.get_payload(decode=True).decode() == (ROOT / "README.md").read_text(encoding="utf-8")
-    scripts = wheel[f"lightning_igpt-{VERSION}.dist-info/entry_points.txt"].decode()
-    assert "lightning-igpt = lightning_igpt.__main__:main" in scripts
 
 
 def test_the_dependencies_are_what_is_imported(built):
@@ -112,3 +98,24 @@ def test_type_checkers_see_every_public_name():
     assert seen == {name: f"lightning_igpt.{home}.{name}" for name, home in lightning_igpt._HOME_OF.items()}
     program = (ROOT / "tests" / "typing" / "public_api.py").read_text(encoding="utf-8")
     assert set(lightning_igpt.__all__) <= set(re.findall(r"\bigpt\.(\w+)", program))
+
+
+def commands(name):
+    return [step["run"] for job in WORKFLOWS[name]["jobs"].values() for step in job["steps"] if "run" in step]
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_may_read_only_and_pins_its_actions(name):
+    assert WORKFLOWS[name]["permissions"] == {"contents": "read"}
+    for job in WORKFLOWS[name]["jobs"].values():
+        assert job.get("permissions", {}) in ({}, {"id-token": "write"})
+        assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step["uses"]) for step in job["steps"] if "uses" in step)
+    expressions = re.findall(r"\$\{\{ *(.*?) *\}\}", " ".join(commands(name)))
+    assert all(expression.startswith("matrix.") for expression in expressions), "others' text could become commands"
+
+
+def test_the_matrix_is_what_the_project_promises():
+    promised = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PROJECT)
+    fast = WORKFLOWS["tests"]["jobs"]["fast"]["strategy"]["matrix"]
+    assert fast["python"] == promised and f'requires-python = ">={promised[0]}"' in PROJECT
+    assert f"{sys.version_info.major}.{sys.version_info.minor}" in promised

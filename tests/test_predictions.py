@@ -3,7 +3,6 @@
 import csv
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -33,11 +32,6 @@ def test_rows_without_a_prediction_keep_their_numbers(tmp_path):
         assert np.array_equal(np.array(Image.open(tmp_path / "images" / name)), image.permute(1, 2, 0).numpy())
 
 
-def test_more_classes_than_names_are_numbered(tmp_path):
-    path = write_predictions(torch.tensor([[0.1, 0.2, 0.7]]), tmp_path, ["cat", "dog"])
-    assert path.read_text().splitlines() == ["row,class,cat,dog,2", "0,2,0.100000,0.200000,0.700000"]
-
-
 def test_predict_through_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = FineTuneModule(num_classes=10, network={**TINY.to_dict(), "image_size": 8}, palette="gray:8")
@@ -51,9 +45,3 @@ def test_predict_through_the_command_line(tmp_path, monkeypatch):
     assert main(["predict", "--model", "FineTuneModule", *network, *data, *options, "--ckpt_path", "some.ckpt"]) == 0
     (path,) = tmp_path.rglob("classes.csv")
     assert len(path.read_text().splitlines()) == 361
-
-
-def test_a_missing_checkpoint_is_an_error_at_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"ckpt_path nowhere\.ckpt does not exist"):
-        main(["fit", "--config", "digits_tiny_pretrain", "--ckpt_path", "nowhere.ckpt"])

@@ -4,14 +4,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import ImageGPTConfig as TheirConfig
-from transformers import ImageGPTForCausalImageModeling
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.decoding import Decoder
 from lightning_igpt.sampling import complete, draw, inpaint, score
 from lightning_igpt.weights import huggingface
 from tests.networks import SMALL, SMALL_BERT, random_network, random_tokens
+from tests.test_model import their_model
 
 
 def naive_complete(network, prompt, generator, **options):
@@ -33,17 +32,8 @@ def test_cached_completion_equals_the_naive_one(given, options):
 
 
 def test_greedy_completion_equals_transformers_generate():
-    torch.manual_seed(0)
-    config = TheirConfig(
-        vocab_size=21, n_positions=16, n_embd=32, n_layer=3, n_head=4,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    theirs = ImageGPTForCausalImageModeling(config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.2)
-    ours = huggingface.from_state_dict(theirs.state_dict(), config.to_dict()).eval()
+    theirs = their_model(torch.float32)
+    ours = huggingface.from_state_dict(theirs.state_dict(), theirs.config.to_dict()).eval()
     prompt = random_tokens()[:, :6]
     with_sos = torch.cat([torch.full((2, 1), 20), prompt], 1)
     expected = theirs.generate(with_sos, max_length=17, do_sample=False, pad_token_id=0)[:, 1:]
@@ -107,21 +97,6 @@ def test_inpaint_reveals_the_surest_first():
     certainty = network(tokens.masked_fill(~known, 0), masked=~known).log_softmax(-1).amax(-1)[0]
     revealed = seen[0][0] & ~seen[1][0]
     assert certainty[revealed].min() >= certainty[seen[1][0]].max()
-
-
-@pytest.mark.parametrize("given", [0, 1, 8, 15, 16])
-@pytest.mark.parametrize("temperature", [0, 1.3])
-def test_inpaint_after_a_raster_prefix_is_complete(given, temperature):
-    network, tokens = random_network(), random_tokens()
-    known = (torch.arange(16) < given).expand(2, 16)
-    if given < 16:
-        options = {"temperature": temperature, "generator": torch.manual_seed(3)}
-        expected = complete(network, tokens[:, :given], **options)[:, 0]
-    else:
-        expected = tokens
-    assert torch.equal(
-        inpaint(network, tokens, known, temperature=temperature, generator=torch.manual_seed(3)), expected
-    )
 
 
 SCATTERED = torch.rand(6, 16, generator=torch.Generator().manual_seed(5)) < 0.6

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_igpt.config import PRESETS
+from lightning_igpt.trainer import best_precision
 
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
 MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrix product that measures the arithmetic limit
@@ -40,6 +41,11 @@ class Turns:
         """The figure to compare."""
         return statistics.median(self.seconds)
 
+    def figures(self, items: int) -> dict[str, float]:
+        """Seconds, and how many of ``items`` in a second."""
+        seconds = {"median_s": self.median, "min_s": min(self.seconds), "max_s": max(self.seconds)}
+        return seconds | {"per_s": items / self.median}
+
     def times(self, factor: float) -> Turns:
         """The seconds of as many times the work."""
         return Turns(tuple(seconds * factor for seconds in self.seconds))
@@ -49,32 +55,40 @@ class Turns:
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
-def options_parser(
-    name: str,
-    about: str | None,
-    *,
-    repeats: int = 5,
-    batch_size: int | None = None,
-    preset: str | None = None,
-    precisions: Sequence[str] = (),
-) -> argparse.ArgumentParser:
-    """The options of a benchmark: ``about`` is its docstring, the others are defaults; None leaves an option out."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m lightning_igpt.benchmarks.{name}",
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def parse(
+    name: str, about: str | None, words: Sequence[str] | None, precisions: Sequence[str] = (), /, **own: tuple[Any, str]
+) -> argparse.Namespace:
+    """The options of a benchmark.
+
+    Args:
+        name: Of the benchmark.
+        about: Its docstring.
+        words: What to parse; None for the command line.
+        precisions: Choices of ``--precision``, which comes with ``--preset``; the default is that of training or, where
+            it is no choice, the first.
+        **own: Defaults and texts of further options: whole numbers of at least 1, and switches, whose default is False.
+    """
+    prog, layout = f"python -m lightning_igpt.benchmarks.{name}", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog, description=about, formatter_class=layout)
     parser.set_defaults(benchmark=name)
-    parser.add_argument("--device", default=device, help="cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=repeats, help=f"turns of each side (default {repeats})")
-    if batch_size is not None:
-        parser.add_argument("--batch-size", type=int, default=batch_size, help=f"images (default {batch_size})")
-    if preset is not None:
-        parser.add_argument("--preset", choices=sorted(PRESETS), default=preset, help=f"network (default {preset})")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     if precisions:
-        parser.add_argument("--precision", choices=precisions, help="default: see above")
-    return parser
+        parser.add_argument("--preset", choices=sorted(PRESETS), default="igpt_s", help="network (default igpt_s)")
+        parser.add_argument("--precision", choices=precisions, help="default: what suits the device")
+    for option, (default, text) in ({"repeats": (5, "turns of each side")} | own).items():
+        kind: dict[str, Any] = {"action": "store_true"} if default is False else {"type": _count, "default": default}
+        parser.add_argument(f"--{option.replace('_', '-')}", help=f"{text} (default {default})", **kind)
+    options = parser.parse_args(words)
+    if precisions and options.precision is None:
+        usual = best_precision(options.device.split(":")[0])
+        options.precision = usual if usual in precisions else precisions[0]
+    return options
+
+
+def _count(word: str) -> int:
+    if int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word} must be 1 or more")
+    return int(word)
 
 
 def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
@@ -92,7 +106,7 @@ def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
 
 
 def in_turns(
-    sides: Mapping[str, Callable[[], object]], *, repeats: int, device: str = "cpu", warm_up: int = 1
+    sides: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu", *, warm_up: int = 1
 ) -> dict[str, Turns]:
     """Time all sides one after the other, ``repeats`` times, after ``warm_up`` rounds that do not count."""
     for _ in range(warm_up):
@@ -114,21 +128,23 @@ def machine_limits(device: str = "cpu", dtype: torch.dtype = torch.float32, repe
         "copy": lambda: target.copy_(source),
         "sum": source.sum,
     }
-    best = {name: min(turns.seconds) for name, turns in in_turns(sides, repeats=repeats, device=device).items()}
+    best = {name: min(turns.seconds) for name, turns in in_turns(sides, repeats, device).items()}
     size = source.numel() * source.element_size()
     return Limits(2 * side**3 / best["product"], max(2 * size / best["copy"], size / best["sum"]))
-
-
-def largest_difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest absolute difference, as a share of the largest absolute value of ``theirs``."""
-    ours, theirs = ours.detach().double().cpu(), theirs.detach().double().cpu()
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
 
 
 def require(agrees: bool, what: str) -> None:
     """RuntimeError where two sides do not compute the same."""
     if not agrees:
         raise RuntimeError(f"the sides disagree, so comparing their speed means nothing: {what}")
+
+
+def require_close(what: str, ours: Tensor, theirs: Tensor, bound: float) -> float:
+    """The largest absolute difference, as a share of the largest absolute value of ``theirs``; at most ``bound``."""
+    ours, theirs = ours.detach().double().cpu(), theirs.detach().double().cpu()
+    off = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+    require(off <= bound, f"{what} differ by {off:.1e} of the largest, more than {bound:.0e}")
+    return off
 
 
 def conditions(device: str, *libraries: Any) -> dict[str, Any]:
@@ -143,34 +159,49 @@ def conditions(device: str, *libraries: Any) -> dict[str, Any]:
     }
 
 
-def print_table(
-    title: str, rows: Mapping[str, Turns], *, peer: str, work: Mapping[str, float] | None = None, limit: float = 1
-) -> None:
-    """Print median, spread, ratio to the row ``peer`` and fraction of the limit.
+@dataclass(frozen=True)
+class Comparison:
+    """What one table shows."""
 
-    ``work`` is the operations or bytes of the rows whose limit is known, ``limit`` those of a second.
-    """
-    print(f"\n{title:<50}{'ms':>10}   {'fastest..slowest':<20}{'x peer':>8}{'of limit':>10}")
-    for name, turns in rows.items():
-        spread = f"{min(turns.seconds) * 1e3:,.2f}..{max(turns.seconds) * 1e3:,.2f}"
-        share = f"{work[name] / turns.median / limit:>9.0%}" if work and name in work else f"{'':>9}"
-        ratio = turns.ratio_to(rows[peer])
-        print(f"  {name:<48}{turns.median * 1e3:>10,.2f}   {spread:<20}{ratio:>7.2f}x{share}", flush=True)
+    rows: Mapping[str, Turns]
+    ours: str  # the row that the last line compares
+    peer: str  # the row to which all ratios refer
+    least: Mapping[str, float]  # seconds that the limit allows, of the rows whose limit is known
+    items: int  # of ``unit``, that a turn works on
+    unit: str  # such as "tokens"
+
+    def print_table(self, title: str) -> None:
+        """Print median, spread, speed, ratio to the peer and fraction of the limit."""
+        print(f"\n{title:<44}{'ms':>10}   {'fastest..slowest':<20}{self.unit + '/s':>12}{'x peer':>9}{'of limit':>10}")
+        for name, turns in self.rows.items():
+            spread = f"{min(turns.seconds) * 1e3:,.2f}..{max(turns.seconds) * 1e3:,.2f}"
+            ratio = f"{turns.ratio_to(self.rows[self.peer]):,.2f}x"
+            share = f"{self.least[name] / turns.median:.0%}" if name in self.least else ""
+            speed = f"{self.items / turns.median:,.1f}"
+            print(
+                f"  {name:<42}{turns.median * 1e3:>10,.2f}   {spread:<20}{speed:>12}{ratio:>9}{share:>10}", flush=True
+            )
+
+    def print_result(self, options: argparse.Namespace, *libraries: Any, **rest: Any) -> None:
+        """Print the last line, one JSON object: ratios, seconds of every side, the options and the conditions.
+
+        The fraction of the limit is that of our row or, where its limit is not known, of the first whose limit is.
+        """
+        ours, limited = self.rows[self.ours], self.ours if self.ours in self.least else next(iter(self.least))
+        result = {
+            "benchmark": options.benchmark,
+            "ratio_vs_peer": ours.ratio_to(self.rows[self.peer]),
+            "fraction_of_limit": self.least[limited] / self.rows[limited].median,
+            **{name: value for name, value in vars(options).items() if name not in ("benchmark", "device")},
+            **rest,
+            "unit": self.unit,
+            "sides": {name: row.figures(self.items) for name, row in self.rows.items()},
+        }
+        print(json.dumps(_rounded(result | conditions(options.device, *libraries))))
 
 
-def print_result(options: argparse.Namespace, rows: Mapping[str, Turns], *libraries: Any, **rest: Any) -> None:
-    """Print the last line: what is measured, seconds of every side, the options and the conditions."""
-    figures = {"median_s": statistics.median, "min_s": min, "max_s": max}
-    sides = {
-        name: {key: float(f"{figure(turns.seconds):.6g}") for key, figure in figures.items()}  # type: ignore[operator]
-        for name, turns in rows.items()
-    }
-    given = {name: value for name, value in vars(options).items() if name in ("preset", "batch_size", "precision")}
-    print_json(options.benchmark, **rest, **given, sides=sides, **conditions(options.device, *libraries))
-
-
-def print_json(name: str, *, ratio_vs_peer: float | None, fraction_of_limit: float | None, **rest: Any) -> None:
-    """Print the last line, one JSON object; None where there is no peer or no limit."""
-    ratios = {"ratio_vs_peer": ratio_vs_peer, "fraction_of_limit": fraction_of_limit}
-    short = {key: None if value is None else float(f"{value:.4g}") for key, value in ratios.items()}
-    print(json.dumps({"benchmark": name, **short, **rest}))
+def _rounded(value: Any) -> Any:
+    """Numbers to five digits, within mappings too."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -1,12 +1,11 @@
 """The same network twice: ours, and that of ``transformers`` with the same weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
@@ -42,3 +41,12 @@ def random_tokens(config: ImageGPTConfig, batch_size: int, device: str) -> Tenso
     generator = torch.Generator().manual_seed(1)
     shape = (batch_size, config.n_positions)
     return torch.randint(0, config.vocab_size, shape, generator=generator).to(device)
+
+
+def pictures(count: int, height: int, width: int, seed: int) -> Tensor:
+    """uint8 (count, 3, height, width): smooth colors and grain."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, height // 16 + 1, width // 16 + 1, generator=generator) * 255
+    smooth = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
+    grain = torch.randn(smooth.shape, generator=generator) * 8
+    return (smooth + grain).round().clamp(0, 255).to(torch.uint8)

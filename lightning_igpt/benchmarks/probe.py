@@ -8,13 +8,12 @@ variances fall as 1 / rank, rotated at random (so that all features are correlat
 magnitude before they are standardized. Middle layers separate the classes best, as in Image GPT.
 
 Layers are made one after the other; each side's time is that of all layers together. A third side is one evaluation of
-loss and gradient. Its limit: 4 N D C operations at the speed of a large matrix product or, if that takes longer, one
-pass over the features at the speed of memory.
+loss and gradient. The limit is its: 4 N D C operations at the speed of a large matrix product or, if that takes longer,
+one pass over the features at the speed of memory.
 """
 
-from __future__ import annotations
-
 import math
+import statistics
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -24,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from lightning_igpt.benchmarks import harness
-from lightning_igpt.benchmarks.harness import Turns
+from lightning_igpt.benchmarks.harness import Comparison, Turns
 from lightning_igpt.features import LogisticLoss, fit_logistic
 
 C, TOLERANCE, MAX_ITER = 1.0, 1e-4, 1000
@@ -80,7 +79,7 @@ def measure_layer(layer: int, options: Namespace) -> tuple[dict[str, Turns], dic
         PEER: lambda: fits.update({PEER: fit_theirs(x, y)}),
         EVALUATION: lambda: [loss(point) for _ in range(EVALUATIONS)],
     }
-    turns = harness.in_turns(sides, repeats=options.repeats, device=options.device, warm_up=0)
+    turns = harness.in_turns(sides, options.repeats, options.device, warm_up=0)
     turns[EVALUATION] = turns[EVALUATION].times(1 / EVALUATIONS)
     reached = {name: accuracy(classifier, x_held, y_held) for name, classifier in fits.items()}
     words = f"layer {layer}: " + ", ".join(f"{name} {reached[name]:.4f} in {turns[name].median:.2f} s" for name in fits)
@@ -89,38 +88,23 @@ def measure_layer(layer: int, options: Namespace) -> tuple[dict[str, Turns], dic
     return turns, reached
 
 
-def together(layers: Sequence[dict[str, Turns]], name: str) -> Turns:
-    """The seconds of all layers, turn by turn."""
-    return Turns(tuple(map(sum, zip(*(turns[name].seconds for turns in layers), strict=True))))
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, compare, print."""
-    parser = harness.options_parser("probe", __doc__, repeats=1)
-    for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    options = parser.parse_args(words)
+    own = {name: (default, name) for name, default in SIZES.items()}
+    options = harness.parse("probe", __doc__, words, repeats=(1, "turns of each side"), **own)
     if options.classes < 2 or options.rows < 10 * options.classes:
-        parser.error(f"--rows {options.rows} --classes {options.classes}: use 2 or more classes, 10 rows for each")
-    measured = [measure_layer(layer, options) for layer in range(options.layers)]
-    layers, reached = [turns for turns, _ in measured], [values for _, values in measured]
-    rows = {name: together(layers, name) for name in (OURS, PEER)}
-    limits, numbers = harness.machine_limits(options.device), options.rows * options.width
+        sizes = f"--rows {options.rows} --classes {options.classes}"
+        raise SystemExit(f"{sizes}: use 2 or more classes, 10 rows for each")
+    layers, reached = zip(*(measure_layer(layer, options) for layer in range(options.layers)), strict=True)
+    rows = {
+        name: Turns(tuple(map(sum, zip(*(turns[name].seconds for turns in layers), strict=True)))) for name in layers[0]
+    }
+    limits, numbers = harness.machine_limits(options.device), options.rows * options.width * options.layers
     least = max(4 * numbers * options.classes / limits.flops_per_second, 4 * numbers / limits.bytes_per_second)
-    evaluation = Turns(tuple(seconds for turns in layers for seconds in turns[EVALUATION].seconds))
-    harness.print_table(f"{options.layers} layers", rows, peer=PEER)
-    size = f"{options.rows:,} x {options.width}, {options.classes} classes"
-    harness.print_table(size, {EVALUATION: evaluation}, peer=EVALUATION, work={EVALUATION: least})
-    means = {name: sum(values[name] for values in reached) / len(reached) for name in (OURS, PEER)}
-    harness.print_result(
-        options,
-        rows | {EVALUATION: evaluation},
-        sklearn,
-        ratio_vs_peer=rows[OURS].ratio_to(rows[PEER]),
-        fraction_of_limit=least / evaluation.median,
-        accuracy={name: round(value, 4) for name, value in means.items()},
-        size={name: getattr(options, name) for name in SIZES},
-    )
+    comparison = Comparison(rows, OURS, PEER, {EVALUATION: least}, options.rows * options.layers, "rows")
+    comparison.print_table(f"{options.layers} x {options.rows:,} x {options.width}, {options.classes} classes")
+    means = {name: statistics.mean(values[name] for values in reached) for name in (OURS, PEER)}
+    comparison.print_result(options, sklearn, accuracy=means)
 
 
 if __name__ == "__main__":

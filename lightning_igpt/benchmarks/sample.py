@@ -1,16 +1,14 @@
 """The time of one more pixel in full, half and int8 precision, compared with a cached step of ``transformers``.
 
 All sides have the same weights and continue the same prompts from the same position, with filled caches. A turn is a
-few steps, each a forward pass of one pixel per image and a draw. Before, all get the same pixels and must agree with a
-pass of the network over the whole image: ours in float32 to 1e-5 of the largest logit, the peer to 1e-3 (with two
+few steps, each a forward pass of one given pixel per image and a draw of the next. Before, their logits must agree with
+a pass of the network over the whole image: ours in float32 to 1e-5 of the largest logit, the peer to 1e-3 (with two
 threads its own logits vary by 1.5e-4 between runs).
 
 Limits: the bytes that a step must read (weights of the products, and keys and values of the positions seen) over the
 speed of a large copy or sum in the same run. OpenAI's own sampler has no cache: a pixel costs a pass over the whole
 image, which is timed, too. Ratios in the last line are those of ``--precision`` (default: half).
 """
-
-from __future__ import annotations
 
 import functools
 import inspect
@@ -23,10 +21,12 @@ import torch
 from torch import Tensor
 
 from lightning_igpt.benchmarks import harness
+from lightning_igpt.benchmarks.harness import Comparison
 from lightning_igpt.benchmarks.peers import both_networks, random_tokens, transformers
-from lightning_igpt.config import PRESETS, ImageGPTConfig
+from lightning_igpt.config import PRESETS
 from lightning_igpt.decoding import Decoder, Precision
 from lightning_igpt.model import ImageGPT
+from lightning_igpt.planning import cache_bytes, matrix_parameters
 from lightning_igpt.sampling import draw
 
 PEER = "transformers, cached"
@@ -42,16 +42,14 @@ class Side:
     reset: Callable[[], object]  # return to the end of the prompt
     cache_bytes: int = 4  # of a value
 
-    def turn(self, pixel: Tensor, steps: int) -> None:
-        """Draw ``steps`` pixels."""
+    def run(self, pixels: Tensor) -> Tensor:
+        """Logits (steps, B, K) after each of the pixels (B, steps), and a draw from each."""
         self.reset()
-        for _ in range(steps):
-            pixel = draw(self.logits(pixel))[:, None]
-
-    def fed(self, pixels: Tensor) -> Tensor:
-        """Logits (steps, B, K) after each of the given pixels (B, steps)."""
-        self.reset()
-        return torch.stack([self.logits(pixel).clone() for pixel in torch.split(pixels, 1, 1)])
+        logits = []
+        for pixel in torch.split(pixels, 1, 1):
+            logits.append(self.logits(pixel).clone())
+            draw(logits[-1])
+        return torch.stack(logits)
 
 
 def ours(network: ImageGPT, prompt: Tensor, precision: Precision) -> Side:
@@ -82,64 +80,45 @@ def theirs(network: Any, prompt: Tensor, vocab_size: int) -> Side:
     return Side(lambda pixel: network(pixel, **options).logits[:, -1, :vocab_size], reset)
 
 
-def step_bytes(config: ImageGPTConfig, batch_size: int, seen: int, weight_bytes: float, cache_bytes: int) -> float:
-    """Bytes that a step at position ``seen`` must read."""
-    matrices = config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * config.mlp_width)
-    matrices += config.vocab_size * config.n_embd
-    return matrices * weight_bytes + 2 * config.n_layer * batch_size * config.n_embd * seen * cache_bytes
-
-
 def measure(options: Namespace) -> None:
     """Check, time, print."""
-    config, device, steps = PRESETS[options.preset], options.device, options.steps
+    config, device, steps, batch = PRESETS[options.preset], options.device, options.steps, options.batch_size
     network, peer = both_networks(config, device)
-    tokens = random_tokens(config, options.batch_size, device)
+    tokens = random_tokens(config, batch, device)
     given = (config.n_positions - steps) // 2
     prompt, pixels = tokens[:, :given], tokens[:, given : given + steps]
     names = [name for name in get_args(Precision) if torch.device(device).type == "cpu" or name != "int8"]
     sides = {name: ours(network, prompt, name) for name in names} | {PEER: theirs(peer, prompt, config.vocab_size)}
     expected = network(tokens)[:, given + 1 : given + 1 + steps].transpose(0, 1)
-    off = {name: harness.largest_difference(side.fed(pixels), expected) for name, side in sides.items()}
-    for name, value in off.items():
-        print(f"{name}: logits within {value:.1e} of the largest")
-        harness.require(value < CLOSE[name], f"logits of {name} differ by {value:.1e} of the largest")
-
-    runs = {name: functools.partial(side.turn, pixels[:, :1], steps) for name, side in sides.items()}
-    timed = harness.in_turns(runs, repeats=options.repeats, device=device)
-    turns = {name: turn.times(1 / steps) for name, turn in timed.items()}
-    limit = harness.machine_limits(device).bytes_per_second
-    seen = given + 1 + steps // 2
-    work = {
-        name: step_bytes(config, options.batch_size, seen, WEIGHT_BYTES[name], side.cache_bytes)
+    off = {
+        name: harness.require_close(f"logits of {name}", side.run(pixels), expected, CLOSE[name])
         for name, side in sides.items()
     }
-    title = f"one step, {options.preset}, batch {options.batch_size}, position {seen}"
-    harness.print_table(title, turns, peer=PEER, work=work, limit=limit)
 
-    whole, chosen = harness.seconds_of(lambda: network(tokens), device), turns[options.precision]
-    print(f"without a cache, as OpenAI's sampler: {whole * 1e3:,.0f} ms per pixel, {whole / chosen.median:,.0f} x")
-    harness.print_result(
-        options,
-        turns,
-        transformers,
-        ratio_vs_peer=chosen.ratio_to(turns[PEER]),
-        fraction_of_limit=work[options.precision] / chosen.median / limit,
-        ratio_vs_no_cache=round(whole / chosen.median, 1),
-        bytes_per_second_limit=round(limit),
-        logits_off={name: float(f"{value:.3g}") for name, value in off.items()},
-    )
+    runs = {name: functools.partial(side.run, pixels) for name, side in sides.items()}
+    rows = {name: turns.times(1 / steps) for name, turns in harness.in_turns(runs, options.repeats, device).items()}
+    limit = harness.machine_limits(device).bytes_per_second
+    seen = given + 1 + steps // 2
+    least = {
+        name: matrix_parameters(config) * WEIGHT_BYTES[name] / limit
+        + cache_bytes(config, batch, side.cache_bytes) * seen / config.n_positions / limit
+        for name, side in sides.items()
+    }
+    comparison = Comparison(rows, options.precision, PEER, least, batch, "pixels")
+    comparison.print_table(f"one step, {options.preset}, batch {batch}, position {seen}")
+    whole = harness.seconds_of(lambda: network(tokens), device)
+    print(f"without a cache, as OpenAI's sampler: {whole * 1e3:,.0f} ms per pixel")
+    comparison.print_result(options, transformers, bytes_per_second_limit=limit, logits_off=off, uncached_s=whole)
 
 
 @torch.inference_mode()
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, measure, print."""
-    parser = harness.options_parser("sample", __doc__, preset="igpt_s", batch_size=1, precisions=get_args(Precision))
-    parser.add_argument("--steps", type=int, default=24, help="pixels of one turn (default 24)")
-    parser.set_defaults(precision="half")
-    options = parser.parse_args(words)
+    own = {"batch_size": (1, "images"), "steps": (24, "pixels of one turn")}
+    options = harness.parse("sample", __doc__, words, ("half", "full", "int8"), **own)
     total = PRESETS[options.preset].n_positions
     if options.steps > total - 2:
-        parser.error(f"--steps {options.steps} is too many; an image has {total} pixels, so at most {total - 2}")
+        raise SystemExit(f"--steps {options.steps} is too many; an image has {total} pixels, so at most {total - 2}")
     measure(options)
 
 

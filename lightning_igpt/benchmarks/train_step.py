@@ -8,8 +8,7 @@ Limit: 3 x the forward pass's operations (attention counted causally, ``planning
 of a large matrix product in the same precision. On a GPU, relative to the chip's nominal speed, that is the MFU.
 """
 
-from __future__ import annotations
-
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,18 +16,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from lightning_igpt.benchmarks import harness
+from lightning_igpt.benchmarks.harness import PRECISIONS, Comparison
 from lightning_igpt.benchmarks.peers import after_start, both_networks, random_tokens, transformers
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.objectives import next_pixel_loss
 from lightning_igpt.optim import make_adam
 from lightning_igpt.planning import train_flops_per_token
-from lightning_igpt.trainer import best_precision
 
 OURS, COMPILED, PEER = "ours", "ours, compiled", "transformers"
-LR = 1e-4
+ADAM: Any = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}
 CLOSE = (1e-5, 1e-3)  # of the loss before and after a step, which depends on the signs of the smallest gradients
 WARM_UP = 2
 
@@ -37,33 +37,26 @@ def make_steps(
     config: ImageGPTConfig, tokens: Tensor, precision: str, *, compiled: bool
 ) -> dict[str, Callable[[], Tensor]]:
     """One training step of each side; a call returns its loss."""
-    device = str(tokens.device)
-    network, peer = both_networks(config, device)
-    steps = {OURS: _ours(network, tokens, precision), PEER: _theirs(peer, tokens, config.vocab_size, precision)}
-    if compiled:
-        other, _ = both_networks(config, device)
-        for block in other.blocks():
-            block.compile()
-        steps[COMPILED] = _ours(other, tokens, precision)
-    return steps
-
-
-def _ours(network: ImageGPT, tokens: Tensor, precision: str) -> Callable[[], Tensor]:
-    optimizer = make_adam(network.train().parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
-    return _step(network, optimizer, lambda: next_pixel_loss(network(tokens), tokens), precision)
-
-
-def _theirs(peer: Any, tokens: Tensor, vocab_size: int, precision: str) -> Callable[[], Tensor]:
+    network, peer = both_networks(config, str(tokens.device))
     for module in peer.train().modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    given = after_start(tokens, vocab_size)
+    given = after_start(tokens, config.vocab_size)
 
-    def loss() -> Tensor:
+    def their_loss() -> Tensor:
         return F.cross_entropy(peer(given, use_cache=False).logits.float().flatten(0, 1), tokens.flatten())
 
-    optimizer = torch.optim.AdamW(peer.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
-    return _step(peer, optimizer, loss, precision)
+    def ours(network: ImageGPT) -> Callable[[], Tensor]:
+        optimizer = make_adam(network.train().parameters(), **ADAM)
+        return _step(network, optimizer, lambda: next_pixel_loss(network(tokens), tokens), precision)
+
+    steps = {OURS: ours(network), PEER: _step(peer, AdamW(peer.parameters(), **ADAM), their_loss, precision)}
+    if compiled:
+        other = copy.deepcopy(network)
+        for block in other.blocks():
+            block.compile()
+        steps[COMPILED] = ours(other)
+    return steps
 
 
 def _step(
@@ -97,36 +90,20 @@ def check_agreement(config: ImageGPTConfig, tokens: Tensor) -> float:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, measure, print."""
-    parser = harness.options_parser(
-        "train_step", __doc__, preset="igpt_s", batch_size=4, precisions=tuple(harness.PRECISIONS)
-    )
-    parser.add_argument("--compile", action="store_true", help="also measure ours compiled")
-    parser.add_argument("--layers", type=int, help="blocks (default: the preset's)")
-    options = parser.parse_args(words)
-    preset = PRESETS[options.preset]
-    precision = options.precision = options.precision or best_precision(options.device.split(":")[0])
+    own = {"compile": (False, "also measure ours compiled"), "layers": (None, "blocks instead of the preset's")}
+    options = harness.parse("train_step", __doc__, words, tuple(PRECISIONS), batch_size=(4, "images"), **own)
+    preset, precision = PRESETS[options.preset], options.precision
     config = dataclasses.replace(preset, n_layer=options.layers or preset.n_layer)
     tokens = random_tokens(config, options.batch_size, options.device)
     off = check_agreement(config, tokens)
     print(f"losses in float32 agree within {off:.1e}", flush=True)
     steps = make_steps(config, tokens, precision, compiled=options.compile)
-    turns = harness.in_turns(steps, repeats=options.repeats, device=options.device, warm_up=WARM_UP)
-    limit = harness.machine_limits(options.device, harness.PRECISIONS[precision]).flops_per_second
-    work = float(train_flops_per_token(config) * tokens.numel())
-    title = f"{options.preset}, {config.n_layer} layers, batch {options.batch_size}, {precision}"
-    harness.print_table(title, turns, peer=PEER, work=dict.fromkeys(turns, work), limit=limit)
-    best = turns[COMPILED if options.compile else OURS]
-    harness.print_result(
-        options,
-        turns,
-        transformers,
-        ratio_vs_peer=best.ratio_to(turns[PEER]),
-        fraction_of_limit=work / best.median / limit,
-        tokens_per_second=round(tokens.numel() / best.median, 1),
-        flops_per_second_limit=round(limit),
-        losses_off=float(f"{off:.2g}"),
-        layers=config.n_layer,
-    )
+    rows = harness.in_turns(steps, options.repeats, options.device, warm_up=WARM_UP)
+    limit = harness.machine_limits(options.device, PRECISIONS[precision]).flops_per_second
+    least = dict.fromkeys(rows, train_flops_per_token(config) * tokens.numel() / limit)
+    comparison = Comparison(rows, COMPILED if options.compile else OURS, PEER, least, tokens.numel(), "tokens")
+    comparison.print_table(f"{options.preset}, {config.n_layer} layers, batch {options.batch_size}, {precision}")
+    comparison.print_result(options, transformers, losses_off=off, flops_per_second_limit=limit)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ Randomness is counter-based: a draw is decided by (seed, sample) alone, never by
 Rules: Chen et al. 2020, sections 3.1 (crops) and 3.2 with appendix A (CIFAR padding).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,28 +47,6 @@ def draw_generator(seed: int, sample: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, sample], dtype=np.uint64)))
 
 
-def reflect_pad_crop_flip(
-    grids: NDArray[Any], *, pad: int, top: NDArray[np.int64], left: NDArray[np.int64], mirrored: NDArray[np.bool_]
-) -> NDArray[Any]:
-    """The paper's fine-tuning augmentation for CIFAR: pad by reflection, cut, maybe mirror.
-
-    Args:
-        grids: (B, C, S, S), pixels or tokens; so is the result.
-        pad: Pixels added on every side; below S.
-        top: (B,), the row of the padded grid where each cut begins, 0 to 2 * pad.
-        left: (B,), the same for columns.
-        mirrored: (B,), which are mirrored left to right.
-    """
-    n, channels, size, _ = grids.shape
-    # Where each row and column of the padded grid comes from; np.pad on the pixels is five times slower.
-    last = size - 1
-    origin = last - np.abs(last - np.abs(np.arange(-pad, size + pad)))
-    rows, columns = (origin[start[:, None] + np.arange(size)] for start in (top, left))  # (B, S)
-    columns = np.where(mirrored[:, None], columns[:, ::-1], columns)
-    places = (rows[:, :, None] * size + columns[:, None, :]).reshape(n, 1, -1)  # (B, 1, S * S)
-    return np.take_along_axis(grids.reshape(n, channels, -1), places, axis=2).reshape(grids.shape)
-
-
 @dataclass(frozen=True)
 class CenterCrop:
     """Evaluation, probing, fine-tuning: the largest centered square."""
@@ -106,14 +82,29 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class PadCropFlip:
-    """Fine-tuning: see ``reflect_pad_crop_flip``; all cuts are equally likely, half of the images are mirrored."""
+    """The paper's fine-tuning augmentation for CIFAR: pad by reflection, cut, maybe mirror left to right.
+
+    All cuts are equally likely, half of the images are mirrored.
+
+    Args:
+        pad: Pixels added on every side; below S.
+        flip: Whether to mirror.
+        seed: Any integer; the draws differ from those of masks with this seed and the same numbers.
+    """
 
     pad: int = 4
     flip: bool = True
     seed: int = 0
 
     def __call__(self, grids: NDArray[Any], samples: Sequence[int]) -> NDArray[Any]:
-        # Another seed than that of the masks, which are drawn by the same numbers.
-        draws = counter_uniform(torch.tensor(samples), 3, seed=self.seed + _AUGMENTATION).numpy()  # (B, 3)
-        top, left = (draws[:, :2].T * (2 * self.pad + 1)).astype(np.int64)
-        return reflect_pad_crop_flip(grids, pad=self.pad, top=top, left=left, mirrored=self.flip & (draws[:, 2] < 0.5))
+        numbers = torch.tensor(samples, device="cpu")
+        draws = counter_uniform(numbers, 3, seed=self.seed + _AUGMENTATION).numpy()  # (B, 3)
+        starts = (draws[:, :2].T * (2 * self.pad + 1)).astype(np.int64)  # of the cuts, in the padded grid
+        n, channels, size, _ = grids.shape
+        # Where each row and column of the padded grid comes from; np.pad on the pixels is five times slower.
+        last = size - 1
+        origin = last - np.abs(last - np.abs(np.arange(-self.pad, size + self.pad)))
+        rows, columns = origin[starts[:, :, None] + np.arange(size)]  # (B, S) each
+        columns = np.where(self.flip & (draws[:, 2:] < 0.5), columns[:, ::-1], columns)
+        places = (rows[:, :, None] * size + columns[:, None, :]).reshape(n, 1, -1)  # (B, 1, S * S)
+        return np.take_along_axis(grids.reshape(n, channels, -1), places, axis=2).reshape(grids.shape)
