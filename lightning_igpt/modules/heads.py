@@ -78,6 +78,36 @@ class Correct(Metric):
         return self.right.float() / self.total.clamp(min=1).float()
 
 
+class Scores(nn.Module):
+    """What the fit and the last evaluations gave for each of n classifiers; a state dict brings it along.
+
+    Numbers are float64, kept as their bits in int64: ``module.to(dtype)`` would round floats.
+    """
+
+    COLUMNS = ("c", "val_accuracy", "test_accuracy")
+    bits: Tensor  # (n, 3)
+    last: Tensor  # column of the last evaluation, 0 before any
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.register_buffer("bits", torch.full((n, 3), torch.nan, dtype=torch.float64, device="cpu").view(torch.int64))
+        self.register_buffer("last", torch.zeros((), dtype=torch.long, device="cpu"))
+
+    def put(self, column: str, values: Tensor | list[float], first: int = 0) -> None:
+        """Set a column from row ``first`` on, from floats (k,)."""
+        bits = torch.as_tensor(values, dtype=torch.float64, device="cpu").view(torch.int64)
+        self.bits[first : first + len(bits), self.COLUMNS.index(column)] = bits.to(self.bits.device)
+
+    def rows(self, names: Sequence[int | str]) -> list[dict[str, Any]]:
+        """A row for each name: layer and columns, None where there is no number yet."""
+        values = self.bits.cpu().view(torch.float64)
+        known = [[None if value != value else value for value in row] for row in values.tolist()]
+        return [
+            {"layer": name, **dict(zip(self.COLUMNS, row, strict=True))}
+            for name, row in zip(names, known, strict=False)
+        ]
+
+
 class ConcatHead(nn.Module):
     """A classifier of the concatenated features of ``count`` of the probed ``layers`` (paper, section 4.4)."""
 
@@ -175,8 +205,3 @@ def check_same_probe(mine: Mapping[str, Any], saved: Mapping[str, Any], n_layer:
             theirs, ours = choose_layers(theirs, n_layer), choose_layers(ours, n_layer)
         if theirs != ours:
             raise ValueError(f"the checkpoint's probe has {name}={theirs}, this one {name}={ours}; make them equal")
-
-
-def empty_row(layer: int | str, c: float | None = None) -> dict[str, Any]:
-    """A row of ``ProbeModule.results`` before any evaluation."""
-    return {"layer": layer, "c": c, "val_accuracy": None, "test_accuracy": None}
