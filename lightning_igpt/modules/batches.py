@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.config import ImageGPTConfig, plain
 from lightning_igpt.modules.resume import trainer_of
 from lightning_igpt.objectives import draw_mask
 from lightning_igpt.palette import Palette
@@ -59,13 +59,15 @@ def read(module: Any, batch: Any) -> Batch:
 
 def check_keys(keys: Any) -> dict[str, str | int] | None:
     """Keys as a plain dict; ValueError where they are none."""
+    keys, roles = plain(keys), {"image", "label", "sample", "tokens"}
     if keys is None:
         return None
-    roles = ("image", "label", "sample", "tokens")
-    if not isinstance(keys, Mapping) or not all(
-        role in roles and isinstance(key, (str, int)) for role, key in keys.items()
+    if (
+        not isinstance(keys, Mapping)
+        or not keys.keys() <= roles
+        or not all(isinstance(k, str | int) for k in keys.values())
     ):
-        raise ValueError(f"keys is {keys!r}; it must map some of {', '.join(roles)} to the names that a batch has")
+        raise ValueError(f"keys is {keys!r}; it must map some of {sorted(roles)} to the names that a batch has")
     return dict(keys)
 
 
@@ -108,6 +110,8 @@ def need_labels(batch: Batch, num_classes: int, places: Tensor | None = None, *,
     are labels too, as MixUp gives them: float32 (B, num_classes).
     """
     labels = batch.labels
+    if not num_classes:
+        raise ValueError("num_classes is unknown: nothing names the classes, so set num_classes=")
     if labels is None:
         looked = f"its keys are {sorted(map(str, batch.names))}; " if batch.names else ""
         cure = f"name them {' or '.join(NAMES['label'])}, or say keys={{'label': ...}}"

@@ -163,13 +163,9 @@ def _share_out(network: ImageGPT, strategy: ModelParallelStrategy) -> None:
     set_model_state_dict(network, weights, options=options)
 
 
-class Mean(MeanMetric):
-    """torchmetrics' mean, summed in float32: in bf16-true a sum in bfloat16 would stop growing at 256 images."""
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        if self.mean_value.dtype != torch.float32:  # module.to(dtype), or Trainer.init_module
-            self.set_dtype(torch.float32)
-        super().update(*args, **kwargs)
+def mean() -> MeanMetric:
+    """Torchmetrics' mean, summed in float32: in bf16-true a sum in bfloat16 would stop growing at 256 images."""
+    return MeanMetric().set_dtype(torch.float32)  # type: ignore[return-value]
 
 
 def begin_evaluation(module: Any) -> None:

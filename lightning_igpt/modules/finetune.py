@@ -171,7 +171,7 @@ class FineTuneModule(LightningModule):
 
     def new_metrics(self) -> dict[str, Any]:
         """What counts in an evaluation, for each loader."""
-        return {"accuracy": heads.Correct(1), "cross_entropy": build.Mean()}
+        return {"accuracy": heads.Correct(1), "cross_entropy": build.mean()}
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """For callbacks: ``probabilities`` float32 (B, C), ``prediction`` and ``label``, both int64 (B,)."""

@@ -121,7 +121,7 @@ class PretrainModule(LightningModule):
 
     def new_metrics(self) -> dict[str, Any]:
         """What counts in an evaluation, for each loader."""
-        return {"nats": build.Mean()}
+        return {"nats": build.mean()}
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Nats per pixel of each image, float32 (B,); of a BERT network, without those that hide no pixel."""

@@ -117,8 +117,8 @@ class ProbeModule(LightningModule):
         self.layers = heads.choose_layers(layers, self.config.n_layer)
         heads.check_concat(concat, len(self.layers), solver)
         self._lbfgs = Lbfgs(Logistic(grid, standardize, max_iter, seed), max_feature_bytes)
-        self._set_classes(num_classes or 0)
-        self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
+        self.set_classes(num_classes or 0)
+        self.register_load_state_dict_pre_hook(heads.make_room)  # type: ignore[no-untyped-call]
 
     @property
     def config(self) -> ImageGPTConfig:
@@ -141,7 +141,7 @@ class ProbeModule(LightningModule):
     @property
     def accuracy_by_layer(self) -> dict[int, float]:
         """Accuracy per layer of the last validation or test."""
-        return self._by_layer(heads.Scores.COLUMNS[int(self.scores.last)]) if self.scores.last else {}
+        return self.scores.column(int(self.scores.last), self.layers) if self.scores.last else {}
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -152,7 +152,7 @@ class ProbeModule(LightningModule):
     @property
     def c_by_layer(self) -> dict[int, float]:
         """The c that each layer's classifier was fitted with; empty under SGD."""
-        return self._by_layer("c")
+        return self.scores.column(0, self.layers)
 
     def setup(self, stage: str) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -161,7 +161,7 @@ class ProbeModule(LightningModule):
             count, _ = classes.classes_of_data(self.trainer)
             if count is None:
                 raise ValueError("num_classes is unknown: the data does not name its classes, so set num_classes=")
-            self._set_classes(count)
+            self.set_classes(count)
         if stage == "fit" and self.solver == "lbfgs":  # begins from zero, unless a checkpoint is loaded now
             self.trained_classes, self.class_names = None, self.class_names if self.names_given else None
         classes.adopt_class_names(self)
@@ -188,14 +188,16 @@ class ProbeModule(LightningModule):
     def on_train_start(self) -> None:
         if self.pretrained is None:
             log.warning("no pretrained=: probing a network that was never trained")
-        self.scores = heads.Scores(len(self.layers) + 1).to(self.device)
         if self.solver == "lbfgs":
             self._lbfgs.forget(self)
+        if self.solver == "lbfgs" or getattr(resume.trainer_of(self), "ckpt_path", None) is None:
+            self.scores = heads.Scores(len(self.layers) + 1).to(self.device)
         classes.match_classes(self)
         resume.start_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        whole, labels = self._read(batch)
+        whole = read(self, batch)
+        labels = batches.need_labels(whole, self.num_classes, self.label_places)
         features = self._features(whole, batch_idx)[0]
         if self.solver == "lbfgs":
             self._lbfgs.collect(self, features, labels, whole.samples, batch_idx)
@@ -273,24 +275,15 @@ class ProbeModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         build.load(self, checkpoint)
         classes.load_classes(self, checkpoint)
-        self._set_classes(checkpoint["state_dict"]["bias"].shape[1])
-        for place, row in enumerate(checkpoint.get(RESULTS, [])):
-            for column in heads.Scores.COLUMNS:
-                self.scores.put(column, [float("nan") if row[column] is None else row[column]], place)
-
-    def _read(self, batch: Any) -> tuple[Batch, Tensor]:
-        """A batch and its labels, int64 (B,)."""
-        if not self.num_classes:
-            raise ValueError("num_classes is unknown: nothing names the classes, so set num_classes=")
-        whole = read(self, batch)
-        return whole, batches.need_labels(whole, self.num_classes, self.label_places)
+        self.set_classes(checkpoint["state_dict"]["bias"].shape[1])
+        self.scores.read(checkpoint.get(RESULTS, []))
 
     def _picked(self) -> int:
         if len(self.layers) > 1 and self.best < 0:
             raise ValueError("no layer was picked: fit with validation data, or name a single layer in layers=")
         return max(0, int(self.best))
 
-    def _set_classes(self, num_classes: int) -> None:
+    def set_classes(self, num_classes: int) -> None:
         """Make the classifiers, for a number of classes that may come from the data only in ``setup``."""
         n_layers, width, device = len(self.layers), self.config.n_embd, self.device
         self.num_classes = num_classes
@@ -308,10 +301,6 @@ class ProbeModule(LightningModule):
         self.concat_head = heads.ConcatHead(self.layers, concat, num_classes, width).to(device) if concat else None
         self.scores = heads.Scores(n_layers + 1).to(device)
 
-    def _by_layer(self, column: str) -> dict[int, float]:
-        values = {layer: row[column] for layer, row in zip(self.layers, self.results, strict=False)}
-        return {layer: value for layer, value in values.items() if value is not None}
-
     def _features(self, whole: Batch, batch_idx: int, *, every_mask: bool = False) -> Tensor:
         """Pooled taps under the first or every mask of an evaluation, float32 (M, B, layers, D)."""
         masks = evaluation_masks(self, whole, batch_idx)[: None if every_mask else 1]
@@ -321,7 +310,8 @@ class ProbeModule(LightningModule):
 
     def _evaluate(self, batch: Any, batch_idx: int, loader: int) -> tuple[Tensor, Tensor, Tensor]:
         """Count; return probabilities (B, layers, C), predictions (B, layers) and labels (B,)."""
-        whole, labels = self._read(batch)
+        whole = read(self, batch)
+        labels = batches.need_labels(whole, self.num_classes, self.label_places)
         features = self._features(whole, batch_idx, every_mask=True)
         samples, head, logits = sample_numbers(self, whole, batch_idx), self.concat_head, self.logits(features)
         predictions, correct = heads.vote(logits, samples, seed=self.seed), build.metrics_of(self, loader)["correct"]
@@ -344,9 +334,7 @@ class ProbeModule(LightningModule):
             if len(self._lbfgs.training):
                 self._lbfgs.fit_together(self, counts)
         is_picked, together = n_layers == 1 or self.best >= 0, self.concat_head is not None and self.concat_head.fitted
-        column = f"{stage}_accuracy"
-        self.scores.put(column, counts[0].compute()[: n_layers + together])
-        self.scores.last.fill_(heads.Scores.COLUMNS.index(column))
+        self.scores.put(f"{stage}_accuracy", counts[0].compute()[: n_layers + together])
         for correct, (_, ending) in zip(counts, evaluated, strict=True):
             *accuracies, last = accuracy = correct.compute()
             for layer, value in zip(self.layers, accuracies, strict=True):
@@ -359,11 +347,3 @@ class ProbeModule(LightningModule):
             build.log_metric(self, f"{stage}/best_layer", float(self.best_layer))
         else:
             log.warning("test/accuracy is left out: without validation data no layer was picked")
-
-
-def _make_room(module: ProbeModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a module take the classifiers of a state dict, of however many classes; older ones have no scores."""
-    if (bias := state.get(f"{prefix}bias")) is not None and bias.shape[1] != module.num_classes:
-        module._set_classes(bias.shape[1])
-    for name, value in module.scores.state_dict(prefix=f"{prefix}scores.").items():
-        state.setdefault(name, value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,35 +113,31 @@ def total_steps(module: Any) -> tuple[int, int | None]:
         if module.total_steps is None:
             raise ValueError("without a Trainer nothing says how long the run is: set module.total_steps first")
         return module.total_steps, None
-    total, schedule = float(trainer.max_steps if trainer.max_steps > 0 else math.inf), _accumulation(trainer)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    changing = [one for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
+    accumulate = [one.get_accumulate_grad_batches for one in changing] or [
+        lambda epoch: trainer.accumulate_grad_batches
+    ]
+    total = trainer.max_steps if trainer.max_steps > 0 else math.inf
     if trainer.max_epochs not in (None, -1):
         trainer.fit_loop.setup_data()  # as trainer.estimated_stepping_batches does
         batches = trainer.num_training_batches
         if math.isinf(min(total, batches)):
-            raise ValueError(
-                f"this loader has no length, so max_epochs={trainer.max_epochs} does not say where the run ends: set "
-                "max_steps or limit_train_batches"
-            )
+            text = f"this loader has no length, so max_epochs={trainer.max_epochs} does not say where the run ends"
+            raise ValueError(f"{text}: set max_steps or limit_train_batches")
         if math.isfinite(batches):
             # Lightning steps on an accumulation window that the end of an epoch cuts short, too.
-            epochs = (-(-batches // schedule(epoch)) for epoch in range(max(1, int(trainer.max_epochs or 1))))
-            total = min(total, sum(map(int, epochs)))
+            epochs = range(max(1, int(trainer.max_epochs or 1)))
+            total = min(total, sum(-(-int(batches) // accumulate[0](epoch)) for epoch in epochs))
     if math.isinf(total):
         raise ValueError("a cosine needs to know where the run ends: give the trainer max_steps or max_epochs")
-    data = own_data(trainer)
+    data, limit = own_data(trainer), trainer.limit_train_batches
     own = data is not None and type(data).train_dataloader.__module__.startswith("lightning_igpt.")
-    in_pass, limit = data.batches_per_epoch if own else None, trainer.limit_train_batches
+    in_pass = data.batches_per_epoch if own else None
     if in_pass is None:
         return int(total), None
     in_pass = min(in_pass, limit) if isinstance(limit, int) else int(in_pass * (1.0 if limit is None else limit))
-    return int(total), max(1, -(-in_pass // schedule(0)))
-
-
-def _accumulation(trainer: Trainer) -> Callable[[int], int]:
-    """Micro-batches in an optimizer step, by epoch."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    schedules = [one for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
-    return schedules[0].get_accumulate_grad_batches if schedules else lambda epoch: trainer.accumulate_grad_batches
+    return int(total), max(1, -(-in_pass // accumulate[0](0)))
 
 
 def _data_name(trainer: Trainer) -> str | None:
@@ -165,15 +161,15 @@ def _keep_rates(module: Any, checkpoint: Mapping[str, Any]) -> None:
     that did not start from the checkpoint's hyperparameters are of a user's ``configure_optimizers``, and stay.
     """
     rates: list[float] = []
-    saved = checkpoint.get("hyper_parameters", {})
+    saved = {"lr": math.nan, "weight_decay": math.nan, "betas": ()} | checkpoint.get("hyper_parameters", {})
 
     def is_ours(group: Mapping[str, Any]) -> bool:
-        if not {"lr_scale", "decayed", "initial_lr"} <= group.keys():
-            return False
-        ours = {"initial_lr": saved.get("lr", math.nan) * group["lr_scale"]}
-        ours["weight_decay"] = saved.get("weight_decay") if group["decayed"] else group["weight_decay"]
-        same = "betas" not in group or tuple(group["betas"]) == tuple(saved.get("betas", ()))
-        return same and all(group[name] == value for name, value in ours.items())
+        return (
+            {"lr_scale", "decayed", "initial_lr"} <= group.keys()
+            and group["initial_lr"] == saved["lr"] * group["lr_scale"]
+            and (not group["decayed"] or group["weight_decay"] == saved["weight_decay"])
+            and ("betas" not in group or tuple(group["betas"]) == tuple(saved["betas"]))
+        )
 
     for state in checkpoint.get("optimizer_states", []):
         groups = [group for group in state["param_groups"] if is_ours(group)]
