@@ -57,6 +57,12 @@ def read(module: Any, batch: Any) -> Batch:
     return read_batch(batch, module.palette, module.config, module.batch_keys)
 
 
+def read_labeled(module: Any, batch: Any, *, soft: bool = False) -> tuple[Batch, Tensor]:
+    """A batch for a classifier, and its labels by :func:`need_labels`."""
+    whole = read(module, batch)
+    return whole, need_labels(whole, module.num_classes, module.label_places, soft=soft)
+
+
 def check_keys(keys: Any) -> dict[str, str | int] | None:
     """Keys as a plain dict; ValueError where they are none."""
     keys, roles = plain(keys), {"image", "label", "sample", "tokens"}

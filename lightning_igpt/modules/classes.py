@@ -38,14 +38,14 @@ def classes_of_data(trainer: Trainer) -> tuple[int | None, list[str] | None]:
 
 
 def adopt_class_names(module: Any) -> None:
-    """Take the data's class names where the module has none; ValueError where the data has more classes."""
+    """Take the data's class names where training has set none; ValueError where the data has more classes."""
     count, names = classes_of_data(module.trainer)
     count = module.num_classes if count is None or module.trainer.predicting else count
     if count > module.num_classes:
         raise ValueError(f"num_classes is {module.num_classes} but the data has {count}; set num_classes={count}")
     if count < module.num_classes:
         log.warning("num_classes is %d but the data has only %d classes", module.num_classes, count)
-    if module.class_names is None and names is not None:
+    if names is not None and not (module.names_given or module.trained_classes):
         rest = (f"LABEL_{number}" for number in range(len(names), module.num_classes))  # classes that the data lacks
         module.class_names = module.hparams["class_names"] = [*names, *rest][: module.num_classes]
 
@@ -71,7 +71,8 @@ def match_classes(module: Any) -> None:
             f"the network was trained on the classes {known}, but the data has {list(names)}: give the classes the "
             "names of training, or start a new run from the weights with pretrained="
         )
-    else:  # names that the user chose
+    else:
+        log.warning("class_names are %s, the data's %s: the former name the latter, in this order", known, names)
         known = list(names)
     if trainer.training:
         module.trained_classes = list(known)
@@ -85,4 +86,5 @@ def load_classes(module: Any, checkpoint: Mapping[str, Any]) -> None:
         return
     if module.class_names is not None and module.trained_classes is None:  # else match_classes compares them
         log.warning("the checkpoint's classes are %s, the data's %s: keeping the former", saved, module.class_names)
-    module.class_names = module.hparams["class_names"] = saved
+    module.class_names, module.names_given = saved, True
+    module.hparams["class_names"] = saved

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_igpt.config import ImageGPTConfig, plain
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules import batches, build, classes, heads, resume
-from lightning_igpt.modules.batches import Batch, check_keys, evaluation_masks, need_labels, read
+from lightning_igpt.modules.batches import Batch, check_keys, evaluation_masks, read
 from lightning_igpt.modules.build import NetworkLike, PaletteLike
 from lightning_igpt.objectives import MASK_RATIO, majority_vote, masked_pixel_loss, next_pixel_loss
 from lightning_igpt.optim import make_adam, warmup_constant, warmup_cosine
@@ -150,8 +150,7 @@ class FineTuneModule(LightningModule):
         resume.start_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        whole = read(self, batch)
-        labels = need_labels(whole, self.num_classes, self.label_places, soft=True)
+        whole, labels = batches.read_labeled(self, batch, soft=True)
         masked = (
             batches.mask_for(self, whole, batch_idx)
             if self.mask_inputs
@@ -175,8 +174,7 @@ class FineTuneModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """For callbacks: ``probabilities`` float32 (B, C), ``prediction`` and ``label``, both int64 (B,)."""
-        whole = read(self, batch)
-        labels = need_labels(whole, self.num_classes, self.label_places)
+        whole, labels = batches.read_labeled(self, batch)
         per_mask = self._per_mask(whole, batch_idx)  # (M, B, C)
         votes, logits = per_mask.argmax(-1), _mean_over_masks(per_mask)  # (M, B), (B, C)
         if len(votes) == 1:

@@ -25,7 +25,6 @@ from lightning_igpt.palette import Palette
 
 log = logging.getLogger(__name__)
 
-RESULTS = "probe_results"  # key in a checkpoint before 0.2, whose state dict does not have them
 MOMENTUM = 0.9  # of SGD: paper, section 3.4
 
 
@@ -138,6 +137,10 @@ class ProbeModule(LightningModule):
         """Number of the layer that did best on validation; ValueError where no validation picked one of several."""
         return self.layers[self._picked()]
 
+    def __dir__(self) -> list[str]:
+        # A logger's graph is drawn by torch.jit.trace, which reads every attribute; this one may raise.
+        return [name for name in super().__dir__() if name != "best_layer"]  # type: ignore[no-untyped-call]
+
     @property
     def accuracy_by_layer(self) -> dict[int, float]:
         """Accuracy per layer of the last validation or test."""
@@ -162,8 +165,8 @@ class ProbeModule(LightningModule):
             if count is None:
                 raise ValueError("num_classes is unknown: the data does not name its classes, so set num_classes=")
             self.set_classes(count)
-        if stage == "fit" and self.solver == "lbfgs":  # begins from zero, unless a checkpoint is loaded now
-            self.trained_classes, self.class_names = None, self.class_names if self.names_given else None
+        if stage == "fit" and self.solver == "lbfgs":
+            self.trained_classes = None  # a fit begins from zero, unless a checkpoint is loaded now
         classes.adopt_class_names(self)
 
     def train(self, mode: bool = True) -> ProbeModule:
@@ -196,8 +199,7 @@ class ProbeModule(LightningModule):
         resume.start_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        whole = read(self, batch)
-        labels = batches.need_labels(whole, self.num_classes, self.label_places)
+        whole, labels = batches.read_labeled(self, batch)
         features = self._features(whole, batch_idx)[0]
         if self.solver == "lbfgs":
             self._lbfgs.collect(self, features, labels, whole.samples, batch_idx)
@@ -276,7 +278,7 @@ class ProbeModule(LightningModule):
         build.load(self, checkpoint)
         classes.load_classes(self, checkpoint)
         self.set_classes(checkpoint["state_dict"]["bias"].shape[1])
-        self.scores.read(checkpoint.get(RESULTS, []))
+        self.scores.read(checkpoint.get("probe_results", []))  # of versions before 0.2
 
     def _picked(self) -> int:
         if len(self.layers) > 1 and self.best < 0:
@@ -310,8 +312,7 @@ class ProbeModule(LightningModule):
 
     def _evaluate(self, batch: Any, batch_idx: int, loader: int) -> tuple[Tensor, Tensor, Tensor]:
         """Count; return probabilities (B, layers, C), predictions (B, layers) and labels (B,)."""
-        whole = read(self, batch)
-        labels = batches.need_labels(whole, self.num_classes, self.label_places)
+        whole, labels = batches.read_labeled(self, batch)
         features = self._features(whole, batch_idx, every_mask=True)
         samples, head, logits = sample_numbers(self, whole, batch_idx), self.concat_head, self.logits(features)
         predictions, correct = heads.vote(logits, samples, seed=self.seed), build.metrics_of(self, loader)["correct"]
@@ -333,7 +334,7 @@ class ProbeModule(LightningModule):
             self.best.fill_(int(counts[0].compute()[:n_layers].argmax()))
             if len(self._lbfgs.training):
                 self._lbfgs.fit_together(self, counts)
-        is_picked, together = n_layers == 1 or self.best >= 0, self.concat_head is not None and self.concat_head.fitted
+        is_picked, together = n_layers == 1 or self.best >= 0, len(self.results) > n_layers
         self.scores.put(f"{stage}_accuracy", counts[0].compute()[: n_layers + together])
         for correct, (_, ending) in zip(counts, evaluated, strict=True):
             *accuracies, last = accuracy = correct.compute()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import BackboneFinetuning, GradientAccumulationScheduler, ModelPruning
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from omegaconf import OmegaConf
 from PIL import Image
@@ -301,10 +301,11 @@ def test_soft_labels_train_and_are_not_evaluated_on():
 
 
 @pytest.mark.parametrize("make", [pretrain, finetune, probe])
-def test_summaries_count_floating_point_operations(make):
+def test_summaries_count_floating_point_operations(tmp_path, make):
     module = make()
     flops = ModelSummary(module).total_flops
     matrices = [part.weight.numel() for part in module.network.modules() if isinstance(part, torch.nn.Linear)]
+    quiet_trainer(tmp_path, max_epochs=1, logger=TensorBoardLogger(tmp_path, log_graph=True)).fit(module, loader(8))
     head = 0 if make is pretrain else module.network.lm_head.weight.numel()
     assert flops >= 2 * 16 * (sum(matrices) - head)
 
@@ -362,6 +363,10 @@ def test_a_resumed_run_and_the_users_order_of_classes(tmp_path):
     own = make(class_names=["eel", "cat", "dog"])
     quiet_trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(own, animals(kind, NAMES))
     assert own.label_places.tolist() == [1, 2, 0] and own.trained_classes == ["eel", "cat", "dog"]
+    trained = finetune()  # names of data that was only validated on do not stay
+    quiet_trainer(tmp_path).validate(trained, animals(kind, ["dog", "eel", "fox"]), verbose=False)
+    quiet_trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(trained, animals(kind, NAMES))
+    assert trained.class_names == trained.trained_classes == NAMES
     renamed = make(class_names=["x", "y", "z"])  # other names for the same classes
     quiet_trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(renamed, animals(kind, NAMES))
     assert renamed.label_places is None and renamed.trained_classes == NAMES and renamed.class_names == ["x", "y", "z"]
