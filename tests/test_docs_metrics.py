@@ -12,6 +12,8 @@ PACKAGE = Path(lightning_igpt.__file__).parent
 LOGS = ("self", "module", "pl_module")
 VALUES = {  # of expressions between braces in a logged name
     "stage": ["val", "test"],
+    "ending": [""],  # of the loader, where there are several
+    "{stage}/{name}{ending}": ["accuracy", "cross_entropy"],
     "layer": ["<l>"],
     "self._layer": ["<l>"],
     "prefix": ["probe", "test"],

@@ -26,6 +26,8 @@ from lightning_igpt.weights.checkpoint import STAMP
 from lightning_igpt.weights.native import COLORS
 
 MODULES = tuple(f"lightning_igpt.modules.{name}" for name in ("pretrain", "finetune", "probe"))
+# For self.log: a metric is the same on every process already, and its name says which loader's it is.
+COMPLETE: dict[str, Any] = {"sync_dist": True, "add_dataloader_idx": False}
 log = logging.getLogger(__name__)
 
 NetworkLike = ImageGPTConfig | str | dict[str, Any] | None
@@ -192,11 +194,6 @@ def end_evaluation(module: Any) -> list[tuple[dict[str, Any], str]]:
     if trainer is not None and trainer.validating:
         module.validated_at = trainer.global_step  # the numbers must not describe later weights
     return [(kept[loader], f"/dataloader_idx_{loader}" if len(kept) > 1 else "") for loader in sorted(kept)]
-
-
-def log_metric(module: Any, name: str, value: Any, *, prog_bar: bool = False) -> None:
-    """Log what is the same on every process already, which ``sync_dist`` declares to Lightning, under its full name."""
-    module.log(name, value, prog_bar=prog_bar, sync_dist=True, add_dataloader_idx=False)
 
 
 def save(module: Any, checkpoint: dict[str, Any]) -> None:

@@ -253,7 +253,7 @@ class FineTuneModule(LightningModule):
         for metrics, ending in build.end_evaluation(self):
             for name, metric in metrics.items():
                 value, shown = metric.compute().squeeze(), name == "accuracy"
-                build.log_metric(self, f"{stage}/{name}{ending}", value, prog_bar=shown)
+                self.log(f"{stage}/{name}{ending}", value, prog_bar=shown, **build.COMPLETE)
 
 
 def _mean_over_masks(logits: Tensor) -> Tensor:

@@ -197,5 +197,5 @@ class PretrainModule(LightningModule):
     def _log_metrics(self, stage: str) -> None:
         for metrics, ending in build.end_evaluation(self):
             nats = metrics["nats"].compute()
-            build.log_metric(self, f"{stage}/nats_per_pixel{ending}", nats, prog_bar=True)
-            build.log_metric(self, f"{stage}/bits_per_pixel{ending}", nats_to_bits(nats))
+            self.log(f"{stage}/nats_per_pixel{ending}", nats, prog_bar=True, **build.COMPLETE)
+            self.log(f"{stage}/bits_per_pixel{ending}", nats_to_bits(nats), **build.COMPLETE)

@@ -339,12 +339,12 @@ class ProbeModule(LightningModule):
         for correct, (_, ending) in zip(counts, evaluated, strict=True):
             *accuracies, last = accuracy = correct.compute()
             for layer, value in zip(self.layers, accuracies, strict=True):
-                build.log_metric(self, f"{prefix}/layer_{layer}/accuracy{ending}", value)
+                self.log(f"{prefix}/layer_{layer}/accuracy{ending}", value, **build.COMPLETE)
             if is_picked:
-                build.log_metric(self, f"{stage}/accuracy{ending}", accuracy[self._picked()], prog_bar=True)
+                self.log(f"{stage}/accuracy{ending}", accuracy[self._picked()], prog_bar=True, **build.COMPLETE)
             if together:
-                build.log_metric(self, f"{stage}/concat_accuracy{ending}", last)
+                self.log(f"{stage}/concat_accuracy{ending}", last, **build.COMPLETE)
         if is_picked:
-            build.log_metric(self, f"{stage}/best_layer", float(self.best_layer))
+            self.log(f"{stage}/best_layer", float(self.best_layer), **build.COMPLETE)
         else:
             log.warning("test/accuracy is left out: without validation data no layer was picked")

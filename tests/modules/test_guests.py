@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import lightning
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
+from lightning_igpt.data.loaders import network_of
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.optim import make_adam
 from lightning_igpt.trainer import make_trainer
@@ -84,6 +86,8 @@ def test_only_the_data_that_is_trained_on_counts(tmp_path):
         trainer.validate(trainer.lightning_module, datamodule=old, verbose=False)
         trainer.save_checkpoint(tmp_path / "x.ckpt")
         assert torch.load(tmp_path / "x.ckpt", weights_only=True)[STAMP]["data"] is None
+    other = SimpleNamespace(config=SimpleNamespace(image_size=224), palette="openai")  # not a network of ours
+    assert network_of(SimpleNamespace(lightning_module=other)) == (None, None)
     module = finetune()
     rates_of(tmp_path, module, Foreign(), max_epochs=1)
     assert module.class_names is None
@@ -219,6 +223,7 @@ def test_omegaconf_lists_and_dicts_are_plain(tmp_path):
         ProbeModule(network=network, palette=colors, layers=given.layers, c=given.betas, class_names=given.names),
     ]
     assert made[2].layers == [0, 2] and made[0].batch_keys == {"image": "photo"}
+    assert made[0].tokens_of({"photo": labelled_images(4)[0], "image": ["a.png"] * 4}).shape == (4, 16)
     for module in made:
         options = {"default_root_dir": tmp_path, "logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
         trainer = make_trainer(max_steps=1, callbacks=OmegaConf.create([]), **options)
