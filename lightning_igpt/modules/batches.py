@@ -68,11 +68,7 @@ def check_keys(keys: Any) -> dict[str, str | int] | None:
     keys, roles = plain(keys), {"image", "label", "sample", "tokens"}
     if keys is None:
         return None
-    if (
-        not isinstance(keys, Mapping)
-        or not keys.keys() <= roles
-        or not all(isinstance(k, str | int) for k in keys.values())
-    ):
+    if not (isinstance(keys, Mapping) and keys.keys() <= roles and {type(key) for key in keys.values()} <= {str, int}):
         raise ValueError(f"keys is {keys!r}; it must map some of {sorted(roles)} to the names that a batch has")
     return dict(keys)
 
@@ -96,9 +92,10 @@ def _parts(batch: Any, keys: Mapping[str, str | int]) -> dict[str, Any]:
         if parts.keys() & {"image", "tokens"}:
             return parts | {"names": names}
         if keys or not items:
-            looked = f"keys={dict(keys)} names others" if keys else f"exactly one must be {', '.join(NAMES['image'])}"
-            cure = "or 'tokens'; name yours by keys={'image': ..., 'label': ...}"
-            raise TypeError(f"the batch has the keys {sorted(map(str, names))}, of which {looked}, {cure}")
+            known = ", ".join([*NAMES["image"], "tokens"])
+            asked = f"keys={dict(keys)} asks for others" if keys else f"a module reads exactly one of {known}"
+            cure = "name yours by keys={'image': ..., 'label': ...}"
+            raise TypeError(f"the batch has the keys {sorted(map(str, names))}, but {asked}; {cure}")
     tensors = len(items) in (1, 2) and all(isinstance(item, Tensor) for item in items)
     if tensors and all(item.ndim < 3 for item in items[1:]):  # more would be another image
         return dict(zip(("image", "label"), items, strict=False))
@@ -186,8 +183,8 @@ def sample_numbers(module: Any, batch: Batch, batch_idx: int) -> Tensor:
     if batch.samples is not None:
         return batch.samples
     count = count_batches(module) if module.training else batch_idx
-    size = len(batch.tokens)
-    first = (count * MAX_PROCESSES + module.global_rank) * size
+    size, rank = len(batch.tokens), module.global_rank if module.fabric is None else module.fabric.global_rank
+    first = (count * MAX_PROCESSES + rank) * size
     return torch.arange(first, first + size, device=batch.tokens.device)
 
 

@@ -80,9 +80,9 @@ def test_bytes_survive_a_normalisation_that_was_undone():
         (
             {"photo": IMAGES, "kind": LABELS},
             TypeError,
-            r"\['kind', 'photo'\], of which exactly one must be image, .*keys=",
+            r"\['kind', 'photo'\], but a module reads exactly one of image, .*keys=",
         ),
-        ({"img": IMAGES, "image": IMAGES}, TypeError, r"\['image', 'img'\], of which exactly one"),
+        ({"img": IMAGES, "image": IMAGES}, TypeError, r"\['image', 'img'\], but a module reads exactly one"),
         (
             [IMAGES, IMAGES],
             TypeError,
