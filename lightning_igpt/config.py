@@ -95,6 +95,7 @@ class ImageGPTConfig:
         Raises:
             ValueError: There is no such preset or field; the message lists those that exist.
         """
+        network = plain(network)
         if isinstance(network, ImageGPTConfig):
             return network
         if not isinstance(network, (str, Mapping)):
@@ -110,6 +111,15 @@ class ImageGPTConfig:
         if unknown:
             raise ValueError(f"unknown network fields [{', '.join(unknown)}]; an ImageGPTConfig has {known}")
         return cls(**network)
+
+
+def plain(value: Any) -> Any:
+    """Lists and dicts in place of OmegaConf's, which Hydra passes; all else as it is."""
+    if not type(value).__module__.startswith("omegaconf."):
+        return value
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(value, resolve=True)
 
 
 def _shown(value: Any) -> str:

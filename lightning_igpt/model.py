@@ -304,17 +304,21 @@ class ImageGPT(nn.Module):
                 )
             self.check_length(tokens.shape[1])
             x = self.wte(tokens) * ~masked[:, :, None]  # a hidden pixel keeps only its position
-            return self._drop(x + self.wpe.weight)
+            return self._drop(x + self._positions())
         if self.sos is None:
             raise ValueError("this is a BERT network: it needs masked=, a bool (B, T) that marks hidden pixels")
         if cache is None:
             self.check_length(tokens.shape[1])
-            return self._drop(self._after_sos(tokens[:, :-1]) + self.wpe.weight)
+            return self._drop(self._after_sos(tokens[:, :-1]) + self._positions())
         if cache.length and tokens.shape[1] != 1:
             raise ValueError(f"a cache in use takes one pixel at a time, not {tokens.shape[1]}; use a new cache")
         x = self.wte(tokens) if cache.length else self._after_sos(tokens)
         self.check_length(cache.length + x.shape[1], exact=False)
         return self._drop(x + self.wpe(cache.position + torch.arange(x.shape[1], device=x.device)))
+
+    def _positions(self) -> Tensor:
+        # Not by wpe.weight: pruning and parametrizations hook the call.
+        return self.wpe(torch.arange(self.config.n_positions, device=self.wpe.weight.device))  # type: ignore[no-any-return]
 
     def _after_sos(self, tokens: Tensor) -> Tensor:
         assert self.sos is not None

@@ -138,9 +138,15 @@ def _check_matrix(matrix: nn.Parameter, parts: int) -> None:
         raise ValueError(f"a matrix of {len(matrix)} rows cannot be split into {parts} matrices of equal height")
 
 
-def warmup_cosine(
-    optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
+class Schedule(torch.optim.lr_scheduler.LambdaLR):
+    """torch's LambdaLR for the groups of its start; groups added later, as by BackboneFinetuning, keep their rates."""
+
+    def get_lr(self) -> list[float | Tensor]:  # noqa: D102 - torch's
+        later = [group["lr"] for group in self.optimizer.param_groups[len(self.base_lrs) :]]
+        return [*super().get_lr(), *later]
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int) -> Schedule:
     """Rise linearly over ``warmup_steps``, then fall along a cosine to zero at ``total_steps``.
 
     Raises:
@@ -157,12 +163,12 @@ def warmup_cosine(
         done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return Schedule(optimizer, factor)
 
 
-def warmup_constant(optimizer: torch.optim.Optimizer, *, warmup_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+def warmup_constant(optimizer: torch.optim.Optimizer, *, warmup_steps: int) -> Schedule:
     """Rise linearly over ``warmup_steps``, then stay constant."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
+    return Schedule(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
 
 
 def default_warmup(total_steps: int, steps_per_epoch: int | None) -> int:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from lightning_igpt.config import plain
 from lightning_igpt.files import replacing
 from lightning_igpt.images import decode_form, resize_center_crop
 from lightning_igpt.lookup import cached_table
@@ -52,7 +53,7 @@ class Palette:
     __slots__ = ("_array", "_sha256")
 
     def __init__(self, colors: Colors) -> None:
-        self._array = _checked(colors)  # (K, 3) float32, read-only
+        self._array = _checked(plain(colors))  # (K, 3) float32, read-only
         self._sha256 = hashlib.sha256(self._array.astype("<f4").tobytes()).hexdigest()
 
     @classmethod

@@ -27,7 +27,7 @@ from lightning_igpt.callbacks import (
 )
 from lightning_igpt.callbacks.throughput import is_frozen
 from lightning_igpt.checkpointing import AtomicCheckpointIO, SteadyCheckpoint
-from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.config import ImageGPTConfig, plain
 from lightning_igpt.private import multiplies_bfloat16
 from lightning_igpt.strategies import Chosen, choose_strategy
 
@@ -98,6 +98,8 @@ def make_trainer(
     Raises:
         ValueError: Neither max_steps nor max_epochs is given, or an option is none of its words.
     """
+    callbacks, plugins, devices = plain(callbacks), plain(plugins), plain(devices)
+    kwargs = {name: plain(value) for name, value in kwargs.items()}
     if matmul_precision not in (None, *PRODUCTS):
         raise ValueError(f"matmul_precision is {matmul_precision!r}; it must be one of {', '.join(PRODUCTS)}")
     # The command line passes every option of Trainer, those not given as None or Trainer's own default.

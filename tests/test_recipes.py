@@ -11,7 +11,6 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -20,7 +19,6 @@ import yaml
 from lightning_igpt.__main__ import main
 from lightning_igpt.commands import recipes
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.modules.resume import total_steps
 from lightning_igpt.optim import default_warmup
 from lightning_igpt.palette import Palette
 from lightning_igpt.planning import train_flops_per_token
@@ -219,16 +217,7 @@ def test_the_papers_settings(name):
     if paper.objective == "bert":
         assert options["mask_ratio"] == 0.15
     assert options["warmup_steps"] is None
-    accumulate = trainer["accumulate_grad_batches"] or 1
-    data = SimpleNamespace(batches_per_epoch=IMAGENET_TRAIN // images_per_step(recipe) * accumulate)
-    run = SimpleNamespace(
-        max_steps=paper.steps,
-        max_epochs=-1,
-        limit_train_batches=1.0,
-        accumulate_grad_batches=accumulate,
-        datamodule=data,
-    )
-    warmup = default_warmup(*total_steps(run))
+    warmup = default_warmup(paper.steps, IMAGENET_TRAIN // images_per_step(recipe))
     assert abs(warmup - IMAGENET_TRAIN / paper.batch) <= 1  # one epoch
     assert f"here {warmup:,} steps" in RECIPES[name].read_text()
 

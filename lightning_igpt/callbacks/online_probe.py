@@ -136,7 +136,7 @@ class OnlineProbe(Callback):
     def _read(self, trainer: Trainer, pl_module: Any, batch: Any) -> tuple[Tensor, Tensor]:
         """Features (B, D) and labels (B,) of a labeled batch on the module's device."""
         network = pl_module.network
-        labeled = read_batch(batch, pl_module.palette, network.config)
+        labeled = read_batch(batch, pl_module.palette, network.config, getattr(pl_module, "batch_keys", None))
         labels = need_labels(labeled, len(self._head.bias))
         masked = torch.zeros_like(labeled.tokens, dtype=torch.bool) if network.config.objective == "bert" else None
         training = [part for part in network.modules() if part.training]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_igpt.config import plain
 from lightning_igpt.data import loaders, readers, streams
 from lightning_igpt.data.loaders import Loader, make_loader, matching_palette, place_of
 from lightning_igpt.data.order import EndlessOrder, EvalOrder
@@ -95,6 +96,7 @@ class ImageDataModule(LightningDataModule):
         super().__init__()
         # Not logged: Lightning stops where module and data module have different values of one name, such as seed.
         self.save_hyperparameters(ignore=["source", "palette"], logger=False)
+        source = plain(source)
         # A data set itself would make checkpoints large, and unreadable with weights_only=True.
         self.hparams["source"] = name_of(source)
         self.source, self.image_size, self.batch_size, self.num_workers = source, image_size, batch_size, num_workers

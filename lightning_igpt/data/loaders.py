@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.readers import BAD, BadImages
 from lightning_igpt.data.sources import Source
 from lightning_igpt.data.streams import STATE
@@ -136,8 +137,8 @@ def n_steps(trainer: Trainer | None, per_pass: int | None, source: str) -> int:
 def network_of(trainer: Trainer | None) -> tuple[int | None, Palette | None]:
     """Image size and palette of the network that is trained or evaluated; None where there is none."""
     module = trainer.lightning_module if trainer is not None else None
-    palette = getattr(module, "palette", None)
-    size = getattr(getattr(module, "config", None), "image_size", None)
+    palette, config = getattr(module, "palette", None), getattr(module, "config", None)
+    size = config.image_size if isinstance(config, ImageGPTConfig) else None  # another's may mean anything
     return size, palette if isinstance(palette, Palette) else None
 
 

@@ -1,8 +1,8 @@
 """What a batch may contain, and the masks of its samples.
 
-A batch is a mapping with ``image`` (and ``label``), an ``(image, label)`` pair, images alone, or a mapping with
-``tokens``, whose ``palette`` is checked if present. Images are uint8 (B, 3, S, S), or floats in [0, 1], which are
-rounded to bytes.
+A batch is a mapping with ``image`` (and ``label``) or other names in ``NAMES``, an ``(image, label)`` pair, images
+alone, or a mapping with ``tokens``, whose ``palette`` is checked if present. Images are uint8 (B, 3, S, S), other
+integers from 0 to 255, or floats in [0, 1], which are rounded to bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.config import ImageGPTConfig, plain
 from lightning_igpt.modules.resume import trainer_of
 from lightning_igpt.objectives import draw_mask
 from lightning_igpt.palette import Palette
@@ -22,6 +22,12 @@ from lightning_igpt.sampling import check_tokens
 
 HALF_A_BYTE = 0.5 / 255
 MAX_PROCESSES = 65_536  # separates the sample numbers of processes
+NAMES = {  # of Hugging Face, torchvision, MMCV and webdataset
+    "image": ("image", "images", "img", "pixel_values", "input", "inputs", "png", "jpg", "jpeg", "webp"),
+    "label": ("label", "labels", "target", "targets", "cls"),
+}
+
+Keys = Mapping[str, str | int] | None
 
 
 class Batch(NamedTuple):
@@ -30,52 +36,120 @@ class Batch(NamedTuple):
     tokens: Tensor  # int64 (B, T)
     labels: Any  # int64 (B,), or None; need_labels checks
     samples: Tensor | None  # int64 (B,), each sample's number in the order of training
+    names: Sequence[Any] = ()  # the batch's keys, for messages
 
 
-def read_batch(batch: Any, palette: Palette, config: ImageGPTConfig) -> Batch:
-    """Tokens, labels and sample numbers of a batch; TypeError or ValueError says what of it cannot be read."""
-    if isinstance(batch, Mapping):
-        labels, samples = batch.get("label"), batch.get("sample")
-        if "tokens" in batch:
-            _check_palette_column(batch.get("palette"), palette)
-            return Batch(_check_tokens(batch["tokens"], config), labels, samples)
-        if "image" not in batch:
-            raise TypeError(f"the batch has the keys {sorted(map(str, batch))}; a module looks for 'image' or 'tokens'")
-        return Batch(_to_tokens(batch["image"], palette, config), labels, samples)
+def read_batch(batch: Any, palette: Palette, config: ImageGPTConfig, keys: Keys = None) -> Batch:
+    """Tokens, labels and sample numbers of a batch; TypeError or ValueError says what of it cannot be read.
+
+    ``keys`` says where a batch has its image, label, sample or tokens: under which name, or in which place.
+    """
+    parts = _parts(batch, keys or {})
+    labels, samples, names = parts.get("label"), parts.get("sample"), parts.get("names", ())
+    if "tokens" in parts:
+        _check_palette_column(parts.get("palette"), palette)
+        return Batch(_check_tokens(parts["tokens"], config), labels, samples, names)
+    return Batch(_to_tokens(parts["image"], palette, config), labels, samples, names)
+
+
+def read(module: Any, batch: Any) -> Batch:
+    """:func:`read_batch` with a module's palette, network and keys."""
+    return read_batch(batch, module.palette, module.config, module.batch_keys)
+
+
+def read_labeled(module: Any, batch: Any, *, soft: bool = False) -> tuple[Batch, Tensor]:
+    """A batch for a classifier, and its labels by :func:`need_labels`."""
+    whole = read(module, batch)
+    return whole, need_labels(whole, module.num_classes, module.label_places, soft=soft)
+
+
+def check_keys(keys: Any) -> dict[str, str | int] | None:
+    """Keys as a plain dict; ValueError where they are none."""
+    keys, roles = plain(keys), {"image", "label", "sample", "tokens"}
+    if keys is None:
+        return None
+    if not (isinstance(keys, Mapping) and keys.keys() <= roles and {type(key) for key in keys.values()} <= {str, int}):
+        raise ValueError(f"keys is {keys!r}; it must map some of {sorted(roles)} to the names that a batch has")
+    return dict(keys)
+
+
+def _parts(batch: Any, keys: Mapping[str, str | int]) -> dict[str, Any]:
+    """What plays which role in a batch; TypeError where a tensor would be left out or the roles are not clear."""
     if isinstance(batch, Tensor):
-        return Batch(_to_tokens(batch, palette, config), None, None)
-    if isinstance(batch, Sequence) and batch and all(isinstance(part, Tensor) for part in batch[:2]):
-        return Batch(_to_tokens(batch[0], palette, config), batch[1] if len(batch) > 1 else None, None)
+        return {"image": batch}
+    items = list(batch) if isinstance(batch, Sequence) and not isinstance(batch, str) else []
+    named = batch._asdict() if hasattr(batch, "_asdict") else dict(enumerate(items)) if keys and items else batch
+    if hasattr(named, "keys"):
+        names = list(named.keys())
+        parts = {role: named[key] for role, key in keys.items() if key in names}
+        own = {"sample", "palette"} if "image" in keys else {"sample", "palette", "tokens"}
+        parts |= {role: named[role] for role in own - keys.keys() if role in names}
+        for role in NAMES.keys() - keys.keys():
+            present = [name for name in NAMES[role] if name in names]
+            present = [name for name in present if isinstance(named[name], Tensor)] or present
+            if len(present) == 1 or role in present[: role == "label"]:  # there may be labels of several kinds
+                parts[role] = named[present[0]]
+        if parts.keys() & {"image", "tokens"}:
+            return parts | {"names": names}
+        if keys or not items:
+            known = ", ".join([*NAMES["image"], "tokens"])
+            asked = f"keys={dict(keys)} asks for others" if keys else f"a module reads exactly one of {known}"
+            cure = "name yours by keys={'image': ..., 'label': ...}"
+            raise TypeError(f"the batch has the keys {sorted(map(str, names))}, but {asked}; {cure}")
+    tensors = len(items) in (1, 2) and all(isinstance(item, Tensor) for item in items)
+    if tensors and all(item.ndim < 3 for item in items[1:]):  # more would be another image
+        return dict(zip(("image", "label"), items, strict=False))
+    what = ", ".join(f"{type(item).__name__} {tuple(getattr(item, 'shape', ()))}" for item in items)
     raise TypeError(
         f"a batch must be a mapping with 'image', an (image, label) pair, or images; got {type(batch).__name__}"
+        + (f" of {what}: train on one view and one loader, or name places by keys={{'image': 0}}" if items else "")
     )
 
 
-def need_labels(batch: Batch, num_classes: int) -> Tensor:
-    """The labels of a batch, int64 (B,); ValueError where there are none, or one is outside 0 .. num_classes - 1."""
+def need_labels(batch: Batch, num_classes: int, places: Tensor | None = None, *, soft: bool = False) -> Tensor:
+    """The labels of a batch, int64 (B,); ValueError where there are none, or one is outside 0 .. num_classes - 1.
+
+    ``places`` are the classes that the data's labels stand for, int64 (data's classes,). With ``soft``, probabilities
+    are labels too, as MixUp gives them: float32 (B, num_classes).
+    """
     labels = batch.labels
+    if not num_classes:
+        raise ValueError("num_classes is unknown: nothing names the classes, so set num_classes=")
     if labels is None:
-        raise ValueError("this batch has no labels, which probing and fine-tuning need: yield 'label' next to 'image'")
+        looked = f"its keys are {sorted(map(str, batch.names))}; " if batch.names else ""
+        cure = f"name them {' or '.join(NAMES['label'])}, or say keys={{'label': ...}}"
+        raise ValueError(f"this batch has no labels, which probing and fine-tuning need: {looked}{cure}")
     if not isinstance(labels, Tensor):
         raise ValueError(f"labels must be an integer tensor; got {type(labels).__name__}: encode names as numbers")
+    count = num_classes if places is None else len(places)
+    if soft and labels.is_floating_point() and labels.shape == (len(batch.tokens), count):
+        if labels.device.type == "cpu" and not (labels.min() >= 0 and (labels.sum(1) - 1).abs().max() < 0.01):
+            raise ValueError(f"labels {tuple(labels.shape)} must be probabilities, of which each row adds up to 1")
+        spread = labels.new_zeros(len(labels), num_classes, dtype=torch.float32)
+        return labels.float() if places is None else spread.index_copy(1, places.to(labels.device), labels.float())
     if labels.shape != batch.tokens.shape[:1] or labels.is_floating_point():
-        raise ValueError(f"labels must be integers of shape ({len(batch.tokens)},); got {labels.dtype} {labels.shape}")
+        hint = "; probabilities, as of MixUp, are for the training of FineTuneModule" if labels.ndim == 2 else ""
+        shape = f"({len(batch.tokens)},); got {labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(f"labels must be integers of shape {shape}{hint}")
     # On an accelerator the comparison would stall the queue at every step; there cross_entropy itself asserts.
-    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < count:
         low, high = int(labels.min()), int(labels.max())
         hint = " (-1 marks the hidden labels of a benchmark's test split)" if low < 0 else ""
-        raise ValueError(
-            f"labels run from {low} to {high}, but num_classes is {num_classes}: 0 to {num_classes - 1}{hint}"
-        )
-    return labels.long()
+        raise ValueError(f"labels run from {low} to {high}, but num_classes is {count}: 0 to {count - 1}{hint}")
+    return labels.long() if places is None else places.to(labels.device).index_select(0, labels.long())
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images as uint8: bytes unchanged, floats in [0, 1] rounded; others, as normalization gives them, are refused."""
+    """Images as uint8: integers unchanged, floats in [0, 1] rounded; what lies outside is refused."""
     if images.dtype == torch.uint8:
         return images
-    if not images.is_floating_point():
-        raise TypeError(f"images must be uint8, or floats in [0, 1]; got {images.dtype}")
+    if images.dtype == torch.bool or images.is_complex():
+        raise TypeError(f"images must be uint8, integers from 0 to 255, or floats in [0, 1]; got {images.dtype}")
+    if not images.is_floating_point():  # with_format("torch") makes int64 of arrays
+        low, high = images.long().aminmax()
+        if low < 0 or high > 255:
+            raise ValueError(f"images of {images.dtype} must lie in 0..255; these run from {int(low)} to {int(high)}")
+        return images.to(torch.uint8)
     low, high = images.aminmax()
     if not (low > -HALF_A_BYTE and high < 1 + HALF_A_BYTE):
         cure = "Leave out the normalization, or undo it by images * std + mean; bytes become uint8 by .to(torch.uint8)"
@@ -108,11 +182,19 @@ def sample_numbers(module: Any, batch: Batch, batch_idx: int) -> Tensor:
     """The number of each sample, int64 (B,): the loader's, or made of batch, process and row."""
     if batch.samples is not None:
         return batch.samples
-    trainer = trainer_of(module)
-    count = trainer.fit_loop.total_batch_idx + 1 if module.training and trainer is not None else batch_idx
-    size = len(batch.tokens)
-    first = (count * MAX_PROCESSES + module.global_rank) * size
+    count = count_batches(module) if module.training else batch_idx
+    size, rank = len(batch.tokens), module.global_rank if module.fabric is None else module.fabric.global_rank
+    first = (count * MAX_PROCESSES + rank) * size
     return torch.arange(first, first + size, device=batch.tokens.device)
+
+
+def count_batches(module: Any) -> int:
+    """Training batches so far, this one included; without a Trainer, calls of this function."""
+    trainer = trainer_of(module)
+    if trainer is not None:
+        return trainer.fit_loop.total_batch_idx + 1
+    module.batches_seen += 1
+    return int(module.batches_seen)
 
 
 def _to_tokens(images: Any, palette: Palette, config: ImageGPTConfig) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,21 +12,23 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torch import Tensor
+from torchmetrics import MeanMetric
 
 from lightning_igpt import __version__
 from lightning_igpt.checkpointing import make_plain, run_of
-from lightning_igpt.config import ImageGPTConfig, Objective
+from lightning_igpt.config import ImageGPTConfig, Objective, plain
 from lightning_igpt.decoding import is_sharded
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.modules.resume import is_evaluating, load_run_state, save_random_states, trainer_of
+from lightning_igpt.modules.resume import is_evaluating, is_own, load_run_state, save_random_states, trainer_of
 from lightning_igpt.palette import Palette
-from lightning_igpt.private import current_datamodule
 from lightning_igpt.weights import load_pretrained
 from lightning_igpt.weights.checkpoint import STAMP
 from lightning_igpt.weights.native import COLORS
 
+MODULES = tuple(f"lightning_igpt.modules.{name}" for name in ("pretrain", "finetune", "probe"))
+# For self.log: a metric is the same on every process already, and its name says which loader's it is.
+COMPLETE: dict[str, Any] = {"sync_dist": True, "add_dataloader_idx": False}
 log = logging.getLogger(__name__)
 
 NetworkLike = ImageGPTConfig | str | dict[str, Any] | None
@@ -53,6 +55,9 @@ def build_network(
 
     Loaded weights keep their shape; only ``image_size`` (positions are interpolated) and ``dropout`` may differ.
     """
+    network, palette, pretrained = plain(network), plain(palette), plain(pretrained)
+    if isinstance(pretrained, Mapping):  # of a subclass's checkpoint: the weights follow
+        network, palette, pretrained = pretrained["network"], pretrained["palette"], None
     if pretrained is None:
         config = ImageGPTConfig.resolve("igpt_s" if network is None else network)
         config = _changed(config, objective=objective, image_size=image_size)
@@ -84,11 +89,24 @@ def register(module: Any, built: Built, *names: str, **others: Any) -> None:
 
     They are plain values, so that a checkpoint opens by itself.
     """
+    module.metrics, module.batches_seen, module.validated_at, module.random_states = {}, 0, None, None
+    module.data_name = module.trained_classes = module.label_places = None
+    side = built.network.config.image_size
+    module.example_input_array = torch.zeros(1, 3, side, side, dtype=torch.uint8, device="cpu")
     module.network, module.palette, module.origin, module.origin_path = built
     colors = torch.tensor(built.palette.to_list(), dtype=torch.float32, device="cpu")  # (K, 3)
     module.register_buffer(COLORS, colors)
     named = {"network": built.network.config.to_dict(), "palette": built.palette.spec}
     module.save_hyperparameters(named | {name: getattr(module, name) for name in names} | others)
+
+
+def hparams_to_log(module: Any, mine: dict[str, Any]) -> dict[str, Any]:
+    """A module's hyperparameters for loggers; Lightning stops where a data module has another value of a name."""
+    data = getattr(trainer_of(module), "datamodule", None)
+    theirs = {} if data is None or is_own(data) else data.hparams_initial
+    for name in mine.keys() & theirs.keys():
+        mine[f"model/{name}"] = mine.pop(name)
+    return mine
 
 
 def shard_network(module: Any) -> None:
@@ -107,6 +125,7 @@ def shard_network(module: Any) -> None:
             raise ValueError(f"{name} cannot train a sharded network: load its checkpoint into a new module")
         return
     _check_strategy(trainer, module.device_mesh)
+    module.example_input_array = None  # a summary's forward pass would leave gathered weights behind
     for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False  # FSDP2 keeps its buffers, and those made in inference mode cannot be trained
     if is_sharded(network):  # Lightning configures a model at each fit and evaluation
@@ -147,19 +166,35 @@ def _share_out(network: ImageGPT, strategy: ModelParallelStrategy) -> None:
     set_model_state_dict(network, weights, options=options)
 
 
-class Mean(MeanMetric):
-    """torchmetrics' mean, summed in float32: in bf16-true a sum in bfloat16 would stop growing at 256 images."""
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        if self.mean_value.dtype != torch.float32:  # module.to(dtype), or Trainer.init_module
-            self.set_dtype(torch.float32)
-        super().update(*args, **kwargs)
+def mean() -> MeanMetric:
+    """Torchmetrics' mean, summed in float32: in bf16-true a sum in bfloat16 would stop growing at 256 images."""
+    return MeanMetric().set_dtype(torch.float32)  # type: ignore[return-value]
 
 
-def metrics_by_stage(make: Callable[[], Metric]) -> nn.ModuleDict:
-    """A metric for ``val`` and one for ``test``, with values even where a network is made on the meta device."""
-    with torch.device("cpu"):
-        return nn.ModuleDict({stage: make() for stage in ("val", "test")})
+def begin_evaluation(module: Any) -> None:
+    """Start counting for every loader of an evaluation, without what is left of an earlier one that broke off."""
+    module.metrics = {}
+    trainer = trainer_of(module)
+    if trainer is not None:
+        sizes = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        for loader in range(len(sizes)):  # on all processes alike, also where one has no batch
+            metrics_of(module, loader)
+
+
+def metrics_of(module: Any, loader: int) -> dict[str, Any]:
+    """The metrics of a loader in the evaluation that runs, by ``module.new_metrics()``."""
+    if loader not in module.metrics:
+        with torch.inference_mode(False), torch.device("cpu"):  # tensors of inference mode cannot be updated later
+            module.metrics[loader] = {name: one.to(module.device) for name, one in module.new_metrics().items()}
+    return module.metrics[loader]  # type: ignore[no-any-return]
+
+
+def end_evaluation(module: Any) -> list[tuple[dict[str, Any], str]]:
+    """The metrics of each loader, with the ending that its names get as in Lightning; forgets them."""
+    trainer, kept, module.metrics = trainer_of(module), module.metrics, {}
+    if trainer is not None and trainer.validating:
+        module.validated_at = trainer.global_step  # the numbers must not describe later weights
+    return [(kept[loader], f"/dataloader_idx_{loader}" if len(kept) > 1 else "") for loader in sorted(kept)]
 
 
 def save(module: Any, checkpoint: dict[str, Any]) -> None:
@@ -170,33 +205,25 @@ def save(module: Any, checkpoint: dict[str, Any]) -> None:
         logged = module.trainer.callback_metrics.items()
         metrics = {"step": step} | {name: float(value) for name, value in logged if name.startswith("val/")}
     checkpoint["state_dict"][COLORS] = module.palette.colors
+    described = {"network": module.config.to_dict(), "palette": module.palette.spec}
+    if settings := checkpoint.get("hyper_parameters"):
+        settings |= described  # a subclass that calls save_hyperparameters stores what it was given
+        if settings.get("pretrained"):
+            settings["pretrained"] = described  # its file may be gone
     checkpoint[STAMP] = {
-        "class": type(module).__name__,
+        "class": next(kind.__name__ for kind in type(module).__mro__ if kind.__module__ in MODULES),
         "version": __version__,
         "network": module.config.to_dict(),
         "palette_sha256": module.palette.sha256,
         "steps": int(checkpoint.get("global_step", 0)),
-        "data": None if trainer is None else _data_name(trainer),
+        "data": module.data_name,
+        "classes": module.trained_classes,
         "origin": module.origin,
         "validation": metrics,
         "run": None if trainer is None else run_of(trainer),
     }
     save_random_states(module, checkpoint)
     make_plain(checkpoint)  # here, too, for trainers that write by Lightning's own means
-
-
-def note_validation(module: Any) -> None:
-    """Remember the step of a validation, whose numbers must not describe later weights."""
-    if not module.trainer.sanity_checking:
-        module.validated_at = module.trainer.global_step
-
-
-def _data_name(trainer: Trainer) -> str | None:
-    """The data's name without the path to it, which must not be published with the weights."""
-    source: Any = getattr(current_datamodule(trainer), "hparams", {}).get("source")
-    if not isinstance(source, str):
-        return None
-    return Path(source).name if Path(source).exists() or Path(source).is_absolute() else source
 
 
 def check_stamp(module: Any, checkpoint: Mapping[str, Any]) -> None:
@@ -206,7 +233,7 @@ def check_stamp(module: Any, checkpoint: Mapping[str, Any]) -> None:
         raise ValueError(f"this checkpoint was not written by {mine}; to start from its weights, use pretrained=")
     if not isinstance(other, Mapping) or not {"class", "network", "palette_sha256"} <= other.keys():
         raise ValueError("this checkpoint is damaged: its description of itself is incomplete")
-    if other["class"] != mine:
+    if other["class"] not in [kind.__name__ for kind in type(module).__mro__]:
         what = f"this checkpoint is a {other['class']}'s and the model is a {mine}"
         raise ValueError(f"{what}; to start from its weights, use pretrained=")
     config = ImageGPTConfig.resolve(other["network"])
@@ -232,6 +259,7 @@ def check_same(module: Any, checkpoint: Mapping[str, Any], name: str, before: An
 def load(module: Any, checkpoint: dict[str, Any]) -> None:
     """Check a checkpoint and prepare it for the module; for on_load_checkpoint."""
     module.check_checkpoint(checkpoint)
+    module.data_name = checkpoint[STAMP].get("data")
     if "origin" in checkpoint[STAMP]:  # older ones do not say where their weights came from
         module.origin, module.origin_path = checkpoint[STAMP]["origin"], None
     load_run_state(module, checkpoint)
@@ -263,38 +291,6 @@ def check_masks(config: ImageGPTConfig, ratio: float, mask_inputs: bool = True, 
     check_settings(above_zero={"n_masks": n_masks})
     if config.objective == "bert" and not mask_inputs and n_masks > 1:
         raise ValueError(f"mask_inputs=False uses no mask, but n_masks is {n_masks}; set n_masks=1 or mask_inputs=True")
-
-
-def check_class_names(names: Any, num_classes: int | None) -> None:
-    """Raise ValueError unless names are a list of different texts, one per class."""
-    if names is None:
-        return
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"class_names is {names!r}; it must be a list of texts")
-    if not len(set(names)) == len(names) == (num_classes or len(names)):
-        raise ValueError(
-            f"class_names has {len(names)} names, {len(set(names))} of them different; there are "
-            f"{num_classes or 'as many'} classes, and each needs a name of its own"
-        )
-
-
-def classes_of_data(trainer: Trainer) -> tuple[int | None, list[str] | None]:
-    """(number, names) of the classes of the data module that is in use now, if it is one of this package's."""
-    data = current_datamodule(trainer)
-    return (data.num_classes, data.class_names) if hasattr(data, "needs_labels") else (None, None)
-
-
-def adopt_class_names(module: Any) -> None:
-    """Take the data's class names where the module has none; ValueError where the data has more classes."""
-    count, names = classes_of_data(module.trainer)
-    count = module.num_classes if count is None else count
-    if count > module.num_classes:
-        raise ValueError(f"num_classes is {module.num_classes} but the data has {count}; set num_classes={count}")
-    if count < module.num_classes:
-        log.warning("num_classes is %d but the data has only %d classes", module.num_classes, count)
-    if module.class_names is None and names is not None:
-        rest = (f"LABEL_{number}" for number in range(len(names), module.num_classes))  # classes that the data lacks
-        module.class_names = module.hparams["class_names"] = [*names, *rest]
 
 
 def _wanted(network: NetworkLike, loaded: ImageGPTConfig) -> ImageGPTConfig:

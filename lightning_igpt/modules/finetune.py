@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.config import ImageGPTConfig, plain
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.modules import build, resume
-from lightning_igpt.modules.batches import Batch, evaluation_masks, mask_for, need_labels, read_batch, sample_numbers
+from lightning_igpt.modules import batches, build, classes, heads, resume
+from lightning_igpt.modules.batches import Batch, check_keys, evaluation_masks, read
 from lightning_igpt.modules.build import NetworkLike, PaletteLike
 from lightning_igpt.objectives import MASK_RATIO, majority_vote, masked_pixel_loss, next_pixel_loss
 from lightning_igpt.optim import make_adam, warmup_constant, warmup_cosine
@@ -55,6 +54,7 @@ class FineTuneModule(LightningModule):
         n_masks: BERT networks only: masks under which an image is evaluated. Accuracy counts the class that most vote
             for (section 4.6: 5), ties at random; cross-entropy and predictions use the mean of the probabilities.
         class_names: Names of the classes. Default: the checkpoint's, else the data's.
+        keys: As in PretrainModule.
         seed: Seed of BERT's masks and of ties between their votes.
     """
 
@@ -62,8 +62,8 @@ class FineTuneModule(LightningModule):
     palette: Palette
     palette_colors: Tensor
     origin: str | None
-    validated_at: int | None = None  # the optimizer step of the last validation
-    random_states: Any = None  # of a checkpoint, until training starts
+    label_places: Tensor | None  # the class of each of the data's labels, where these are others
+    total_steps: int | None = None  # optimizer steps of the run, where no Trainer knows them
 
     def __init__(
         self,
@@ -84,9 +84,11 @@ class FineTuneModule(LightningModule):
         mask_inputs: bool = True,
         n_masks: int = 1,
         class_names: list[str] | None = None,
+        keys: dict[str, str | int] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        betas, class_names, self.batch_keys = plain(betas), plain(class_names), check_keys(keys)
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
         if schedule not in ("constant", "cosine"):
@@ -94,18 +96,18 @@ class FineTuneModule(LightningModule):
         layer_decay = 1.0 if layer_decay is None else layer_decay
         if not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1, which is no decay")
-        build.check_class_names(class_names, num_classes)
+        classes.check_class_names(class_names, num_classes)
         rest = {"weight_decay": weight_decay, "warmup_steps": warmup_steps, "generative_weight": generative_weight}
         build.check_settings(above_zero={"lr": lr}, **rest)
         build.check_betas(betas)
         self.lr, self.betas, self.weight_decay, self.warmup_steps = lr, (betas[0], betas[1]), weight_decay, warmup_steps
         self.schedule, self.layer_decay, self.generative_weight = schedule, layer_decay, generative_weight
         self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
-        self.num_classes, self.class_names, self._named = num_classes, class_names, class_names is not None
+        self.num_classes, self.class_names, self.names_given = num_classes, class_names, class_names is not None
         names = ("num_classes", "class_names", "lr", "weight_decay", "warmup_steps", "schedule", "layer_decay")
         masks = ("generative_weight", "mask_ratio", "mask_inputs", "n_masks", "seed")
         built = build.build_network(network, palette, pretrained, image_size=image_size)
-        build.register(self, built, *names, *masks, betas=list(betas))
+        build.register(self, built, *names, *masks, betas=list(betas), keys=self.batch_keys)
         build.check_masks(self.config, mask_ratio, mask_inputs, n_masks)
         if self.config.objective == "bert" and not mask_inputs and generative_weight != 0:
             text = "mask_inputs=False hides no pixel to predict, but generative_weight is"
@@ -114,72 +116,100 @@ class FineTuneModule(LightningModule):
         nn.init.zeros_(self.head.weight)
         if generative_weight == 0:
             self.network.lm_head.requires_grad_(False)  # no gradient reaches it, which distributed training refuses
-        self.accuracy = build.metrics_by_stage(lambda: MulticlassAccuracy(num_classes, average="micro"))
-        self.cross_entropy = build.metrics_by_stage(build.Mean)
 
     @property
     def config(self) -> ImageGPTConfig:
         """The network's shape; data modules read ``image_size`` here."""
         return self.network.config
 
+    @property
+    def backbone(self) -> ImageGPT:
+        """The network, under the name that Lightning's BackboneFinetuning looks for."""
+        return self.network
+
+    @property
+    def hparams_initial(self) -> Any:
+        return build.hparams_to_log(self, super().hparams_initial)
+
     def tokens_of(self, batch: Any) -> Tensor:
         """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
-        return read_batch(batch, self.palette, self.config).tokens
+        return read(self, batch).tokens
 
     def configure_model(self) -> None:
         build.shard_network(self)
 
     def setup(self, stage: str) -> None:
-        build.adopt_class_names(self)
+        classes.adopt_class_names(self)
 
     def forward(self, batch: Any) -> Tensor:
         """Class logits, float32 (B, C), of a batch; with several masks those of the mean probabilities."""
-        return _mean_over_masks(self._per_mask(read_batch(batch, self.palette, self.config), 0))
+        return _mean_over_masks(self._per_mask(read(self, batch), 0))
 
     def on_train_start(self) -> None:
+        classes.match_classes(self)
         resume.start_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        read = read_batch(batch, self.palette, self.config)
-        labels = need_labels(read, self.num_classes)
-        masked = mask_for(self, read, batch_idx) if self.mask_inputs else evaluation_masks(self, read, batch_idx)[0]
-        hidden, logits = self._logits(read.tokens, masked)
+        whole, labels = batches.read_labeled(self, batch, soft=True)
+        masked = (
+            batches.mask_for(self, whole, batch_idx)
+            if self.mask_inputs
+            else evaluation_masks(self, whole, batch_idx)[0]
+        )
+        hidden, logits = self._logits(whole.tokens, masked)
         classification = F.cross_entropy(logits.float(), labels)
         self.log("train/cross_entropy", classification, prog_bar=True)
         if self.generative_weight == 0:
             return classification
         pixels = self.network.lm_head(hidden)  # (B, T, K)
         generative = (
-            next_pixel_loss(pixels, read.tokens) if masked is None else masked_pixel_loss(pixels, read.tokens, masked)
+            next_pixel_loss(pixels, whole.tokens) if masked is None else masked_pixel_loss(pixels, whole.tokens, masked)
         )
         self.log("train/nats_per_pixel", generative)
         return classification + self.generative_weight * generative
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """For callbacks: as test_step."""
-        return self._evaluate(batch, batch_idx, "val")
+    def new_metrics(self) -> dict[str, Any]:
+        """What counts in an evaluation, for each loader."""
+        return {"accuracy": heads.Correct(1), "cross_entropy": build.mean()}
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """For callbacks: ``probabilities`` float32 (B, C), ``prediction`` and ``label``, both int64 (B,)."""
+        whole, labels = batches.read_labeled(self, batch)
+        per_mask = self._per_mask(whole, batch_idx)  # (M, B, C)
+        votes, logits = per_mask.argmax(-1), _mean_over_masks(per_mask)  # (M, B), (B, C)
+        if len(votes) == 1:
+            prediction = votes[0]
+        else:
+            samples = batches.sample_numbers(self, whole, batch_idx)
+            prediction = majority_vote(votes, samples, self.num_classes, seed=self.seed)
+        metrics = build.metrics_of(self, dataloader_idx)
+        metrics["accuracy"].update(prediction[:, None], labels)
+        metrics["cross_entropy"].update(F.cross_entropy(logits, labels, reduction="none"))
+        return {"probabilities": logits.softmax(-1), "prediction": prediction, "label": labels}
+
+    test_step = validation_step
 
     def on_validation_start(self) -> None:
         build.warn_if_untrained(self, self.head.weight)
+        classes.match_classes(self)
+        build.begin_evaluation(self)
 
     on_test_start = on_predict_start = on_validation_start
 
     def on_validation_epoch_end(self) -> None:
-        build.note_validation(self)
+        self._log_metrics("val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """For callbacks: ``probabilities`` float32 (B, C), ``prediction`` and ``label``, both int64 (B,)."""
-        return self._evaluate(batch, batch_idx, "test")
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Class probabilities, float32 (B, C); with several masks their mean."""
-        read = read_batch(batch, self.palette, self.config)
-        return _mean_over_masks(self._per_mask(read, batch_idx)).softmax(-1)
+        return _mean_over_masks(self._per_mask(read(self, batch), batch_idx)).softmax(-1)
 
     def configure_optimizers(self) -> Any:
         optimizer = allow_clipping(self._adam())
         if self.schedule == "cosine":
-            total, _ = resume.total_steps(self.trainer)
+            total, _ = resume.total_steps(self)
             scheduler = warmup_cosine(optimizer, warmup_steps=self.warmup_steps, total_steps=total)
         else:
             scheduler = warmup_constant(optimizer, warmup_steps=self.warmup_steps)
@@ -195,15 +225,7 @@ class FineTuneModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         build.load(self, checkpoint)
-        self._keep_class_names(checkpoint.get("hyper_parameters", {}).get("class_names"))
-
-    def _keep_class_names(self, saved: list[str] | None) -> None:
-        """Name the classes as in training, whatever the data at hand calls its own."""
-        if self._named or saved is None or self.class_names == saved:
-            return
-        if self.class_names is not None:
-            log.warning("the checkpoint's classes are %s, the data's %s: keeping the former", saved, self.class_names)
-        self.class_names = self.hparams["class_names"] = saved
+        classes.load_classes(self, checkpoint)
 
     def _adam(self) -> torch.optim.AdamW:
         """The optimizer, with a group for each layer where they train at different rates."""
@@ -222,26 +244,16 @@ class FineTuneModule(LightningModule):
         hidden = self.network.hidden(tokens, masked=masked)
         return hidden, self.head(hidden.mean(1))
 
-    def _per_mask(self, read: Batch, batch_idx: int) -> Tensor:
+    def _per_mask(self, whole: Batch, batch_idx: int) -> Tensor:
         """Class logits under each mask of an evaluation, float32 (M, B, C)."""
-        masks = evaluation_masks(self, read, batch_idx)
-        return torch.stack([self._logits(read.tokens, masked)[1].float() for masked in masks])
+        masks = evaluation_masks(self, whole, batch_idx)
+        return torch.stack([self._logits(whole.tokens, masked)[1].float() for masked in masks])
 
-    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> dict[str, Tensor]:
-        read = read_batch(batch, self.palette, self.config)
-        labels = need_labels(read, self.num_classes)
-        per_mask = self._per_mask(read, batch_idx)  # (M, B, C)
-        votes, logits = per_mask.argmax(-1), _mean_over_masks(per_mask)  # (M, B), (B, C)
-        if len(votes) == 1:
-            prediction = votes[0]
-        else:
-            samples = sample_numbers(self, read, batch_idx)
-            prediction = majority_vote(votes, samples, self.num_classes, seed=self.seed)
-        self.accuracy[stage](prediction, labels)
-        self.cross_entropy[stage](F.cross_entropy(logits, labels, reduction="none"))
-        self.log(f"{stage}/accuracy", self.accuracy[stage], prog_bar=True, on_epoch=True)  # type: ignore[arg-type]
-        self.log(f"{stage}/cross_entropy", self.cross_entropy[stage], on_epoch=True)  # type: ignore[arg-type]
-        return {"probabilities": logits.softmax(-1), "prediction": prediction, "label": labels}
+    def _log_metrics(self, stage: str) -> None:
+        for metrics, ending in build.end_evaluation(self):
+            for name, metric in metrics.items():
+                value, shown = metric.compute().squeeze(), name == "accuracy"
+                self.log(f"{stage}/{name}{ending}", value, prog_bar=shown, **build.COMPLETE)
 
 
 def _mean_over_masks(logits: Tensor) -> Tensor:

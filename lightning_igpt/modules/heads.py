@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torchmetrics import Metric
 from lightning_igpt.modules.build import check_settings
 from lightning_igpt.objectives import majority_vote
 
+COLUMNS = ("c", "val_accuracy", "test_accuracy")
 EPS = 1e-6  # added to the variance, as in the probes of MAE
 
 
@@ -76,6 +78,44 @@ class Correct(Metric):
     def compute(self) -> Tensor:
         """The share that is right, float32 (n,)."""
         return self.right.float() / self.total.clamp(min=1).float()
+
+
+class Scores(nn.Module):
+    """What the fit and the last evaluations gave for each of n classifiers; a state dict brings it along.
+
+    Numbers are float64, kept as their bits in int64: ``module.to(dtype)`` would round floats.
+    """
+
+    bits: Tensor  # (n, 3)
+    last: Tensor  # column of the last evaluation, 0 before any
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.register_buffer("bits", torch.full((n, 3), torch.nan, dtype=torch.float64, device="cpu").view(torch.int64))
+        self.register_buffer("last", torch.zeros((), dtype=torch.long, device="cpu"))
+
+    def put(self, column: str, values: Tensor | list[float], first: int = 0) -> None:
+        """Set a column from row ``first`` on, from floats (k,)."""
+        bits = torch.as_tensor(values, dtype=torch.float64, device="cpu").view(torch.int64)
+        self.bits[first : first + len(bits), COLUMNS.index(column)] = bits.to(self.bits.device)
+        if column != "c":
+            self.last.fill_(COLUMNS.index(column))
+
+    def column(self, number: int, names: Sequence[int]) -> dict[int, float]:
+        """The numbers of a column by name, where there are some."""
+        return {row["layer"]: row[COLUMNS[number]] for row in self.rows(names) if row[COLUMNS[number]] is not None}
+
+    def read(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Set what :meth:`rows` gave."""
+        for place, row in enumerate(rows):
+            for column in COLUMNS:
+                self.put(column, [math.nan if row[column] is None else row[column]], place)
+
+    def rows(self, names: Sequence[int | str]) -> list[dict[str, Any]]:
+        """A row for each name: layer and columns, None where there is no number yet."""
+        numbers = self.bits.cpu().view(torch.float64)[: len(names)].tolist()
+        known = [[None if math.isnan(value) else value for value in row] for row in numbers]
+        return [{"layer": name} | dict(zip(COLUMNS, row, strict=True)) for name, row in zip(names, known, strict=True)]
 
 
 class ConcatHead(nn.Module):
@@ -177,6 +217,9 @@ def check_same_probe(mine: Mapping[str, Any], saved: Mapping[str, Any], n_layer:
             raise ValueError(f"the checkpoint's probe has {name}={theirs}, this one {name}={ours}; make them equal")
 
 
-def empty_row(layer: int | str, c: float | None = None) -> dict[str, Any]:
-    """A row of ``ProbeModule.results`` before any evaluation."""
-    return {"layer": layer, "c": c, "val_accuracy": None, "test_accuracy": None}
+def make_room(probe: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a probe load the classifiers of a state dict, of however many classes; those before 0.2 have no scores."""
+    if (bias := state.get(f"{prefix}bias")) is not None and bias.shape[1] != probe.num_classes:
+        probe.set_classes(bias.shape[1])
+    for name, value in probe.scores.state_dict(prefix=f"{prefix}scores.").items():
+        state.setdefault(name, value)

@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_igpt.config import ImageGPTConfig, Objective
+from lightning_igpt.config import ImageGPTConfig, Objective, plain
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules import build, resume
-from lightning_igpt.modules.batches import mask_for, read_batch
+from lightning_igpt.modules.batches import check_keys, mask_for, read
 from lightning_igpt.modules.build import NetworkLike, PaletteLike
 from lightning_igpt.objectives import MASK_RATIO, masked_pixel_loss, nats_to_bits, next_pixel_loss, pixel_nats
 from lightning_igpt.optim import MuonAdam, default_warmup, make_adam, warmup_cosine
@@ -43,6 +43,8 @@ class PretrainModule(LightningModule):
         weight_decay: Decoupled weight decay on matrices.
         warmup_steps: Steps of linear warm-up. Default: one epoch, at most a tenth of the run.
         mask_ratio: BERT only: probability that a pixel is hidden.
+        keys: Names under which a batch has its parts, where they are others than ``image``, ``label``, ``sample`` and
+            ``tokens``, or a sequence's places: ``{image: photo}``, ``{image: 0}``. Default: common ones.
         seed: Seed of BERT's masks and of the samples drawn by predict.
 
     Raises:
@@ -53,8 +55,7 @@ class PretrainModule(LightningModule):
     palette: Palette
     palette_colors: Tensor
     origin: str | None
-    validated_at: int | None = None  # the optimizer step of the last validation
-    random_states: Any = None  # of a checkpoint, until training starts
+    total_steps: int | None = None  # optimizer steps of the run, where no Trainer knows them
 
     def __init__(
         self,
@@ -70,9 +71,11 @@ class PretrainModule(LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int | None = None,
         mask_ratio: float = MASK_RATIO,
+        keys: dict[str, str | int] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        betas, self.batch_keys = plain(betas), check_keys(keys)
         if optimizer not in ("adam", "muon"):
             raise ValueError(f"optimizer is {optimizer!r}; it must be adam or muon")
         build.check_settings(above_zero={"lr": lr}, weight_decay=weight_decay, warmup_steps=warmup_steps)
@@ -82,17 +85,20 @@ class PretrainModule(LightningModule):
         built = build.build_network(network, palette, pretrained, objective, image_size)
         build.check_masks(built.network.config, mask_ratio)
         names = ("optimizer", "lr", "weight_decay", "warmup_steps", "mask_ratio", "seed")
-        build.register(self, built, *names, betas=list(betas))
-        self.metrics = build.metrics_by_stage(build.Mean)
+        build.register(self, built, *names, betas=list(betas), keys=self.batch_keys)
 
     @property
     def config(self) -> ImageGPTConfig:
         """The network's shape; data modules read ``image_size`` here."""
         return self.network.config
 
+    @property
+    def hparams_initial(self) -> Any:
+        return build.hparams_to_log(self, super().hparams_initial)
+
     def tokens_of(self, batch: Any) -> Tensor:
         """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
-        return read_batch(batch, self.palette, self.config).tokens
+        return read(self, batch).tokens
 
     def configure_model(self) -> None:
         build.shard_network(self)
@@ -113,28 +119,41 @@ class PretrainModule(LightningModule):
         self.log("train/nats_per_pixel", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "val")
+    def new_metrics(self) -> dict[str, Any]:
+        """What counts in an evaluation, for each loader."""
+        return {"nats": build.mean()}
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "test")
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Nats per pixel of each image, float32 (B,); of a BERT network, without those that hide no pixel."""
+        tokens, masked = self._inputs(batch, batch_idx)
+        nats = pixel_nats(self.network(tokens, masked=masked), tokens)  # (B, T)
+        if masked is None:
+            per_image = nats.mean(1)
+        else:
+            hidden = masked.sum(1)
+            per_image = ((nats * masked).sum(1) / hidden)[hidden > 0]  # an image that hides nothing says nothing
+        build.metrics_of(self, dataloader_idx)["nats"].update(per_image)
+        return per_image
+
+    test_step = validation_step
 
     def on_validation_start(self) -> None:
         build.warn_if_untrained(self, self.network.lm_head.weight)
+        build.begin_evaluation(self)
 
     on_test_start = on_predict_start = on_validation_start
 
     def on_validation_epoch_end(self) -> None:
-        self._log_metric("val")
-        build.note_validation(self)
+        self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
-        self._log_metric("test")
+        self._log_metrics("test")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Keep the upper half of each image and draw the lower: uint8 (B, 3, S, S)."""
         tokens = self.tokens_of(batch)
-        generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx * 65_536 + self.global_rank)
+        number = (dataloader_idx << 40) + batch_idx * 65_536 + self.global_rank
+        generator = torch.Generator(self.device).manual_seed(self.seed + number)
         given = self.config.image_size // 2 * self.config.image_size  # tokens in whole rows
         if self.config.objective == "bert":
             known = (torch.arange(tokens.shape[1], device=tokens.device) < given).expand_as(tokens)
@@ -143,7 +162,7 @@ class PretrainModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = allow_clipping(self._optimizer())
-        total, per_epoch = resume.total_steps(self.trainer)
+        total, per_epoch = resume.total_steps(self)
         warmup = default_warmup(total, per_epoch) if self.warmup_steps is None else self.warmup_steps
         scheduler = warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -172,23 +191,11 @@ class PretrainModule(LightningModule):
 
     def _inputs(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, T), and for BERT the mask (B, T), which depends on the sample's number alone."""
-        read = read_batch(batch, self.palette, self.config)
-        return read.tokens, mask_for(self, read, batch_idx)
+        whole = read(self, batch)
+        return whole.tokens, mask_for(self, whole, batch_idx)
 
-    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
-        tokens, masked = self._inputs(batch, batch_idx)
-        nats = pixel_nats(self.network(tokens, masked=masked), tokens)  # (B, T)
-        if masked is None:
-            per_image = nats.mean(1)
-        else:
-            hidden = masked.sum(1)
-            per_image = ((nats * masked).sum(1) / hidden)[hidden > 0]  # an image that hides nothing says nothing
-        self.metrics[stage].update(per_image)  # type: ignore[operator]
-
-    def _log_metric(self, stage: str) -> None:
-        metric = self.metrics[stage]
-        nats = metric.compute()  # type: ignore[operator]
-        metric.reset()  # type: ignore[operator]
-        # The metric is the same on every process already; sync_dist declares this to Lightning.
-        self.log(f"{stage}/nats_per_pixel", nats, prog_bar=True, sync_dist=True)
-        self.log(f"{stage}/bits_per_pixel", nats_to_bits(nats), sync_dist=True)
+    def _log_metrics(self, stage: str) -> None:
+        for metrics, ending in build.end_evaluation(self):
+            nats = metrics["nats"].compute()
+            self.log(f"{stage}/nats_per_pixel{ending}", nats, prog_bar=True, **build.COMPLETE)
+            self.log(f"{stage}/bits_per_pixel{ending}", nats_to_bits(nats), **build.COMPLETE)

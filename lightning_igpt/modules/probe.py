@@ -12,11 +12,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.config import ImageGPTConfig, plain
 from lightning_igpt.features import C_GRID
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.modules import build, heads, resume
-from lightning_igpt.modules.batches import Batch, evaluation_masks, need_labels, read_batch, sample_numbers
+from lightning_igpt.modules import batches, build, classes, heads, resume
+from lightning_igpt.modules.batches import Batch, check_keys, evaluation_masks, read, sample_numbers
 from lightning_igpt.modules.build import NetworkLike, PaletteLike
 from lightning_igpt.modules.solvers import Lbfgs, Logistic, WholeFit
 from lightning_igpt.objectives import MASK_RATIO
@@ -25,7 +25,6 @@ from lightning_igpt.palette import Palette
 
 log = logging.getLogger(__name__)
 
-RESULTS = "probe_results"  # key in a checkpoint
 MOMENTUM = 0.9  # of SGD: paper, section 3.4
 
 
@@ -34,8 +33,8 @@ class ProbeModule(LightningModule):
 
     With solver=lbfgs, one pass over the training images collects the features of all layers, one classifier per layer
     is fitted to them, and ``fit`` ends. With solver=sgd the classifiers are trained on batches. Validation logs
-    ``probe/layer_<l>/accuracy``, picks the best layer and logs its ``val/accuracy``; test logs
-    ``test/layer_<l>/accuracy`` and, as ``test/accuracy``, that of the layer picked on validation.
+    ``probe/layer_<l>/accuracy``, picks the best layer (by the first of several loaders) and logs its ``val/accuracy``;
+    test logs ``test/layer_<l>/accuracy`` and, as ``test/accuracy``, that of the layer picked on validation.
 
     Args:
         pretrained: As in PretrainModule. None probes an untrained network, as a baseline; then give ``network``.
@@ -60,6 +59,7 @@ class ProbeModule(LightningModule):
         mask_inputs: BERT networks only: hide input pixels, in evaluation too, as the paper does.
         n_masks: BERT networks only: masks under which an image is evaluated, as in FineTuneModule.
         max_feature_bytes: lbfgs only: features beyond so many bytes per process move to temporary files, in TMPDIR.
+        keys: As in PretrainModule.
         seed: Seed of BERT's masks, of ties between their votes, and of the tenth that c is chosen on.
     """
 
@@ -67,12 +67,11 @@ class ProbeModule(LightningModule):
     palette: Palette
     palette_colors: Tensor
     origin: str | None
-    validated_at: int | None = None  # the optimizer step of the last validation
-    random_states: Any = None  # nothing is drawn in training
+    label_places: Tensor | None  # the class of each of the data's labels, where these are others
+    total_steps: int | None = None  # optimizer steps of the run, where no Trainer knows them
     weight: nn.Parameter  # (layers, C, D)
     bias: Tensor  # (layers, C); a parameter under SGD
     best: Tensor  # index into layers of the best on validation; -1 before any validation
-    results: list[dict[str, Any]]  # a row per layer: layer, c, val_accuracy, test_accuracy; last that of concat
 
     def __init__(
         self,
@@ -95,61 +94,80 @@ class ProbeModule(LightningModule):
         mask_inputs: bool = True,
         n_masks: int = 1,
         max_feature_bytes: int = 4 * 2**30,
+        keys: dict[str, str | int] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        layers, c, class_names, self.batch_keys = plain(layers), plain(c), plain(class_names), check_keys(keys)
         self.automatic_optimization = solver == "sgd"  # L-BFGS needs all features at once, not batches
         grid = list(C_GRID) if c is None else list(c) if isinstance(c, (list, tuple)) else [c]
         numbers = {"max_iter": max_iter, "lr": lr, "weight_decay": weight_decay, "max_feature_bytes": max_feature_bytes}
         heads.check_fit(solver, grid, **numbers)
-        build.check_class_names(class_names, num_classes)
+        classes.check_class_names(class_names, num_classes)
+        self.names_given = class_names is not None
         self.pretrained, self.class_names, self.lr, self.weight_decay = pretrained, class_names, lr, weight_decay
         self.solver, self.c, self.standardize, self.concat = solver, c, standardize, concat
         self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
         names = ("solver", "concat", "c", "standardize", "mask_ratio", "mask_inputs", "n_masks", "seed", "class_names")
         built = build.build_network(network, palette, pretrained, image_size=image_size)
-        build.register(self, built, *names, layers=layers, num_classes=num_classes, **numbers)
+        build.register(self, built, *names, layers=layers, num_classes=num_classes, keys=self.batch_keys, **numbers)
         self.network.requires_grad_(False).eval()
         build.check_masks(self.config, mask_ratio, mask_inputs, n_masks)
         self.layers = heads.choose_layers(layers, self.config.n_layer)
         heads.check_concat(concat, len(self.layers), solver)
-        self.correct = heads.Correct(len(self.layers) + 1)  # the last counts for concat
         self._lbfgs = Lbfgs(Logistic(grid, standardize, max_iter, seed), max_feature_bytes)
-        self._set_classes(num_classes or 0)
+        self.set_classes(num_classes or 0)
+        self.register_load_state_dict_pre_hook(heads.make_room)  # type: ignore[no-untyped-call]
 
     @property
     def config(self) -> ImageGPTConfig:
         """The network's shape; data modules read ``image_size`` here."""
         return self.network.config
 
+    @property
+    def hparams_initial(self) -> Any:
+        return build.hparams_to_log(self, super().hparams_initial)
+
     def tokens_of(self, batch: Any) -> Tensor:
         """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
-        return read_batch(batch, self.palette, self.config).tokens
+        return read(self, batch).tokens
 
     @property
     def best_layer(self) -> int:
         """Number of the layer that did best on validation; ValueError where no validation picked one of several."""
         return self.layers[self._picked()]
 
+    def __dir__(self) -> list[str]:
+        # A logger's graph is drawn by torch.jit.trace, which reads every attribute; this one may raise.
+        return [name for name in super().__dir__() if name != "best_layer"]  # type: ignore[no-untyped-call]
+
     @property
     def accuracy_by_layer(self) -> dict[int, float]:
         """Accuracy per layer of the last validation or test."""
-        return self._by_layer(self._last) if self._last else {}
+        return self.scores.column(int(self.scores.last), self.layers) if self.scores.last else {}
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """A row per layer: layer, c, val_accuracy, test_accuracy; the last is that of concat, once it is fitted."""
+        head = self.concat_head
+        return self.scores.rows([*self.layers, *([head.name] if head is not None and head.fitted else [])])
 
     @property
     def c_by_layer(self) -> dict[int, float]:
         """The c that each layer's classifier was fitted with; empty under SGD."""
-        return self._by_layer("c")
+        return self.scores.column(0, self.layers)
 
     def setup(self, stage: str) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ValueError("a probe's network is frozen and is not sharded; use strategy='ddp', or one device")
         if not self.num_classes:
-            count, _ = build.classes_of_data(self.trainer)
+            count, _ = classes.classes_of_data(self.trainer)
             if count is None:
                 raise ValueError("num_classes is unknown: the data does not name its classes, so set num_classes=")
-            self._set_classes(count)
-        build.adopt_class_names(self)
+            self.set_classes(count)
+        if stage == "fit" and self.solver == "lbfgs":
+            self.trained_classes = None  # a fit begins from zero, unless a checkpoint is loaded now
+        classes.adopt_class_names(self)
 
     def train(self, mode: bool = True) -> ProbeModule:
         """Keep the frozen network in evaluation mode, whatever Lightning asks for."""
@@ -159,7 +177,7 @@ class ProbeModule(LightningModule):
 
     def forward(self, batch: Any) -> Tensor:
         """Class logits of every layer's classifier, (B, layers, C); of several masks the first counts."""
-        return self.logits(self._features(read_batch(batch, self.palette, self.config), 0)[0])
+        return self.logits(self._features(read(self, batch), 0)[0])
 
     def logits(self, features: Tensor, *, batches: int | None = None) -> Tensor:
         """Class logits (..., layers, C) of features (..., layers, D); ``batches`` is for RunningScale in training."""
@@ -173,18 +191,20 @@ class ProbeModule(LightningModule):
     def on_train_start(self) -> None:
         if self.pretrained is None:
             log.warning("no pretrained=: probing a network that was never trained")
-        self._clear_results()
         if self.solver == "lbfgs":
             self._lbfgs.forget(self)
+        if self.solver == "lbfgs" or getattr(resume.trainer_of(self), "ckpt_path", None) is None:
+            self.scores = heads.Scores(len(self.layers) + 1).to(self.device)
+        classes.match_classes(self)
         resume.start_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        read = read_batch(batch, self.palette, self.config)
-        labels, features = need_labels(read, self.num_classes), self._features(read, batch_idx)[0]
+        whole, labels = batches.read_labeled(self, batch)
+        features = self._features(whole, batch_idx)[0]
         if self.solver == "lbfgs":
-            self._lbfgs.collect(self, features, labels, read.samples, batch_idx)
+            self._lbfgs.collect(self, features, labels, whole.samples, batch_idx)
             return None
-        logits = self.logits(features, batches=self.trainer.fit_loop.total_batch_idx + 1)  # (B, layers, C)
+        logits = self.logits(features, batches=batches.count_batches(self))  # (B, layers, C)
         mean = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(len(self.layers)))
         self.log("train/cross_entropy", mean, prog_bar=True)
         return mean * len(self.layers)  # so that each layer learns as if it were alone
@@ -194,55 +214,50 @@ class ProbeModule(LightningModule):
             log.warning("concat=%d was not fitted: without validation data no layer was picked", self.concat)
         self._lbfgs.close()
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def new_metrics(self) -> dict[str, Any]:
+        """What counts in an evaluation, for each loader."""
+        return {"correct": heads.Correct(len(self.layers) + 1)}  # the last counts for concat
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         # Before the fit, a sanity check still looks for bad batches and labels; other validation has nothing to count.
-        if self.trainer.sanity_checking or self.weight.any():
-            self._evaluate(batch, batch_idx)
+        if resume.is_sanity_check(self) or self.weight.any():
+            self._evaluate(batch, batch_idx, dataloader_idx)
+
+    def on_validation_start(self) -> None:
+        self._lbfgs.forget_validation()
+        classes.match_classes(self)
+        build.begin_evaluation(self)
 
     def on_validation_epoch_end(self) -> None:
-        build.note_validation(self)
-        if self.trainer.sanity_checking or not self.weight.any():
-            return
-        accuracy = self._finish("val", "probe")
-        self.best.fill_(int(accuracy.argmax()))
-        self.log("val/accuracy", accuracy.max(), prog_bar=True, sync_dist=True)
-        self.log("val/best_layer", float(self.best_layer), sync_dist=True)
-        if len(self._lbfgs.training):
-            self._lbfgs.fit_together(self)
-        self._finish_concat("val")
+        self._finish("val", "probe")
 
     def on_test_start(self) -> None:
         if not self.weight.any():
             raise ValueError("this probe was not fitted yet: call trainer.fit first, or pass ckpt_path")
+        self.on_validation_start()
 
     on_predict_start = on_test_start
 
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """For callbacks: ``probabilities`` (B, C), ``prediction`` and ``label`` (B,) of the picked layer, if any."""
-        probabilities, predictions, labels = self._evaluate(batch, batch_idx)
+        probabilities, predictions, labels = self._evaluate(batch, batch_idx, dataloader_idx)
         if len(self.layers) > 1 and self.best < 0:
             return {}
         picked = self._picked()
         return {"probabilities": probabilities[:, picked], "prediction": predictions[:, picked], "label": labels}
 
     def on_test_epoch_end(self) -> None:
-        accuracy = self._finish("test", "test")
-        self._finish_concat("test")
-        if len(self.layers) > 1 and self.best < 0:
-            log.warning("test/accuracy is left out: without validation data no layer was picked")
-            return
-        self.log("test/accuracy", accuracy[self._picked()], sync_dist=True)
-        self.log("test/best_layer", float(self.best_layer), sync_dist=True)
+        self._finish("test", "test")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Class probabilities of the best layer's classifier, float32 (B, C); with several masks their mean."""
-        features = self._features(read_batch(batch, self.palette, self.config), batch_idx, every_mask=True)
+        features = self._features(read(self, batch), batch_idx, every_mask=True)
         return self.logits(features)[:, :, self._picked()].softmax(-1).mean(0)
 
     def configure_optimizers(self) -> Any:
         if self.solver == "lbfgs":
             return WholeFit([self.weight])
-        total, _ = resume.total_steps(self.trainer)
+        total, _ = resume.total_steps(self)
         groups: list[dict[str, Any]] = [
             {"params": [self.weight], "weight_decay": self.weight_decay, "lr_scale": 1.0, "decayed": True},
             {"params": [self.bias], "lr_scale": 1.0, "decayed": False},
@@ -258,19 +273,19 @@ class ProbeModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         build.save(self, checkpoint)
-        checkpoint[RESULTS] = [dict(row) for row in self.results]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         build.load(self, checkpoint)
-        self._set_classes(checkpoint["state_dict"]["bias"].shape[1])
-        self.results = [dict(row) for row in checkpoint.get(RESULTS, self.results)]
+        classes.load_classes(self, checkpoint)
+        self.set_classes(checkpoint["state_dict"]["bias"].shape[1])
+        self.scores.read(checkpoint.get("probe_results", []))  # of versions before 0.2
 
     def _picked(self) -> int:
         if len(self.layers) > 1 and self.best < 0:
             raise ValueError("no layer was picked: fit with validation data, or name a single layer in layers=")
         return max(0, int(self.best))
 
-    def _set_classes(self, num_classes: int) -> None:
+    def set_classes(self, num_classes: int) -> None:
         """Make the classifiers, for a number of classes that may come from the data only in ``setup``."""
         n_layers, width, device = len(self.layers), self.config.n_embd, self.device
         self.num_classes = num_classes
@@ -286,50 +301,50 @@ class ProbeModule(LightningModule):
         scaled, concat = self.solver == "sgd" and self.standardize, self.concat
         self.scale = heads.RunningScale(n_layers, width).to(device) if scaled else None
         self.concat_head = heads.ConcatHead(self.layers, concat, num_classes, width).to(device) if concat else None
-        self._clear_results()
+        self.scores = heads.Scores(n_layers + 1).to(device)
 
-    def _clear_results(self) -> None:
-        self.results = [heads.empty_row(layer) for layer in self.layers]
-        self._last = ""  # the column of the last evaluation
-
-    def _by_layer(self, column: str) -> dict[int, float]:
-        values = {layer: row[column] for layer, row in zip(self.layers, self.results, strict=False)}
-        return {layer: value for layer, value in values.items() if value is not None}
-
-    def _features(self, read: Batch, batch_idx: int, *, every_mask: bool = False) -> Tensor:
+    def _features(self, whole: Batch, batch_idx: int, *, every_mask: bool = False) -> Tensor:
         """Pooled taps under the first or every mask of an evaluation, float32 (M, B, layers, D)."""
-        masks = evaluation_masks(self, read, batch_idx)[: None if every_mask else 1]
+        masks = evaluation_masks(self, whole, batch_idx)[: None if every_mask else 1]
         with torch.no_grad():
-            taps = [self.network.features(read.tokens, self.layers, masked=mask) for mask in masks]
+            taps = [self.network.features(whole.tokens, self.layers, masked=mask) for mask in masks]
         return torch.stack(taps).float()
 
-    def _evaluate(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _evaluate(self, batch: Any, batch_idx: int, loader: int) -> tuple[Tensor, Tensor, Tensor]:
         """Count; return probabilities (B, layers, C), predictions (B, layers) and labels (B,)."""
-        read = read_batch(batch, self.palette, self.config)
-        labels, features = need_labels(read, self.num_classes), self._features(read, batch_idx, every_mask=True)
-        samples, head, logits = sample_numbers(self, read, batch_idx), self.concat_head, self.logits(features)
-        predictions = heads.vote(logits, samples, seed=self.seed)
-        if not self.trainer.sanity_checking:
-            self.correct.update(predictions, labels)
-            if head is not None and head.fitted:
-                together = head(lambda place: features[:, :, place]).unsqueeze(2)  # (M, B, 1, C)
-                self.correct.update(heads.vote(together, samples, seed=self.seed), labels, first=len(self.layers))
-            elif len(self._lbfgs.training):  # until the layers are fitted together: of each label M rows
-                self._lbfgs.validation.add(features.transpose(0, 1).flatten(0, 1), labels, samples)
+        whole, labels = batches.read_labeled(self, batch)
+        features = self._features(whole, batch_idx, every_mask=True)
+        samples, head, logits = sample_numbers(self, whole, batch_idx), self.concat_head, self.logits(features)
+        predictions, correct = heads.vote(logits, samples, seed=self.seed), build.metrics_of(self, loader)["correct"]
+        correct.update(predictions, labels)
+        if head is not None and head.fitted:
+            together = head(lambda place: features[:, :, place]).unsqueeze(2)  # (M, B, 1, C)
+            correct.update(heads.vote(together, samples, seed=self.seed), labels, first=len(self.layers))
+        elif len(self._lbfgs.training):
+            self._lbfgs.keep(features, labels, samples, loader)
         return logits.softmax(-1).mean(0), predictions, labels
 
-    def _finish(self, stage: str, prefix: str) -> Tensor:
-        """Tabulate, log and return each layer's accuracy, (layers,)."""
-        self._last = f"{stage}_accuracy"
-        accuracy: Tensor = self.correct.compute()[: len(self.layers)]
-        for layer, row, value in zip(self.layers, self.results, accuracy, strict=False):
-            row[self._last] = value.item()
-            self.log(f"{prefix}/layer_{layer}/accuracy", value, sync_dist=True)
-        return accuracy
-
-    def _finish_concat(self, stage: str) -> None:
-        if self.concat_head is not None and self.concat_head.fitted:
-            accuracy = self.correct.compute()[-1]
-            self.results[-1][self._last] = accuracy.item()
-            self.log(f"{stage}/concat_accuracy", accuracy, sync_dist=True)
-        self.correct.reset()
+    def _finish(self, stage: str, prefix: str) -> None:
+        """Pick the best layer on validation, and log the accuracies of every loader; the first's are ``results``."""
+        evaluated, n_layers = build.end_evaluation(self), len(self.layers)
+        if resume.is_sanity_check(self) or not self.weight.any():
+            return
+        counts = [metrics["correct"] for metrics, _ in evaluated]
+        if stage == "val":
+            self.best.fill_(int(counts[0].compute()[:n_layers].argmax()))
+            if len(self._lbfgs.training):
+                self._lbfgs.fit_together(self, counts)
+        is_picked, together = n_layers == 1 or self.best >= 0, len(self.results) > n_layers
+        self.scores.put(f"{stage}_accuracy", counts[0].compute()[: n_layers + together])
+        for correct, (_, ending) in zip(counts, evaluated, strict=True):
+            *accuracies, last = accuracy = correct.compute()
+            for layer, value in zip(self.layers, accuracies, strict=True):
+                self.log(f"{prefix}/layer_{layer}/accuracy{ending}", value, **build.COMPLETE)
+            if is_picked:
+                self.log(f"{stage}/accuracy{ending}", accuracy[self._picked()], prog_bar=True, **build.COMPLETE)
+            if together:
+                self.log(f"{stage}/concat_accuracy{ending}", last, **build.COMPLETE)
+        if is_picked:
+            self.log(f"{stage}/best_layer", float(self.best_layer), **build.COMPLETE)
+        else:
+            log.warning("test/accuracy is left out: without validation data no layer was picked")

@@ -9,14 +9,17 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_igpt.checkpointing import run_of
+from lightning_igpt.optim import Schedule
 from lightning_igpt.private import current_datamodule
 
 log = logging.getLogger(__name__)
@@ -27,15 +30,33 @@ RANDOM = "random_states"  # key in a checkpoint: of each process, the states of 
 def trainer_of(module: LightningModule) -> Trainer | None:
     """The trainer that a module is attached to, if any."""
     try:
-        return module.trainer
+        trainer = module.trainer
     except RuntimeError:  # how Lightning says that there is none
         return None
+    return trainer if hasattr(trainer, "fit_loop") else None  # under Fabric there is a stand-in
+
+
+def own_data(trainer: Trainer) -> Any:
+    """The data module in use now, if it is one of this package's; None for others, and for loaders."""
+    data = current_datamodule(trainer)
+    return data if is_own(data) else None
+
+
+def is_own(data: Any) -> bool:
+    """Whether an object is one of this package's data modules, which this floor does not import."""
+    return any(kind.__module__ == "lightning_igpt.data.datamodule" for kind in type(data).__mro__)
 
 
 def is_evaluating(module: LightningModule) -> bool:
     """Whether a module is attached to a trainer that runs ``validate``, ``test`` or ``predict``."""
     trainer = trainer_of(module)
     return trainer is not None and trainer.state.fn != TrainerFn.FITTING
+
+
+def is_sanity_check(module: LightningModule) -> bool:
+    """Whether validation runs before training, to find errors."""
+    trainer = trainer_of(module)
+    return trainer is not None and trainer.sanity_checking
 
 
 def save_random_states(module: Any, checkpoint: dict[str, Any]) -> None:
@@ -65,10 +86,13 @@ def load_run_state(module: Any, checkpoint: dict[str, Any]) -> None:
 
 def start_training(module: Any) -> None:
     """Set the random numbers of dropout and the learning rates; call it from ``on_train_start``."""
+    trainer = trainer_of(module)
+    if trainer is None:  # Fabric may call the hook, too
+        return
     states: list[dict[str, Tensor]] | None = module.random_states
-    module.random_states = None
-    trainer: Trainer = module.trainer
     run_of(trainer)
+    module.random_states = module.validated_at = None
+    module.data_name = _data_name(trainer)
     if states is not None and len(states) == trainer.world_size:
         mine = states[trainer.global_rank]
         torch.set_rng_state(mine["cpu"].cpu())
@@ -85,21 +109,47 @@ def start_training(module: Any) -> None:
         loop.reset_restart_stage()  # else Lightning 2.6 does not count the epoch that begins, for later checkpoints
 
 
-def total_steps(trainer: Trainer) -> tuple[int, int | None]:
+def total_steps(module: Any) -> tuple[int, int | None]:
     """(optimizer steps of the run, optimizer steps per pass over the data if the data module knows its size)."""
-    batches = getattr(getattr(trainer, "datamodule", None), "batches_per_epoch", None)
-    if batches is None:
-        total, per_epoch = trainer.estimated_stepping_batches, None
-    else:
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
-        # Lightning steps on an accumulation window that the end of an epoch cuts short, too.
-        per_epoch = max(1, -(-batches // trainer.accumulate_grad_batches))
-        ends = (trainer.max_steps, per_epoch * (trainer.max_epochs or -1))
-        total = min((end for end in ends if end > 0), default=math.inf)
-    if total == math.inf:
+    trainer = trainer_of(module)
+    if trainer is None:
+        if module.total_steps is None:
+            raise ValueError("without a Trainer nothing says how long the run is: set module.total_steps first")
+        return module.total_steps, None
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    changing = [one for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
+    accumulate = [one.get_accumulate_grad_batches for one in changing] or [
+        lambda epoch: trainer.accumulate_grad_batches
+    ]
+    total = trainer.max_steps if trainer.max_steps > 0 else math.inf
+    if trainer.max_epochs not in (None, -1):
+        trainer.fit_loop.setup_data()  # as trainer.estimated_stepping_batches does
+        batches = trainer.num_training_batches
+        if math.isinf(min(total, batches)):
+            text = f"this loader has no length, so max_epochs={trainer.max_epochs} does not say where the run ends"
+            raise ValueError(f"{text}: set max_steps or limit_train_batches")
+        if math.isfinite(batches):
+            # Lightning steps on an accumulation window that the end of an epoch cuts short, too.
+            epochs = range(max(1, int(trainer.max_epochs or 1)))
+            total = min(total, sum(-(-int(batches) // accumulate[0](epoch)) for epoch in epochs))
+    if math.isinf(total):
         raise ValueError("a cosine needs to know where the run ends: give the trainer max_steps or max_epochs")
-    return int(total), per_epoch
+    data, limit = own_data(trainer), trainer.limit_train_batches
+    own = data is not None and type(data).train_dataloader.__module__.startswith("lightning_igpt.")
+    in_pass = data.batches_per_epoch if own else None
+    if in_pass is None:
+        return int(total), None
+    in_pass = min(in_pass, limit) if isinstance(limit, int) else int(in_pass * (1.0 if limit is None else limit))
+    return int(total), max(1, -(-in_pass // accumulate[0](0)))
+
+
+def _data_name(trainer: Trainer) -> str | None:
+    """The data's name without the path to it, which must not be published with the weights."""
+    data = own_data(trainer)
+    source = None if data is None else data.hparams.get("source")
+    if not isinstance(source, str):
+        return None
+    return Path(source).name if Path(source).exists() or Path(source).is_absolute() else source
 
 
 def _draws(module: Any) -> bool:
@@ -110,11 +160,22 @@ def _draws(module: Any) -> bool:
 def _keep_rates(module: Any, checkpoint: Mapping[str, Any]) -> None:
     """Let a resumed run train with the module's learning rate, betas and weight decay, not the checkpoint's.
 
-    Groups that this package made note their scale of the rate (layer-wise decay) and whether they are decayed.
+    Groups that this package made note their scale of the rate (layer-wise decay) and whether they are decayed. Those
+    that did not start from the checkpoint's hyperparameters are of a user's ``configure_optimizers``, and stay.
     """
     rates: list[float] = []
+    saved = {"lr": math.nan, "weight_decay": math.nan, "betas": ()} | checkpoint.get("hyper_parameters", {})
+
+    def is_ours(group: Mapping[str, Any]) -> bool:
+        return (
+            {"lr_scale", "decayed", "initial_lr"} <= group.keys()
+            and group["initial_lr"] == saved["lr"] * group["lr_scale"]
+            and (not group["decayed"] or group["weight_decay"] == saved["weight_decay"])
+            and ("betas" not in group or tuple(group["betas"]) == tuple(saved["betas"]))
+        )
+
     for state in checkpoint.get("optimizer_states", []):
-        groups = [group for group in state["param_groups"] if {"lr_scale", "decayed", "initial_lr"} <= group.keys()]
+        groups = [group for group in state["param_groups"] if is_ours(group)]
         for group in groups:
             group["initial_lr"] = module.lr * group["lr_scale"]
             if "betas" in group:  # Muon and SGD have none
@@ -131,8 +192,8 @@ def _follow_schedule(trainer: Trainer) -> None:
     """Set each learning rate to what its schedule says now; a restored rate may come from a shorter run's schedule."""
     for config in trainer.lr_scheduler_configs:
         schedule = config.scheduler
-        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-            parts = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        if isinstance(schedule, Schedule):
+            parts = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=False)
             for group, base, factor in parts:
                 group["lr"] = base * factor(schedule.last_epoch)
 
@@ -142,7 +203,7 @@ def count_micro_batches(module: Any, checkpoint: dict[str, Any]) -> None:
 
     Loaders of this package's data modules yield whole optimizer steps, from the step that training has reached.
     """
-    if not module.automatic_optimization or not hasattr(current_datamodule(module.trainer), "needs_labels"):
+    if not module.automatic_optimization or own_data(module.trainer) is None:
         return
     loop = checkpoint["loops"]["fit_loop"]
     steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]

@@ -12,7 +12,8 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_igpt.features import choose_c, fit_logistic, usable_grid
-from lightning_igpt.modules.heads import empty_row, vote
+from lightning_igpt.modules.heads import vote
+from lightning_igpt.modules.resume import trainer_of
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +159,8 @@ class Lbfgs:
 
     def __init__(self, how: Logistic, max_bytes: int) -> None:
         self.how = how
-        self.training, self.validation = FeatureStore(max_bytes), FeatureStore(max_bytes)
+        self.max_bytes, self.training = max_bytes, FeatureStore(max_bytes)
+        self.validation: dict[int, FeatureStore] = {}  # of each loader, until the layers are fitted together
 
     def forget(self, probe: Any) -> None:
         """Forget features and classifiers of an earlier fit."""
@@ -171,7 +173,9 @@ class Lbfgs:
 
     def collect(self, probe: Any, features: Tensor, labels: Tensor, samples: Any, batch_idx: int) -> None:
         """Keep the features (B, layers, D) of a training batch, and fit at the last; a sample number counts once."""
-        trainer = probe.trainer
+        trainer = trainer_of(probe)
+        if trainer is None:
+            raise ValueError("solver='lbfgs' fits at the end of a Trainer's pass; without a Trainer use solver='sgd'")
         if batch_idx and not len(self.training):
             raise ValueError(
                 f"this run was cut off after {batch_idx} batches, before the fit, and a checkpoint does not hold the "
@@ -185,30 +189,43 @@ class Lbfgs:
             probe.optimizers().step(lambda: self._fit_layers(probe))
             trainer.should_stop = True  # one pass is all there is to learn from frozen features
 
-    def fit_together(self, probe: Any) -> None:
-        """Fit to the layers around the best, and count the images that validation has kept."""
-        head, kept, together, device = probe.concat_head, self.validation, len(probe.layers), probe.device
+    def keep(self, features: Tensor, labels: Tensor, samples: Tensor, loader: int) -> None:
+        """Keep the features (M, B, layers, D) of a validation batch for :meth:`fit_together`: of each label M rows."""
+        store = self.validation.setdefault(loader, FeatureStore(self.max_bytes))
+        store.add(features.transpose(0, 1).flatten(0, 1), labels, samples)
+
+    def fit_together(self, probe: Any, counts: Sequence[Any]) -> None:
+        """Fit to the layers around the best, and count the images of each loader that validation has kept."""
+        head, together, device = probe.concat_head, len(probe.layers), probe.device
         head.center.copy_(probe.best)
         (fitted,) = self._fit(probe, [head.places])
         head.weight.copy_(fitted.weight)
         head.bias.copy_(fitted.bias)
-        probe.results[together:] = [empty_row(head.name, fitted.c)]
+        probe.scores.put("c", [fitted.c], together)
         probe.log("probe/concat/c", fitted.c, sync_dist=True)
-        labels, samples = kept.labels.to(device), kept.numbers.to(device)  # (N,)
-        logits = head(lambda place: kept.column(place).to(device))  # (N * M, C)
-        logits = logits.unflatten(0, (len(labels), -1)).transpose(0, 1).unsqueeze(2)  # (M, N, 1, C)
-        probe.correct.update(vote(logits, samples, seed=probe.seed), labels, first=together)
+        for loader, kept in self.validation.items():
+            labels, samples = kept.labels.to(device), kept.numbers.to(device)  # (N,)
+            logits = head(lambda place, kept=kept: kept.column(place).to(device))  # (N * M, C)
+            logits = logits.unflatten(0, (len(labels), -1)).transpose(0, 1).unsqueeze(2)  # (M, N, 1, C)
+            counts[loader].update(vote(logits, samples, seed=probe.seed), labels, first=together)
         self.close()
+
+    def forget_validation(self) -> None:
+        """Forget the features of a validation, which may have broken off."""
+        for store in self.validation.values():
+            store.close()
+        self.validation = {}
 
     def close(self) -> None:
         """Forget all features."""
         self.training.close()
-        self.validation.close()
+        self.forget_validation()
 
     def _fit_layers(self, probe: Any) -> None:
         heads = self._fit(probe, [[place] for place in range(len(probe.layers))])
         for place, (layer, head) in enumerate(zip(probe.layers, heads, strict=True)):
-            probe.weight.data[place], probe.bias[place], probe.results[place]["c"] = head
+            probe.weight.data[place], probe.bias[place] = head.weight, head.bias
+            probe.scores.put("c", [head.c], place)
             probe.log(f"probe/layer_{layer}/c", head.c, on_step=False, on_epoch=True, sync_dist=True)
         if probe.concat_head is None:
             self.close()

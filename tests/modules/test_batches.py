@@ -1,3 +1,5 @@
+from collections import namedtuple
+
 import pytest
 import torch
 
@@ -11,8 +13,8 @@ IMAGES = torch.randint(256, (3, 3, 4, 4), dtype=torch.uint8, generator=torch.man
 LABELS = torch.tensor([0, 2, 1])
 
 
-def read(batch):
-    return read_batch(batch, PALETTE, CONFIG)
+def read(batch, keys=None):
+    return read_batch(batch, PALETTE, CONFIG, keys)
 
 
 def test_every_form_of_batch_gives_the_same_tokens():
@@ -31,6 +33,16 @@ def test_every_form_of_batch_gives_the_same_tokens():
     for form in forms:
         assert torch.equal(read(form).tokens, tokens)
     assert read(IMAGES).labels is None
+    named = [("image", "labels"), ("pixel_values", "labels"), ("img", "label"), ("input", "target"), ("png", "cls")]
+    for image, label in named:
+        for batch in ({image: IMAGES, label: LABELS}, namedtuple("Batch", [image, label])(IMAGES, LABELS)):
+            assert torch.equal(read(batch).tokens, tokens) and torch.equal(read(batch).labels, LABELS)
+    pair, keys = namedtuple("Pair", ["x", "y"])(IMAGES.long(), LABELS), {"image": "photo", "label": "kind"}
+    batch, places = {"photo": IMAGES, "kind": LABELS, "image": ["a.png"]}, {"image": 2, "label": 0}
+    for found in (read(pair), read(batch, keys), read([LABELS, "a.png", IMAGES], places)):
+        assert torch.equal(found.tokens, tokens) and torch.equal(found.labels, LABELS)
+    with pytest.raises(ValueError, match=r"no labels.*its keys are \['fine_label', 'img'\].*say keys="):
+        need_labels(read({"img": IMAGES, "fine_label": LABELS}), 3)
     for form in forms[1:5]:
         assert torch.equal(read(form).labels, LABELS)
 
@@ -63,8 +75,22 @@ def test_bytes_survive_a_normalisation_that_was_undone():
         (IMAGES.float() / 127.5 - 1, ValueError, "Leave out the normalization"),
         (IMAGES.float(), ValueError, r"\.to\(torch\.uint8\)"),
         (torch.full((1, 3, 4, 4), float("nan")), ValueError, r"must lie in \[0, 1\]"),
-        (IMAGES.int(), TypeError, "uint8, or floats"),
-        ({"img": IMAGES}, TypeError, r"\['img'\].*'image' or 'tokens'"),
+        (IMAGES.int() + 99, ValueError, r"int32 must lie in 0..255; these run from \d+ to 3\d\d"),
+        (IMAGES > 9, TypeError, "got torch.bool"),
+        (
+            {"photo": IMAGES, "kind": LABELS},
+            TypeError,
+            r"\['kind', 'photo'\], but a module reads exactly one of image, .*keys=",
+        ),
+        ({"img": IMAGES, "image": IMAGES}, TypeError, r"\['image', 'img'\], but a module reads exactly one"),
+        (
+            [IMAGES, IMAGES],
+            TypeError,
+            r"Tensor \(3, 3, 4, 4\), Tensor \(3, 3, 4, 4\): train on one view and one loader",
+        ),
+        ([IMAGES, LABELS, IMAGES], TypeError, "one view and one loader"),
+        ([{"image": IMAGES}, {"image": IMAGES}], TypeError, r"of dict \(\), dict \(\): train on one view"),
+        ({"a": {"image": IMAGES}, "b": [IMAGES]}, TypeError, r"\['a', 'b'\]"),
         ({"image": [IMAGES[0]]}, TypeError, "stack them"),
         ("cat.png", TypeError, "got str"),
         ({"tokens": torch.zeros(2, 9, dtype=torch.long)}, ValueError, r"\(B, 16\).*image_size=4"),

@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 
 from lightning_igpt.callbacks import CompletionGrid, OnlineProbe
 from lightning_igpt.decoding import is_sharded
@@ -98,16 +99,17 @@ class SaveAt(Callback):
 
 
 class Continued(Shared):
-    """A loader that continues at the optimizer step, as this package's data modules do."""
-
-    @property
-    def batches_per_epoch(self):
-        return len(self.batches)
+    """A loader that continues at the optimizer step, as those of this package's data modules do."""
 
     def train_dataloader(self):
+        return DataLoader(super().train_dataloader().dataset, batch_size=None, sampler=self)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
         step = self.trainer.global_step
-        self.batches = self.batches[step:] + self.batches[:step]
-        return super().train_dataloader()
+        yield from [*range(step, len(self)), *range(step)]
 
 
 @pytest.mark.parametrize("make", [pretrain, finetune, classify])
