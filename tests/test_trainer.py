@@ -67,10 +67,11 @@ def test_choices_for_speed_are_told_once(tmp_path, caplog, bfloat16):
         trainer = make_trainer(default_root_dir=tmp_path, **options)
         trainer.fit(PretrainModule(TINY, "gray:8"), loader(64), loader())
         trainer.validate(trainer.lightning_module, loader(), verbose=False)
+    assert caplog.messages.count("strategy SingleDeviceStrategy (one device), activation checkpointing: off") == 1
     precision = "bf16-mixed (this CPU has AMX" if bfloat16 else "32-true (this CPU has no AMX"
     assert lines(caplog) == [
         f"precision {precision} or AVX512-BF16), "
-        "compile off (about 0 minutes of work at 0.1 TFLOP/s), float32 products in full"
+        "compile off (less than a minute of work at 0.1 TFLOP/s), float32 products in full"
     ]
 
 
