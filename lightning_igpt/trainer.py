@@ -25,6 +25,7 @@ from lightning_igpt.callbacks import (
     RunRecord,
     Throughput,
 )
+from lightning_igpt.callbacks.loggers import STEADY
 from lightning_igpt.callbacks.throughput import is_frozen
 from lightning_igpt.checkpointing import AtomicCheckpointIO, SteadyCheckpoint
 from lightning_igpt.config import ImageGPTConfig
@@ -125,7 +126,7 @@ def make_trainer(
     _add(chosen, CompileBlocks(compile), Recompute(recompute))  # in this order: compiled, blocks keep less
     if _is_cuda(accelerator) and kwargs.get("enable_progress_bar", not kwargs.get("barebones")) is not False:
         _add(chosen, TQDMProgressBar(refresh_rate=20), of=ProgressBar)  # Lightning's waits for the loss at every step
-    return Trainer(
+    trainer = Trainer(
         max_steps=max_steps,
         max_epochs=-1 if by_steps else max_epochs,
         precision=precision,  # type: ignore[arg-type]
@@ -137,6 +138,9 @@ def make_trainer(
         plugins=given if any(hasattr(one, "save_checkpoint") for one in given) else [*given, AtomicCheckpointIO()],
         **kwargs,
     )
+    for logger in trainer.loggers:
+        logger.__class__ = STEADY.get(type(logger), type(logger))
+    return trainer
 
 
 def best_precision(accelerator: str = "auto") -> str:
