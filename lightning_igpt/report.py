@@ -205,11 +205,12 @@ def _figures(run: Run) -> Iterator[str]:
     if layers := {label: curve for label, curve in parts.items() if curve[0]}:
         plot = plot_curves(layers, xlabel="layer (0: embeddings)", ylabel="accuracy")
         yield drawing(plot, "Accuracy by layer", "Probe accuracy by layer; validation chooses the layer.")
-    for path in sorted(run.folder.glob("completions/step-*.png"))[-1:]:
-        yield picture(path, f"Completions at {path.stem.replace('-', ' ')}: the given part, samples, the truth.")
-    for name, caption in PICTURES.items():
-        if (run.folder / name).exists():
-            yield picture(run.folder / name, caption)
+    for folder in (run.folder, *sorted(run.folder.glob("pictures*"))[-1:]):
+        for path in sorted(folder.glob("completions/step-*.png"))[-1:]:
+            yield picture(path, f"Completions at {path.stem.replace('-', ' ')}: the given part, samples, the truth.")
+        for name, caption in PICTURES.items():
+            if (folder / name).exists():
+                yield picture(folder / name, caption)
     if run.settings:
         yield facts("Settings, machine, versions", run.settings)
 

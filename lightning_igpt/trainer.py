@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from lightning.pytorch.plugins.precision import Precision
@@ -25,6 +33,8 @@ from lightning_igpt.callbacks import (
     RunRecord,
     Throughput,
 )
+from lightning_igpt.callbacks.loggers import STEADY
+from lightning_igpt.callbacks.preempt import ends_here
 from lightning_igpt.callbacks.throughput import is_frozen
 from lightning_igpt.checkpointing import AtomicCheckpointIO, SteadyCheckpoint
 from lightning_igpt.config import ImageGPTConfig, plain
@@ -34,6 +44,7 @@ from lightning_igpt.strategies import Chosen, choose_strategy
 Plugin: TypeAlias = CheckpointIO | Precision | ClusterEnvironment | LayerSync
 # Each idle where it has nothing to do.
 ALWAYS = (LayerCurve, ClassificationReport, RunRecord, Throughput, DiskCheck, FiniteGuard, Preempt)
+ENDS = {"max": "accuracy", "min": "(loss|cross_entropy|nats_per_pixel|bits_per_pixel)"}  # of names of metrics
 PRODUCTS = {
     "highest": "in full",
     "high": "as TF32 where the device has it",
@@ -54,6 +65,7 @@ def make_trainer(
     val_check_interval: int | float | None = None,
     checkpoint_every: int | None = None,
     monitor: str | None = None,
+    mode: Literal["min", "max"] | None = None,
     callbacks: list[Callback] | Callback | None = None,
     plugins: Plugin | str | list[Plugin | str] | None = None,
     strategy: Strategy | str = "auto",
@@ -79,11 +91,13 @@ def make_trainer(
         accelerator: ``cpu``, ``gpu``, ... or ``auto``.
         devices: Number or list of devices, or ``auto``.
         val_check_interval: Batches between validations (int), or a fraction of an epoch (float). Default: 10
-            validations in a run counted in steps, one per epoch otherwise.
+            validations in a run counted in steps, unless check_val_every_n_epoch is above 1; else one per epoch. Where
+            the run would end without a validation, it validates after its last step.
         checkpoint_every: Optimizer steps between checkpoints, which wait for a validation that is due. Default: a tenth
             of a run counted in steps, at most 1000 steps; else an epoch.
-        monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy (higher is better) or
-            val/nats_per_pixel (lower is better).
+        monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy or val/nats_per_pixel.
+        mode: Whether the least (min) or the largest (max) value of monitor is best. Default: max for names that end in
+            accuracy; min for those that end in loss, cross_entropy, nats_per_pixel or bits_per_pixel.
         callbacks: Added to those chosen here: ModelCheckpoint, LearningRateMonitor, LayerCurve, ClassificationReport,
             RunRecord, Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and, on CUDA, a bar that
             reads the loss at every 20th step only. A callback of such a class replaces ours.
@@ -96,20 +110,27 @@ def make_trainer(
         **kwargs: Anything else that Trainer takes.
 
     Raises:
-        ValueError: Neither max_steps nor max_epochs is given, or an option is none of its words.
+        ValueError: Neither max_steps nor max_epochs is given, an option is none of its words, or it is not known which
+            values of monitor are better.
     """
     callbacks, plugins, devices = plain(callbacks), plain(plugins), plain(devices)
     kwargs = {name: plain(value) for name, value in kwargs.items()}
+    given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
     if matmul_precision not in (None, *PRODUCTS):
         raise ValueError(f"matmul_precision is {matmul_precision!r}; it must be one of {', '.join(PRODUCTS)}")
     # The command line passes every option of Trainer, those not given as None or Trainer's own default.
     if max_steps < 1 and max_epochs is None and not kwargs.get("fast_dev_run") and not kwargs.get("max_time"):
         raise ValueError("how long to train? Give max_steps (pretraining) or max_epochs (probing, fine-tuning)")
     by_steps = max_steps > 0 and max_epochs is None
-    if val_check_interval is None and by_steps:
-        val_check_interval = -(-max_steps * int(kwargs.get("accumulate_grad_batches", 1)) // 10)
-    if by_steps and kwargs.get("check_val_every_n_epoch", 1) == 1:
+    accumulate = kwargs.get("accumulate_grad_batches", 1)
+    for name, number in {"accumulate_grad_batches": accumulate, "val_check_interval": val_check_interval}.items():
+        if isinstance(number, int) and number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1")
+    if by_steps and kwargs.get("check_val_every_n_epoch", 1) in (None, 1) and not isinstance(val_check_interval, float):
         kwargs["check_val_every_n_epoch"] = None  # steps, not passes over the data, are the clock
+        schedules = [one.scheduling for one in given if isinstance(one, GradientAccumulationScheduler)]
+        most = max([accumulate, *chain.from_iterable(schedule.values() for schedule in schedules)])
+        val_check_interval = val_check_interval or -(-max_steps * most // 10)
     precision, why = (precision, "as given") if precision else _precision(accelerator)
     config, network = getattr(module, "config", None), getattr(module, "network", torch.nn.Identity())
     parallel = choose_strategy(
@@ -120,14 +141,15 @@ def make_trainer(
         precision=str(precision),
         config=config if isinstance(config, ImageGPTConfig) and not is_frozen(network) else None,
         batch_size=getattr(data, "batch_size", None),
-        accumulate=int(kwargs.get("accumulate_grad_batches") or 1),
+        accumulate=accumulate,
     )
-    given: list[Any] = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
-    chosen = _callbacks(callbacks, max_steps if by_steps else None, checkpoint_every, monitor, kwargs)
+    parts: list[Any] = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
+    best = [] if monitor is None and mode is None else [ModelCheckpoint(monitor=monitor, mode=_mode(monitor, mode))]
+    chosen = _callbacks(given, max_steps if by_steps else None, checkpoint_every, best, kwargs)
     _add(chosen, CompileBlocks(compile), Recompute(recompute))  # in this order: compiled, blocks keep less
     if _is_cuda(accelerator) and kwargs.get("enable_progress_bar", not kwargs.get("barebones")) is not False:
         _add(chosen, TQDMProgressBar(refresh_rate=20), of=ProgressBar)  # Lightning's waits for the loss at every step
-    return Trainer(
+    trainer = Trainer(
         max_steps=max_steps,
         max_epochs=-1 if by_steps else max_epochs,
         precision=precision,  # type: ignore[arg-type]
@@ -135,10 +157,25 @@ def make_trainer(
         devices=devices,
         strategy=parallel.strategy,
         val_check_interval=val_check_interval,
-        callbacks=[*chosen, _Speed(parallel, f"precision {precision} ({why})", matmul_precision)],
-        plugins=given if any(hasattr(one, "save_checkpoint") for one in given) else [*given, AtomicCheckpointIO()],
+        callbacks=[*chosen, _LastValidation(), _Speed(parallel, f"precision {precision} ({why})", matmul_precision)],
+        plugins=parts if any(hasattr(one, "save_checkpoint") for one in parts) else [*parts, AtomicCheckpointIO()],
         **kwargs,
     )
+    for logger in trainer.loggers:
+        logger.__class__ = STEADY.get(type(logger), type(logger))
+    return trainer
+
+
+def _mode(monitor: str | None, mode: str | None) -> Any:
+    """Whether the least or the largest value of a metric is best."""
+    if mode not in (None, "min", "max") or monitor is None:
+        raise ValueError(f"mode is {mode!r} and monitor {monitor!r}; mode is min or max, and needs a monitor")
+    name = re.sub(r"/dataloader_idx_\d+$", "", monitor)
+    if mode is None and "neg" not in name:
+        mode = next((word for word, ends in ENDS.items() if re.search(rf"(?<![a-z]){ends}$", name)), None)
+    if mode is None:
+        raise ValueError(f"monitor is {monitor!r}: set mode to min or max, whichever of its values is best")
+    return mode
 
 
 def best_precision(accelerator: str = "auto") -> str:
@@ -159,6 +196,24 @@ def _precision(accelerator: str) -> tuple[str, str]:
 
 def _is_cuda(accelerator: str) -> bool:
     return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+class _LastValidation(Callback):
+    """Validates after the last step of a run that has not validated before."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = False
+        self._interval = trainer.check_val_every_n_epoch
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = True
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if not self._validated and ends_here(trainer):
+            trainer.check_val_every_n_epoch, trainer.val_check_batch = None, 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.check_val_every_n_epoch = self._interval
 
 
 class _Speed(Callback):
@@ -206,17 +261,17 @@ def _has_tf32(device: torch.device) -> bool:
 
 
 def _callbacks(
-    given: list[Callback] | Callback | None,
+    chosen: list[Callback],
     max_steps: int | None,
-    checkpoint_every: int | None,
-    monitor: str | None,
+    every: int | None,
+    best: list[ModelCheckpoint],
     kwargs: dict[str, Any],
 ) -> list[Callback]:
-    chosen = [given] if isinstance(given, Callback) else list(given or [])
     if kwargs.get("barebones"):  # which allows neither checkpoints nor logs
         return chosen
-    if kwargs.get("enable_checkpointing") is not False and not any(isinstance(one, ModelCheckpoint) for one in chosen):
-        chosen += _checkpoints(max_steps, checkpoint_every, monitor)
+    if kwargs.get("enable_checkpointing") is not False:
+        has_own = any(isinstance(one, ModelCheckpoint) for one in chosen)
+        chosen += [*best, *([] if has_own else _checkpoints(max_steps, every))]
     if kwargs.get("logger") is not False:
         _add(chosen, LearningRateMonitor(logging_interval="step"))
     _add(chosen, *(kind() for kind in ALWAYS))
@@ -228,13 +283,10 @@ def _add(chosen: list[Callback], *defaults: Callback, of: type[Callback] | None 
     chosen += [new for new in defaults if not any(isinstance(old, of or type(new)) for old in chosen)]
 
 
-def _checkpoints(max_steps: int | None, every: int | None, monitor: str | None) -> list[Callback]:
-    chosen: list[Callback] = []
-    if monitor is not None:
-        chosen.append(ModelCheckpoint(monitor=monitor, mode="max" if "accuracy" in monitor else "min"))
+def _checkpoints(max_steps: int | None, every: int | None) -> list[Callback]:
     # The best may be long ago, and saving by steps alone would lose what comes after the last multiple.
-    chosen.append(ModelCheckpoint(filename="final", save_on_train_epoch_end=True, enable_version_counter=False))
+    final = ModelCheckpoint(filename="final", save_on_train_epoch_end=True, enable_version_counter=False)
     if max_steps is None and every is None:
-        return chosen
+        return [final]
     every = every or min(1000, max(1, (max_steps or 10_000) // 10))
-    return [*chosen, SteadyCheckpoint(filename="{step}", every_n_train_steps=every)]
+    return [final, SteadyCheckpoint(filename="{step}", every_n_train_steps=every)]

@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_igpt.config import PRESETS
 from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.strategies import FullyShardedStrategy, choose_strategy
 from lightning_igpt.trainer import make_trainer
-from tests.modules.helpers import TINY, loader
+from tests.modules.helpers import TINY
 
 
 def choose(given="auto", accelerator="auto", devices="auto", num_nodes=1, precision="bf16-mixed", **options):
@@ -88,13 +88,3 @@ def test_a_trainer_plans_for_its_module(monkeypatch):
     make_trainer(max_steps=1, accelerator="cpu", module=module, data=data, num_nodes=1)
     make_trainer(max_steps=1, accelerator="cpu")
     assert [(options["config"], options["batch_size"]) for options in asked] == [(module.config, 5), (None, None)]
-
-
-def test_the_choice_is_logged(tmp_path, caplog):
-    with caplog.at_level("INFO"):
-        trainer = make_trainer(
-            max_steps=1, accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False
-        )
-        trainer.fit(PretrainModule(TINY, "gray:8"), loader())
-    assert isinstance(trainer.strategy, SingleDeviceStrategy)
-    assert sum("strategy SingleDeviceStrategy (one device)" in message for message in caplog.messages) == 1

@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_igpt import trainer as making
@@ -67,10 +67,11 @@ def test_choices_for_speed_are_told_once(tmp_path, caplog, bfloat16):
         trainer = make_trainer(default_root_dir=tmp_path, **options)
         trainer.fit(PretrainModule(TINY, "gray:8"), loader(64), loader())
         trainer.validate(trainer.lightning_module, loader(), verbose=False)
+    assert caplog.messages.count("strategy SingleDeviceStrategy (one device), activation checkpointing: off") == 1
     precision = "bf16-mixed (this CPU has AMX" if bfloat16 else "32-true (this CPU has no AMX"
     assert lines(caplog) == [
         f"precision {precision} or AVX512-BF16), "
-        "compile off (about 0 minutes of work at 0.1 TFLOP/s), float32 products in full"
+        "compile off (less than a minute of work at 0.1 TFLOP/s), float32 products in full"
     ]
 
 
@@ -129,6 +130,64 @@ def test_monitor_keeps_the_best(tmp_path):
     callback, newest = checkpoints(trainer)
     assert torch.load(newest.best_model_path, weights_only=True)["epoch"] == 3  # a run goes on from there
     assert callback.best_model_score.item() == max(seen[1:])  # the first is the sanity check's
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "best"),
+    [
+        ("val/layer_3/accuracy", None, "max"), ("val/accuracy/dataloader_idx_1", None, "max"),
+        ("val/nats_per_pixel", None, "min"), ("val_loss", None, "min"), ("val/cross_entropy", None, "min"),
+        ("val/f1", "max", "max"), ("val/error", "min", "min"), ("val/accuracy", "min", "min"),
+        *((name, None, None) for name in ("val/f1", "val/auroc", "val/inaccuracy", "neg_log_loss", "val/gloss")),
+        ("val/f1", "best", None), (None, "max", None),
+    ],
+)  # fmt: skip
+def test_the_mode_of_monitor_is_known_or_asked_for(monitor, mode, best):
+    options = {"max_steps": 1, "accelerator": "cpu", "monitor": monitor, "mode": mode}
+    if best is None:
+        with pytest.raises(ValueError, match="min or max"):
+            make_trainer(**options)
+    else:
+        mine = ModelCheckpoint()
+        for given in (None, mine):  # also next to a ModelCheckpoint of the user's
+            (kept,) = [one for one in checkpoints(make_trainer(callbacks=given, **options)) if one.monitor]
+            assert (kept.monitor, kept.mode) == (monitor, best)
+
+
+class Validations(Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"max_steps": 20, "check_val_every_n_epoch": 2}, [16]),
+        ({"max_steps": 7, "check_val_every_n_epoch": 2}, [7]),  # the run ends in the first epoch of 8 batches
+        ({"max_steps": 7, "val_check_interval": 100}, [7]),
+        ({"max_epochs": 1, "check_val_every_n_epoch": 5}, [8]),
+        ({"max_steps": 7, "limit_val_batches": 0, "val_check_interval": 100}, []),
+        ({"max_steps": 10, "val_check_interval": 0.5}, [4, 8]),
+        ({"max_steps": 5, "accumulate_grad_batches": 4, "val_check_interval": 8}, [2, 4]),
+        ({"max_steps": 10, "callbacks": [GradientAccumulationScheduler({0: 1, 1: 8})]}, [8, 9, 10]),
+    ],
+)
+def test_a_run_validates_when_asked_and_at_least_once(tmp_path, options, steps):
+    seen = Validations()
+    callbacks = [seen, *options.get("callbacks", [])]
+    options = options | {"callbacks": callbacks, "default_root_dir": tmp_path, "enable_progress_bar": False}
+    make_trainer(accelerator="cpu", **options).fit(PretrainModule(TINY, "gray:8"), loader(64), loader(8))
+    assert seen.steps == steps
+
+
+@pytest.mark.parametrize("name", ["accumulate_grad_batches", "val_check_interval"])
+def test_intervals_of_no_batches_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+        make_trainer(max_steps=3, **{name: 0})
 
 
 def test_the_command_lines_defaults_are_no_choices(tmp_path):

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from lightning_igpt.callbacks.run_folder import show, write_result
 from lightning_igpt.files import write_csv
-from lightning_igpt.pictures import Theme, contact_sheet, draw_figure, enlarge, render, save_png
+from lightning_igpt.pictures import Theme, contact_sheet, draw_figure, enlarge, render
 
 _READABLE = 100  # classes; beyond that a picture holds neither counts nor every name
 _CELL = 192  # least width in pixels of a worst image, for its caption
@@ -30,7 +30,7 @@ class _Cases(NamedTuple):
 
 
 class ClassificationReport(Callback):
-    """Draw the confusions of a test and its worst images, in the trainer's log folder and in TensorBoard.
+    """Draw the confusions of a test and its worst images, in the run's folder and for loggers that take images.
 
     ``confusion.png`` and ``confusion.csv`` hold the counts, a row for each true class, of all test images and
     processes; ``worst.png`` holds the images with the highest loss in the palette's colors, captioned "true ->
@@ -66,7 +66,6 @@ class ClassificationReport(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the counts of all processes; the first one draws."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call
         mine = None if self._worst is None else [column.cpu() for column in (self._counts, *self._worst)]  # type: ignore[union-attr]
         parts: list[Any] = [mine] * trainer.world_size
         if trainer.world_size > 1:  # objects, as a process without a batch knows no shapes
@@ -77,17 +76,11 @@ class ClassificationReport(Callback):
         counts = torch.stack([part[0] for part in parts]).sum(0)
         given = list(getattr(pl_module, "class_names", None) or [])[: len(counts)]
         names = given + [str(number) for number in range(len(given), len(counts))]
-        folder.mkdir(parents=True, exist_ok=True)
-        write_confusion(counts, names, folder / "confusion.csv")
-        pictures = {"confusion": draw_confusion(counts, names)}
+        write_result(trainer, "confusion.csv", lambda path: write_confusion(counts, names, path))
+        show(trainer, "confusion.png", "test/confusion", draw_confusion(counts, names))
         if self.n_worst:
             worst = _hardest([_Cases(*part[1:]) for part in parts], self.n_worst)
-            pictures["worst"] = _worst_grid(worst, names, pl_module.palette)
-        for name, picture in pictures.items():
-            save_png(picture, folder / f"{name}.png")
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(f"test/{name}", picture, trainer.global_step)
+            show(trainer, "worst.png", "test/worst", _worst_grid(worst, names, pl_module.palette))
 
 
 def write_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
@@ -114,12 +107,8 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
         axes.set_yticks(ticks, labels, **style)
         axes.set(xlabel="predicted", ylabel="true")
         axes.set_title(f"accuracy {int(counts.trace()) / max(1, total):.3f} on {total:,} images", fontsize=10)
-        style = {
-            "fontsize": font,
-            "ha": "center",
-            "va": "center",
-            "in_layout": False,
-        }  # thousands would delay the layout
+        style = {"fontsize": font, "ha": "center", "va": "center"}
+        style["in_layout"] = False  # thousands would delay the layout
         for row, column in counts.nonzero().tolist() if n <= _READABLE else []:
             color = theme.paper if share[row, column] > 0.5 else theme.ink
             axes.text(column, row, str(int(counts[row, column])), color=color, **style)

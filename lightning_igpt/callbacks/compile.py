@@ -118,7 +118,8 @@ def decide(device_type: str, flops: float | None) -> Decision:
     if flops is None:
         return Decision(False, "the length of the run is not known")
     minutes = flops / SPEED[device_type] / 60
-    reason = f"about {minutes:,.0f} minutes of work at {SPEED[device_type] / 1e12:g} TFLOP/s"
+    about = f"about {minutes:,.0f} minutes" if minutes >= 1 else "less than a minute"
+    reason = f"{about} of work at {SPEED[device_type] / 1e12:g} TFLOP/s"
     return Decision(minutes > PAYS_FROM[device_type], reason)
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from lightning_igpt.callbacks.run_folder import show
 from lightning_igpt.decoding import Precision, is_sharded
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
-from lightning_igpt.pictures import image_grid, save_png
+from lightning_igpt.pictures import image_grid
 from lightning_igpt.sampling import complete, inpaint
 
 log = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ def captions(n_samples: int) -> list[str]:
 
 
 class CompletionGrid(Callback):
-    """Complete validation images after each validation; log the grid to TensorBoard and save it as PNG.
+    """Complete validation images after each validation; save the grid as PNG and pass it to loggers that take images.
 
     Args:
         n_images: Images, taken from the first validation batch.
@@ -111,19 +110,12 @@ class CompletionGrid(Callback):
             )
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
     ) -> None:
-        if batch_idx == 0 and dataloader_idx == 0:
-            self._tokens = pl_module.tokens_of(batch)[: self.n_images]  # type: ignore[operator]
+        if batch_idx == 0 and loader == 0:
+            self._tokens = pl_module.tokens_of(batch)[: self.n_images]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir  # a collective call
         tokens, self._tokens = self._tokens, None
         network: Any = pl_module.network
         together = is_sharded(network)  # then all processes sample, and the first one saves
@@ -142,9 +134,6 @@ class CompletionGrid(Callback):
         except ValueError as error:  # raised by one process, it would leave the others waiting
             log.warning("no completions are drawn: %s", error)
             return
-        grid = image_grid(rows.cpu(), captions=captions(self.n_samples))  # (3, h, w)
-        for logger in trainer.loggers if trainer.is_global_zero else ():
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("completions", grid, trainer.global_step)
-        if folder is not None and trainer.is_global_zero:
-            save_png(grid, Path(folder) / "completions" / f"step-{trainer.global_step:07d}.png")
+        if trainer.is_global_zero:
+            grid = image_grid(rows.cpu(), captions=captions(self.n_samples))  # (3, h, w)
+            show(trainer, f"completions/step-{trainer.global_step:07d}.png", "completions", grid)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_igpt.callbacks.run_folder import show, write_result
 from lightning_igpt.files import write_csv
-from lightning_igpt.pictures import Theme, draw_figure, save_png
+from lightning_igpt.pictures import Theme, draw_figure, render
 
 COLUMNS = ("layer", "c", "val_accuracy", "test_accuracy")
 
@@ -21,9 +21,9 @@ Row = Mapping[str, Any]
 class LayerCurve(Callback):
     """After validation and test of a probe, show the accuracy of each layer.
 
-    Prints a table, writes ``probe_by_layer.csv`` and ``probe_by_layer.png`` into the trainer's log folder, and adds the
-    picture to TensorBoard. Reads the module's ``results``, a list of rows with the keys layer, c, val_accuracy and
-    test_accuracy. Idle for other modules.
+    Prints a table, writes ``probe_by_layer.csv`` and ``probe_by_layer.png`` into the run's folder, and passes the
+    picture to loggers that take images. Reads the module's ``results``, a list of rows with the keys layer, c,
+    val_accuracy and test_accuracy. Idle for other modules.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,20 +95,10 @@ def layer_figure(rows: Sequence[Row]) -> Any:
 
 
 def _show(trainer: Trainer, rows: Sequence[Row]) -> None:
-    if not rows:
-        return
-    folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call
-    if not trainer.is_global_zero:
-        return
-    rank_zero_info(f"accuracy by layer\n{table_text(rows)}")
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return
-    write_rows(rows, folder / "probe_by_layer.csv")
-    figure = layer_figure(rows)
-    save_png(figure, folder / "probe_by_layer.png")
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure("probe_by_layer", figure, trainer.global_step)
+    if rows and trainer.is_global_zero:
+        rank_zero_info(f"accuracy by layer\n{table_text(rows)}")
+        write_result(trainer, "probe_by_layer.csv", lambda path: write_rows(rows, path))
+        show(trainer, "probe_by_layer.png", "probe_by_layer", render(layer_figure(rows)))
 
 
 def _single(rows: Sequence[Row]) -> list[Row]:

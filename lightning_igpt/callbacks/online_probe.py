@@ -65,10 +65,8 @@ class OnlineProbe(Callback):
                 self.data.prepare_data()
             trainer.strategy.barrier()
             self.data.setup("fit")
-            self._batches, self._held_out = (
-                chain.from_iterable(repeat(self.data.train_dataloader())),
-                self.data.val_dataloader(),
-            )
+            self._batches = chain.from_iterable(repeat(self.data.train_dataloader()))
+            self._held_out = self.data.val_dataloader()
         classes = self.num_classes or getattr(self.data or getattr(trainer, "datamodule", None), "num_classes", None)
         if classes is None:
             raise ValueError("OnlineProbe: the data has no num_classes; set num_classes=")

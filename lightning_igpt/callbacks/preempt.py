@@ -9,7 +9,9 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_igpt.checkpointing import validation_follows
+from lightning_igpt.files import os_error
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ class Preempt(Callback):
 
     A signal to one of several processes stops all of them after the same step. A validation that is due or under way is
     finished first, so that the resumed run owes none; a run in its last step ends as planned. A test, a prediction or
-    a validation outside of ``fit`` ends at once.
+    a validation outside of ``fit`` ends at once. An error of the operating system, on one device, saves too.
 
     Under SLURM, a signal other than SIGTERM saves ``hpc_ckpt_<n>.ckpt`` instead, from which Lightning resumes without
     being asked, and has the job requeued.
@@ -56,7 +59,7 @@ class Preempt(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Move behind all other callbacks: what they do after a step belongs into the checkpoint."""
-        self._asked = ""
+        self._asked, self._first_step = "", sys.maxsize  # until training starts nothing is saved
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 
@@ -90,9 +93,17 @@ class Preempt(Callback):
         if self._stepped and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._leave_if_asked(trainer)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save what was trained where a disk or a server ends the run, such as a logger's."""
+        fails = os_error(exception) is not None and trainer.state.fn == TrainerFn.FITTING
+        if fails and trainer.world_size == 1 and trainer.global_step > self._first_step:
+            with suppress(OSError):  # no room for a checkpoint may be why the run ends
+                trainer.save_checkpoint(_folder(trainer) / FILE, weights_only=False)
+                log.warning("%s ends the run: saved %s", type(exception).__name__, _folder(trainer) / FILE)
+
     def _leave_if_asked(self, trainer: Trainer) -> None:
         """Save and exit on all processes, if a signal came to any of them."""
-        if not trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False) or _ends_anyway(trainer):
+        if not trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False) or ends_here(trainer):
             return
         under_slurm = self._asked not in ("", "SIGTERM") and SLURMEnvironment.detect()
         requeue = trainer.strategy.reduce_boolean_decision(under_slurm, all=False)
@@ -110,7 +121,7 @@ class Preempt(Callback):
         raise SystemExit(self.exit_status)
 
 
-def _ends_anyway(trainer: Trainer) -> bool:
+def ends_here(trainer: Trainer) -> bool:
     """Whether the last optimizer step of the run was taken."""
     last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
     return 0 < trainer.max_steps <= trainer.global_step or (last_epoch and trainer.is_last_batch)

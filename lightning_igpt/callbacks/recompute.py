@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_igpt.callbacks.compile import CompileBlocks, blocks_of
 from lightning_igpt.callbacks.throughput import images_at_once, is_frozen
@@ -27,7 +28,8 @@ class RecomputeDecision(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"recompute {self.how} ({self.reason})"
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"activation checkpointing: {'off' if self.how == 'none' else self.how}{reason}"
 
 
 class Recompute(Callback):
@@ -67,6 +69,10 @@ class Recompute(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
+        in_fit = trainer.state.fn == TrainerFn.FITTING and pl_module.automatic_optimization
+        if isinstance(exception, torch.OutOfMemoryError) and in_fit:
+            ours = hasattr(getattr(trainer, "datamodule", None), "needs_labels")
+            log.error("%s", out_of_memory(images_at_once(trainer), trainer.accumulate_grad_batches, ours))
 
     def _restore(self) -> None:
         for block, before in self._before:
@@ -84,7 +90,7 @@ class Recompute(Callback):
             return RecomputeDecision(by_hand, "as the network is set")
         device, batch_size = trainer.strategy.root_device, images_at_once(trainer)
         if device.type != "cuda":
-            return RecomputeDecision("none", f"memory is not planned on {device.type}")
+            return RecomputeDecision("none", "")  # only the memory of a GPU is known
         if batch_size is None:
             return RecomputeDecision("none", "the batch size is not known")
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -99,6 +105,19 @@ class Recompute(Callback):
             sharded=not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)),
             compiled=any(decision is not None and decision.compile for decision in compiling),
         )
+
+
+def out_of_memory(size: int | None, parts: int, ours: bool) -> str:
+    """What to set where ``size`` images at once, accumulated ``parts`` times, do not fit; ``ours`` divides a step."""
+    step = (size or 0) * parts
+    more = next((number for number in range(parts + 1, step + 1) if step % number == 0), None)
+    if more is None:
+        least = "one image" if size == 1 else "an unknown number of images"
+        return f"out of memory with {least} at once; set recompute=full, strategy=fsdp2, or take a smaller network"
+    rest = "same batch_size, same training" if ours else f"with batch_size={step // more} for the loader, same training"
+    return (
+        f"out of memory with {size} images at once; set accumulate_grad_batches={more} ({step // more} at once, {rest})"
+    )
 
 
 def decide(config: ImageGPTConfig, batch_size: int, usable: int, **options: Any) -> RecomputeDecision:

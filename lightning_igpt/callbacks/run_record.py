@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import platform
 import subprocess
@@ -15,9 +14,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_igpt.callbacks.loggers import MetricsFile
+from lightning_igpt.callbacks.run_folder import WARNED, run_folder, sparing
 from lightning_igpt.files import write_text
 
 FILE, METRICS, RECORD = "run.json", "metrics.csv", "run_record"  # the last is a key in checkpoints
@@ -40,30 +41,32 @@ class RunRecord(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.record, self._earlier = {}, {}
-        folder = trainer.log_dir  # a collective call
-        has_table = any(isinstance(logger, CSVLogger) for logger in trainer.loggers)
-        if trainer.is_global_zero and trainer.loggers and folder and "://" not in folder and not has_table:
-            self._metrics = MetricsFile(Path(folder) / METRICS)
+        WARNED.clear()
+        folder = run_folder(trainer) if trainer.is_global_zero else None
+        if folder and trainer.loggers and not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
+            self._metrics = MetricsFile(folder / METRICS)
             trainer.loggers = [*trainer.loggers, self._metrics]
 
     # Not state_dict: Lightning would warn everyone who loads the checkpoint without this callback.
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._earlier = checkpoint.get(RECORD, {})
+        record = checkpoint.get(RECORD)
+        self._earlier = record if isinstance(record, dict) else {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[RECORD] = comparable(self.record) if self.record else {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        path = Path(trainer.log_dir or trainer.default_root_dir) / FILE
         self.record = describe(trainer, pl_module) if trainer.is_global_zero else {}
-        has_folder = (trainer.loggers or trainer.checkpoint_callbacks) and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.record and has_folder and "://" not in str(trainer.default_root_dir):
-            runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
-            write_text(path, json.dumps({"runs": [*runs, self.record]}, indent=1))
+        folder = run_folder(trainer) if trainer.loggers or trainer.checkpoint_callbacks else None
+        if self.record and folder is not None:
+            path = folder / FILE
+            with sparing(path):
+                runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+                write_text(path, json.dumps({"runs": [*runs, self.record]}, indent=1))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         now, was = comparable(self.record) if self.record else {}, self._earlier
-        changes = [f"{key} {was[key]} -> {now[key]}" for key in sorted(now.keys() & was) if now[key] != was[key]]
+        changes = [f"{key} {was[key]!r} -> {now[key]!r}" for key in sorted(now.keys() & was) if now[key] != was[key]]
         if changes:
             rank_zero_warn(f"the resumed run differs from the run that wrote its checkpoint: {', '.join(changes)}")
 
@@ -73,40 +76,6 @@ class RunRecord(Callback):
             trainer.loggers, self._metrics = [one for one in trainer.loggers if one is not self._metrics], None
 
     teardown = on_exception = _close
-
-
-class MetricsFile(Logger):
-    """A logger that writes one CSV row for each step, when the next step is logged."""
-
-    name, version = "metrics", ""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path, self._row = path, dict[str, Any]()
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if step != self._row.get("step"):
-            self.write()
-        self._row |= {**metrics, "step": step}
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...  # they are in run.json
-
-    def write(self) -> None:
-        """Append the row; where it has new columns, rewrite the file."""
-        row, self._row = self._row, {}
-        names, rows = list[str](), [row] if row else []
-        if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                names = list(reader.fieldnames or ())
-                rows = rows if set(row) <= set(names) else [*reader, row]
-        new = sorted(set(row) - set(names))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w" if new else "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names + new)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
 
 
 def describe(trainer: Trainer, module: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Nothing here waits for the device, as Lightning's ThroughputMonitor does in ever
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
@@ -75,11 +75,9 @@ class Throughput(Callback):
         self._since, self._seconds, self._images = now, 0.0, 0
         if not (seconds > 0 and images):
             return
-        rate, tokens = images / seconds, pl_module.config.n_positions  # of this process
-        rates = {
-            "images_per_second": rate * trainer.world_size,
-            "tokens_per_second": rate * trainer.world_size * tokens,
-        }
+        rate = images / seconds  # of this process
+        whole = rate * trainer.world_size
+        rates = {"images_per_second": whole, "tokens_per_second": whole * pl_module.config.n_positions}
         if self._peak is not None:
             rates["mfu"] = rate * (self._flops or 0) / (self._peak * 1e12)
         # Tensors on the host: numbers would be sent to the device, and the progress bar would wait for them there.
@@ -89,12 +87,8 @@ class Throughput(Callback):
 
 
 def batch_size_of(batch: Any) -> int:
-    """Number of images in a batch: the length of its first tensor, in any form that the modules accept; else 0."""
-    parts = [batch]
-    if isinstance(batch, Mapping):
-        parts = [batch[key] for key in ("tokens", "image") if key in batch]
-    elif isinstance(batch, Sequence):
-        parts = list(batch[:1])
+    """Number of images in a batch, in any form that the modules accept: the length of its first tensor; else 0."""
+    parts = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
     return next((len(part) for part in parts if isinstance(part, Tensor) and part.ndim), 0)
 
 

@@ -40,19 +40,19 @@ def test_the_counts_equal_scikit_learns(tmp_path, batch_size):
     for _ in range(2):  # the second test counts from zero
         metrics = trainer.test(module, loader(batch_size=batch_size), verbose=False)[0]
     said = torch.cat(quiet_trainer(tmp_path).predict(module, loader())).argmax(1)
-    names, counts = read_counts(tmp_path / "confusion.csv")
+    names, counts = read_counts(tmp_path / "pictures" / "confusion.csv")
     assert names == ["dark", "$gray$", "a, b"]
     assert np.array_equal(counts, confusion_matrix(labelled_images()[1], said))
     assert len(set(said.tolist())) == 3, "one answer for all would show nothing"
     assert counts.trace() / counts.sum() == pytest.approx(metrics["test/accuracy"])
-    assert written(tmp_path) == FILES
+    assert written(tmp_path / "pictures") == FILES
 
 
 def test_votes_are_counted_as_the_accuracy_counts_them(tmp_path):
     module = classifier(BERT, n_masks=2)  # ties at random, so the likeliest class is not always what it says
     module.class_names = ["dark"]  # classes beyond the names are numbered
     metrics = quiet_trainer(tmp_path, callbacks=[ClassificationReport()]).test(module, loader(), verbose=False)[0]
-    names, counts = read_counts(tmp_path / "confusion.csv")
+    names, counts = read_counts(tmp_path / "pictures" / "confusion.csv")
     assert names == ["dark", "1", "2"]
     likeliest = torch.cat(quiet_trainer(tmp_path).predict(module, loader())).argmax(1)
     assert not np.array_equal(counts, confusion_matrix(labelled_images()[1], likeliest))
@@ -79,4 +79,4 @@ def test_the_worst_images_are_those_of_the_highest_loss(tmp_path, monkeypatch, n
         said = int(probabilities[row].argmax())
         names = [module.class_names[index] for index in (labels[row], said)]
         assert caption == [f"{names[0]} -> {names[1]} ({probabilities[row, said]:.2f})"]
-    assert (np.array(Image.open(tmp_path / "worst.png").convert("RGB")) < 255).any()
+    assert (np.array(Image.open(tmp_path / "pictures" / "worst.png").convert("RGB")) < 255).any()

@@ -5,6 +5,7 @@ import torch
 from lightning_igpt.callbacks import CompileBlocks, OnlineProbe, Recompute
 from lightning_igpt.callbacks.recompute import RecomputeDecision, decide
 from lightning_igpt.config import PRESETS, ImageGPTConfig
+from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.model import ATTENTION_KERNELS
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.planning import training_bytes
@@ -61,7 +62,7 @@ def test_a_run_ends_with_the_same_weights_and_leaves_nothing_behind(tmp_path, co
 
 
 def test_auto_on_a_cpu_leaves_all_as_it_is(tmp_path):
-    for by_hand, reason in (("none", "memory is not planned on cpu"), ("full", "as the network is set")):
+    for by_hand, reason in (("none", ""), ("full", "as the network is set")):
         callback, look = Recompute(), Look()
         module = pretrain(tmp_path, callback, look, set_by_hand=by_hand)
         assert callback.decision == RecomputeDecision(by_hand, reason)
@@ -81,8 +82,35 @@ def test_auto_takes_the_least_that_fits():
         assert nothing.how == "full" and "which does not fit; 31 images at once would" in nothing.reason
     decision = decide(config, 32, 74 * GIB)
     takes = [f"{needed(how) / GIB:.1f}" for how in ("none", "selective")]
-    assert str(decision) == f"recompute selective (about {takes[1]} of 74.0 GiB; none would take {takes[0]})"
+    assert (
+        str(decision)
+        == f"activation checkpointing: selective (about {takes[1]} of 74.0 GiB; none would take {takes[0]})"
+    )
     assert "not even one image does" in decide(PRESETS["igpt_xl"], 1, 74 * GIB).reason
+
+
+class Full(PretrainModule):
+    def training_step(self, batch, batch_idx):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("size", "parts", "cure"),
+    [
+        (64, 1, "64 images at once; set accumulate_grad_batches=2 (32 at once, same batch_size, same training)"),
+        (15, 2, "15 images at once; set accumulate_grad_batches=3 (10 at once, same batch_size, same training)"),
+        (1, 4, "one image at once; set recompute=full, strategy=fsdp2, or take a smaller network"),
+        (None, 1, "8 images at once; set accumulate_grad_batches=2 (4 at once, with batch_size=4 for the loader,"),
+    ],
+)
+def test_out_of_memory_names_the_next_smaller_micro_batch(tmp_path, caplog, size, parts, cure):
+    data = {"train_dataloaders": loader()}
+    if size:
+        data = {"datamodule": PretrainDataModule("digits", batch_size=size * parts, image_size=4)}
+    trainer = quiet_trainer(tmp_path, max_steps=1, accumulate_grad_batches=parts, callbacks=[Recompute()])
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.fit(Full(TINY, "gray:8"), **data)
+    assert f"out of memory with {cure}" in caplog.messages[-1]
 
 
 DEEP = ImageGPTConfig(n_layer=4, n_head=2, n_embd=64, vocab_size=8, image_size=4)

@@ -112,14 +112,18 @@ def test_a_resumed_run_is_warned_of_what_changed(tmp_path, monkeypatch):
     version = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.1" if name == "numpy" else version(name))
     _, (warning,) = fit(tmp_path, ckpt_path=ckpt, seed=9)
-    assert f"module_seed 0 -> 9, numpy {version('numpy')} -> 0.1" in warning
+    assert f"module_seed 0 -> 9, numpy {version('numpy')!r} -> '0.1'" in warning
     monkeypatch.undo()
     _, (warning,) = fit(tmp_path, ckpt_path=ckpt, source=25)
     assert "val_images 3 -> 2" in warning and "seed" not in warning
     kept = torch.load(ckpt, weights_only=True)
-    assert str(tmp_path) not in str(kept.pop(RECORD))
+    assert str(tmp_path) not in str(kept[RECORD])
+    kept[RECORD] |= {"data_source": "\x1b[2J%s{0}"}  # a name is shown, and nothing else
     torch.save(kept, ckpt)
-    assert fit(tmp_path, ckpt_path=ckpt, seed=9)[1] == []  # a checkpoint of another program
+    assert "data_source '\\x1b[2J%s{0}' -> " in fit(tmp_path, ckpt_path=ckpt)[1][0]
+    for record in ({}, []):  # of another program
+        torch.save(kept | {RECORD: record}, ckpt)
+        assert fit(tmp_path, ckpt_path=ckpt, seed=9)[1] == []
 
 
 def test_training_is_the_same_bit_for_bit(tmp_path):
