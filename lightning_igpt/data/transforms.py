@@ -114,6 +114,8 @@ class PadCropFlip:
 
     def __call__(self, grids: NDArray[Any], samples: Sequence[int]) -> NDArray[Any]:
         # Another seed than that of the masks, which are drawn by the same numbers.
-        draws = counter_uniform(torch.tensor(samples), 3, seed=self.seed + _AUGMENTATION).numpy()  # (B, 3)
+        draws = counter_uniform(
+            torch.tensor(samples, device="cpu"), 3, seed=self.seed + _AUGMENTATION
+        ).numpy()  # (B, 3)
         top, left = (draws[:, :2].T * (2 * self.pad + 1)).astype(np.int64)
         return reflect_pad_crop_flip(grids, pad=self.pad, top=top, left=left, mirrored=self.flip & (draws[:, 2] < 0.5))
