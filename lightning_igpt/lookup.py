@@ -12,11 +12,15 @@ from __future__ import annotations
 import logging
 import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lightning_igpt.files import replacing
 
@@ -156,6 +160,27 @@ def cached_table(colors: NDArray[np.float32], sha256: str) -> NDArray[np.int16]:
     except (OSError, RuntimeError) as error:
         log.warning("cannot cache the color table (%s); set LIGHTNING_IGPT_CACHE to a writable folder", error)
     return build_table(colors) if table is None else table
+
+
+# Compiled, the build could round differently, and the cache would keep its table.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def table_for(palette: Any, device: torch.device) -> Tensor:
+    """(2^24,) int16 on a device; an array is kept, of which every mode of tracing makes a tensor of its own."""
+    table = torch.from_numpy(_array(palette))
+    kept = device.type != "cpu" and type(table) is Tensor  # not one of FakeTensorMode's
+    return _on_device(palette, device) if kept else table.to(device)
+
+
+@lru_cache(maxsize=8)
+def _array(palette: Any) -> NDArray[np.int16]:
+    return cached_table(np.array(palette.to_list(), np.float32), palette.sha256)
+
+
+@lru_cache(maxsize=8)
+def _on_device(palette: Any, device: torch.device) -> Tensor:
+    """One copy per device, shared by equal palettes; made by a thread, which is in none of the caller's modes."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: torch.from_numpy(_array(palette)).to(device)).result()
 
 
 def _read(path: Path) -> NDArray[np.int16] | None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from lightning_igpt.config import plain
 from lightning_igpt.files import replacing
 from lightning_igpt.images import decode_form, resize_center_crop
-from lightning_igpt.lookup import cached_table
+from lightning_igpt.lookup import table_for
 from lightning_igpt.pictures import to_pil
 
 MAX_COLORS = 32768  # ids fit into int16
@@ -123,7 +123,7 @@ class Palette:
         check_images(images)
         red, green, blue = images.unbind(1)  # (B, H, W)
         codes = red.int().bitwise_left_shift_(8).bitwise_or_(green).bitwise_left_shift_(8).bitwise_or_(blue)
-        table: Tensor = _table(self, images.device)
+        table: Tensor = table_for(self, images.device)
         ids = table.index_select(0, codes.flatten())  # (B*H*W,) int16; by far the fastest of torch's gathers
         return ids.long().view(codes.shape).flatten(1)
 
@@ -178,14 +178,6 @@ class Palette:
 
     def __reduce__(self) -> tuple[type[Palette], tuple[NDArray[np.float32]]]:
         return Palette, (self._array,)
-
-
-# Compiled, the build could round differently, and the cache would keep its table.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-@lru_cache(maxsize=8)
-def _table(palette: Palette, device: torch.device) -> Tensor:
-    """(2^24,) int16, shared by equal palettes; one copy per device."""
-    return torch.from_numpy(cached_table(palette._array, palette.sha256)).to(device)
 
 
 @lru_cache(maxsize=8)

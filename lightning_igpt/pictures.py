@@ -144,7 +144,6 @@ def heading(text: str) -> Tensor:
     return _caption(text, math.ceil(_font().getlength(text)) + 8)
 
 
-@cache
 def surprise_colors() -> Tensor:
     """The color scale of every map of surprise, uint8 (256,3), dark to bright: matplotlib's magma."""
     import matplotlib  # 0.3 s, which a palette need not take

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_sample_images
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from lightning_igpt import lookup
 from lightning_igpt import palette as palette_module
 from lightning_igpt.palette import Palette
 
@@ -93,6 +96,57 @@ def test_a_palette_is_a_value(openai):
 def test_wrong_colors_are_refused(colors, message):
     with pytest.raises(ValueError, match=message):
         Palette(colors)
+
+
+# State that is kept
+
+
+def _fake(quantize, x):
+    with FakeTensorMode() as mode:
+        quantize(mode.from_tensor(x))
+
+
+def _fake_device(quantize, x):
+    with FakeTensorMode():
+        assert quantize(torch.zeros(1, 3, 4, 4, dtype=x.dtype, device="cuda")).is_cuda
+
+
+def _inference(quantize, x):
+    with torch.device("meta"), torch.inference_mode():
+        quantize(x)
+        quantize(x.to("meta"))
+
+
+class _Quantizer(torch.nn.Module):
+    def __init__(self, quantize):
+        super().__init__()
+        self.forward = lambda x: quantize(x)
+
+
+@pytest.mark.parametrize(
+    "first_use",
+    [
+        lambda quantize, x: torch.export.export(_Quantizer(quantize), (x,)).module()(x),
+        lambda quantize, x: torch.compile(quantize, backend="aot_eager")(x),
+        lambda quantize, x: torch.func.functionalize(quantize)(x),
+        lambda quantize, x: torch.func.vmap(lambda image: quantize(image[None])[0])(x),
+        lambda quantize, x: make_fx(lambda x: quantize(x))(x)(x),
+        lambda quantize, x: make_fx(lambda x: quantize(x), tracing_mode="fake")(x)(x),
+        _fake, _fake_device, _inference,
+    ],
+)  # fmt: skip
+def test_nothing_is_kept_from_tracing(first_use):
+    lookup._array.cache_clear()
+    lookup._on_device.cache_clear()
+    palette, x = Palette.load("gray:16"), torch.arange(96, dtype=torch.uint8).view(2, 3, 4, 4) * 2
+    traced = first_use(palette.quantize, x)
+    grays = (x.double().mean(1) / 17).flatten(1)  # the three bytes of a pixel span less than a step
+    tokens = palette.quantize(x)
+    assert type(tokens) is torch.Tensor and not tokens.is_inference() and (tokens - grays).abs().max() < 0.51
+    assert traced is None or torch.equal(traced, tokens)
+    kept = palette.quantize(x.to("meta"))
+    assert type(kept) is torch.Tensor and not kept.is_inference()
+    torch.nn.Embedding(16, 2)(tokens).sum().backward()
 
 
 # Images to tokens and back

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_igpt.config import plain
 from lightning_igpt.data import loaders, readers, streams
 from lightning_igpt.data.loaders import Loader, make_loader, matching_palette, place_of
+from lightning_igpt.data.options import Cache, check, follow, pairs
 from lightning_igpt.data.order import EndlessOrder, EvalOrder
 from lightning_igpt.data.readers import ImageBatches, OnBadImage
 from lightning_igpt.data.sources import ImageSource, Source, name_of, open_source
@@ -20,8 +21,8 @@ from lightning_igpt.data.tokens import TokenReader, cached_tokens
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
 from lightning_igpt.files import write_csv
 
-Cache = Literal["none", "disk", "auto", "memory"]
-_LEAST = {"batch_size": 1, "num_workers": 0, "seed": 0, "shuffle_buffer": 1, "val_images": 1, "image_size": 1}
+_OPENING = ("revision", "streaming", "image_column", "label_column", "train_split")
+_DIVIDING = (*_OPENING, "source", "config_name", "val_split", "test_split", "seed", "val_fraction", "val_images")
 
 
 class ImageDataModule(LightningDataModule):
@@ -30,6 +31,9 @@ class ImageDataModule(LightningDataModule):
     Every batch is ``{"image": uint8 (B, 3, S, S), "sample": int64 (B,), "label": int64 (B,)}``; ``sample`` numbers
     the draws of a run in training and the rows in evaluation, ``label`` is there when the source has labels. Sources
     of tokens, and ``cache="disk"``, give ``tokens`` int16 (B, S * S) instead of ``image``.
+
+    Options can be set later, as attributes or in ``hparams``: new loaders use them. Those that decide which rows there
+    are (source, splits, columns, ``seed``, ``val_fraction``) need another ``setup``, with which every ``fit`` begins.
 
     After ``setup``, ``num_classes`` and ``class_names`` (None without labels) and ``batches_per_epoch`` tell modules
     what they train on; ``bad_images`` says which images were left out.
@@ -42,7 +46,8 @@ class ImageDataModule(LightningDataModule):
         image_size: Side S of the square images in pixels. Default: the network's, or 32 without a network.
         batch_size: Images per optimizer step, over all devices and accumulated micro-batches together.
         num_workers: Processes that read and decode; 0 reads in the main process.
-        seed: Decides the order, the hold-out, crops and augmentation. A run resumes only with the same seed.
+        seed: Decides the order, the hold-out, crops and augmentation. A run that resumes with another seed continues
+            with that seed's, after a warning of ``RunRecord``: its hold-out has images that the run was trained on.
         val_fraction: Share of the training split held out where the source has no validation split; 0 holds out none.
         config_name: Configuration of a hub data set that has several.
         revision: Branch, tag or commit of a hub data set.
@@ -101,28 +106,35 @@ class ImageDataModule(LightningDataModule):
         self.hparams["source"] = name_of(source)
         self.source, self.image_size, self.batch_size, self.num_workers = source, image_size, batch_size, num_workers
         self.seed, self.val_fraction, self.cache, self.palette = seed, val_fraction, cache, palette
-        self.shuffle_buffer, self.val_images = shuffle_buffer, val_images
+        self.shuffle_buffer, self.val_images, self.streaming = shuffle_buffer, val_images, streaming
         self.on_bad_image, self.max_bad_share = on_bad_image, max_bad_share
-        self._split_names = {"train_split": train_split, "val_split": val_split, "test_split": test_split}
-        where: dict[str, Any] = {"name": config_name, "revision": revision, "streaming": streaming}
-        columns = {"image_column": image_column, "label_column": label_column}
-        self._open_options = {**where, **columns, "train_split": train_split, "need_labels": self.needs_labels}
-        self._check_options()
+        self.config_name, self.revision = config_name, revision
+        self.image_column, self.label_column = image_column, label_column
+        self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
+        self.check_options()
+        self.known_options = pairs(self)
+        self._used: list[Any] = []  # the options that the source was opened with
+        self._begun_with = batch_size  # at the last ``setup``
         self.parts: dict[str, Part] = {}  # train and, where there are any, val and test; of a stream what is kept
         self.left_out: dict[str, readers.BadImages] = {}  # by part
         self._opened: Source | None = None
+        self._order: EndlessOrder | None = None  # of the last loader, which without a trainer the next one continues
         self._stream: Loader | None = None
         self._stream_states: list[list[str]] = []  # of a checkpoint: of each process, of each worker
 
     @property
     def opened(self) -> Source:
         """What ``source`` names, opened."""
-        if self._opened is None:
-            self._opened = open_source(self.source, **self._open_options)
+        follow(self)
+        now = [getattr(self, name) for name in _DIVIDING]
+        if self._opened is None or now != self._used:
+            self._opened, self._used, self.division, self.parts = None, now, None, {}
+            options = {name: getattr(self, name) for name in _OPENING} | {"need_labels": self.needs_labels}
+            self._opened = open_source(self.source, name=self.config_name, **options)
             self.class_names = self._opened.class_names
             self.num_classes = None if self.class_names is None else len(self.class_names)
-            if self._opened.streaming and self.cache == "disk":
-                raise ValueError("cache is 'disk', but rows of a stream do not come back; use cache=none")
+        if self._opened.streaming and self.cache == "disk":
+            raise ValueError("cache is 'disk', but rows of a stream do not come back; use cache=none")
         return self._opened
 
     @property
@@ -159,9 +171,11 @@ class ImageDataModule(LightningDataModule):
         Raises:
             ValueError: A column, a split or labels are missing or unusable.
         """
+        self.check_options()
+        opened, self._begun_with = self.opened, self.batch_size
         if self.division is not None:
             return
-        division = divide(self.opened, **self._split_names)
+        division = divide(opened, train_split=self.train_split, val_split=self.val_split, test_split=self.test_split)
         self._opened = division.source  # with the slices that are named
         if not self.opened.streaming:  # labels of a stream are checked as they come
             self.parts = make_parts(division, val_fraction=self.val_fraction, seed=self.seed)
@@ -184,18 +198,22 @@ class ImageDataModule(LightningDataModule):
                 accumulated micro-batches.
         """
         self._check_role("train")
-        trainer, place, streaming = self.trainer, place_of(self.trainer), self.opened.streaming
+        trainer, streaming = loaders.unfinished(self.trainer), self.opened.streaming
+        place = place_of(trainer)
+        if trainer is not None and not streaming and self.batch_size != self._begun_with:  # by a BatchSizeFinder
+            self.batch_size = loaders.possible_batch_size(self.batch_size, len(self.parts["train"]), place)
+            follow(self)
         per_pass = None if self.n_train is None else max(1, self.n_train // self.batch_size)
         order = EndlessOrder(
             self.batch_size if streaming else len(self.parts["train"]),
             batch_size=self.batch_size,
             n_steps=loaders.n_steps(trainer, per_pass, self.opened.name),
             seed=self.seed,
-            first_step=lambda: 0 if trainer is None else trainer.global_step,
-            rank=place.rank,
-            world_size=place.world_size,
-            accumulate=place.accumulate,
+            first_step=lambda: loaders.step_of(trainer, place),
+            **place._asdict(),
         )
+        order.set_epoch(0 if self._order is None else self._order.epoch)
+        self._order = order
         resize, augment = self.training_resize(), self.augmentation()
         if not streaming:
             images = self._images("train", resize, self.needs_labels, replace=True, augment=augment)
@@ -203,6 +221,8 @@ class ImageDataModule(LightningDataModule):
         rows = self._stream_part("train", self.needs_labels)
         workers = streams.n_readers(rows, self.num_workers, place.world_size)
         states = streams.begin(self._stream_states, place.rank, place.world_size, max(1, workers))
+        if (last := self._stream) and len(last.states) == len(states) and (not trainer or trainer.global_step):
+            states = last.states  # another loader of the same run
         reader = StreamReader(rows, resize, augment, self.on_bad_image)
         batches = StreamBatches(reader, place.rank, place.world_size, self.seed, self.shuffle_buffer, states)
         self._stream = make_loader(batches, order, self._log("train"), order.at_once, workers)
@@ -245,7 +265,8 @@ class ImageDataModule(LightningDataModule):
                     )
                 once = streams.StreamOnce(StreamReader(rows, resize, None, self.on_bad_image), at_once)
                 return make_loader(once, None, self._log(role), None, min(self.num_workers, 1))
-            self.parts.setdefault("val", streams.keep(rows, self.val_images))
+            if "val" not in self.parts:
+                self.parts["val"] = streams.keep(rows, self.val_images)
             labels = rows.labels(self.parts["val"].dataset)
         images = self._images(role, resize, need_labels, labels=labels)
         order = EvalOrder(len(images), batch_size=at_once, rank=place.rank, world_size=place.world_size)
@@ -256,6 +277,7 @@ class ImageDataModule(LightningDataModule):
         return {} if self._stream is None else {"stream_states": self._stream.all_states()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._stream = None
         self._stream_states = state_dict.get("stream_states", [])  # not what versions before 0.2 saved
 
     def teardown(self, stage: str) -> None:
@@ -317,21 +339,14 @@ class ImageDataModule(LightningDataModule):
         return loaders.matching_size(self.trainer, self.opened, self.image_size)
 
     def _check_role(self, role: str) -> None:
+        self.check_options()
+        _ = self.division and self.opened  # which forgets a division by other options
         if self.division is None:
-            raise RuntimeError("call setup() before asking for a loader")
+            raise RuntimeError("call setup() before asking for a loader, also after a change of what it divides")
         if role not in self.roles():
             raise ValueError(
                 f"{self.opened.name} has no {role} split; set {role}_split to one of: {', '.join(self.opened.splits)}"
             )
 
-    def _check_options(self) -> None:
-        for name, least in _LEAST.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction is {self.val_fraction}; it must be at least 0 and below 1")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is {self.max_bad_share}; it must lie from 0 to 1")
-        for name, choices in (("cache", get_args(Cache)), ("on_bad_image", get_args(OnBadImage))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of: {', '.join(choices)}")
+    def check_options(self) -> None:
+        check(self)

@@ -25,9 +25,8 @@ class FineTuneDataModule(ImageDataModule):
 
     def __init__(self, source: ImageSource = "digits", *, pad: int = 4, flip: bool = True, **common: Any) -> None:
         super().__init__(source, **common)
-        if pad < 0:
-            raise ValueError(f"pad is {pad}; it must be at least 0")
         self.pad, self.flip = pad, flip
+        self.check_options()
 
     def augmentation(self) -> Augment | None:
         size = self._size()

@@ -69,9 +69,9 @@ class Loader(DataLoader[dict[str, Tensor]]):
 
     def all_states(self) -> list[list[str]]:
         """Where the workers of every process are in a stream; all processes must call it together."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if (world_size := place_of(None).world_size) == 1:
             return [self.states]
-        states: list[Any] = [None] * torch.distributed.get_world_size()
+        states: list[Any] = [None] * world_size
         torch.distributed.all_gather_object(states, self.states)
         return states
 
@@ -103,8 +103,37 @@ class Place(NamedTuple):
 
 
 def place_of(trainer: Trainer | None) -> Place:
-    """The place of this process."""
-    return Place(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches) if trainer else Place()
+    """The place of this process; without a trainer, among those of ``torch.distributed``."""
+    if trainer is not None:
+        return Place(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return Place()
+    return Place(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def unfinished(trainer: Trainer | None) -> Trainer | None:
+    """The trainer, unless its run is over: it stays with the data module, whose loaders may be used without it."""
+    return None if getattr(getattr(trainer, "state", None), "stopped", False) else trainer
+
+
+def step_of(trainer: Trainer | None, place: Place) -> int | None:
+    """The optimizer step that a loader made for ``place`` has reached; None where no trainer counts them."""
+    trainer, now = unfinished(trainer), place_of(None).world_size
+    if trainer is None and now != place.world_size:
+        raise RuntimeError(
+            f"this loader was made for {place.world_size} process{'' if place.world_size == 1 else 'es'} but runs in "
+            f"{now}, which would read the same images; give fit the data module instead"
+        )
+    return None if trainer is None else trainer.global_step
+
+
+def possible_batch_size(wanted: int, n_images: int, place: Place) -> int:
+    """The multiple of devices x accumulated micro-batches next to a batch size, at most all images."""
+    parts = place.world_size * place.accumulate
+    size = max(parts, min(wanted, n_images) // parts * parts)
+    if size != wanted:
+        rank_zero_info(f"batch_size {wanted} becomes {size}: at most {n_images} images, in {parts} equal parts")
+    return size
 
 
 def n_steps(trainer: Trainer | None, per_pass: int | None, source: str) -> int:
@@ -121,11 +150,13 @@ def n_steps(trainer: Trainer | None, per_pass: int | None, source: str) -> int:
     fast = getattr(trainer, "fast_dev_run", False)
     if trainer.max_steps > 0 and (trainer.max_epochs in (None, -1) or (fast and per_pass is None)):
         return trainer.max_steps
-    if per_pass is None:
+    limit = trainer.limit_train_batches
+    if per_pass is None and isinstance(limit, float):
         raise ValueError(
-            f"{source} is a stream of unknown length, so nothing says where an epoch ends; give the trainer max_steps, "
-            "and not max_epochs"
+            f"{source} is a stream of unknown length, so this loader has no length: set max_steps or "
+            "limit_train_batches; without the latter give the trainer max_steps, and not max_epochs"
         )
+    per_pass = per_pass or max(1, -(-int(limit or 1) // trainer.accumulate_grad_batches))
     if trainer.max_steps > 0 and not fast:
         rank_zero_warn(
             "max_steps and max_epochs are both set: a run that resumes from a checkpoint made at the end of an epoch "

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch.utils.data import DistributedSampler
 
@@ -28,7 +29,8 @@ class EndlessOrder(DistributedSampler[Draw]):
         n_images: Number of rows.
         batch_size: Rows per optimizer step, over all ranks and ``accumulate`` micro-batches.
         n_steps: Optimizer steps in one iteration. The loop that resumes in the middle of one stops earlier.
-        first_step: Called whenever an iteration begins, which then starts at that step.
+        first_step: Called whenever an iteration begins, which then starts at that step. Where it returns None,
+            iterations follow each other, or begin with the epoch that ``set_epoch`` names.
 
     Raises:
         ValueError: There are fewer rows than one step takes, or a step cannot be divided evenly.
@@ -44,7 +46,7 @@ class EndlessOrder(DistributedSampler[Draw]):
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
-        first_step: Callable[[], int] = lambda: 0,
+        first_step: Callable[[], int | None] = lambda: None,
     ) -> None:
         parts = world_size * accumulate
         if batch_size % parts:
@@ -63,14 +65,15 @@ class EndlessOrder(DistributedSampler[Draw]):
         super().__init__(range(n_images), num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]
         self.n_images, self.batch_size, self.n_steps = n_images, batch_size, n_steps
         self.accumulate, self.first_step = accumulate, first_step
-        self._pass, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+        self._pass, self._permutation = -1, np.empty(0, np.int64)
 
     def draws(self, step: int) -> Iterator[Draw]:
         """This rank's (row, sample) pairs of one step; ``sample`` is pass * n_images + place in the permutation."""
         number_of_pass, within = divmod(step, self.n_images // self.batch_size)
         if number_of_pass != self._pass:
             generator = torch.Generator().manual_seed(self.seed + number_of_pass)
-            self._pass, self._permutation = number_of_pass, torch.randperm(self.n_images, generator=generator)
+            permutation = torch.randperm(self.n_images, generator=generator, device="cpu")
+            self._pass, self._permutation = number_of_pass, permutation.numpy()
         for start in range(self.rank * self.at_once, self.batch_size, self.num_replicas * self.at_once):
             first = within * self.batch_size + start
             rows = self._permutation[first : first + self.at_once].tolist()
@@ -78,6 +81,8 @@ class EndlessOrder(DistributedSampler[Draw]):
 
     def __iter__(self) -> Iterator[Draw]:
         first = self.first_step()
+        if first is None:
+            first, self.epoch = self.epoch * self.n_steps, self.epoch + 1
         for step in range(first, first + self.n_steps):
             yield from self.draws(step)
 

@@ -26,22 +26,25 @@ class PretrainDataModule(ImageDataModule):
     """
 
     needs_labels: ClassVar[bool] = False
+    random_crop = True
 
     def __init__(
         self, source: ImageSource = "digits", *, random_crop: bool = True, n_crops: int = 1, **common: Any
     ) -> None:
         super().__init__(source, **common)
-        if n_crops < 1:
-            raise ValueError(f"n_crops is {n_crops}; it must be at least 1")
-        if n_crops > 1 and not (random_crop and self.cache == "disk"):
-            raise ValueError(
-                f"n_crops is {n_crops}, but random_crop is {random_crop} and cache is {self.cache!r}: only cache=disk "
-                "keeps random crops; without it every pass draws new ones"
-            )
         self.random_crop, self.n_crops = random_crop, n_crops
+        self.check_options()
 
     def training_resize(self) -> Resize:
         crops = self.random_crop and (self.cache != "disk" or self.n_crops > 1)
         if self.random_crop and not crops:
             rank_zero_info("cache=disk keeps the center of large images; n_crops=10 keeps ten random squares of each")
         return RandomCrop(self._size(), self.seed) if crops else super().training_resize()
+
+    def check_options(self) -> None:
+        super().check_options()
+        if self.n_crops > 1 and not (self.random_crop and self.cache == "disk"):
+            raise ValueError(
+                f"n_crops is {self.n_crops}, but random_crop is {self.random_crop} and cache is {self.cache!r}: only "
+                "cache=disk keeps random crops; without it every pass draws new ones"
+            )

@@ -191,7 +191,7 @@ def make_batch(
         grids = augment(grids, samples)
     values = torch.from_numpy(np.ascontiguousarray(grids))
     batch: dict[str, Any] = {"tokens": values.flatten(1)} if values.shape[1] == 1 else {"image": values}
-    batch["sample"] = torch.tensor(samples, dtype=torch.int64)
+    batch["sample"] = torch.tensor(samples, dtype=torch.int64, device="cpu")
     if labels is not None:
         batch["label"] = labels
     return batch | {BAD: bad} if bad else batch

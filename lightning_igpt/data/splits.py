@@ -151,7 +151,7 @@ def _hold_out(train: Part, fraction: float, seed: int) -> dict[str, Part]:
             f"the split {train.split!r} of {train.source} has {n} image{'' if n == 1 else 's'}; holding out {n_val} "
             "leaves nothing to train on. Give more images, or set val_fraction to 0, which validates on none"
         )
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu").numpy()
     rank_zero_info(f"no validation split in {train.source}: holding out {n_val} of {n} rows of {train.split!r}")
     return {
         role: replace(train, rows=np.sort(rows)) for role, rows in (("train", order[n_val:]), ("val", order[:n_val]))

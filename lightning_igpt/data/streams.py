@@ -108,7 +108,7 @@ class StreamPart:
     def labels(self, rows: datasets.Dataset) -> Tensor | None:
         if self.source.label_column is None:
             return None
-        return torch.tensor([self.label(row) for row in rows.select_columns([self.source.label_column])])
+        return torch.tensor([self.label(row) for row in rows.select_columns([self.source.label_column])], device="cpu")
 
     @property
     def where(self) -> str:
@@ -148,7 +148,7 @@ class StreamReader:
                 raise BadImageError(f"{share} cannot be read; the last is {grid.place}: {grid.reason}")
         if not grids:
             return {}
-        classes = torch.tensor(labels) if self.part.source.label_column else None
+        classes = torch.tensor(labels, device="cpu") if self.part.source.label_column else None
         return make_batch(np.stack(grids), samples[: len(grids)], classes, bad, self.augment)
 
 

@@ -150,11 +150,12 @@ def to_bytes(images: Tensor) -> Tensor:
         if low < 0 or high > 255:
             raise ValueError(f"images of {images.dtype} must lie in 0..255; these run from {int(low)} to {int(high)}")
         return images.to(torch.uint8)
+    images = images.float()  # bfloat16 has no number between 1 and the bound
     low, high = images.aminmax()
     if not (low > -HALF_A_BYTE and high < 1 + HALF_A_BYTE):
         cure = "Leave out the normalization, or undo it by images * std + mean; bytes become uint8 by .to(torch.uint8)"
         raise ValueError(f"float images must lie in [0, 1]; these run from {low:.3g} to {high:.3g}. {cure}")
-    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def mask_for(module: Any, batch: Batch, batch_idx: int, number: int = 0) -> Tensor | None:

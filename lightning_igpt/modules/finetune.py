@@ -145,6 +145,9 @@ class FineTuneModule(LightningModule):
         """Class logits, float32 (B, C), of a batch; with several masks those of the mean probabilities."""
         return _mean_over_masks(self._per_mask(read(self, batch), 0))
 
+    def on_fit_start(self) -> None:
+        resume.follow_batch_size(self.trainer)
+
     def on_train_start(self) -> None:
         classes.match_classes(self)
         resume.start_training(self)

@@ -109,6 +109,9 @@ class PretrainModule(LightningModule):
         masked = torch.zeros_like(tokens, dtype=torch.bool) if self.config.objective == "bert" else None
         return self.network(tokens, masked=masked)  # type: ignore[no-any-return]
 
+    def on_fit_start(self) -> None:
+        resume.follow_batch_size(self.trainer)
+
     def on_train_start(self) -> None:
         resume.start_training(self)
 

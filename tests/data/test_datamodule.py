@@ -1,12 +1,18 @@
+from itertools import chain, islice
+
 import datasets
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.tuner import Tuner
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
 from lightning_igpt.data.datamodule import ImageDataModule
+from lightning_igpt.data.order import EndlessOrder
+from lightning_igpt.modules import PretrainModule
 from tests.image_files import noise, picture, rows, tiny
 
 ALL = [PretrainDataModule, ProbeDataModule, FineTuneDataModule]
@@ -82,7 +88,8 @@ def test_training_and_validation_share_no_image_and_labels_follow():
     for cls in ALL:
         data = ready(cls, tiny(30), batch_size=3, image_size=8)
         for loader in (data.train_dataloader(), data.val_dataloader()):
-            assert torch.equal(column(loader, "image")[:, 0, 0, 0] % 2, column(loader, "label"))
+            for batch in loader:
+                assert torch.equal(batch["image"][:, 0, 0, 0] % 2, batch["label"])
         train = set(column(data.train_dataloader(), "image")[:, 0, 0, 0].tolist())
         val = set(column(data.val_dataloader(), "image")[:, 0, 0, 0].tolist())
         assert len(train) == 27 and len(val) == 3 and not train & val
@@ -179,6 +186,95 @@ def test_options_out_of_range(options, message):
     if "image_size" in options:
         with pytest.raises(ValueError, match=r"pad is -1"):
             FineTuneDataModule(pad=-1)
+
+
+class Lines(Callback):
+    """Sizes of the batches and learning rates of a run."""
+
+    def __init__(self):
+        self.sizes, self.rates = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.sizes.append(len(batch["image"]))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("how", ["attribute", "hparams", "tuner", "finder"])
+def test_a_batch_size_set_later_is_that_of_loader_and_schedule(how, tmp_path):
+    config = ImageGPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=4, image_size=4)
+    module = PretrainModule(network=config, palette="gray:4", warmup_steps=0)
+    data, lines, wanted = PretrainDataModule(tiny(30), batch_size=2, val_fraction=0), Lines(), 10
+    finder = [BatchSizeFinder(init_val=2)] if how == "finder" else []
+    options = {"max_epochs": 4, "accumulate_grad_batches": 2, "default_root_dir": tmp_path}
+    run = trainer(**options, callbacks=[*finder, lines])
+    if how == "attribute":
+        data.batch_size = wanted
+    elif how == "hparams":
+        data.hparams.batch_size = wanted
+    else:  # doubles until all images are in a batch
+        wanted = 30
+        if how == "tuner":
+            assert Tuner(run).scale_batch_size(module, datamodule=data) == wanted
+    run.fit(module, data)
+    assert (
+        lines.sizes == [wanted // 2] * (4 * 30 // wanted * 2)
+        and data.batch_size == data.hparams["batch_size"] == wanted
+    )
+    assert run.global_step == 4 * 30 // wanted and lines.rates[-1] == 0 < lines.rates[-3]
+
+
+def test_options_that_divide_the_rows_need_another_setup():
+    data = ready(PretrainDataModule, tiny(30), batch_size=4, image_size=4)
+    before = column(data.val_dataloader(), "image")
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        data.batch_size = 0
+        data.train_dataloader()
+    data.batch_size, data.seed, data.val_fraction = 5, 1, 0.5
+    with pytest.raises(RuntimeError, match=r"call setup\(\) before .*, also after a change of what it divides"):
+        data.train_dataloader()
+    data.setup()
+    other = ready(PretrainDataModule, tiny(30), batch_size=5, image_size=4, seed=1, val_fraction=0.5)
+    for name in ("train_dataloader", "val_dataloader"):
+        images = [column(getattr(each, name)(), "image") for each in (data, other)]
+        assert torch.equal(*images)
+    assert len(images[0]) == 15 != len(before) and data.hparams == other.hparams
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("how", ["loader", "loaders", "set_epoch", "fit", "after a fit"])
+def test_loaders_without_their_trainer(how, workers):
+    """Every epoch has another order and augmentation, the same for everyone, and all rows come."""
+    data = FineTuneDataModule(tiny(26), batch_size=5, image_size=8, pad=2, val_fraction=0, num_workers=workers)
+    if how == "after a fit":
+        trainer(max_steps=3).fit(Looker(), data)
+    data.setup("fit")
+    steps = EndlessOrder(26, batch_size=5, n_steps=40)
+    wanted = [list(chain(*(steps.draws(k) for k in range(e * 5, e * 5 + 5)))) for e in range(8)]
+    loader = data.train_dataloader()
+    if "fit" in how:
+        module = Looker()
+        trainer(max_epochs=8).fit(module, loader)
+        epochs = [module.seen["train"][i : i + 5] for i in range(0, 40, 5)]
+    else:
+        epochs = [list(loader if how != "loaders" else data.train_dataloader()) for _ in range(8)]
+    assert [[n for batch in e for n in batch["sample"].tolist()] for e in epochs] == [[n for _, n in e] for e in wanted]
+    pixels = [torch.cat([batch["image"] for batch in e])[:, 0, 4, 4].tolist() for e in epochs]
+    assert len({tuple(e) for e in pixels}) == 8 and pixels == [[row for row, _ in e] for e in wanted]
+    assert len(set(chain(*pixels))) == 26
+    if how == "set_epoch":
+        loader.sampler.set_epoch(3)
+        assert [n for batch in loader for n in batch["sample"].tolist()] == [n for _, n in wanted[3]]
+
+
+def test_a_default_device_changes_nothing():
+    def batch():
+        data = ready(FineTuneDataModule, "digits", batch_size=4, image_size=8, pad=2)
+        return data.train_dataloader().dataset[list(islice(data.train_dataloader().sampler, 4))]
+
+    here = batch()
+    with torch.device("meta"):
+        there = batch()
+    assert all(torch.equal(here[key], there[key]) for key in here)
 
 
 def test_overfit_batches_is_refused():

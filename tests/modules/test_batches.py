@@ -54,7 +54,8 @@ def test_grey_images_are_rgb_with_equal_channels():
 
 def test_bytes_survive_the_way_through_floats():
     every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_bytes(every.float() / 255), every)
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        assert torch.equal(to_bytes((every.double() / 255).to(dtype)), every)
     assert torch.equal(to_bytes((every.float() / 255).half().float().clamp(0, 1)), every)
 
 

@@ -1,0 +1,41 @@
+"""Options of a data module: their ranges, and one value for the attribute and for ``hparams``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from lightning_igpt.data.readers import OnBadImage
+from lightning_igpt.data.sources import name_of
+
+Cache = Literal["none", "disk", "auto", "memory"]
+_LEAST = dict.fromkeys(("batch_size", "image_size", "n_crops", "shuffle_buffer", "val_images"), 1)
+_LEAST |= dict.fromkeys(("num_workers", "pad", "seed"), 0)
+
+
+def check(data: Any) -> None:
+    """Raise ValueError where an option of a data module is out of range."""
+    for name, least in _LEAST.items():
+        if (value := getattr(data, name, None)) is not None and value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if not 0 <= data.val_fraction < 1:
+        raise ValueError(f"val_fraction is {data.val_fraction}; it must be at least 0 and below 1")
+    if not 0 <= data.max_bad_share <= 1:
+        raise ValueError(f"max_bad_share is {data.max_bad_share}; it must lie from 0 to 1")
+    for name, choices in (("cache", get_args(Cache)), ("on_bad_image", get_args(OnBadImage))):
+        if getattr(data, name) not in choices:
+            raise ValueError(f"{name} is {getattr(data, name)!r}; it must be one of: {', '.join(choices)}")
+
+
+def pairs(data: Any) -> dict[str, tuple[Any, Any]]:
+    """Each option as an attribute and in ``hparams``; a subclass may give its base another value than its own."""
+    return {name: (getattr(data, name), kept) for name, kept in data.hparams.items() if hasattr(data, name)}
+
+
+def follow(data: Any) -> None:
+    """Let an option that was set since the last call hold for the attribute and for ``hparams`` alike."""
+    for name, (was, kept) in data.known_options.items():
+        if (now := getattr(data, name)) != was:
+            data.hparams[name] = name_of(now) if name == "source" else now
+        elif data.hparams[name] != kept:
+            setattr(data, name, data.hparams[name])
+    data.known_options = pairs(data)
