@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import stat
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote_to_bytes
 
+import fsspec  # type: ignore[import-untyped]
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from lightning_igpt.files import shown
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # raster only: EPS and PDF would start other programs
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -22,6 +29,11 @@ _JPEG = b"\xff\xd8"
 _SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")  # marker, length and components of a scan
 _STRIP = 1 << 20  # pixels converted at a time
 _UNPREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+_DEEP = re.compile("(LA|RGB|RGBX|RGBA|CMYK);16[BLN]")  # what Pillow calls 16 bits per sample, of which it keeps 8
+_SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}  # byte orders
+_GRAYS = {"L;2": 85, "L;4": 17}  # brightness of one step
+# Protocols that are read from any data set: those that stay on this machine, and hf of the Hugging Face hub.
+_NEAR = {"file", "local", "memory", "zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4", "hf"}
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,6 +55,8 @@ def decode(
     *,
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = WHITE,
+    mode: str | None = None,
+    remote: bool = False,
 ) -> Image.Image:
     """Decode one image: first frame, upright by its EXIF orientation, RGB.
 
@@ -52,19 +66,32 @@ def decode(
         value: A row's ``{"bytes": ..., "path": ...}`` as ``datasets.Image(decode=False)`` returns it, or a PIL image.
         max_pixels: Largest accepted width times height.
         background: Color behind transparent pixels, (R, G, B) in 0..255.
+        mode: Pillow's mode that ``datasets.Image(mode=...)`` asks for; the image is converted to it first.
+        remote: Whether a path may be an address on the network.
 
     Raises:
         BadImageError: The image is missing, empty, damaged, too large, or not in one of ``FORMATS``.
     """
     try:
+        if isinstance(value, Mapping):
+            value = fetch(value, remote=remote) if "://" in (value.get("path") or "") else value
         image = value if isinstance(value, Image.Image) else _open(value)
         _check_size(image, max_pixels)
         _check_scans(image)
+        rawmode, bits = _rawmode(image), getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, ())
+        if len(rawmode) == 1 and len(bits) > 1 and max(bits) > 8:
+            raise BadImageError("TIFF files with a plane of 16 bits for each channel are not read; save it as PNG")
         image.load()
         # Pillow puts all metadata of a PNG into info; searching for a tag where there is none takes a tenth of the
         # time of a small image. The tag of a PIL image may have been set by hand.
         if image is value or image.format != "PNG" or image.info:
             image = _upright(image)
+        if mode:
+            image = image if image.mode == mode else image.convert(mode)
+        elif isinstance(value, Mapping) and _DEEP.fullmatch(rawmode):
+            image = _rounded(image, rawmode, _open(value))
+        elif rawmode in _GRAYS and isinstance(key := image.info.get("transparency"), int):
+            image.info["transparency"] = key * _GRAYS[rawmode] % 256  # in the file it is a step, not a brightness
         return to_rgb(image, background=background)
     except BadImageError:
         raise
@@ -72,7 +99,43 @@ def decode(
         raise BadImageError(_explain(value, error)) from error
 
 
-def decode_form(value: Any, where: str) -> Image.Image:
+def fetch(value: Any, *, remote: bool = False) -> Any:
+    """An image that is only named, by a path or an address, with the bytes of its file; others as they are.
+
+    Members of local archives are read too (``zip://a.png::/data/set.zip``), and files of the Hugging Face hub, which
+    streams of hub data sets name.
+
+    Args:
+        value: A row's image: bytes, a path, or ``{"bytes": ..., "path": ...}``.
+        remote: Whether a path may be any other address on the network.
+
+    Raises:
+        BadImageError: The file cannot be read, or is on the network and ``remote`` is off.
+    """
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    path = value if isinstance(value, str) else value.get("path") if isinstance(value, Mapping) else None
+    if not path or (isinstance(value, Mapping) and value.get("bytes") is not None):
+        return value
+    try:
+        if "://" not in path or path.startswith("file:///"):
+            return {"bytes": _regular(path).read_bytes(), "path": path}
+        protocols = {link.partition("://")[0] for link in path.split("::") if "://" in link}
+        if not remote and (far := protocols - _NEAR):
+            raise BadImageError(
+                f"the row holds no image but an address ({shown(far.pop())}://); addresses are read only from a column "
+                "that image_column names, and that is one of strings or of a data set opened in Python"
+            )
+        with fsspec.open(path, "rb") as file:
+            return {"bytes": file.read(), "path": path}
+    except BadImageError:
+        raise
+    except Exception as error:  # each file system raises its own
+        absent = isinstance(error, FileNotFoundError)
+        raise BadImageError("there is no such file" if absent else f"the file cannot be read: {error}") from error
+
+
+def decode_form(value: Any, where: str, mode: str | None = None) -> Image.Image:
     """:func:`decode` for more forms: bytes, paths, uint8 arrays (H,W) or (H,W,3); errors start with ``where``."""
     path = value if isinstance(value, str | Path) else value.get("path") if isinstance(value, Mapping) else None
     if isinstance(value, bytes):
@@ -86,9 +149,9 @@ def decode_form(value: Any, where: str) -> Image.Image:
             f"{where} is a {type(value).__name__}, not an image, bytes, a path or a uint8 array (H, W[, 3])"
         )
     try:
-        return decode(value)
+        return decode(value, mode=mode)
     except BadImageError as error:
-        raise BadImageError(f"{where}{f' ({path})' if path else ''}: {error}") from error
+        raise BadImageError(f"{where}{f' ({shown(path)})' if path else ''}: {error}") from error
 
 
 def _open(value: Mapping[str, Any] | None) -> Image.Image:
@@ -98,11 +161,19 @@ def _open(value: Mapping[str, Any] | None) -> Image.Image:
             _check_exif(io.BytesIO(content))
         return Image.open(io.BytesIO(content), formats=FORMATS)
     if content is None and path:
-        if Path(path).stat().st_size > _LARGE:
-            with Path(path).open("rb") as file:
-                _check_exif(file)
-        return Image.open(path, formats=FORMATS)
+        if (file := _regular(path)).stat().st_size > _LARGE:
+            with file.open("rb") as opened:
+                _check_exif(opened)
+        return Image.open(file, formats=FORMATS)
     raise BadImageError("the image is missing" if content is None else "the image file is empty (0 bytes)")
+
+
+def _regular(path: str) -> Path:
+    """A local path or file address. Reading from a pipe or a device would wait, maybe for ever."""
+    file = Path(os.fsdecode(unquote_to_bytes(path[len("file://") :])) if path.startswith("file:///") else path)
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise BadImageError("this is a folder, a pipe or a device, not a regular file")
+    return file
 
 
 def _check_exif(file: IO[bytes]) -> None:
@@ -152,8 +223,8 @@ def _explain(value: Any, error: Exception) -> str:
             return "the image file is empty (0 bytes)"
         return f"the file is not an image of a known format ({', '.join(FORMATS)}) or its header is damaged"
     if isinstance(error, FileNotFoundError):
-        return f"there is no file {Path(value['path'])}"
-    return f"the image cannot be decoded: {error or type(error).__name__}"
+        return f"there is no file {shown(Path(value['path']))}"
+    return f"the image cannot be decoded: {shown(error) or type(error).__name__}"
 
 
 def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> Image.Image:
@@ -164,7 +235,7 @@ def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> I
     ========================  ==============================================================================
     ``RGB``                   unchanged, unless it has a color key
     ``I;16*``, ``I``          16-bit gray in any byte order: ``round(v / 257)``, so that 65535 becomes 255 and
-                              nothing clips; a color key is ignored
+                              nothing clips; TIFF's 12 bits: ``round(255 v / 4095)``; a color key shows ``background``
     ``F``                     an error: the range of floats is unknown
     ``LA``, ``RGBA``, ``PA``  composited over ``background``; so are ``La`` and ``RGBa``, and ``P``, ``L``,
                               ``1`` and ``RGB`` with a transparent index or color key
@@ -194,7 +265,7 @@ def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> I
             "images of mode F (floats) have no known range; scale yours to 0..255 and convert it to mode L"
         )
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bits(image)
+        return _from_16_bits(image, background)
     if image.has_transparency_data:
         return _composited(image, background)
     return image.convert("RGB")
@@ -209,7 +280,7 @@ def _composited(image: Image.Image, background: tuple[int, int, int]) -> Image.I
     return result
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
+def _from_16_bits(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     values = np.asarray(image)  # (H, W)
     low, high = int(values.min(initial=0)), int(values.max(initial=0))
     if low < 0 or high > 65535:
@@ -217,10 +288,47 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
             f"an image of mode {image.mode} holds values {low}..{high}, but 16 bits end at 65535; "
             "scale yours to 0..255 and convert it to mode L"
         )
+    tags = getattr(image, "tag_v2", {})
+    top = 4095 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 65535
     gray = np.empty(values.shape, dtype=np.uint8)
-    for top, bottom in _strips(image):
-        gray[top:bottom] = (values[top:bottom].astype(np.uint32) + 128) // 257
-    return Image.fromarray(gray).convert("RGB")
+    for start, end in _strips(image):
+        gray[start:end] = (values[start:end].astype(np.uint32) * 255 + top // 2) // top
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # black is the largest value
+        gray = 255 - gray
+    rgb = Image.fromarray(gray).convert("RGB")
+    if (key := image.info.get("transparency")) is not None:
+        rgb.paste(background, mask=Image.fromarray(values == key))
+    return rgb
+
+
+def _rawmode(image: Any) -> str:
+    """How the samples lie in the file, as Pillow calls it; known before the image is loaded."""
+    arguments = image.tile[0].args if getattr(image, "tile", None) else ""
+    return arguments if isinstance(arguments, str) else str(arguments[0] if arguments else "")
+
+
+def _rounded(image: Image.Image, rawmode: str, twin: Any) -> Image.Image:
+    """The 16 bits of every sample rounded to 8, and a color key compared in 16 bits, as :func:`to_rgb` does for gray.
+
+    Args:
+        image: The upper bytes, which are all that Pillow reads.
+        rawmode: Of the file.
+        twin: The same file, not loaded; it is read for the lower bytes, by the opposite byte order.
+    """
+    gray = rawmode == "LA;16B"  # both bytes of both samples are as large as RGBA
+    other = "RGBA" if gray else rawmode[:-1] + _SWAPPED[rawmode[-1]]
+    twin.tile = [
+        part._replace(args=other if isinstance(part.args, str) else (other, *part.args[1:])) for part in twin.tile
+    ]
+    twin.load()
+    pixels = np.asarray(_upright(twin)).astype(np.int16)  # (H, W, C)
+    high, low = (pixels[..., ::2], pixels[..., 1::2]) if gray else (np.asarray(image).astype(np.int16), pixels)
+    values = (high + (low - high > 128) - (high - low > 128)).astype(np.uint8)  # round((256 high + low) / 257)
+    mode, key = "LA" if gray else image.mode, image.info.get("transparency")
+    if key is not None:
+        equal = ((high == np.array(key) // 256) & (low == np.array(key) % 256)).all(axis=-1, keepdims=True)
+        mode, values = "RGBA", np.concatenate([values, np.where(equal, 0, 255).astype(np.uint8)], axis=-1)
+    return Image.frombytes(mode, image.size, values.tobytes())
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, int]]:
