@@ -14,6 +14,7 @@ from urllib.parse import unquote_to_bytes
 
 import fsspec  # type: ignore[import-untyped]
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lightning_igpt.files import shown
@@ -78,7 +79,8 @@ def decode(
         image = value if isinstance(value, Image.Image) else _open(value)
         _check_size(image, max_pixels)
         _check_scans(image)
-        rawmode, bits = _rawmode(image), getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, ())
+        tile, bits = getattr(image, "tile", None), getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, ())
+        rawmode = str(tile[0].args if isinstance(tile[0].args, str) else tile[0].args[0]) if tile else ""
         if len(rawmode) == 1 and len(bits) > 1 and max(bits) > 8:
             raise BadImageError("TIFF files with a plane of 16 bits for each channel are not read; save it as PNG")
         image.load()
@@ -89,7 +91,7 @@ def decode(
         if mode:
             image = image if image.mode == mode else image.convert(mode)
         elif isinstance(value, Mapping) and _DEEP.fullmatch(rawmode):
-            image = _rounded(image, rawmode, _open(value))
+            image = _deep(image, rawmode, _open(value))
         elif rawmode in _GRAYS and isinstance(key := image.info.get("transparency"), int):
             image.info["transparency"] = key * _GRAYS[rawmode] % 256  # in the file it is a step, not a brightness
         return to_rgb(image, background=background)
@@ -102,12 +104,8 @@ def decode(
 def fetch(value: Any, *, remote: bool = False) -> Any:
     """An image that is only named, by a path or an address, with the bytes of its file; others as they are.
 
-    Members of local archives are read too (``zip://a.png::/data/set.zip``), and files of the Hugging Face hub, which
-    streams of hub data sets name.
-
-    Args:
-        value: A row's image: bytes, a path, or ``{"bytes": ..., "path": ...}``.
-        remote: Whether a path may be any other address on the network.
+    Addresses are those of local archives (``zip://a.png::/data/set.zip``) and of the Hugging Face hub, whose streams
+    name their files, and with ``remote`` any other.
 
     Raises:
         BadImageError: The file cannot be read, or is on the network and ``remote`` is off.
@@ -290,45 +288,32 @@ def _from_16_bits(image: Image.Image, background: tuple[int, int, int]) -> Image
         )
     tags = getattr(image, "tag_v2", {})
     top = 4095 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 65535
-    gray = np.empty(values.shape, dtype=np.uint8)
+    values = top - values if tags.get(ExifTags.Base.PhotometricInterpretation) == 0 else values  # 0: white is zero
+    return to_rgb(_rounded(values[..., None], "L", image.info.get("transparency"), top), background=background)
+
+
+def _rounded(values: NDArray[Any], mode: str, key: Any = None, top: int = 65535) -> Image.Image:
+    """Samples 0..``top`` (H, W, C) as 8 bits; pixels that equal the color key become transparent."""
+    image = Image.new(mode, values.shape[1::-1])
     for start, end in _strips(image):
-        gray[start:end] = (values[start:end].astype(np.uint32) * 255 + top // 2) // top
-    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # black is the largest value
-        gray = 255 - gray
-    rgb = Image.fromarray(gray).convert("RGB")
-    if (key := image.info.get("transparency")) is not None:
-        rgb.paste(background, mask=Image.fromarray(values == key))
-    return rgb
+        part = ((values[start:end].astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
+        image.paste(Image.frombytes(mode, (image.width, end - start), part.tobytes()), (0, start))
+    if key is not None:
+        image.putalpha(Image.fromarray((values != key).any(axis=-1)))
+    return image
 
 
-def _rawmode(image: Any) -> str:
-    """How the samples lie in the file, as Pillow calls it; known before the image is loaded."""
-    arguments = image.tile[0].args if getattr(image, "tile", None) else ""
-    return arguments if isinstance(arguments, str) else str(arguments[0] if arguments else "")
-
-
-def _rounded(image: Image.Image, rawmode: str, twin: Any) -> Image.Image:
-    """The 16 bits of every sample rounded to 8, and a color key compared in 16 bits, as :func:`to_rgb` does for gray.
-
-    Args:
-        image: The upper bytes, which are all that Pillow reads.
-        rawmode: Of the file.
-        twin: The same file, not loaded; it is read for the lower bytes, by the opposite byte order.
-    """
-    gray = rawmode == "LA;16B"  # both bytes of both samples are as large as RGBA
+def _deep(image: Image.Image, rawmode: str, twin: Any) -> Image.Image:
+    """``image``, of which Pillow reads the upper bytes, with the lower bytes: ``twin`` in the opposite byte order."""
+    gray = rawmode == "LA;16B"  # the bytes of its two samples are as many as those of RGBA
     other = "RGBA" if gray else rawmode[:-1] + _SWAPPED[rawmode[-1]]
     twin.tile = [
         part._replace(args=other if isinstance(part.args, str) else (other, *part.args[1:])) for part in twin.tile
     ]
     twin.load()
-    pixels = np.asarray(_upright(twin)).astype(np.int16)  # (H, W, C)
-    high, low = (pixels[..., ::2], pixels[..., 1::2]) if gray else (np.asarray(image).astype(np.int16), pixels)
-    values = (high + (low - high > 128) - (high - low > 128)).astype(np.uint8)  # round((256 high + low) / 257)
-    mode, key = "LA" if gray else image.mode, image.info.get("transparency")
-    if key is not None:
-        equal = ((high == np.array(key) // 256) & (low == np.array(key) % 256)).all(axis=-1, keepdims=True)
-        mode, values = "RGBA", np.concatenate([values, np.where(equal, 0, 255).astype(np.uint8)], axis=-1)
-    return Image.frombytes(mode, image.size, values.tobytes())
+    low = np.asarray(_upright(twin))
+    values = low.view(">u2") if gray else np.asarray(image).astype(np.uint16) * 256 + low  # (H, W, C)
+    return _rounded(values, "LA" if gray else image.mode, image.info.get("transparency"))
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, int]]:

@@ -68,27 +68,25 @@ def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -
     for file in list_files(path, _KINDS):
         files[_KINDS[file.suffix.lower()]].append(file)
     others, unreadable = files.pop("other", []), files.pop("unreadable", [])
-    info = {file.parent for file in others if file.name == "dataset_info.json"}
+    names = {(file.parent, file.name) for file in others}
     if saved := {
-        file.parent
-        for file in others
-        if file.name == "dataset_dict.json" or (file.name == "state.json" and file.parent in info)
-    }:
+        place for place, name in names if name == "dataset_dict.json"
+        or (name == "state.json" and (place, "dataset_info.json") in names)
+    }:  # fmt: skip
         return _open_saved(path, saved)
-    tables = files.get("Parquet", [])
-    if tables and files.keys() & {"image", "WebDataset"}:  # metadata, and what img2dataset writes for each tar
-        others += [file for file in tables if _describes(path / file)]
-        files["Parquet"] = [file for file in tables if not _describes(path / file)]
-        files = {kind: paths for kind, paths in files.items() if paths}
-    problem = f"{len(unreadable)} images in formats that are not read ({', '.join(sorted(_suffixes(unreadable)))})"
+    if files.keys() & {"image", "WebDataset"}:  # next to which Parquet may hold metadata, by img2dataset for each tar
+        tables = files.pop("Parquet", [])
+        others += (about := [file for file in tables if _describes(path / file)])
+        files |= {"Parquet": tables} if len(about) < len(tables) else {}
+    problem = (
+        f"{len(unreadable)} images in formats that are not read ({_listed({f.suffix.lower() for f in unreadable})})"
+    )
     if len(files) > 1:
         counts = " and ".join(f"{len(paths)} {kind} files" for kind, paths in files.items())
         raise ValueError(f"{shown(path)} holds {counts}; give a folder of one kind")
     if "image" in files:
         if unreadable:
-            rank_zero_warn(
-                f"{shown(path)} also holds {problem}; they are left out. Convert them to JPEG or PNG to use them"
-            )
+            rank_zero_warn(f"{shown(path)} also holds {problem}, which are left out; convert them to JPEG or PNG")
         return open_image_folder(path, files["image"], [file for file in others if file.name in _METADATA])
     if files:
         return _open_tables(path, next(iter(files.values())), name, streaming)
@@ -111,9 +109,7 @@ def _open_file(path: Path, streaming: bool) -> Any:
 
 def _open_saved(path: Path, saved: set[Path]) -> Any:
     """What ``save_to_disk`` wrote into ``path``, or into folders of it that are named after splits."""
-    tops = {
-        place for place in saved if not saved & set(place.parents)
-    }  # a saved DatasetDict has a folder for each split
+    tops = {place for place in saved if not saved & set(place.parents)}  # those within are splits of a DatasetDict
     if len(tops) == 1:
         return datasets.load_from_disk(str(path / tops.pop()))
     splits = splits_of({place.as_posix() for place in tops}, path)
@@ -170,10 +166,6 @@ def _listed(names: Collection[object]) -> str:
     return ", ".join(texts[:5]) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
 
 
-def _suffixes(files: list[Path]) -> set[str]:
-    return {file.suffix.lower() for file in files}
-
-
 def _read_name(name: str) -> tuple[set[str], str]:
     """The splits that words of a name mean, and the words that mean something else."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
@@ -221,21 +213,17 @@ def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """
     files: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    places: list[Path] = [folder]
-    links: list[Path] = []
-    while places or links:  # links last: a folder also reached without one keeps its own name, so its class
-        place = places.pop() if places else links.pop(0)
+    folders, links = [folder], list[Path]()
+    while folders or links:  # links last: a folder also reached without one keeps its own name, so its class
+        place = folders.pop() if folders else links.pop(0)
         status = place.stat()
-        if (status.st_dev, status.st_ino) in seen:
-            continue
+        visible = [] if (status.st_dev, status.st_ino) in seen else list(os.scandir(place))
         seen.add((status.st_dev, status.st_ino))
-        for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
+        for entry in sorted(visible, key=lambda entry: entry.name):
             path = place / entry.name
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                (links if entry.is_symlink() else places).append(path)
-            elif path.suffix.lower() in suffixes:
+            if entry.is_dir() and not entry.name.startswith("."):
+                (links if entry.is_symlink() else folders).append(path)
+            elif path.suffix.lower() in suffixes and not entry.name.startswith("."):
                 files.append(path.relative_to(folder))
     return sorted(files)
 
@@ -253,7 +241,7 @@ def open_image_folder(folder: Path, files: list[Path], metadata: Collection[Path
             cannot be read or names an image that is not there.
     """
     rows, base = _read_metadata(folder, metadata), Path()
-    if unknown := rows and rows.keys() - {os.path.normpath(folder / path) for path in files}:
+    if unknown := rows and rows.keys() - {_key(folder / path) for path in files}:
         raise ValueError(f"a metadata file of {shown(folder)} names {shown(min(unknown))}, but there is no such image")
     below = {path: path for path in files}  # what of each path may be splits and classes
     while True:
@@ -264,19 +252,21 @@ def open_image_folder(folder: Path, files: list[Path], metadata: Collection[Path
             break
         base /= top.pop()  # one folder around everything
         below = {path: inner.relative_to(inner.parts[0]) for path, inner in below.items()}
-    splits: dict[str, list[tuple[Path, Path]]] = defaultdict(list)
     if not named:
         second = {inner.parts[1]: path for path, inner in below.items() if len(inner.parts) > 2}
         inside = {
-            min(found): name for name in second for found, rest in [_read_name(name)] if len(found) == 1 and not rest
+            min(read[0]): path
+            for name, path in second.items()
+            if len((read := _read_name(name))[0]) == 1 and not read[1]
         }
         if "train" in inside and len(inside) > 1:
             raise ValueError(
-                f"{shown(folder)} has splits inside other folders ({shown(second[inside['train']])}); put the splits "
+                f"{shown(folder)} has splits inside other folders ({shown(inside['train'])}); put the splits "
                 "outermost, as in train/cat/, or its test images would be trained on"
             )
-        splits["train"] = list(below.items())
-    for path, inner in below.items() if named else ():
+        return _to_datasets(folder, {"train": list(below.items())}, rows)
+    splits = defaultdict(list)
+    for path, inner in below.items():
         first, rest = inner.parts[0], inner.relative_to(inner.parts[0])
         again = len(rest.parts) > 2 and _read_name(rest.parts[0]) == _read_name(first)  # train/train/cat/
         splits[named[first]].append((path, rest.relative_to(rest.parts[0]) if again else rest))
@@ -291,25 +281,28 @@ def _to_datasets(
     classes = {below.parts[0] for split in labeled for _, below in splits[split]}
     result = datasets.DatasetDict()
     for split, paths in splits.items():
-        known = [(path, below, rows.get(os.path.normpath(folder / path), [])) for path, below in paths]
-        described = [(path, below, row) for path, below, several in known for row in several]
-        if described and (left := [path for path, _, several in known if not several]):
+        described = [(path, below, row) for path, below in paths for row in rows.get(_key(folder / path), [])]
+        left = [path for path, _ in paths if described and _key(folder / path) not in rows]
+        if left:
             rank_zero_warn(f"{len(left)} images that no metadata names are left out, such as {shown(folder / left[0])}")
         images = described or [(path, below, {}) for path, below in paths]
-        names = {
-            name: [row.get(name) for _, _, row in images] for name in {key: 0 for _, _, row in images for key in row}
-        }
+        names: dict[str, Any] = {name: [] for _, _, row in images for name in row}
+        for name, values in names.items():
+            values += [row.get(name) for _, _, row in images]
         try:
             features = datasets.Dataset.from_dict(names).features if names else datasets.Features()
         except Exception as error:  # of pyarrow, several
             raise ValueError(f"the metadata of {shown(folder)} mixes types in a column: {shown(error)}") from error
-        columns: dict[str, Any] = names | {"image": [_text(folder / path) for path, _, _ in images]}
+        columns = names | {"image": [_text(folder / path) for path, _, _ in images]}
         features["image"] = datasets.Image(decode=False)
         if split in labeled and len(classes) > 1 and not names.keys() & set(LABEL_NAMES):
             columns["label"] = [_text(below.parts[0]) for _, below, _ in images]
             features["label"] = datasets.ClassLabel(names=sorted(set(columns["label"])))
         result[split] = datasets.Dataset.from_dict(columns, features=features)
     return result
+
+
+_key = os.path.normpath  # of an image, by which metadata names it
 
 
 def _text(name: str | Path) -> str:
@@ -332,7 +325,7 @@ def _read_metadata(folder: Path, files: Collection[Path]) -> dict[str, list[dict
             rank_zero_warn(f"{shown(path)} is left out: its columns {_listed(rows[0])} have no file_name of an image")
             continue
         for row in rows:
-            result[os.path.normpath(path.parent / str(row.pop(key, "")))].append(row)
+            result[_key(path.parent / str(row.pop(key, "")))].append(row)
     return result
 
 
@@ -343,11 +336,10 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    if wrong := [number for number, row in enumerate(rows, 2) if None in row]:
-        raise ValueError(f"row {wrong[0]} has more cells than the first row")
+    if any(None in row for row in rows):
+        raise ValueError("a row has more cells than the first")
     for name in rows[0] if rows else ():
-        values = [row[name] for row in rows]
-        whole = all(not value or re.fullmatch(r"-?(0|[1-9]\d{0,17})", value) for value in values)  # not 007
-        for row, value in zip(rows, values, strict=True):
-            row[name] = (int(value) if whole else value) if value else None
+        whole = all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", row[name] or "0") for row in rows)  # not 007
+        for row in rows:
+            row[name] = (int(row[name]) if whole else row[name]) if row[name] else None
     return rows

@@ -106,7 +106,7 @@ def test_formats_that_are_not_read(tmp_path):
     save_images(tmp_path, ["set/a/1.png", "set/b/2.png"])
     for name in ("set/a/3.HEIC", "set/b/4.heic", "5.cr2", ".6.svg"):
         (tmp_path / name).touch()
-    with pytest.warns(UserWarning, match=r"3 images in formats that are not read \(.cr2, .heic\).*Convert"):
+    with pytest.warns(UserWarning, match=r"3 images in formats that are not read \(.cr2, .heic\).*convert"):
         assert len(open_path(tmp_path)["train"]) == 2
 
 
