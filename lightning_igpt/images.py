@@ -133,7 +133,7 @@ def fetch(value: Any, *, remote: bool = False) -> Any:
         raise BadImageError("there is no such file" if absent else f"the file cannot be read: {error}") from error
 
 
-def decode_form(value: Any, where: str, mode: str | None = None) -> Image.Image:
+def decode_form(value: Any, where: str) -> Image.Image:
     """:func:`decode` for more forms: bytes, paths, uint8 arrays (H,W) or (H,W,3); errors start with ``where``."""
     path = value if isinstance(value, str | Path) else value.get("path") if isinstance(value, Mapping) else None
     if isinstance(value, bytes):
@@ -147,7 +147,7 @@ def decode_form(value: Any, where: str, mode: str | None = None) -> Image.Image:
             f"{where} is a {type(value).__name__}, not an image, bytes, a path or a uint8 array (H, W[, 3])"
         )
     try:
-        return decode(value, mode=mode)
+        return decode(value)
     except BadImageError as error:
         raise BadImageError(f"{where}{f' ({shown(path)})' if path else ''}: {error}") from error
 
@@ -228,22 +228,13 @@ def _explain(value: Any, error: Exception) -> str:
 def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> Image.Image:
     """Convert an image of any mode to RGB; the first matching row decides.
 
-    ========================  ==============================================================================
-    mode                      rule
-    ========================  ==============================================================================
-    ``RGB``                   unchanged, unless it has a color key
-    ``I;16*``, ``I``          16-bit gray in any byte order: ``round(v / 257)``, so that 65535 becomes 255 and
-                              nothing clips; TIFF's 12 bits: ``round(255 v / 4095)``; a color key shows ``background``
-    ``F``                     an error: the range of floats is unknown
-    ``LA``, ``RGBA``, ``PA``  composited over ``background``; so are ``La`` and ``RGBa``, and ``P``, ``L``,
-                              ``1`` and ``RGB`` with a transparent index or color key
-    ``P``                     looked up in the image's own palette
-    ``L``                     repeated three times
-    ``1``                     0 or 255, repeated three times
-    ``CMYK``                  Pillow's conversion, ``R = (255 - C) * (255 - K) / 255``; Pillow has already
-                              undone the inversion of Adobe's JPEG files when it loads them
-    anything else             Pillow's ``convert("RGB")``, for instance of ``YCbCr`` and ``HSV``
-    ========================  ==============================================================================
+    - ``RGB``: unchanged, unless it has a color key
+    - ``I;16*``, ``I``: 16-bit gray in any byte order, ``round(v / 257)``; TIFF's 12 bits, ``round(255 v / 4095)``
+    - ``F``: an error, as the range of floats is unknown
+    - ``LA``, ``RGBA``, ``PA``, ``La``, ``RGBa``, and a transparent index or color key: composited over ``background``
+    - ``P`` is looked up in its palette; ``L``, and ``1`` as 0 or 255, are repeated three times
+    - ``CMYK``: ``R = (255 - C) * (255 - K) / 255``; Pillow has undone the inversion of Adobe's JPEG files
+    - anything else: Pillow's ``convert("RGB")``, for instance of ``YCbCr`` and ``HSV``
 
     Args:
         image: A PIL image of any mode; not modified.

@@ -270,14 +270,12 @@ class PaletteTransform:
             it, the bytes of an image file, a path, or a uint8 array (H,W) or (H,W,3).
         size: Side of the images in pixels, at least 1; others are cropped to their center square and resized.
         tokens_column: Name of the new column of ids.
-        mode: Pillow's mode that ``datasets.Image(mode=...)`` asks for, where images come undecoded.
     """
 
     palette: Palette
     image_column: str = "image"
     size: int = 32
     tokens_column: str = "tokens"
-    mode: str | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -299,7 +297,7 @@ class PaletteTransform:
         pixels = np.empty((len(images), self.size, self.size, 3), dtype=np.uint8)
         for place, value in enumerate(images):
             where = f"image {place} of the batch" if rows is None else f"the image in row {rows[place]}"
-            pixels[place] = np.asarray(resize_center_crop(decode_form(value, where, self.mode), self.size))
+            pixels[place] = np.asarray(resize_center_crop(decode_form(value, where), self.size))
         columns = {self.tokens_column: self._quantize(pixels), PALETTE_COLUMN: [self.palette.sha256] * len(pixels)}
         if not isinstance(batch, dict):
             return columns

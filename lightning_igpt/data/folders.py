@@ -7,10 +7,7 @@ also where that is a class, and then leaves the other images out silently; so su
 from __future__ import annotations
 
 import contextlib
-import csv
 import glob
-import io
-import json
 import os
 import re
 import sys
@@ -20,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_igpt.data.columns import LABEL_NAMES
@@ -109,6 +105,7 @@ def _open_file(path: Path, streaming: bool) -> Any:
 
 def _open_saved(path: Path, saved: set[Path]) -> Any:
     """What ``save_to_disk`` wrote into ``path``, or into folders of it that are named after splits."""
+    _literal(path)
     tops = {place for place in saved if not saved & set(place.parents)}  # those within are splits of a DatasetDict
     if len(tops) == 1:
         return datasets.load_from_disk(str(path / tops.pop()))
@@ -316,30 +313,20 @@ def _read_metadata(folder: Path, files: Collection[Path]) -> dict[str, list[dict
     """The rows of metadata files, without their file names, by the path of the image."""
     result: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in (folder / file for file in files):
+        kind = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}[path.suffix]
+        words: dict[str, Any] = (
+            {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+        )  # None may be a class
         try:
-            rows = _read_rows(path)
-        except Exception as error:  # of csv, json and pyarrow, each its own
-            raise ValueError(f"{shown(path)} cannot be read: {shown(error)}; repair or rename it") from error
-        key = next((name for name in ("file_name", *(rows[0] if rows else ())) if str(name).endswith("file_name")), "")
-        if rows and key not in rows[0]:
-            rank_zero_warn(f"{shown(path)} is left out: its columns {_listed(rows[0])} have no file_name of an image")
+            rows = datasets.load_dataset(kind, data_files=[_literal(path)], split="train", **words)
+        except Exception as error:  # wraps those of pandas and pyarrow
+            raise ValueError(
+                f"{shown(path)} cannot be read: {shown(error.__cause__ or error)}; repair or rename it"
+            ) from error
+        key = next((name for name in ("file_name", *rows.column_names) if name.endswith("file_name")), "")
+        if key not in rows.column_names:
+            rank_zero_warn(f"{shown(path)} is left out: its columns {_listed(rows.column_names)} have no file_name")
             continue
-        for row in rows:
-            result[_key(path.parent / str(row.pop(key, "")))].append(row)
+        for row in rows.to_list():
+            result[_key(path.parent / str(row.pop(key)))].append(row)
     return result
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if path.suffix == ".parquet":
-        return list(pq.read_table(path).to_pylist())
-    text = path.read_text("utf-8-sig")
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    if any(None in row for row in rows):
-        raise ValueError("a row has more cells than the first")
-    for name in rows[0] if rows else ():
-        whole = all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", row[name] or "0") for row in rows)  # not 007
-        for row in rows:
-            row[name] = (int(row[name]) if whole else row[name]) if row[name] else None
-    return rows

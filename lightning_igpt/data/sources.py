@@ -93,6 +93,7 @@ def open_source(
         TypeError: ``source`` is of no known type.
         ValueError: Nothing usable is there; the message says what was looked for.
     """
+    name_of(source)
     with quiet():
         opened, where = _open(source, name, revision, streaming)
     splits = {split: (_as_stream(rows) if streaming else rows).with_format(None) for split, rows in opened.items()}
@@ -122,7 +123,16 @@ def open_source(
 
 
 def name_of(source: Any) -> str:
-    """A source in words: the name of a place, or the type of an object in memory."""
+    """A source in words: the name of a place, or the type of an object in memory.
+
+    Raises:
+        TypeError: ``source`` is a number or a truth value, as YAML reads names that are not quoted.
+    """
+    if isinstance(source, bool | int | float):
+        raise TypeError(
+            f"source is {source!r}, but it takes a name or a path; YAML reads 007 as 7 and on as True: quote it, as in "
+            "source: '007'"
+        )
     return str(source) if isinstance(source, str | Path) else type(source).__name__
 
 
@@ -158,11 +168,6 @@ def _open(source: Any, name: str | None, revision: str | None, streaming: bool) 
         where = f"the {type(source).__name__} of {', '.join(source)}"
     elif isinstance(source, datasets.Dataset | datasets.IterableDataset):
         where = f"the Dataset of {len(source)} rows" if isinstance(source, datasets.Dataset) else "the IterableDataset"
-    elif isinstance(source, bool | int | float):
-        raise TypeError(
-            f"source is {source!r}, a {type(source).__name__}, but it takes a name or a path; YAML reads 007 as 7 and "
-            "on as True: quote it, as in source: '007'"
-        )
     else:
         raise TypeError(
             f"source is a {type(source).__name__}; it takes a string, a path, or a Dataset, DatasetDict, "

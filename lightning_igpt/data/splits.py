@@ -85,6 +85,10 @@ def divide(
             chosen[role] = name
             if not source.streaming and not len(source.splits[name]):
                 raise ValueError(f"{source.name} has no rows in the split {name!r}")
+    if unused := [split for split in source.splits if not any(split in name for name in chosen.values())]:
+        rank_zero_info(
+            f"{source.name}: {', '.join(unused)} not used; train_split={chosen['train']}+{unused[0]} would be"
+        )
     return Division(source, chosen)
 
 

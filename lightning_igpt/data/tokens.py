@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -87,8 +87,10 @@ def _tokenize(
     dataset: DataSet, where: str, palette: Palette, size: int, wanted: str | None, num_proc: int | None, batch_size: int
 ) -> DataSet:
     column = _image_column(dataset, wanted, num_proc, where)
-    transform = replace(palette.transform(column, size), mode=mode_of(dataset, column))
-    dataset = dataset.with_format(None).cast_column(column, datasets.Image(decode=False))
+    transform = palette.transform(column, size)
+    # Where the column asks for a mode, datasets itself decodes and converts.
+    undecoded = datasets.Image(mode=(mode := mode_of(dataset, column)), decode=mode is not None)
+    dataset = dataset.with_format(None).cast_column(column, undecoded)
     others = {name: feature for name, feature in dataset.features.items() if name != column}
     label = datasets.ClassLabel(names=[palette.sha256])
     features = datasets.Features({**others, TOKENS_COLUMN: _tokens_feature(size * size), PALETTE_COLUMN: label})
