@@ -6,9 +6,11 @@ import datasets
 import pytest
 from datasets import Features, Value
 
-from lightning_igpt.data import tokenize
+from lightning_igpt.data import PretrainDataModule, tokenize
 from lightning_igpt.data.sources import open_source
+from lightning_igpt.images import BadImageError
 from lightning_igpt.palette import Palette
+from tests.data.test_datamodule import ready
 from tests.image_files import encoded, noise, picture, rows, save_images, tiny
 
 
@@ -260,3 +262,18 @@ def test_images_tables_and_tars_of_img2dataset(tmp_path):
     write_tar(tmp_path / "00000.tar", [0, 1])
     tiny(2).remove_columns("image").to_parquet(tmp_path / "00000.parquet")
     assert shape(open_source(tmp_path)) == {"train": 2}
+
+
+def test_names_are_shown_with_escapes(tmp_path):
+    """A name must not move the cursor, color the screen or end the line."""
+    place = tmp_path / "a\x1b[31m\n"
+    save_images(place, ["train/1.png", "b\x1b[2J/2.png"])
+    for source, error in ((place, ValueError), (place / "no/file/here", FileNotFoundError)):
+        with pytest.raises(error, match=r"a\\x1b\[31m\\n") as caught:
+            open_source(source)
+        assert str(caught.value).isprintable()
+    written(tmp_path / "set\x1b" / "x\x1b.png")
+    data = ready(PretrainDataModule, tmp_path / "set\x1b", val_fraction=0, batch_size=1)
+    with pytest.raises(BadImageError, match=r"set\\x1b, split 'train', row 0 \(.*set\\x1b/x\\x1b\.png\)") as caught:
+        list(data.train_dataloader())
+    assert str(caught.value).isprintable()
