@@ -290,7 +290,7 @@ def _to_datasets(
             features = datasets.Dataset.from_dict(names).features if names else datasets.Features()
         except Exception as error:  # of pyarrow, several
             raise ValueError(f"the metadata of {shown(folder)} mixes types in a column: {shown(error)}") from error
-        columns = names | {"image": [_text(folder / path) for path, _, _ in images]}
+        columns = names | {"image": [_address(folder / path) for path, _, _ in images]}
         features["image"] = datasets.Image(decode=False)
         if split in labeled and len(classes) > 1 and not names.keys() & set(LABEL_NAMES):
             columns["label"] = [_text(below.parts[0]) for _, below, _ in images]
@@ -299,14 +299,19 @@ def _to_datasets(
     return result
 
 
-_key = os.path.normpath  # of an image, by which metadata names it
+def _text(name: str) -> str:
+    """A name of the file system in UTF-8, whatever the locale; other bytes are escaped."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _text(name: str | Path) -> str:
-    """A class or a path as text; where that is not UTF-8, a class with escaped bytes and a path as an address."""
-    if str(name).encode("utf-8", "replace").decode() == str(name):
-        return str(name)
-    return name.absolute().as_uri() if isinstance(name, Path) else shown(name)
+def _key(path: Path) -> str:
+    """An image as metadata names it."""
+    return _text(os.path.normpath(path))
+
+
+def _address(path: Path) -> str:
+    """A path, or, since a data set holds UTF-8 only, an address that escapes other bytes."""
+    return str(path) if _text(str(path)) == str(path) else path.absolute().as_uri()
 
 
 def _read_metadata(folder: Path, files: Collection[Path]) -> dict[str, list[dict[str, Any]]]:
