@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import stat
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote_to_bytes
 
+import fsspec  # type: ignore[import-untyped]
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from lightning_igpt.files import shown
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # raster only: EPS and PDF would start other programs
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -22,6 +30,11 @@ _JPEG = b"\xff\xd8"
 _SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")  # marker, length and components of a scan
 _STRIP = 1 << 20  # pixels converted at a time
 _UNPREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+_DEEP = re.compile("(LA|RGB|RGBX|RGBA|CMYK);16[BLN]")  # what Pillow calls 16 bits per sample, of which it keeps 8
+_SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}  # byte orders
+_GRAYS = {"L;2": 85, "L;4": 17}  # brightness of one step
+# Protocols that are read from any data set: those that stay on this machine, and hf of the Hugging Face hub.
+_NEAR = {"file", "local", "memory", "zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4", "hf"}
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,6 +56,8 @@ def decode(
     *,
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = WHITE,
+    mode: str | None = None,
+    remote: bool = False,
 ) -> Image.Image:
     """Decode one image: first frame, upright by its EXIF orientation, RGB.
 
@@ -52,24 +67,70 @@ def decode(
         value: A row's ``{"bytes": ..., "path": ...}`` as ``datasets.Image(decode=False)`` returns it, or a PIL image.
         max_pixels: Largest accepted width times height.
         background: Color behind transparent pixels, (R, G, B) in 0..255.
+        mode: Pillow's mode that ``datasets.Image(mode=...)`` asks for; the image is converted to it first.
+        remote: Whether a path may be an address on the network.
 
     Raises:
         BadImageError: The image is missing, empty, damaged, too large, or not in one of ``FORMATS``.
     """
     try:
+        if isinstance(value, Mapping):
+            value = fetch(value, remote=remote) if "://" in (value.get("path") or "") else value
         image = value if isinstance(value, Image.Image) else _open(value)
         _check_size(image, max_pixels)
         _check_scans(image)
+        tile, bits = getattr(image, "tile", None), getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, ())
+        rawmode = str(tile[0].args if isinstance(tile[0].args, str) else tile[0].args[0]) if tile else ""
+        if len(rawmode) == 1 and len(bits) > 1 and max(bits) > 8:
+            raise BadImageError("TIFF files with a plane of 16 bits for each channel are not read; save it as PNG")
         image.load()
         # Pillow puts all metadata of a PNG into info; searching for a tag where there is none takes a tenth of the
         # time of a small image. The tag of a PIL image may have been set by hand.
         if image is value or image.format != "PNG" or image.info:
             image = _upright(image)
+        if mode:
+            image = image if image.mode == mode else image.convert(mode)
+        elif isinstance(value, Mapping) and _DEEP.fullmatch(rawmode):
+            image = _deep(image, rawmode, _open(value))
+        elif rawmode in _GRAYS and isinstance(key := image.info.get("transparency"), int):
+            image.info["transparency"] = key * _GRAYS[rawmode] % 256  # in the file it is a step, not a brightness
         return to_rgb(image, background=background)
     except BadImageError:
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
         raise BadImageError(_explain(value, error)) from error
+
+
+def fetch(value: Any, *, remote: bool = False) -> Any:
+    """An image that is only named, by a path or an address, with the bytes of its file; others as they are.
+
+    Addresses are those of local archives (``zip://a.png::/data/set.zip``) and of the Hugging Face hub, whose streams
+    name their files, and with ``remote`` any other.
+
+    Raises:
+        BadImageError: The file cannot be read, or is on the network and ``remote`` is off.
+    """
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    path = value if isinstance(value, str) else value.get("path") if isinstance(value, Mapping) else None
+    if not path or (isinstance(value, Mapping) and value.get("bytes") is not None):
+        return value
+    try:
+        if "://" not in path or path.startswith("file:///"):
+            return {"bytes": _regular(path).read_bytes(), "path": path}
+        protocols = {link.partition("://")[0] for link in path.split("::") if "://" in link}
+        if not remote and (far := protocols - _NEAR):
+            raise BadImageError(
+                f"the row holds no image but an address ({shown(far.pop())}://); addresses are read only from a column "
+                "that image_column names, and that is one of strings or of a data set opened in Python"
+            )
+        with fsspec.open(path, "rb") as file:
+            return {"bytes": file.read(), "path": path}
+    except BadImageError:
+        raise
+    except Exception as error:  # each file system raises its own
+        absent = isinstance(error, FileNotFoundError)
+        raise BadImageError("there is no such file" if absent else f"the file cannot be read: {error}") from error
 
 
 def decode_form(value: Any, where: str) -> Image.Image:
@@ -88,7 +149,7 @@ def decode_form(value: Any, where: str) -> Image.Image:
     try:
         return decode(value)
     except BadImageError as error:
-        raise BadImageError(f"{where}{f' ({path})' if path else ''}: {error}") from error
+        raise BadImageError(f"{where}{f' ({shown(path)})' if path else ''}: {error}") from error
 
 
 def _open(value: Mapping[str, Any] | None) -> Image.Image:
@@ -98,11 +159,19 @@ def _open(value: Mapping[str, Any] | None) -> Image.Image:
             _check_exif(io.BytesIO(content))
         return Image.open(io.BytesIO(content), formats=FORMATS)
     if content is None and path:
-        if Path(path).stat().st_size > _LARGE:
-            with Path(path).open("rb") as file:
-                _check_exif(file)
-        return Image.open(path, formats=FORMATS)
+        if (file := _regular(path)).stat().st_size > _LARGE:
+            with file.open("rb") as opened:
+                _check_exif(opened)
+        return Image.open(file, formats=FORMATS)
     raise BadImageError("the image is missing" if content is None else "the image file is empty (0 bytes)")
+
+
+def _regular(path: str) -> Path:
+    """A local path or file address. Reading from a pipe or a device would wait, maybe for ever."""
+    file = Path(os.fsdecode(unquote_to_bytes(path[len("file://") :])) if path.startswith("file:///") else path)
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise BadImageError("this is a folder, a pipe or a device, not a regular file")
+    return file
 
 
 def _check_exif(file: IO[bytes]) -> None:
@@ -152,29 +221,20 @@ def _explain(value: Any, error: Exception) -> str:
             return "the image file is empty (0 bytes)"
         return f"the file is not an image of a known format ({', '.join(FORMATS)}) or its header is damaged"
     if isinstance(error, FileNotFoundError):
-        return f"there is no file {Path(value['path'])}"
-    return f"the image cannot be decoded: {error or type(error).__name__}"
+        return f"there is no file {shown(Path(value['path']))}"
+    return f"the image cannot be decoded: {shown(error) or type(error).__name__}"
 
 
 def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> Image.Image:
     """Convert an image of any mode to RGB; the first matching row decides.
 
-    ========================  ==============================================================================
-    mode                      rule
-    ========================  ==============================================================================
-    ``RGB``                   unchanged, unless it has a color key
-    ``I;16*``, ``I``          16-bit gray in any byte order: ``round(v / 257)``, so that 65535 becomes 255 and
-                              nothing clips; a color key is ignored
-    ``F``                     an error: the range of floats is unknown
-    ``LA``, ``RGBA``, ``PA``  composited over ``background``; so are ``La`` and ``RGBa``, and ``P``, ``L``,
-                              ``1`` and ``RGB`` with a transparent index or color key
-    ``P``                     looked up in the image's own palette
-    ``L``                     repeated three times
-    ``1``                     0 or 255, repeated three times
-    ``CMYK``                  Pillow's conversion, ``R = (255 - C) * (255 - K) / 255``; Pillow has already
-                              undone the inversion of Adobe's JPEG files when it loads them
-    anything else             Pillow's ``convert("RGB")``, for instance of ``YCbCr`` and ``HSV``
-    ========================  ==============================================================================
+    - ``RGB``: unchanged, unless it has a color key
+    - ``I;16*``, ``I``: 16-bit gray in any byte order, ``round(v / 257)``; TIFF's 12 bits, ``round(255 v / 4095)``
+    - ``F``: an error, as the range of floats is unknown
+    - ``LA``, ``RGBA``, ``PA``, ``La``, ``RGBa``, and a transparent index or color key: composited over ``background``
+    - ``P`` is looked up in its palette; ``L``, and ``1`` as 0 or 255, are repeated three times
+    - ``CMYK``: ``R = (255 - C) * (255 - K) / 255``; Pillow has undone the inversion of Adobe's JPEG files
+    - anything else: Pillow's ``convert("RGB")``, for instance of ``YCbCr`` and ``HSV``
 
     Args:
         image: A PIL image of any mode; not modified.
@@ -194,7 +254,7 @@ def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> I
             "images of mode F (floats) have no known range; scale yours to 0..255 and convert it to mode L"
         )
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bits(image)
+        return _from_16_bits(image, background)
     if image.has_transparency_data:
         return _composited(image, background)
     return image.convert("RGB")
@@ -209,7 +269,7 @@ def _composited(image: Image.Image, background: tuple[int, int, int]) -> Image.I
     return result
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
+def _from_16_bits(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     values = np.asarray(image)  # (H, W)
     low, high = int(values.min(initial=0)), int(values.max(initial=0))
     if low < 0 or high > 65535:
@@ -217,10 +277,34 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
             f"an image of mode {image.mode} holds values {low}..{high}, but 16 bits end at 65535; "
             "scale yours to 0..255 and convert it to mode L"
         )
-    gray = np.empty(values.shape, dtype=np.uint8)
-    for top, bottom in _strips(image):
-        gray[top:bottom] = (values[top:bottom].astype(np.uint32) + 128) // 257
-    return Image.fromarray(gray).convert("RGB")
+    tags = getattr(image, "tag_v2", {})
+    top = 4095 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 65535
+    values = top - values if tags.get(ExifTags.Base.PhotometricInterpretation) == 0 else values  # 0: white is zero
+    return to_rgb(_rounded(values[..., None], "L", image.info.get("transparency"), top), background=background)
+
+
+def _rounded(values: NDArray[Any], mode: str, key: Any = None, top: int = 65535) -> Image.Image:
+    """Samples 0..``top`` (H, W, C) as 8 bits; pixels that equal the color key become transparent."""
+    image = Image.new(mode, values.shape[1::-1])
+    for start, end in _strips(image):
+        part = ((values[start:end].astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
+        image.paste(Image.frombytes(mode, (image.width, end - start), part.tobytes()), (0, start))
+    if key is not None:
+        image.putalpha(Image.fromarray((values != key).any(axis=-1)))
+    return image
+
+
+def _deep(image: Image.Image, rawmode: str, twin: Any) -> Image.Image:
+    """``image``, of which Pillow reads the upper bytes, with the lower bytes: ``twin`` in the opposite byte order."""
+    gray = rawmode == "LA;16B"  # the bytes of its two samples are as many as those of RGBA
+    other = "RGBA" if gray else rawmode[:-1] + _SWAPPED[rawmode[-1]]
+    twin.tile = [
+        part._replace(args=other if isinstance(part.args, str) else (other, *part.args[1:])) for part in twin.tile
+    ]
+    twin.load()
+    low = np.asarray(_upright(twin))
+    values = low.view(">u2") if gray else np.asarray(image).astype(np.uint16) * 256 + low  # (H, W, C)
+    return _rounded(values, "LA" if gray else image.mode, image.info.get("transparency"))
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, int]]:

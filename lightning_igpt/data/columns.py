@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_igpt.palette import PALETTE_COLUMN
 
 TOKENS_COLUMN = "tokens"
-LABEL_NAMES = ("label", "labels", "cls")  # cls is WebDataset's
+# What other people call them, the likelier first; png and so on, and cls, are WebDataset's.
+IMAGE_NAMES = ("image", "images", "img", "pixel_values", "picture", "photo", "png", "jpg", "jpeg", "webp", "input")
+LABEL_NAMES = ("label", "labels", "fine_label", "target", "targets", "cls", "class", "category")
 MAX_CLASSES = 1_000_000  # beyond this a column of integers holds ids of something else
 
 
@@ -44,10 +47,12 @@ def marked_palette(rows: datasets.Dataset) -> TokenMark:
 
 
 def find_image_column(features: datasets.Features, wanted: str | None, *, where: str) -> str:
-    """Name the column of images: ``wanted``, or else the only one of type Image.
+    """Name the column of images: ``wanted``, the only one of type Image, or of several the first of ``IMAGE_NAMES``.
+
+    Without any of type Image, the first of ``IMAGE_NAMES`` that can hold encoded images.
 
     Raises:
-        ValueError: There is no such column, none or several of type Image, or ``wanted`` cannot hold images.
+        ValueError: There is no such column, or ``wanted`` cannot hold images.
     """
     if wanted is not None:
         _check_column(features, wanted, "image_column", where)
@@ -58,14 +63,26 @@ def find_image_column(features: datasets.Features, wanted: str | None, *, where:
             )
         return wanted
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    candidates = images or [name for name, feature in features.items() if _can_hold_images(feature)]
+    known = [name for name in IMAGE_NAMES if name in candidates and (images or name != "input")]  # that may be a text
+    if len(images) != 1 and known:
+        return known[0]
     if len(images) != 1:
         problem = f"several columns of images ({_listed(images)})" if images else "no column of type Image"
         raise ValueError(f"{where} has {problem}; set image_column. Its columns: {_listed(features)}")
     return str(images[0])
 
 
+def mode_of(rows: datasets.Dataset | datasets.IterableDataset, column: str) -> str | None:
+    """Pillow's mode that ``datasets.Image(mode=...)`` asks for."""
+    return getattr((rows.features or {}).get(column), "mode", None)
+
+
 def find_label_column(features: datasets.Features, wanted: str | None, *, needed: bool, where: str) -> str | None:
-    """Name the column of labels: ``wanted``, or else the only ClassLabel, or else integers called "label(s)", or None.
+    """Name the column of labels: ``wanted``, the only ClassLabel, or the first of ``LABEL_NAMES``, or None.
+
+    Of several ClassLabels it is the first that is in ``LABEL_NAMES``; without any, the integers of such a name, or,
+    where labels are needed, the strings.
 
     Raises:
         ValueError: ``wanted`` does not exist or is of no use, or labels are needed and the choice is not clear.
@@ -79,7 +96,13 @@ def find_label_column(features: datasets.Features, wanted: str | None, *, needed
             )
         return wanted
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    labels = labels or [name for name in LABEL_NAMES if name in features and _is_integer(features[name])]
+    known = [name for name in LABEL_NAMES if name in (labels or features)]
+    if len(labels) != 1:
+        integers = [name for name in known if _is_integer(features[name])]
+        chosen = integers[:1] or [name for name in known if needed and _is_string(features[name])][:1]
+        if labels and chosen:
+            rank_zero_info(f"labels of {where}: column {chosen[0]!r}; label_column takes another of {_listed(labels)}")
+        labels = chosen or labels
     if len(labels) == 1:
         return str(labels[0])
     if not needed:
@@ -87,7 +110,7 @@ def find_label_column(features: datasets.Features, wanted: str | None, *, needed
     if labels:
         raise ValueError(f"{where} has several columns of labels ({_listed(labels)}); set label_column to one of them")
     raise ValueError(
-        f"{where} has no labels: no ClassLabel column and no integers named 'label'. Set label_column, or for a folder "
+        f"{where} has no labels: no ClassLabel column and none called 'label'. Set label_column, or for a folder "
         f"of images put each class into a sub-folder (two or more). Its columns: {_listed(features)}"
     )
 

@@ -7,7 +7,9 @@ also where that is a class, and then leaves the other images out silently; so su
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator
@@ -17,13 +19,23 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_igpt.data.columns import LABEL_NAMES
+from lightning_igpt.files import shown
 from lightning_igpt.images import SUFFIXES
 
-# Folder names that mean a split, and what the split is called: one of the names ``splits.py`` looks for.
+# Words that mean a split, and what the split is called: one of the names ``splits.py`` looks for.
 SPLIT_NAMES = {name: name for name in ("train", "validation", "valid", "val", "dev", "test")}
 SPLIT_NAMES |= {"training": "train", "eval": "validation", "evaluation": "validation", "testing": "test"}
+_PLAIN = "set|data(?:set)?|images?|imgs?|photos?|pictures?|samples?|split"  # words that say nothing
+_SPLIT = re.compile(rf"(?<![^\W\d_])({'|'.join(SPLIT_NAMES)})(?:{_PLAIN})?(?![^\W\d_])")
+_NOTHING = re.compile(rf"(?<![^\W\d_])(?:{_PLAIN})(?![^\W\d_])|[\W\d_]")
+_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}.*")  # as on the hub; what comes first is the split
+_CARD = re.compile("^(configs|dataset_info):", re.M)
 UNREADABLE = {".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".raw", ".psd", ".svg"}
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # suffix: what ``datasets`` calls it
+_KINDS = dict.fromkeys(SUFFIXES, "image") | dict.fromkeys(UNREADABLE, "unreadable")
+_KINDS |= {".parquet": "Parquet", ".arrow": "Arrow", ".tar": "WebDataset"}
+_KINDS |= dict.fromkeys((".json", ".csv", ".jsonl"), "other")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -44,48 +56,151 @@ def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -
     """Open a file or a folder as a Dataset or a DatasetDict; Parquet, Arrow and tars as streams if ``streaming``.
 
     Raises:
-        ValueError: Nothing usable is there; the message says what was looked for.
+        ValueError: Nothing usable is there, or what is there can be read in two ways; the message says which.
     """
     if path.is_file():
         return _open_file(path, streaming)
-    if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-        return datasets.load_from_disk(str(path))
-    if any(file.name in _METADATA for file in list_files(path, {".csv", ".jsonl", ".parquet"})):
-        return datasets.load_dataset("imagefolder", data_dir=str(path))
-    kinds = {"image": SUFFIXES, "Parquet": {".parquet"}, "Arrow": {".arrow"}, "WebDataset": {".tar"}}
-    files = {kind: paths for kind, suffixes in kinds.items() if (paths := list_files(path, suffixes))}
-    unreadable = list_files(path, UNREADABLE)
-    problem = f"{len(unreadable)} images in formats that are not read ({', '.join(sorted(_suffixes(unreadable)))})"
+    files: dict[str, list[Path]] = defaultdict(list)
+    for file in list_files(path, _KINDS):
+        files[_KINDS[file.suffix.lower()]].append(file)
+    others, unreadable = files.pop("other", []), files.pop("unreadable", [])
+    names = {(file.parent, file.name) for file in others}
+    if saved := {
+        place for place, name in names if name == "dataset_dict.json"
+        or (name == "state.json" and (place, "dataset_info.json") in names)
+    }:  # fmt: skip
+        return _open_saved(path, saved)
+    if files.keys() & {"image", "WebDataset"}:  # next to which Parquet may hold metadata, by img2dataset for each tar
+        tables = files.pop("Parquet", [])
+        others += (about := [file for file in tables if _describes(path / file)])
+        files |= {"Parquet": tables} if len(about) < len(tables) else {}
+    problem = (
+        f"{len(unreadable)} images in formats that are not read ({_listed({f.suffix.lower() for f in unreadable})})"
+    )
     if len(files) > 1:
         counts = " and ".join(f"{len(paths)} {kind} files" for kind, paths in files.items())
-        raise ValueError(f"{path} holds {counts}; give a folder of one kind")
+        raise ValueError(f"{shown(path)} holds {counts}; give a folder of one kind")
     if "image" in files:
         if unreadable:
-            rank_zero_warn(f"{path} also holds {problem}; they are left out. Convert them to JPEG or PNG to use them")
-        return open_image_folder(path, files["image"])
-    if "Arrow" in files:  # by the folder alone ``datasets`` does not recognize these
-        return datasets.load_dataset("arrow", data_dir=str(path), streaming=streaming)
+            rank_zero_warn(f"{shown(path)} also holds {problem}, which are left out; convert them to JPEG or PNG")
+        return open_image_folder(path, files["image"], [file for file in others if file.name in _METADATA])
     if files:
-        return datasets.load_dataset(str(path), name, streaming=streaming)
+        return _open_tables(path, next(iter(files.values())), name, streaming)
     if unreadable:
-        raise ValueError(f"{path} holds {problem}; convert them to JPEG or PNG")
+        raise ValueError(f"{shown(path)} holds {problem}; convert them to JPEG or PNG")
     raise ValueError(
-        f"{path} holds no images ({' '.join(sorted(SUFFIXES))}), no Parquet, Arrow or WebDataset (.tar) files, and no "
-        "data set written by save_to_disk, at any depth"
+        f"{shown(path)} holds no images ({' '.join(sorted(SUFFIXES))}), no Parquet, Arrow or WebDataset (.tar) files, "
+        "and no data set written by save_to_disk, at any depth"
     )
 
 
 def _open_file(path: Path, streaming: bool) -> Any:
     suffix = path.suffix.lower()
     if suffix in SUFFIXES | UNREADABLE:
-        raise ValueError(f"{path} is a single image; give the folder that holds your images, as JPEG or PNG")
+        raise ValueError(f"{shown(path)} is a single image; give the folder that holds your images, as JPEG or PNG")
     if suffix not in TABLES:
-        raise ValueError(f"{path} is no Parquet file, Arrow file or WebDataset tar; give one, or a folder")
-    return datasets.load_dataset(TABLES[suffix], data_files={"train": str(path)}, streaming=streaming)
+        raise ValueError(f"{shown(path)} is no Parquet file, Arrow file or WebDataset tar; give one, or a folder")
+    return datasets.load_dataset(TABLES[suffix], data_files={"train": [_literal(path)]}, streaming=streaming)
 
 
-def _suffixes(files: list[Path]) -> set[str]:
-    return {file.suffix.lower() for file in files}
+def _open_saved(path: Path, saved: set[Path]) -> Any:
+    """What ``save_to_disk`` wrote into ``path``, or into folders of it that are named after splits."""
+    _literal(path)
+    tops = {place for place in saved if not saved & set(place.parents)}  # those within are splits of a DatasetDict
+    if len(tops) == 1:
+        return datasets.load_from_disk(str(path / tops.pop()))
+    splits = splits_of({place.as_posix() for place in tops}, path)
+    parts = {split: datasets.load_from_disk(str(path / place)) for place, split in splits.items()}
+    if not parts or any(isinstance(part, datasets.DatasetDict) for part in parts.values()):
+        raise ValueError(f"{shown(path)} holds several data sets written by save_to_disk ({_listed(tops)}); give one")
+    return datasets.DatasetDict(parts)
+
+
+def _open_tables(path: Path, files: list[Path], name: str | None, streaming: bool) -> Any:
+    """Every one of the files, in splits by the words in their names; or those that the card in README.md names."""
+    card = path / "README.md"
+    if name is not None or (card.is_file() and _CARD.search(card.read_text("utf-8", "replace"))):
+        if _literal(path) != str(path.absolute()):
+            raise ValueError(f"datasets reads {shown(path)} as a pattern, because of *, ? or [ in it; rename it")
+        read = datasets.load_dataset_builder(str(path), name).config.data_files or {}
+        names = {os.path.realpath(file) for files in read.values() for file in files}
+        if name is None and (left := [file for file in files if os.path.realpath(path / file) not in names]):
+            rank_zero_warn(f"{shown(card)} leaves out {_listed(left)}")
+        return datasets.load_dataset(str(path), name, streaming=streaming)
+    shards = [_SHARD.fullmatch(file.stem) for file in files]
+    if all(shards) and len({shard[1] for shard in shards if shard}) > 1:
+        splits = {file: shard[1] for file, shard in zip(files, shards, strict=True) if shard}
+    else:
+        words = {file: _read_name(file.with_suffix("").as_posix())[0] for file in files}
+        others = [file for file, found in words.items() if len(found) != 1]
+        if others and set().union(*words.values()) - {"train"}:
+            raise ValueError(
+                f"{shown(path)} has files named after splits ({_listed(words.keys() - set(others))}) and others "
+                f"({_listed(others)}); give every file the name of its split, as in train-0.parquet, or move it away"
+            )
+        splits = {file: min(found, default="train") for file, found in words.items()}
+    data_files: dict[str, list[str]] = defaultdict(list)
+    for file, split in splits.items():
+        data_files[split].append(_literal(path / file))
+    return datasets.load_dataset(str(path), data_files=data_files, streaming=streaming)
+
+
+def _literal(path: Path) -> str:
+    """A path for ``datasets``, which takes it as a pattern, expands variables and opens chains of file systems."""
+    text = str(path.absolute())
+    if "::" in text or os.path.expandvars(text) != text or text.encode("utf-8", "replace").decode() != text:
+        raise ValueError(f"datasets cannot read {shown(path)}: '::', '$' and bytes that are not UTF-8; rename it")
+    return glob.escape(text)
+
+
+def _describes(table: Path) -> bool:
+    """Whether a Parquet file is about images in a tar or a folder of its name, or in its folder."""
+    return table.name in _METADATA or table.with_suffix(".tar").is_file() or table.with_suffix("").is_dir()
+
+
+def _listed(names: Collection[object]) -> str:
+    texts = sorted(shown(name) for name in names)
+    return ", ".join(texts[:5]) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
+
+
+def _read_name(name: str) -> tuple[set[str], str]:
+    """The splits that words of a name mean, and the words that mean something else."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    return {SPLIT_NAMES[word] for word in _SPLIT.findall(words)}, _NOTHING.sub("", _SPLIT.sub(" ", words))
+
+
+def splits_of(names: Collection[str], folder: Path, loose: Collection[str] = ()) -> dict[str, str]:
+    """Which split each folder's name means; empty where they are not names of splits.
+
+    A name is a split's where it holds one of ``SPLIT_NAMES`` and no words of its own (``training_set``, ``val2017``),
+    or where another one differs from it in that word only (``seg_train``, ``seg_test``).
+
+    Raises:
+        ValueError: There are other folders or ``loose`` files, all names contain splits but differ in other words too,
+            or two mean one split.
+    """
+    read = {name: (min(found), rest) for name in names for found, rest in [_read_name(name)] if len(found) == 1}
+    groups = defaultdict(set)
+    for split, rest in read.values():
+        groups[rest].add(split)
+    alone = len(names) == 1 and not loose
+    named = sorted(name for name, (_, rest) in read.items() if not rest or len(groups[rest]) > 1 or alone)
+    others = [*loose, *(f"{name}/" for name in set(names) - set(named))]
+    if named and others:
+        raise ValueError(
+            f"{shown(folder)} has folders named after splits ({_listed(named)}) and other images next to them "
+            f"({_listed(others)}). Where {named[0]} is a split, move the other images into train/, or away; where it "
+            "is a class, rename it or give a DatasetDict"
+        )
+    if others and len(read) == len(names) and not loose:
+        raise ValueError(
+            f"the folders of {shown(folder)} ({_listed(names)}) may be splits or classes; name splits train, "
+            "validation and test, and classes without these words, or give a DatasetDict"
+        )
+    splits = {name: read[name][0] for name in named}
+    if len(set(splits.values())) < len(splits):
+        raise ValueError(f"{shown(folder)} has several folders for one split ({_listed(named)}); merge them")
+    return splits
 
 
 def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
@@ -95,71 +210,128 @@ def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """
     files: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    starts = [folder]
-    for start in starts:  # links are appended: a folder also reached without one keeps its own name, so its class
-        for place, folders, names in os.walk(start):
-            status = Path(place).stat()
-            if (status.st_dev, status.st_ino) in seen:
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            starts += [Path(place, name) for name in folders if Path(place, name).is_symlink()]
-            visible = (Path(place, name) for name in names if not name.startswith("."))
-            files += [path.relative_to(folder) for path in visible if path.suffix.lower() in suffixes]
+    folders, links = [folder], list[Path]()
+    while folders or links:  # links last: a folder also reached without one keeps its own name, so its class
+        place = folders.pop() if folders else links.pop(0)
+        status = place.stat()
+        visible = [] if (status.st_dev, status.st_ino) in seen else list(os.scandir(place))
+        seen.add((status.st_dev, status.st_ino))
+        for entry in sorted(visible, key=lambda entry: entry.name):
+            path = place / entry.name
+            if entry.is_dir() and not entry.name.startswith("."):
+                (links if entry.is_symlink() else folders).append(path)
+            elif path.suffix.lower() in suffixes and not entry.name.startswith("."):
+                files.append(path.relative_to(folder))
     return sorted(files)
 
 
-def open_image_folder(folder: Path, files: list[Path]) -> datasets.DatasetDict:
+def open_image_folder(folder: Path, files: list[Path], metadata: Collection[Path] = ()) -> datasets.DatasetDict:
     """Read the layout of a folder of images; the files stay where they are.
 
     ``<split>/<class>/...``, ``<class>/...``, ``<split>/...`` and loose files are understood. Sub-folders are splits
-    where all of them are called ``train`` (``training``), ``validation`` (``valid``, ``val``, ``dev``; ``eval`` and
-    ``evaluation`` become ``validation``) or ``test`` (``testing``), in any case. Below that, the first folders are
-    classes where every image of a split is in one and there are two or more.
+    where all of their names are those of splits (:func:`splits_of`). Below that, the first folders are classes where
+    every image of a split is in one and there are two or more. A split that metadata files describe has the images
+    that they name, and their columns.
 
     Raises:
-        ValueError: Some sub-folders are named after splits and others are not, two name the same split, or splits lie
-            inside other folders.
+        ValueError: Sub-folders can be read as splits and as classes, splits lie inside other folders, or metadata
+            cannot be read or names an image that is not there.
     """
-    top = {path.parts[0] if len(path.parts) > 1 else "" for path in files}
-    named = sorted(name for name in top if name.lower() in SPLIT_NAMES)
-    if len(top) == 1 and "" not in top and not named:  # one folder around everything
-        (lone,) = top
-        return open_image_folder(folder / lone, [path.relative_to(lone) for path in files])
+    rows, base = _read_metadata(folder, metadata), Path()
+    if unknown := rows and rows.keys() - {_key(folder / path) for path in files}:
+        raise ValueError(f"a metadata file of {shown(folder)} names {shown(min(unknown))}, but there is no such image")
+    below = {path: path for path in files}  # what of each path may be splits and classes
+    while True:
+        top = {path.parts[0] for path in below.values() if len(path.parts) > 1}
+        loose = {path.name for path in below.values() if len(path.parts) == 1}
+        named = splits_of(top, folder / base, loose)
+        if named or loose or len(top) != 1:
+            break
+        base /= top.pop()  # one folder around everything
+        below = {path: inner.relative_to(inner.parts[0]) for path, inner in below.items()}
     if not named:
-        inner = {SPLIT_NAMES.get(path.parts[1].lower()): path for path in files if len(path.parts) > 2}
-        if "train" in inner and len(inner.keys() - {None}) > 1:
+        second = {inner.parts[1]: path for path, inner in below.items() if len(inner.parts) > 2}
+        inside = {
+            min(read[0]): path
+            for name, path in second.items()
+            if len((read := _read_name(name))[0]) == 1 and not read[1]
+        }
+        if "train" in inside and len(inside) > 1:
             raise ValueError(
-                f"{folder} has splits inside other folders ({inner['train']}); put the splits outermost, as in "
-                "train/cat/, or its test images would be trained on"
+                f"{shown(folder)} has splits inside other folders ({shown(inside['train'])}); put the splits "
+                "outermost, as in train/cat/, or its test images would be trained on"
             )
-        return _to_datasets(folder, {"train": [(path, path) for path in files]})
-    if others := sorted({path.parts[0] + "/" * (len(path.parts) > 1) for path in files if path.parts[0] not in named}):
-        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        raise ValueError(
-            f"{folder} has folders named after splits ({', '.join(named)}) and other images next to them ({shown}). "
-            f"Where {named[0]} is a split, move the other images into train/, or away; where it is a class, rename it "
-            "or give a DatasetDict"
-        )
-    if len({SPLIT_NAMES[name.lower()] for name in named}) < len(named):
-        raise ValueError(f"{folder} has several folders for one split ({', '.join(named)}); merge them")
+        return _to_datasets(folder, {"train": list(below.items())}, rows)
     splits = defaultdict(list)
-    for path in files:
-        splits[SPLIT_NAMES[path.parts[0].lower()]].append((path, path.relative_to(path.parts[0])))
-    return _to_datasets(folder, splits)
+    for path, inner in below.items():
+        first, rest = inner.parts[0], inner.relative_to(inner.parts[0])
+        again = len(rest.parts) > 2 and _read_name(rest.parts[0]) == _read_name(first)  # train/train/cat/
+        splits[named[first]].append((path, rest.relative_to(rest.parts[0]) if again else rest))
+    return _to_datasets(folder, splits, rows)
 
 
-def _to_datasets(folder: Path, splits: dict[str, list[tuple[Path, Path]]]) -> datasets.DatasetDict:
+def _to_datasets(
+    folder: Path, splits: dict[str, list[tuple[Path, Path]]], rows: dict[str, list[dict[str, Any]]]
+) -> datasets.DatasetDict:
     # A split of loose files has no labels, as the test images of many competitions; the others keep theirs.
     labeled = {split for split, paths in splits.items() if all(len(below.parts) > 1 for _, below in paths)}
     classes = {below.parts[0] for split in labeled for _, below in splits[split]}
     result = datasets.DatasetDict()
     for split, paths in splits.items():
-        columns = {"image": [str(folder / path) for path, _ in paths]}
-        features = datasets.Features({"image": datasets.Image(decode=False)})
-        if split in labeled and len(classes) > 1:
-            columns["label"] = [below.parts[0] for _, below in paths]
+        described = [(path, below, row) for path, below in paths for row in rows.get(_key(folder / path), [])]
+        left = [path for path, _ in paths if described and _key(folder / path) not in rows]
+        if left:
+            rank_zero_warn(f"{len(left)} images that no metadata names are left out, such as {shown(folder / left[0])}")
+        images = described or [(path, below, {}) for path, below in paths]
+        names: dict[str, Any] = {name: [] for _, _, row in images for name in row}
+        for name, values in names.items():
+            values += [row.get(name) for _, _, row in images]
+        try:
+            features = datasets.Dataset.from_dict(names).features if names else datasets.Features()
+        except Exception as error:  # of pyarrow, several
+            raise ValueError(f"the metadata of {shown(folder)} mixes types in a column: {shown(error)}") from error
+        columns = names | {"image": [_address(folder / path) for path, _, _ in images]}
+        features["image"] = datasets.Image(decode=False)
+        if split in labeled and len(classes) > 1 and not names.keys() & set(LABEL_NAMES):
+            columns["label"] = [_text(below.parts[0]) for _, below, _ in images]
             features["label"] = datasets.ClassLabel(names=sorted(set(columns["label"])))
         result[split] = datasets.Dataset.from_dict(columns, features=features)
+    return result
+
+
+def _text(name: str) -> str:
+    """A name of the file system in UTF-8, whatever the locale; other bytes are escaped."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _key(path: Path) -> str:
+    """An image as metadata names it."""
+    return _text(os.path.normpath(path))
+
+
+def _address(path: Path) -> str:
+    """A path, or, since a data set holds UTF-8 only, an address that escapes other bytes."""
+    return str(path) if _text(str(path)) == str(path) else path.absolute().as_uri()
+
+
+def _read_metadata(folder: Path, files: Collection[Path]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of metadata files, without their file names, by the path of the image."""
+    result: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for path in (folder / file for file in files):
+        kind = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}[path.suffix]
+        words: dict[str, Any] = (
+            {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+        )  # None may be a class
+        try:
+            rows = datasets.load_dataset(kind, data_files=[_literal(path)], split="train", **words)
+        except Exception as error:  # wraps those of pandas and pyarrow
+            raise ValueError(
+                f"{shown(path)} cannot be read: {shown(error.__cause__ or error)}; repair or rename it"
+            ) from error
+        key = next((name for name in ("file_name", *rows.column_names) if name.endswith("file_name")), "")
+        if key not in rows.column_names:
+            rank_zero_warn(f"{shown(path)} is left out: its columns {_listed(rows.column_names)} have no file_name")
+            continue
+        for row in rows.to_list():
+            result[_key(path.parent / str(row.pop(key)))].append(row)
     return result

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_igpt.data.columns import mode_of
 from lightning_igpt.data.order import Draw
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import Augment, Resize, draw_generator
@@ -94,6 +95,7 @@ class ImageReader:
 
     def __init__(self, part: Part, image_column: str, resize: Resize) -> None:
         self.part, self.image_column, self.resize = part, image_column, resize
+        self._mode = mode_of(part.dataset, image_column)
         self._images = part.dataset.select_columns([image_column]).with_format("arrow")
 
     def read(self, places: list[int], samples: list[int]) -> tuple[NDArray[Any], dict[int, BadImage]]:
@@ -104,7 +106,8 @@ class ImageReader:
         contents, paths = (column.to_pylist() for column in self._images[rows][self.image_column].flatten())
         for index, (content, path) in enumerate(zip(contents, paths, strict=True)):
             try:
-                image = decode({"bytes": content, "path": path})  # both are None where an image is missing
+                value = {"bytes": content, "path": path}  # both are None where an image is missing
+                image = decode(value, mode=self._mode, remote=self.part.remote)
                 tall.paste(self.resize(image, samples[index]), (0, index * size))
             except BadImageError as error:
                 bad[index] = BadImage(self.part.describe(rows[index], path), str(error), places[index])

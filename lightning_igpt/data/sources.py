@@ -19,9 +19,11 @@ from lightning_igpt.data.columns import (
     find_label_column,
     is_tokenized,
     marked_palette,
+    mode_of,
 )
 from lightning_igpt.data.digits import load_digits
 from lightning_igpt.data.folders import TABLES, open_path, quiet
+from lightning_igpt.files import shown
 from lightning_igpt.palette import PALETTE_COLUMN
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
         str | Path | datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict
     )
 else:
-    # What the command line sees. A union with classes would let a config file name, and so import, any module.
-    ImageSource: TypeAlias = str
+    # What the command line sees. A union with classes would let a config file name, and so import, any module; numbers
+    # and truth values get here to be refused in one sentence.
+    ImageSource: TypeAlias = str | int | float | bool
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _STREAM_SHARDS = 64  # of data sets that are stored here as a whole
@@ -49,6 +52,7 @@ class Source:
     class_names: list[str] | None  # of the training split; None without labels
     tokens: TokenMark | None = None  # palette and size; None for images
     streaming: bool = False  # the splits are streams, which have no length and are read in their own order
+    remote: bool = False  # whether rows may name images by addresses on the network
 
     def labels(self, split: str) -> Tensor:
         """Class numbers of a split, int64 (rows,), aligned with ``class_names``.
@@ -89,6 +93,7 @@ def open_source(
         TypeError: ``source`` is of no known type.
         ValueError: Nothing usable is there; the message says what was looked for.
     """
+    name_of(source)
     with quiet():
         opened, where = _open(source, name, revision, streaming)
     splits = {split: (_as_stream(rows) if streaming else rows).with_format(None) for split, rows in opened.items()}
@@ -96,25 +101,38 @@ def open_source(
     train = splits.get(base, next(iter(splits.values())))
     features, mark = train.features or _first(train, where).features, None  # a stream's may be unknown
     if image_column is None and is_tokenized(features):
-        image_column, mark = TOKENS_COLUMN, _find_mark(splits, where)
+        column, mark = TOKENS_COLUMN, _find_mark(splits, where)
         features = datasets.Features({key: kind for key, kind in features.items() if key != PALETTE_COLUMN})
     else:
-        image_column = find_image_column(features, image_column, where=where)
-        splits = {split: _undecoded(rows, image_column, where) for split, rows in splits.items()}
-    column = find_label_column(features, label_column, needed=need_labels, where=where)
-    classes = None
-    if column is not None:
+        column = find_image_column(features, image_column, where=where)
+        splits = {split: _undecoded(rows, column, where) for split, rows in splits.items()}
+    labels, classes = find_label_column(features, label_column, needed=need_labels, where=where), None
+    if labels is not None:
         try:
-            classes = class_names_of(train, column)
+            classes = class_names_of(train, labels)
         except ValueError:
             if need_labels or label_column is not None:
                 raise
-            column = None
-    return Source(where, splits, image_column, column, classes, mark, isinstance(train, datasets.IterableDataset))
+            labels = None
+    # A stranger's file must not make this machine open addresses; a column of strings holds nothing else.
+    remote = image_column is not None and (
+        not isinstance(source, str | Path) or isinstance(features[column], datasets.Value)
+    )
+    streams = isinstance(train, datasets.IterableDataset)
+    return Source(where, splits, column, labels, classes, mark, streams, remote)
 
 
 def name_of(source: Any) -> str:
-    """A source in words: the name of a place, or the type of an object in memory."""
+    """A source in words: the name of a place, or the type of an object in memory.
+
+    Raises:
+        TypeError: ``source`` is a number or a truth value, as YAML reads names that are not quoted.
+    """
+    if isinstance(source, bool | int | float):
+        raise TypeError(
+            f"source is {source!r}, but it takes a name or a path; YAML reads 007 as 7 and on as True: quote it, as in "
+            "source: '007'"
+        )
     return str(source) if isinstance(source, str | Path) else type(source).__name__
 
 
@@ -128,7 +146,7 @@ def _as_stream(rows: Rows) -> datasets.IterableDataset:
 
 def _open(source: Any, name: str | None, revision: str | None, streaming: bool) -> tuple[dict[str, Rows], str]:
     """The splits by name, and what messages call them all."""
-    where = str(source)
+    where = shown(source)
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         if source == "digits":
@@ -143,7 +161,9 @@ def _open(source: Any, name: str | None, revision: str | None, streaming: bool) 
                 "are called 'owner/name'. The only embedded data are 'digits'"
             )
         else:
-            raise FileNotFoundError(f"source is {where!r}, but there is no file or folder {path.absolute()}")
+            raise FileNotFoundError(
+                f"source is {str(source)!r}, but there is no file or folder {shown(path.absolute())}"
+            )
     elif isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
         where = f"the {type(source).__name__} of {', '.join(source)}"
     elif isinstance(source, datasets.Dataset | datasets.IterableDataset):
@@ -202,4 +222,4 @@ def _undecoded(rows: Rows, column: str, where: str) -> Rows:
     if column not in rows.features:
         raise ValueError(f"a split of {where} has no column {column!r}; its columns: {', '.join(rows.features)}")
     with quiet():
-        return rows.cast_column(column, datasets.Image(decode=False))
+        return rows.cast_column(column, datasets.Image(mode=mode_of(rows, column), decode=False))

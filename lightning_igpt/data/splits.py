@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_igpt.data.sources import Source
+from lightning_igpt.files import shown
 
 _NAMES = {"train": ("train",), "val": ("validation", "valid", "val", "dev"), "test": ("test",)}
 _PLAIN = re.compile(r"[^\[\]+]+")  # a split's name without slice or sum
@@ -30,6 +31,7 @@ class Part:
     split: str
     dataset: datasets.Dataset
     rows: NDArray[np.int64] | None = None  # those of this part, ascending; None means all
+    remote: bool = False  # whether rows may name images by their addresses
 
     def __len__(self) -> int:
         return len(self.dataset) if self.rows is None else len(self.rows)
@@ -40,7 +42,7 @@ class Part:
 
     def describe(self, row: int, path: str | None = None) -> str:
         """Where a row of the data set comes from, for messages."""
-        return f"{self.source}, split {self.split!r}, row {row}" + (f" ({path})" if path else "")
+        return f"{self.source}, split {self.split!r}, row {row}" + (f" ({shown(path)})" if path else "")
 
     def labels(self, source: Source) -> Tensor:
         """Class numbers, int64 (len(self),); errors as ``Source.labels``."""
@@ -83,6 +85,10 @@ def divide(
             chosen[role] = name
             if not source.streaming and not len(source.splits[name]):
                 raise ValueError(f"{source.name} has no rows in the split {name!r}")
+    if unused := [split for split in source.splits if not any(split in name for name in chosen.values())]:
+        rank_zero_info(
+            f"{source.name}: {', '.join(unused)} not used; train_split={chosen['train']}+{unused[0]} would be"
+        )
     return Division(source, chosen)
 
 
@@ -93,7 +99,10 @@ def make_parts(division: Division, *, val_fraction: float, seed: int) -> dict[st
         ValueError: The training split is too small to hold out any.
     """
     source = division.source
-    parts = {role: Part(source.name, split, source.splits[split]) for role, split in division.splits.items()}
+    parts = {
+        role: Part(source.name, split, source.splits[split], remote=source.remote)
+        for role, split in division.splits.items()
+    }
     if "val" not in parts and val_fraction > 0:
         parts.update(_hold_out(parts["train"], val_fraction, seed))
     return parts

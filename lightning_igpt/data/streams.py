@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
-import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from lightning_igpt.data.columns import mode_of
 from lightning_igpt.data.order import Draw
 from lightning_igpt.data.readers import (
     MAX_STAND_INS,
@@ -35,18 +35,19 @@ from lightning_igpt.data.readers import (
 from lightning_igpt.data.sources import Source
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import Augment, Resize, square
-from lightning_igpt.images import BadImageError, decode
+from lightning_igpt.files import shown
+from lightning_igpt.images import BadImageError, decode, fetch
 from lightning_igpt.palette import PALETTE_COLUMN
 
 STATE = "stream_state"  # key of a batch: (worker, where it is in its stream); the loader removes it
 _EMPTY_PASSES = 100  # a reader may get shards without rows in some passes, but hardly in so many in succession
 
 
-def belongs(row: Mapping[str, Any], column: str, fraction: float, held_out: bool) -> bool:
+def belongs(row: Mapping[str, Any], column: str, fraction: float, held_out: bool, remote: bool = False) -> bool:
     """For ``filter``: divides rows by a hash of their content, so that copies of an image stay together."""
     value = row[column]
     with suppress(BadImageError):  # reported when it is read
-        value = fetch(value)
+        value = fetch(value, remote=remote)
     if isinstance(value, Mapping):
         content = value.get("bytes") or str(value.get("path") or "").encode()
     else:
@@ -79,12 +80,13 @@ class StreamPart:
                 raise ValueError(f"{self.where}, draw {sample}: {len(value)} tokens, not {resize.size}^2")
             return np.asarray(value, np.int16).reshape(1, resize.size, resize.size)
         try:
-            return square(resize, decode(fetch(value)), sample)
+            image = decode(fetch(value, remote=self.source.remote), mode=mode_of(self.rows, self.source.image_column))
+            return square(resize, image, sample)
         except BadImageError as error:
             # Paths within archives may be alike, and the same image must be recognized in another pass.
             path, content = (value.get("path"), value.get("bytes")) if isinstance(value, Mapping) else (None, b"")
             crc = f"CRC-32 {zlib.crc32(content):08x}" if content else f"draw {sample}"
-            names = ([str(path)] if path else []) + ([crc] if content or not path else [])
+            names = ([shown(path)] if path else []) + ([crc] if content or not path else [])
             return BadImage(f"{self.where}, {', '.join(names)}", str(error))
 
     def label(self, row: Mapping[str, Any]) -> int:
@@ -244,6 +246,7 @@ def open_part(
         rows = rows.select_columns([name for name in wanted if name in rows.features])
     if fraction > 0:
         options = {"column": source.image_column, "fraction": fraction, "held_out": held_out}
+        options["remote"] = source.remote
         rows = rows.filter(belongs, fn_kwargs=options)
     return StreamPart(source, split, rows, own_names, need_labels)
 
@@ -290,28 +293,9 @@ def keep(part: StreamPart, n_images: int) -> Part:
     if part.source.tokens is None:
         for row in kept:
             with suppress(BadImageError):  # reported when it is read
-                row[column] = fetch(row[column])
+                row[column] = fetch(row[column], remote=part.source.remote)
     rank_zero_info(f"validating on the first {len(kept)} images of {part.where} (val_images)")
     dataset = datasets.Dataset.from_list(kept, features=part.rows.features)
     if part.source.tokens is None:
-        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        dataset = dataset.cast_column(column, datasets.Image(mode=mode_of(part.rows, column), decode=False))
     return Part(part.source.name, f"{part.split} (kept in memory)", dataset)
-
-
-def fetch(value: Any) -> Any:
-    """An image that is only named, by a path or a URL, with the bytes of its file; others as they are.
-
-    Raises:
-        BadImageError: The file cannot be read.
-    """
-    if isinstance(value, bytes):
-        return {"bytes": value, "path": None}
-    path = value if isinstance(value, str) else value.get("path") if isinstance(value, Mapping) else None
-    if not path or (isinstance(value, Mapping) and value.get("bytes") is not None):
-        return value
-    try:
-        with fsspec.open(path, "rb") as file:
-            return {"bytes": file.read(), "path": path}
-    except Exception as error:  # each file system raises its own
-        absent = isinstance(error, FileNotFoundError)
-        raise BadImageError("there is no such file" if absent else f"the file cannot be read: {error}") from error

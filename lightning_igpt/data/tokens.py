@@ -20,11 +20,12 @@ import torch
 from lightning.pytorch import Trainer
 from numpy.typing import NDArray
 
-from lightning_igpt.data.columns import TOKENS_COLUMN, find_image_column, is_tokenized
+from lightning_igpt.data.columns import TOKENS_COLUMN, find_image_column, is_tokenized, mode_of
 from lightning_igpt.data.folders import quiet
 from lightning_igpt.data.readers import REPAIR, BadImage
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import Resize, square
+from lightning_igpt.files import shown
 from lightning_igpt.images import BadImageError, decode
 from lightning_igpt.palette import PALETTE_COLUMN, Colors, Palette
 
@@ -87,7 +88,9 @@ def _tokenize(
 ) -> DataSet:
     column = _image_column(dataset, wanted, num_proc, where)
     transform = palette.transform(column, size)
-    dataset = dataset.with_format(None).cast_column(column, datasets.Image(decode=False))
+    # Where the column asks for a mode, datasets itself decodes and converts.
+    undecoded = datasets.Image(mode=(mode := mode_of(dataset, column)), decode=mode is not None)
+    dataset = dataset.with_format(None).cast_column(column, undecoded)
     others = {name: feature for name, feature in dataset.features.items() if name != column}
     label = datasets.ClassLabel(names=[palette.sha256])
     features = datasets.Features({**others, TOKENS_COLUMN: _tokens_feature(size * size), PALETTE_COLUMN: label})
@@ -135,6 +138,8 @@ class TokenSquares:
     n_crops: int
     skip: bool  # write what is wrong with an image into the column "error" instead of raising
     files: str  # changes when image files outside of the data set do, and so what the cache is made of
+    mode: str | None = None  # as datasets.Image(mode=...) asks for
+    remote: bool = False  # whether rows may name images by their addresses
 
     def __call__(self, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
         """Tokens int16 (rows, n_crops * S * S), and "" or what is wrong with each image."""
@@ -142,10 +147,10 @@ class TokenSquares:
         pixels = np.zeros((len(rows), self.n_crops, 3, size, size), np.uint8)
         for index, (row, value) in enumerate(zip(rows, batch[self.image_column], strict=True)):
             try:
-                image = decode(value)
+                image = decode(value, mode=self.mode, remote=self.remote)
             except BadImageError as error:
                 if not self.skip:
-                    path = f" ({value['path']})" if value and value.get("path") else ""
+                    path = f" ({shown(value['path'])})" if value and value.get("path") else ""
                     raise BadImageError(f"row {row}{path}: {error}") from error
                 errors[index] = str(error)
                 continue
@@ -196,7 +201,9 @@ def cached_tokens(
     try:
         with quiet(), _first_on_its_node(trainer):
             made = images.map(
-                TokenSquares(_ready(palette), column, resize, n_crops, skip, files),
+                TokenSquares(
+                    _ready(palette), column, resize, n_crops, skip, files, mode_of(images, column), part.remote
+                ),
                 batched=True,
                 batch_size=max(1, min(1000, 2**22 // length)),
                 with_indices=True,

@@ -27,6 +27,23 @@ def test_image_column_by_type():
         find_image_column(Features({"x": Value("int64"), "y": Value("string")}), None, where="S")
 
 
+@pytest.mark.parametrize(
+    "features, image, target",
+    [
+        ({"img": Image(), "fine_label": ClassLabel(names=["a"]), "coarse_label": ClassLabel(names=["b"])}, 0, 1),
+        ({"mask": Image(), "image": Image(), "target": Value("int64")}, 1, 2),
+        ({"jpg": Value("binary"), "cls": Value("int64"), "json": {"width": Value("int64")}}, 0, 1),
+        ({"text": Value("string"), "pixel_values": {"bytes": Value("binary"), "path": Value("string")}}, 1, None),
+        ({"picture": Value("string"), "label": Value("string")}, 0, 1),
+        ({"input": Image(), "target": Image()}, 0, None),
+    ],
+)
+def test_usual_names_are_known(features, image, target):
+    names = list(features)
+    assert find_image_column(Features(features), None, where="S") == names[image]
+    assert label(Features(features), needed=target is not None) == (None if target is None else names[target])
+
+
 def test_columns_that_can_hold_images():
     struct = {"bytes": Value("binary"), "path": Value("string")}
     for feature in (Value("binary"), Value("string"), struct):
@@ -47,7 +64,7 @@ def test_label_column_by_type():
 
 def test_unclear_labels_matter_only_when_needed():
     two = Features({"fine": ClassLabel(names=["a"]), "coarse": ClassLabel(names=["b"])})
-    none = Features({"label": Value("string")})
+    none = Features({"label": Value("float32")})
     assert label(two, needed=False) is None and label(none, needed=False) is None
     with pytest.raises(ValueError, match=r"several columns of labels \('fine', 'coarse'\); set label_column"):
         label(two)

@@ -11,11 +11,14 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from lightning_igpt.data import PretrainDataModule, tokenize
 from lightning_igpt.data.loaders import make_loader, n_steps
 from lightning_igpt.data.order import EvalOrder
 from lightning_igpt.data.readers import BadImages, ImageBatches, ImageReader
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import CenterCrop
+from lightning_igpt.palette import Palette
+from tests.data.test_datamodule import ready
 from tests.image_files import noise, rows, tiny
 
 UNDECODED = datasets.Image(decode=False)
@@ -40,6 +43,24 @@ def test_a_batch_holds_the_images_in_order():
     assert set(batches(rows(images))[[(0, 0)]]) == {"image", "sample"}
     part = batches(tiny(9), np.array([2, 5, 8]))
     assert len(part) == 3 and part[[(2, 0), (0, 1)]]["image"][:, 0, 0, 0].tolist() == [8, 2]
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "CMYK"])
+def test_the_mode_of_a_column_is_honored_as_by_datasets(mode):
+    """In every way from a data set to tokens: by data modules, streams, caches, tokenize and with_transform."""
+    pictures = [noise((4, 4), seed).convert("RGBA") for seed in range(4)]
+    pictures[0].putalpha(9)
+    palette, dataset = Palette.load("openai"), rows(pictures).cast_column("image", datasets.Image(mode=mode))
+    wanted = torch.from_numpy(np.array(dataset.with_transform(palette.transform(size=4))[:]["tokens"]).astype(int))
+    assert (np.array(tokenize(dataset, palette, size=4)["tokens"]) == wanted.numpy()).all()
+    assert mode == "RGB" or not torch.equal(
+        wanted, palette.quantize(batches(rows(pictures))[[(i, i) for i in range(4)]]["image"])
+    )
+    for options in ({}, {"cache": "disk", "palette": "openai"}, {"streaming": True, "shuffle_buffer": 1}):
+        splits = datasets.DatasetDict(train=dataset, test=dataset)
+        (batch,) = ready(PretrainDataModule, splits, image_size=4, batch_size=4, **options).test_dataloader()
+        tokens = batch["tokens"].long() if "tokens" in batch else palette.quantize(batch["image"])
+        assert torch.equal(tokens, wanted)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import datasets
 import pytest
 from datasets import Features, Value
 
-from lightning_igpt.data import tokenize
+from lightning_igpt.data import PretrainDataModule, tokenize
 from lightning_igpt.data.sources import open_source
+from lightning_igpt.images import BadImageError
 from lightning_igpt.palette import Palette
+from tests.data.test_datamodule import ready
 from tests.image_files import encoded, noise, picture, rows, save_images, tiny
 
 
@@ -188,3 +190,90 @@ def test_streams_of_unknown_columns_are_asked_for_a_row():
     assert open_source(stream).image_column == "image"
     with pytest.raises(ValueError, match="has no rows"):
         open_source(tiny(4).select([]), streaming=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["photos_train", "photos_more"], {"train": [1, 0]}),
+        (["train-00000", "test-00000", "Validation_set-0"], {"test": [1], "train": [0], "validation": [2]}),
+        (["data/train-00000-of-00001", "data/extra-00000-of-00001"], {"extra": [1], "train": [0]}),
+        (["en/train/0", "en/train/1", "en/test/0"], {"test": [2], "train": [0, 1]}),
+        (
+            ["train-00000", "test-00000", "extra-00000"],
+            r"named after splits \(test-0.*, train-0.*\) and others \(extra",
+        ),
+        (["photos_test", "photos"], r"named after splits \(photos_test\.\w+\) and others \(photos\.\w+\)"),
+        (["train/test-0", "train/1"], r"named after splits \(train/1\.\w+\) and others \(train/test-0"),
+    ],
+)
+@pytest.mark.parametrize("kind, place", [("parquet", "set [1]"), ("arrow", "a*b"), ("tar", "a?b")])
+def test_every_file_is_read_or_named(place, kind, names, splits, tmp_path):
+    (tmp_path / "set 1").mkdir()
+    tiny(9).to_parquet(tmp_path / "set 1/train.parquet")  # what the name of another folder means as a pattern
+    for number, name in enumerate(names):
+        file = tmp_path / place / f"{name}.{kind}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "tar":
+            write_tar(file, [number])
+        elif kind == "parquet":
+            tiny(4).select([number]).to_parquet(file)
+        else:
+            tiny(4).select([number]).save_to_disk(tmp_path / "saved")
+            shutil.copy(tmp_path / "saved/data-00000-of-00001.arrow", file)
+    if isinstance(splits, str):
+        with pytest.raises(ValueError, match=splits):
+            open_source(tmp_path / place)
+        return
+    for streaming in (False, True):
+        source = open_source(tmp_path / place, streaming=streaming)
+        found = {split: [row[source.image_column]["bytes"] for row in rows] for split, rows in source.splits.items()}
+        assert found == {split: [encoded(picture(number)) for number in rows] for split, rows in splits.items()}
+    single = open_source(tmp_path / place / f"{names[0]}.{kind}").splits["train"]
+    assert len(single) == 1
+
+
+def test_names_that_datasets_cannot_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("ELSEWHERE", str(tmp_path))
+    for name in ("a::b", "$ELSEWHERE", "caf\udce9"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.parquet").touch()
+        with pytest.raises(ValueError, match=r"datasets cannot read .*rename it"):
+            open_source(tmp_path / name)
+
+
+def test_saved_data_sets_in_folders_of_splits(tmp_path):
+    for split, n in (("train", 4), ("val", 2)):
+        tiny(n).save_to_disk(tmp_path / "root" / split)
+    assert shape(open_source(tmp_path / "root")) == {"train": 4, "val": 2}
+    assert open_source(tmp_path / "root", streaming=True).splits.keys() == {"train", "val"}
+    tiny(1).save_to_disk(tmp_path / "root/more")
+    with pytest.raises(ValueError, match=r"named after splits \(train, val\) and other .*\(more/\)"):
+        open_source(tmp_path / "root")
+
+
+@pytest.mark.parametrize("value", [2024, True, 7.5])
+def test_what_yaml_reads_as_no_text(value):
+    with pytest.raises(TypeError, match=rf"source is {value}, .*quote it, as in source: '007'"):
+        open_source(value)
+
+
+def test_images_tables_and_tars_of_img2dataset(tmp_path):
+    write_tar(tmp_path / "00000.tar", [0, 1])
+    tiny(2).remove_columns("image").to_parquet(tmp_path / "00000.parquet")
+    assert shape(open_source(tmp_path)) == {"train": 2}
+
+
+def test_names_are_shown_with_escapes(tmp_path):
+    """A name must not move the cursor, color the screen or end the line."""
+    place = tmp_path / "a\x1b[31m\n"
+    save_images(place, ["train/1.png", "b\x1b[2J/2.png"])
+    for source, error in ((place, ValueError), (place / "no/file/here", FileNotFoundError)):
+        with pytest.raises(error, match=r"a\\x1b\[31m\\n") as caught:
+            open_source(source)
+        assert str(caught.value).isprintable()
+    written(tmp_path / "set\x1b" / "x\x1b.png")
+    data = ready(PretrainDataModule, tmp_path / "set\x1b", val_fraction=0, batch_size=1)
+    with pytest.raises(BadImageError, match=r"set\\x1b, split 'train', row 0 \(.*set\\x1b/x\\x1b\.png\)") as caught:
+        list(data.train_dataloader())
+    assert str(caught.value).isprintable()

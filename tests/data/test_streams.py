@@ -1,13 +1,17 @@
 """Streams of every kind over the same small pictures: passes, hold-outs, resuming, labels, bad images, refusals."""
 
+import http.server
 import io
 import tarfile
+import threading
 import zipfile
 from collections import Counter
 from itertools import chain, islice, pairwise
 from types import SimpleNamespace
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -19,6 +23,7 @@ from tests.data.test_resume import checkpoints, fit
 from tests.image_files import encoded, picture, rows, save_images
 
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+IMAGE = datasets.Image.pa_type
 FILES = [encoded(picture(i)) for i in range(80)]
 
 
@@ -330,6 +335,45 @@ def test_images_that_a_stream_only_names(tmp_path):
     missing = datasets.Dataset.from_dict({"image": [paths[0].replace("0.png", "x.png")]}, features=features)
     with pytest.raises(BadImageError, match=r"zip://x\.png::.*set\.zip: there is no such file"):
         next(iter(stream_of(missing.to_iterable_dataset(), val_fraction=0).train_dataloader()))
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.add(self.path)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(FILES[3])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": "disk", "palette": "gray:16"}, {"streaming": True}])
+def test_addresses_are_opened_only_on_purpose(options, tmp_path):
+    """A stranger's file could name any; a column of strings that the user names is there to be opened."""
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("3.png", FILES[3])
+
+    def read(path, kind, **more):
+        values = pa.array([path if kind == "text" else {"bytes": None, "path": path}] * 4)
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        pq.write_table(pa.table({"image": values if kind == "text" else values.cast(IMAGE)}), folder / "0.parquet")
+        more |= {"image_size": 4, "batch_size": 4, "val_fraction": 0}
+        return len(next(iter(ready(PretrainDataModule, str(folder), **more, **options).train_dataloader()))["sample"])
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        server.asked = set()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/a.png"
+        chained = f"zip://3.png::{address}"
+        named = {"image_column": "image"}
+        for path, kind, more in ((address, "image", named), (address, "text", {}), (chained, "image", {})):
+            with pytest.raises(BadImageError, match=r"an address \(http://\); addresses are read only from"):
+                read(path, kind, **more)
+        assert not server.asked and read(f"zip://3.png::{tmp_path / 'set.zip'}", "image") == 4
+        assert read(address, "text", **named) == 4 and server.asked == {"/a.png"}
+        server.shutdown()
 
 
 # Lengths
