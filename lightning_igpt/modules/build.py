@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -22,6 +23,7 @@ from lightning_igpt.decoding import is_sharded
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules.resume import is_evaluating, is_own, load_run_state, save_random_states, trainer_of
 from lightning_igpt.palette import Palette
+from lightning_igpt.private import current_datamodule
 from lightning_igpt.weights import load_pretrained
 from lightning_igpt.weights.checkpoint import STAMP
 from lightning_igpt.weights.native import COLORS
@@ -92,7 +94,7 @@ def register(module: Any, built: Built, *names: str, **others: Any) -> None:
     module.metrics, module.batches_seen, module.validated_at, module.random_states = {}, 0, None, None
     module.data_name = module.trained_classes = module.label_places = None
     side = built.network.config.image_size
-    module.example_input_array = torch.zeros(1, 3, side, side, dtype=torch.uint8, device="cpu")
+    module.example = module.example_input_array = torch.zeros(1, 3, side, side, dtype=torch.uint8, device="cpu")
     module.network, module.palette, module.origin, module.origin_path = built
     colors = torch.tensor(built.palette.to_list(), dtype=torch.float32, device="cpu")  # (K, 3)
     module.register_buffer(COLORS, colors)
@@ -109,6 +111,15 @@ def hparams_to_log(module: Any, mine: dict[str, Any]) -> dict[str, Any]:
     return mine
 
 
+def check_example(module: Any, trainer: Trainer) -> None:
+    """Drop the example input where a user's hook or ``forward`` may expect whole batches; summaries call them."""
+    users = [type(one) for one in (module, current_datamodule(trainer)) if one is not None]
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    changed = any(getattr(kind, hook) is not getattr(DataHooks, hook) for kind in users for hook in hooks)
+    if module.example_input_array is module.example and (changed or type(module).forward.__module__ not in MODULES):
+        module.example_input_array = None
+
+
 def shard_network(module: Any) -> None:
     """Shard a module's network under ModelParallelStrategy; call it from ``configure_model``.
 
@@ -118,6 +129,7 @@ def shard_network(module: Any) -> None:
     trainer, network = trainer_of(module), module.network
     if trainer is None:  # load_from_checkpoint configures the model, too
         return
+    check_example(module, trainer)
     strategy = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy):
         if is_sharded(network):

@@ -161,13 +161,13 @@ class ProbeModule(LightningModule):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ValueError("a probe's network is frozen and is not sharded; use strategy='ddp', or one device")
         if not self.num_classes:
-            count, _ = classes.classes_of_data(self.trainer)
-            if count is None:
+            if (count := classes.classes_of_data(self.trainer)[0]) is None:
                 raise ValueError("num_classes is unknown: the data does not name its classes, so set num_classes=")
             self.set_classes(count)
         if stage == "fit" and self.solver == "lbfgs":
             self.trained_classes = None  # a fit begins from zero, unless a checkpoint is loaded now
         classes.adopt_class_names(self)
+        build.check_example(self, self.trainer)
 
     def train(self, mode: bool = True) -> ProbeModule:
         """Keep the frozen network in evaluation mode, whatever Lightning asks for."""

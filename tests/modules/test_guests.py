@@ -63,11 +63,14 @@ def rates_of(folder, module, data, validate=None, **options):
 
 
 class Foreign(LightningDataModule):
-    batches_per_epoch, needs_labels, num_classes, class_names = 3, True, 7, np.array(["a"])
+    batches_per_epoch, needs_labels, num_classes, class_names, flips = 3, True, 7, np.array(["a"]), False
 
     def __init__(self, seed=42, source="theirs", lr=1.0, num_classes=9):
         super().__init__()
         self.save_hyperparameters()
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):  # which summaries pass the example input through
+        return {"image": batch["image"].flip(-1), "label": batch["label"]} if self.flips else batch
 
     def train_dataloader(self):
         return loader(32)
@@ -311,6 +314,9 @@ def test_summaries_count_floating_point_operations(tmp_path, make):
     flops = ModelSummary(module).total_flops
     matrices = [part.weight.numel() for part in module.network.modules() if isinstance(part, torch.nn.Linear)]
     quiet_trainer(tmp_path, max_epochs=1, logger=TensorBoardLogger(tmp_path, log_graph=True)).fit(module, loader(8))
+    with_hook = Foreign()
+    with_hook.flips = True
+    lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, default_root_dir=tmp_path).fit(make(), with_hook)
     head = 0 if make is pretrain else module.network.lm_head.weight.numel()
     assert flops >= 2 * 16 * (sum(matrices) - head)
 
