@@ -291,7 +291,8 @@ class PaletteTransform:
         for place, value in enumerate(images):
             where = f"image {place} of the batch" if rows is None else f"the image in row {rows[place]}"
             pixels[place] = np.asarray(resize_center_crop(decode_form(value, where), self.size))
-        columns = {self.tokens_column: self._quantize(pixels), PALETTE_COLUMN: [self.palette.sha256] * len(pixels)}
+        tokens = quantize_in_one_thread(self.palette, pixels.transpose(0, 3, 1, 2)).view(np.uint16)
+        columns = {self.tokens_column: tokens, PALETTE_COLUMN: [self.palette.sha256] * len(pixels)}
         if not isinstance(batch, dict):
             return columns
         del batch[self.image_column]
@@ -309,16 +310,20 @@ class PaletteTransform:
             raise TypeError(f"column {self.image_column!r} holds one image, not a batch; use map(..., batched=True)")
         return images  # type: ignore[no-any-return]
 
-    def _quantize(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint16]:
-        # map(num_proc=...) forks, and OpenMP's thread pool does not survive a fork: a parallel loop in the child would
-        # wait forever for threads that only the parent has.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            parts = torch.split(torch.from_numpy(pixels).permute(0, 3, 1, 2), max(1, _PIXELS // self.size**2))
-            return torch.cat([self.palette.quantize(part).short() for part in parts]).numpy().view(np.uint16)
-        finally:
-            torch.set_num_threads(threads)
+
+def quantize_in_one_thread(palette: Palette, pixels: NDArray[np.uint8]) -> NDArray[np.int16]:
+    """The ids (B, H*W) of uint8 pixels (B,3,H,W), part by part, in a process that ``map`` may have forked.
+
+    OpenMP's thread pool does not survive a fork: a parallel loop in the child would wait forever for threads that only
+    the parent has.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        parts = torch.split(torch.from_numpy(pixels), max(1, _PIXELS // (pixels.shape[2] * pixels.shape[3])))
+        return torch.cat([palette.quantize(part).short() for part in parts]).numpy()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def token_rows(tokens: TokenRows) -> Tensor:

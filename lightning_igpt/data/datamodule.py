@@ -17,7 +17,7 @@ from lightning_igpt.data.readers import ImageBatches, OnBadImage
 from lightning_igpt.data.sources import ImageSource, Source, name_of, open_source
 from lightning_igpt.data.splits import Division, Part, divide, make_parts
 from lightning_igpt.data.streams import StreamBatches, StreamPart, StreamReader
-from lightning_igpt.data.tokens import TokenReader, cached_tokens
+from lightning_igpt.data.tokens import TokenReader, cached_tokens, damage_named
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
 from lightning_igpt.files import write_csv
 
@@ -111,7 +111,7 @@ class ImageDataModule(LightningDataModule):
         self.config_name, self.revision = config_name, revision
         self.image_column, self.label_column = image_column, label_column
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
-        self.check_options()
+        check(self)
         self.known_options = pairs(self)
         self._used: list[Any] = []  # the options that the source was opened with
         self._begun_with = batch_size  # at the last ``setup``
@@ -130,7 +130,8 @@ class ImageDataModule(LightningDataModule):
         if self._opened is None or now != self._used:
             self._opened, self._used, self.division, self.parts = None, now, None, {}
             options = {name: getattr(self, name) for name in _OPENING} | {"need_labels": self.needs_labels}
-            self._opened = open_source(self.source, name=self.config_name, **options)
+            with damage_named(name_of(self.source)):
+                self._opened = open_source(self.source, name=self.config_name, **options)
             self.class_names = self._opened.class_names
             self.num_classes = None if self.class_names is None else len(self.class_names)
         if self._opened.streaming and self.cache == "disk":
@@ -171,7 +172,7 @@ class ImageDataModule(LightningDataModule):
         Raises:
             ValueError: A column, a split or labels are missing or unusable.
         """
-        self.check_options()
+        check(self)
         opened, self._begun_with = self.opened, self.batch_size
         if self.division is not None:
             return
@@ -339,7 +340,7 @@ class ImageDataModule(LightningDataModule):
         return loaders.matching_size(self.trainer, self.opened, self.image_size)
 
     def _check_role(self, role: str) -> None:
-        self.check_options()
+        check(self)
         _ = self.division and self.opened  # which forgets a division by other options
         if self.division is None:
             raise RuntimeError("call setup() before asking for a loader, also after a change of what it divides")
@@ -347,6 +348,3 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(
                 f"{self.opened.name} has no {role} split; set {role}_split to one of: {', '.join(self.opened.splits)}"
             )
-
-    def check_options(self) -> None:
-        check(self)

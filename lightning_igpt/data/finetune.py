@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_igpt.data.datamodule import ImageDataModule
+from lightning_igpt.data.options import check
 from lightning_igpt.data.sources import ImageSource
 from lightning_igpt.data.transforms import Augment, PadCropFlip
 
@@ -26,7 +27,7 @@ class FineTuneDataModule(ImageDataModule):
     def __init__(self, source: ImageSource = "digits", *, pad: int = 4, flip: bool = True, **common: Any) -> None:
         super().__init__(source, **common)
         self.pad, self.flip = pad, flip
-        self.check_options()
+        check(self)
 
     def augmentation(self) -> Augment | None:
         size = self._size()

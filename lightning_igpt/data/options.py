@@ -24,6 +24,11 @@ def check(data: Any) -> None:
     for name, choices in (("cache", get_args(Cache)), ("on_bad_image", get_args(OnBadImage))):
         if getattr(data, name) not in choices:
             raise ValueError(f"{name} is {getattr(data, name)!r}; it must be one of: {', '.join(choices)}")
+    if data.n_crops > 1 and not (data.random_crop and data.cache == "disk"):
+        raise ValueError(
+            f"n_crops is {data.n_crops}, but random_crop is {data.random_crop} and cache is {data.cache!r}: only "
+            "cache=disk keeps random crops; without it every pass draws new ones"
+        )
 
 
 def pairs(data: Any) -> dict[str, tuple[Any, Any]]:

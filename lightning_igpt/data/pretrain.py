@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_igpt.data.datamodule import ImageDataModule
+from lightning_igpt.data.options import check
 from lightning_igpt.data.sources import ImageSource
 from lightning_igpt.data.transforms import RandomCrop, Resize
 
@@ -33,18 +34,10 @@ class PretrainDataModule(ImageDataModule):
     ) -> None:
         super().__init__(source, **common)
         self.random_crop, self.n_crops = random_crop, n_crops
-        self.check_options()
+        check(self)
 
     def training_resize(self) -> Resize:
         crops = self.random_crop and (self.cache != "disk" or self.n_crops > 1)
         if self.random_crop and not crops:
             rank_zero_info("cache=disk keeps the center of large images; n_crops=10 keeps ten random squares of each")
         return RandomCrop(self._size(), self.seed) if crops else super().training_resize()
-
-    def check_options(self) -> None:
-        super().check_options()
-        if self.n_crops > 1 and not (self.random_crop and self.cache == "disk"):
-            raise ValueError(
-                f"n_crops is {self.n_crops}, but random_crop is {self.random_crop} and cache is {self.cache!r}: only "
-                "cache=disk keeps random crops; without it every pass draws new ones"
-            )

@@ -1,23 +1,26 @@
 """Data sets of palette ids: made once from images by ``Dataset.map``, stored as Arrow, read without a copy.
 
-The column ``tokens`` holds a picture's ids; the column ``palette`` names the colors by their SHA-256.
+The column ``tokens`` holds a picture's ids, ``crc32`` their checksum; ``palette`` names the colors by their SHA-256.
 ``tokenize`` makes them for users, ``cached_tokens`` for ``cache=disk``, both in the cache of ``datasets``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import datasets
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from lightning_igpt.data.columns import TOKENS_COLUMN, find_image_column, is_tokenized, mode_of
@@ -27,8 +30,10 @@ from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import Resize, square
 from lightning_igpt.files import shown
 from lightning_igpt.images import BadImageError, decode
-from lightning_igpt.palette import PALETTE_COLUMN, Colors, Palette
+from lightning_igpt.palette import PALETTE_COLUMN, Colors, Palette, PaletteTransform, quantize_in_one_thread
 
+CHECKSUM_COLUMN = "crc32"  # of a row's tokens as little-endian int16
+_CHECKSUM = datasets.Value("uint32")
 _ERROR_COLUMN = "error"
 
 DataSet: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -61,8 +66,8 @@ def tokenize(
 
     Returns:
         A data set of the same kind. In place of the images it has ``tokens``, size * size integers of 16 bits in raster
-        order, and ``palette``, a ClassLabel whose one name is the SHA-256 of the colors; rows of a stream hold the
-        name itself.
+        order, ``crc32``, their checksum, which this package's data modules compare before they train, and ``palette``,
+        a ClassLabel whose one name is the SHA-256 of the colors; rows of a stream hold the name itself.
 
     Raises:
         BadImageError: An image cannot be used; the message names its row and path.
@@ -93,12 +98,13 @@ def _tokenize(
     dataset = dataset.with_format(None).cast_column(column, undecoded)
     others = {name: feature for name, feature in dataset.features.items() if name != column}
     label = datasets.ClassLabel(names=[palette.sha256])
-    features = datasets.Features({**others, TOKENS_COLUMN: _tokens_feature(size * size), PALETTE_COLUMN: label})
+    columns = {TOKENS_COLUMN: _tokens_feature(size * size), PALETTE_COLUMN: label, CHECKSUM_COLUMN: _CHECKSUM}
+    features = datasets.Features({**others, **columns})
     if isinstance(dataset, datasets.Dataset) and not len(dataset):  # map would leave such a split as it is
         return datasets.Dataset.from_dict({name: [] for name in features}, features=features, split=dataset.split)
     processes = {} if num_proc is None else {"num_proc": num_proc}  # a stream has no such option
     options = {"batch_size": batch_size, "with_indices": True, "remove_columns": [column], "features": features}
-    result = dataset.map(transform, batched=True, **options, **processes)
+    result = dataset.map(_WithChecksum(transform), batched=True, **options, **processes)
     result.info.description = (
         f"Pictures of {size} x {size} pixels as ids 0..{len(palette) - 1} of an Image GPT palette of {len(palette)} "
         f"colors, in raster order. SHA-256 of the palette: {palette.sha256}"
@@ -108,6 +114,21 @@ def _tokenize(
 
 def _tokens_feature(length: int) -> datasets.List:
     return datasets.List(datasets.Value("int16"), length=length)  # ids are below 32,768
+
+
+@dataclass(frozen=True)
+class _WithChecksum:
+    transform: PaletteTransform
+
+    def __call__(self, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+        columns = self.transform(batch, rows)
+        columns[CHECKSUM_COLUMN] = _checksums(columns[TOKENS_COLUMN])
+        return columns
+
+
+def _checksums(tokens: NDArray[Any]) -> NDArray[np.uint32]:
+    """The CRC-32 of each row (rows, T), as CHECKSUM_COLUMN holds it."""
+    return np.array([zlib.crc32(row) for row in np.ascontiguousarray(tokens, "<i2")], np.uint32)
 
 
 def _image_column(dataset: DataSet, wanted: str | None, num_proc: int | None, where: str) -> str:
@@ -123,7 +144,7 @@ def _image_column(dataset: DataSet, wanted: str | None, num_proc: int | None, wh
         raise ValueError(f"num_proc is {num_proc}, but {where} is a stream; the workers of its DataLoader share it")
     if is_tokenized(features):
         raise ValueError(f"{where} is tokenized already: its columns are {', '.join(features)}")
-    if taken := [name for name in (TOKENS_COLUMN, PALETTE_COLUMN) if name in features]:
+    if taken := [name for name in (TOKENS_COLUMN, CHECKSUM_COLUMN, PALETTE_COLUMN) if name in features]:
         raise ValueError(f"{where} has a column {taken[0]!r} of its own, which would be lost; rename it")
     return find_image_column(features, wanted, where=where)
 
@@ -156,13 +177,8 @@ class TokenSquares:
                 continue
             for crop in range(self.n_crops):
                 pixels[index, crop] = square(self.resize, image, row * self.n_crops + crop)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a process that map forks has none of OpenMP's threads and would wait for them
-        try:
-            tokens = self.palette.quantize(torch.from_numpy(pixels).flatten(0, 1))  # (rows * crops, S * S)
-        finally:
-            torch.set_num_threads(threads)
-        return {TOKENS_COLUMN: tokens.numpy().astype(np.int16).reshape(len(rows), -1), _ERROR_COLUMN: errors}
+        tokens = quantize_in_one_thread(self.palette, pixels.reshape(-1, 3, size, size)).reshape(len(rows), -1)
+        return {TOKENS_COLUMN: tokens, CHECKSUM_COLUMN: _checksums(tokens), _ERROR_COLUMN: errors}
 
 
 @contextmanager
@@ -197,21 +213,26 @@ def cached_tokens(
         with _first_on_its_node(trainer):
             images = datasets.Dataset.from_generator(_rows, gen_kwargs={"images": images}, **kind)
     files, length = _state_of_files(images, column), n_crops * resize.size**2
-    features = {TOKENS_COLUMN: _tokens_feature(length), _ERROR_COLUMN: datasets.Value("string")}
+    columns = {TOKENS_COLUMN: _tokens_feature(length), CHECKSUM_COLUMN: _CHECKSUM}
+    options: dict[str, Any] = {
+        "batched": True,
+        "batch_size": max(1, min(1000, 2**22 // length)),
+        "with_indices": True,
+        "remove_columns": [column],
+        "features": datasets.Features({**columns, _ERROR_COLUMN: datasets.Value("string")}),
+        "num_proc": num_workers or None,
+        "desc": "token cache",
+    }
+    mode = mode_of(images, column)
+    squares = TokenSquares(_ready(palette), column, resize, n_crops, skip, files, mode, part.remote)
     try:
         with quiet(), _first_on_its_node(trainer):
-            made = images.map(
-                TokenSquares(
-                    _ready(palette), column, resize, n_crops, skip, files, mode_of(images, column), part.remote
-                ),
-                batched=True,
-                batch_size=max(1, min(1000, 2**22 // length)),
-                with_indices=True,
-                remove_columns=[column],
-                features=datasets.Features(features),
-                num_proc=num_workers or None,
-                desc="token cache",
-            )
+            try:
+                made = images.map(squares, **options)
+                TokenReader(replace(part, rows=None), made, TOKENS_COLUMN, resize.size, n_crops)
+            except (DamagedDataError, pa.ArrowException, OSError) as error:
+                rank_zero_warn(f"the token cache is made again: {error}")
+                made = images.map(squares, load_from_cache_file=False, **options)
     except BadImageError as error:
         where = f"{part.source}, split {part.split!r}"
         raise BadImageError(f"{where}, {error}. {REPAIR}") from error
@@ -219,7 +240,7 @@ def cached_tokens(
     wrong = [row for row, error in enumerate(errors) if error]
     paths = [value and value["path"] for value in images[wrong][column]] if wrong else []
     bad = {row: BadImage(part.describe(row, path), errors[row]) for row, path in zip(wrong, paths, strict=True)}
-    return TokenReader(part, made, TOKENS_COLUMN, resize.size, n_crops, bad)
+    return TokenReader(part, made, TOKENS_COLUMN, resize.size, n_crops, bad, checked=True)
 
 
 def _rows(images: datasets.Dataset) -> Any:
@@ -237,6 +258,32 @@ def _state_of_files(images: datasets.Dataset, column: str) -> str:
     return digest.hexdigest()
 
 
+class DamagedDataError(ValueError):
+    """Data are not those that were written."""
+
+
+@contextmanager
+def damage_named(where: str) -> Iterator[None]:
+    """Add the place to pyarrow's errors, which name none."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and (error.errno or error.filename):
+            raise
+        raise DamagedDataError(f"{where} is damaged; restore it, or make it again. {error}") from error
+
+
+def _check_files(files: Sequence[str]) -> None:
+    """Raise DamagedDataError where a file of Arrow's stream format ends early, which pyarrow takes for its end."""
+    for file in files:
+        with pa.memory_map(file) as source:
+            for _ in pa.ipc.open_stream(source):
+                pass
+            if source.tell() != source.size():
+                text = f"{file} is damaged: its rows end at byte {source.tell()} of {source.size()}"
+                raise DamagedDataError(f"{text}; restore it, or tokenize the images again")
+
+
 class TokenReader:
     """Reads a column of tokens in place, over the chunks of its Arrow table.
 
@@ -245,8 +292,10 @@ class TokenReader:
         dataset: The data set of the part, or tokens made of it row by row.
         column: Column of lists of n_crops * size * size tokens, of whose squares every pass over the part takes one.
         bad: By row, the images that could not be read when the tokens were made; their tokens mean nothing.
+        checked: The checksums of the rows were compared before.
 
     Raises:
+        DamagedDataError: A file is damaged.
         ValueError: A row has another number of tokens.
     """
 
@@ -258,9 +307,13 @@ class TokenReader:
         size: int,
         n_crops: int = 1,
         bad: Mapping[int, BadImage] | None = None,
+        checked: bool = False,
     ) -> None:
         self.part, self.size, self.n_crops, self.bad = part, size, n_crops, bad or {}
-        self._made_of = (part, dataset, column, size, n_crops, bad)
+        self._made_of = (part, dataset, column, size, n_crops, bad, True)
+        files = [str(file["filename"]) for file in dataset.cache_files]
+        if not checked:
+            _check_files(files)
         self._views: list[NDArray[Any]] = []  # the chunks, (rows, n_crops * S * S) each
         (chunked,) = dataset.select_columns([column]).with_format("arrow")[:].columns
         length, self._ends = n_crops * size**2, np.cumsum([len(chunk) for chunk in chunked.chunks])
@@ -271,6 +324,18 @@ class TokenReader:
                 row = part.describe(int(end) - len(chunk) + wrong)
                 raise ValueError(f"{row}: there are {lengths[wrong]} tokens, not {size}^2")
             self._views.append(chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, length))
+        if not checked and CHECKSUM_COLUMN in dataset.column_names:
+            self._check_rows(np.asarray(dataset.with_format("numpy")[CHECKSUM_COLUMN][:]), files)
+
+    def _check_rows(self, wanted: NDArray[Any], files: Sequence[str]) -> None:
+        rows = np.arange(len(wanted)) if self.part.rows is None else self.part.rows
+        chunks = np.searchsorted(self._ends, rows, side="right")
+        for chunk, row in zip(chunks, rows, strict=True):
+            ids = self._views[chunk][row - self._ends[chunk]]  # it counts from the end of the chunk
+            if zlib.crc32(np.ascontiguousarray(ids, "<i2").data) != wanted[row]:
+                where = f" in {', '.join(files[:3])}" if files else ""
+                text = f"{self.part.describe(row)}: the tokens{where} differ from their checksum"
+                raise DamagedDataError(f"{text}; restore the file, or tokenize the images again")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenReader, self._made_of  # where workers are spawned, each maps the file for itself

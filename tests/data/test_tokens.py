@@ -1,5 +1,6 @@
 import os
 import pickle
+import zlib
 from itertools import pairwise
 
 import datasets
@@ -10,11 +11,11 @@ import torch
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule
 from lightning_igpt.data.columns import TokenMark, marked_palette
 from lightning_igpt.data.splits import Part
-from lightning_igpt.data.tokens import TokenReader, cached_tokens, tokenize
+from lightning_igpt.data.tokens import DamagedDataError, TokenReader, cached_tokens, tokenize
 from lightning_igpt.data.transforms import CenterCrop, RandomCrop
 from lightning_igpt.images import BadImageError, decode, resize_center_crop
 from lightning_igpt.palette import Palette
-from tests.data.test_datamodule import Looker, ready, trainer
+from tests.data.test_datamodule import Looker, column, ready, trainer
 from tests.image_files import encoded, noise, picture, rows, save_images, tiny
 
 CORNERS = Palette([[r, g, b] for r in (-1, 1) for g in (-1, 1) for b in (-1, 1)])
@@ -68,8 +69,10 @@ def test_images_become_tokens(dataset, tokenized):
         "text": dataset.features["text"],
         "tokens": datasets.List(INT16, length=64),
         "palette": datasets.ClassLabel(names=[CORNERS.sha256]),
+        "crc32": datasets.Value("uint32"),
     }
     assert tokenized["tokens"][:] == TOKENS
+    assert tokenized["crc32"][:] == [zlib.crc32(np.array(row, "<i2").tobytes()) for row in TOKENS]
     assert tokenized["label"][:] == LABELS
     assert tokenized["text"][:] == list("abcdef")
     assert tokenized["palette"][:] == [0] * 6
@@ -266,6 +269,35 @@ def test_a_second_run_decodes_nothing_and_changed_files_are_read_again(tmp_path,
     with monkeypatch.context() as patch, pytest.raises(TypeError, match="NoneType"):
         patch.setattr("lightning_igpt.data.tokens.decode", None)
         run()
+
+
+@pytest.mark.parametrize("n", [40, 3000])  # of Arrow's record batches, one or several
+@pytest.mark.parametrize("damage", ["first half", "second half", "cut"])
+def test_damage_is_noticed(tmp_path, damage, n):
+    def spoil(file):
+        content = file.read_bytes()
+        first, second = content[: len(content) // 2], content[len(content) // 2 :]
+        file.unlink()  # the old one is still mapped
+        zeroed = {"first half": bytes(len(first)) + second, "second half": first + bytes(len(second)), "cut": first}
+        file.write_bytes(zeroed[damage])
+
+    def seen(place, **options):
+        data = ready(PretrainDataModule, str(tmp_path / place), batch_size=4, **options)
+        return torch.cat([column(loader, "tokens") for loader in (data.train_dataloader(), data.val_dataloader())])
+
+    images, cached = tiny(n), {"cache": "disk", "palette": "gray:16", "image_size": 4}
+    tokenize(images, "gray:16", size=4).save_to_disk(tmp_path / "kept")
+    images.save_to_disk(tmp_path / "images")
+    whole = seen("images", **cached)
+    assert torch.equal(seen("kept"), whole)
+    spoil(tmp_path / "kept" / "data-00000-of-00001.arrow")
+    with pytest.raises(DamagedDataError, match=r"kept.*(restore|tokenize)"):
+        seen("kept")
+    (file,) = (tmp_path / "images").glob("cache-*.arrow")
+    spoil(file)
+    with pytest.warns(UserWarning, match="the token cache is made again: "):
+        assert torch.equal(seen("images", **cached), whole)
+    assert torch.equal(seen("images", **cached), whole)
 
 
 def test_whatever_distinguishes_tokens_has_a_cache_of_its_own():
