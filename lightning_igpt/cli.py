@@ -5,16 +5,19 @@ Not here: our own verbs (``commands/``), and what a dry run prints (``commands/d
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import locale
+import textwrap
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import torch
-from jsonargparse import ActionConfigFile, class_from_function, set_parsing_settings
+import yaml
+from jsonargparse import ActionConfigFile, Namespace, class_from_function, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -26,9 +29,10 @@ from lightning_igpt import callbacks, data, modules
 from lightning_igpt.checkpointing import find_checkpoint
 from lightning_igpt.commands import dry_run, recipes
 from lightning_igpt.commands.arguments import SEEDS, check_seed, leaves_of, one_line_errors, parameter_texts
-from lightning_igpt.commands.help import LIGHTNING_VERBS, PROGRAM, Parser, page, usage_error
+from lightning_igpt.commands.help import LIGHTNING_VERBS, PROGRAM, Parser, columns, page, usage_error
 from lightning_igpt.commands.places import check_folder
-from lightning_igpt.files import write_csv
+from lightning_igpt.commands.plan import MARGIN
+from lightning_igpt.files import shown, write_csv
 from lightning_igpt.pictures import save_png
 from lightning_igpt.trainer import make_trainer
 
@@ -55,7 +59,11 @@ WHAT = (
     ("--random_weights true", f"validate, test, predict: {RANDOM}"),
     ("--seed_everything N", f"Seed of weights, order and draws, from 0 to {SEEDS - 1}; true draws one. Default: 0."),
     ("--dry_run", "Print what would run, with sizes and, for fit, memory and time; train and write nothing."),
-    ("--trust NAME", "A package, module or class that the recipe may name, besides Lightning's and this package's."),
+    (
+        "--trust NAME",
+        "A package, module, class or address (such as s3://bucket) that the recipe may name, besides Lightning's and "
+        "this package's. Addresses in options need it not.",
+    ),
     ("--print_config", "Print all options as YAML, as they would be taken, and exit."),
     ("--print_completion SHELL", "Print a script that completes these options: shtab-bash, shtab-zsh (needs shtab)."),
 )
@@ -73,13 +81,36 @@ class RecipeFile(ActionConfigFile):  # type: ignore[misc]
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Read the file, or the shipped recipe of that name."""
-        super().__call__(parser, cfg, values if Path(values).exists() else str(recipes.find(values)), option_string)
+        path = Path(values) if values and Path(values).exists() else recipes.find(values)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{shown(path)} is no text in UTF-8 ({error}); save it in that encoding") from error
+        used = locale.getpreferredencoding(False)  # with which the parser reads the file
+        if not text.isascii() and used.lower() not in ("utf-8", "utf8"):
+            raise ValueError(f"{shown(path)} is in UTF-8, but Python reads files as {used} here; set PYTHONUTF8=1")
+        with contextlib.suppress(yaml.YAMLError, RecursionError):  # of which the parser says more
+            parser.unquoted += _unquoted("", yaml.compose(text, yaml.SafeLoader))
+        super().__call__(parser, cfg, str(path), option_string)
+
+
+def _unquoted(key: str, node: yaml.Node | None) -> Iterator[tuple[str, str]]:
+    """Keys and texts of what YAML takes for a number, a truth value or a date."""
+    if isinstance(node, yaml.MappingNode):
+        for name, part in node.value:
+            yield from _unquoted(str(name.value), part)
+    elif isinstance(node, yaml.SequenceNode):
+        for part in node.value:
+            yield from _unquoted(key, part)
+    elif isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] not in ("str", "null"):
+        yield key, node.value
 
 
 class RecipeParser(LightningArgumentParser):
     """LightningCLI's parser, with this package's help and errors of one line."""
 
     verb: str | None = None  # None for the parsers that jsonargparse makes for --model.help and the like
+    unquoted: list[tuple[str, str]]  # keys and texts of the recipes
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong with the command or the recipe in one line, and exit with status 2."""
@@ -87,6 +118,10 @@ class RecipeParser(LightningArgumentParser):
             raise ArgumentError(None, message) from ex
         if "import_path_allowlist" in message:  # jsonargparse's setting, behind which is our option
             message += f". If you trust that module: {PROGRAM} {self.verb} --trust NAME"
+        for key, text in self.unquoted:
+            wanted = message.partition(f'{key}":')[2]
+            if "<class 'str'>" in wanted and f"value: {yaml.safe_load(text)}" in wanted:
+                message = f'{key} is {text}, which YAML does not read as text; quote it: {key}: "{text}"'
         usage_error(self.prog, message)
 
     def format_help(self) -> str:
@@ -135,8 +170,8 @@ class RecipeCLI(LightningCLI):
     A checkpoint changes neither the recipe's values nor those of the flags.
     """
 
-    def __init__(self, verb: str, words: Sequence[str], *, dry: bool = False) -> None:
-        self.verb, self.dry = verb, dry
+    def __init__(self, verb: str, words: Sequence[str], *, dry: bool = False, trusted: Sequence[str] = ()) -> None:
+        self.verb, self.words, self.dry, self.trusted = verb, words, dry, trusted
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -154,7 +189,7 @@ class RecipeCLI(LightningCLI):
     def init_parser(self, **options: Any) -> LightningArgumentParser:
         """The parser, before the options of trainer, model and data are added."""
         parser = RecipeParser(prog=f"{PROGRAM} {self.verb}", parser_mode="omegaconf+", **options)
-        parser.verb = self.verb
+        parser.verb, parser.unquoted = self.verb, []
         parser.add_argument("-c", "--config", action=RecipeFile, help=WHAT[0][1])
         return parser
 
@@ -168,12 +203,28 @@ class RecipeCLI(LightningCLI):
         """Parse without Lightning's warning about ``sys.argv``, which here holds the same words."""
         self.config = parser.parse_args(args)
         check_seed("seed_everything", self.config["seed_everything"])
+        for name, value in _texts("", self.config):
+            if "://" in value:
+                self._check_address(name, value)
+            elif not value and name.endswith(("resume", "ckpt_path", "root_dir", "pretrained", "source")):
+                raise ValueError(f"{name} is empty; give it a value (perhaps a shell variable is not set)")
+
+    def _check_address(self, name: str, value: str) -> None:
+        """A recipe has no address opened: not by Lightning's loggers and checkpoints, and not to send what it reads."""
+        trusted = any(f"{value}/".startswith(f"{known.rstrip('/')}/") for known in self.trusted)
+        if "://" in value.removeprefix("file://") and not trusted and not any(value in word for word in self.words):
+            raise ValueError(
+                f"{name} is the address {shown(value)}; a recipe may not have addresses opened. If you trust it, add "
+                f"--trust {shown(value)}"
+            )
+        if "http" in value.partition("://")[0] and name.endswith(("root_dir", "save_dir", "dirpath")):
+            raise ValueError(f"{name} is {shown(value)}, where nothing can be saved; name a folder")
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; a network that a strategy shards, or of a dry run, stays on the meta device."""
         model = self.config["model"]
         drawn = model["class_path"].startswith("lightning_igpt.") and not model["init_args"].get("pretrained")
-        with torch.device("meta") if drawn else nullcontext():
+        with torch.device("meta") if drawn else contextlib.nullcontext():
             super().instantiate_classes()  # the strategy is chosen by the network's shape
         if drawn and not self.dry and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             self.model = self.parser.instantiate_classes(self.config)["model"]
@@ -187,7 +238,7 @@ class RecipeCLI(LightningCLI):
             options["max_epochs"] = 1
         try:
             return super().instantiate_trainer(**options)
-        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
             raise ValueError(f"trainer: {error}") from error  # values that Lightning refuses are the user's, too
 
     def checkpoint(self) -> str | None:
@@ -224,6 +275,19 @@ class RecipeCLI(LightningCLI):
         return None
 
 
+def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """All texts of a configuration, with their names."""
+    if isinstance(value, str):
+        yield name, value
+    parts = vars(value) if isinstance(value, Namespace) else value
+    if isinstance(parts, Mapping):
+        for key, part in parts.items():
+            yield from _texts(f"{name}.{key}".removeprefix("."), part)
+    elif isinstance(parts, (list, tuple)):
+        for part in parts:
+            yield from _texts(name, part)
+
+
 def run(words: Sequence[str]) -> RecipeCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` with its options, and return what the recipe made.
 
@@ -238,13 +302,14 @@ def run(words: Sequence[str]) -> RecipeCLI:
     flags.add_argument("--trust", action="append", default=[])
     given, rest = flags.parse_known_args(rest)
     with one_line_errors(f"{PROGRAM} {verb}"):
-        _allow(given.trust)
-        cli = RecipeCLI(verb, rest, dry=given.dry_run)
+        _allow([name for name in given.trust if "://" not in name])
+        cli = RecipeCLI(verb, rest, dry=given.dry_run, trusted=[name for name in given.trust if "://" in name])
         if "://" not in cli.trainer.default_root_dir:
             check_folder(cli.trainer.default_root_dir, "--trainer.default_root_dir")
         checkpoint = cli.checkpoint()
         if given.dry_run:
-            print(*dry_run.lines(verb, cli.trainer, cli.model, cli.datamodule, checkpoint), sep="\n")  # noqa: T201
+            for line in dry_run.lines(verb, cli.trainer, cli.model, cli.datamodule, checkpoint):
+                print(textwrap.fill(line, columns(), subsequent_indent=" " * MARGIN, break_long_words=False))  # noqa: T201
             return cli
         if verb == "predict" and cli.trainer.world_size > 1:
             raise ValueError("predict writes one file in the order of the images: pass --trainer.devices 1")
@@ -259,12 +324,13 @@ def _allow(trusted: Sequence[str]) -> None:
     """Let recipes name the classes that are trusted, and no others."""
     for name in trusted:
         if not all(part.isidentifier() for part in name.split(".")) or name.split(".")[0] == "jsonargparse":
-            raise ValueError(f"--trust {name} is not a package, module or class, such as my_package")
+            raise ValueError(f"--trust {name} is no package, module, class (such as my_package) or address")
     set_parsing_settings(
         instantiate_subclass_spec_in_any=False,
         import_path_denylist=["*"],
         import_path_allowlist=[*TRUSTED, *trusted],
         add_print_completion_argument=True,
+        config_read_mode_fsspec_enabled=False,  # Lightning lets the parser take texts for addresses of files
         subclasses_disabled=[torch.Tensor],  # whose attributes would be options, tensors among them, without end
     )
 

@@ -88,3 +88,8 @@ def _harmless(cell: Any) -> Any:
     except ValueError:
         return f"'{cell}"
     return cell
+
+
+def shown(text: object) -> str:
+    """A name as messages show it: escapes of terminals, line ends and bytes that are not UTF-8 as backslash escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))

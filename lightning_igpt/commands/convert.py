@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from lightning_igpt.commands.places import check_file, check_folder
+from lightning_igpt.files import shown
 from lightning_igpt.planning import parameter_count
 from lightning_igpt.weights import Pretrained, load_pretrained, native, save_pretrained
 from lightning_igpt.weights.check import check_logits, compare_with_transformers
@@ -96,4 +97,4 @@ def _compare(loaded: Pretrained) -> None:
 
 
 def _row(name: str, value: str) -> None:
-    print(f"{name:<14}{value}")
+    print(f"{name:<14}{shown(value)}")

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from lightning_igpt.commands.images import rows_of, to_tensor
 from lightning_igpt.commands.places import check_file
 from lightning_igpt.data.sources import Source, open_source
+from lightning_igpt.files import shown
 from lightning_igpt.images import FORMATS, BadImageError, decode, resize_center_crop
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import CELL, enlarge, heading, image_grid, save_png, stack
@@ -56,7 +57,7 @@ def show(
     _row("source", opened.name)
     _row("splits", ", ".join(f"{split} {len(rows):,}" for split, rows in opened.splits.items()))
     _row("columns", f"{opened.image_column}, {opened.label_column or 'no labels'}")
-    print(*class_lines(opened), sep="\n", flush=True)
+    print(*map(shown, class_lines(opened)), sep="\n", flush=True)
     modes: Counter[str] = Counter()
     sizes, squares, bad, counts = [], [], [], []  # (width, height) upright, of the palette's error, names, of splits
     for split, rows in opened.splits.items():
@@ -78,7 +79,7 @@ def show(
         rmse = sqrt(sum(squares) / len(squares))
         _row("palette", f"{palette}, {len(colors)} colors: RMSE {rmse:.2f} of 255 per channel at {image_size}")
     _row("bad images", f"{len(bad):,}; on_bad_image=skip leaves them out" if bad else "none")
-    print(*(f"  {line}" for line in bad[:N_BAD]), sep="\n", end="\n" * bool(bad))
+    print(*(f"  {shown(line)}" for line in bad[:N_BAD]), sep="\n", end="\n" * bool(bad))
     sheet, n_shown = contact_sheet(opened, image_size, colors, n_images)
     save_png(sheet, out)
     print(f"wrote {out}: {n_shown} images ({', '.join(HEADINGS)})")
@@ -131,7 +132,7 @@ def contact_sheet(source: Source, size: int, palette: Palette, n_images: int) ->
 
 
 def _row(name: str, text: str) -> None:
-    print(f"{name:<12}{text}")
+    print(f"{name:<12}{shown(text)}")
 
 
 VERBS = {"show": show}

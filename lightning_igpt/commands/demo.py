@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.demo_studio import Ask, Studio
+from lightning_igpt.files import shown
 from lightning_igpt.weights import Pretrained, load_pretrained
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -59,7 +60,7 @@ def demo(
     with listening(host, port) as listener:
         studio = Studio(load_network(pretrained), pick_device(device))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        print(f"{studio.loaded.origin}, on {studio.device}")
+        print(shown(f"{studio.loaded.origin}, on {studio.device}"))
         if host not in ("127.0.0.1", "::1", "localhost"):
             print(f"warning: everyone who can reach {host} can use the page; it asks for no password")
         print(f"open {address} (Ctrl-C stops it)", flush=True)

@@ -55,7 +55,9 @@ def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | 
 
 def images(data: Any) -> dict[str, int]:
     """Images of each part; empty where counting them would copy, convert or download anything."""
-    source = getattr(data, "source", None)
+    source = getattr(data, "source", "")
+    if source is None:
+        raise ValueError("source is empty; give it a folder, Parquet files, a hub id, or digits")
     if source != "digits":
         place = Path(source).expanduser() if isinstance(source, str | Path) else None
         if place is None or not place.exists():  # perhaps a hub id

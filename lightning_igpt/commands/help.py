@@ -13,6 +13,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from lightning_igpt.files import shown
+
 PROGRAM = "lightning-igpt"
 LIGHTNING_VERBS = {
     "fit": "train: pretraining, probing or fine-tuning, whichever the recipe names",
@@ -70,7 +72,7 @@ class Parser(argparse.ArgumentParser):
 
 def usage_error(prog: str, message: str) -> NoReturn:
     """Print a library's message about wrong usage on one line that ends with where to look, and exit with status 2."""
-    print(f"{prog}: {' '.join(message.split()).rstrip('.')}. See {prog} --help", file=sys.stderr)
+    print(f"{prog}: {shown(' '.join(message.split())).rstrip('.')}. See {prog} --help", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -19,7 +19,7 @@ from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.places import check_folder
 from lightning_igpt.data import ProbeDataModule
 from lightning_igpt.features import fit_logistic
-from lightning_igpt.files import write_csv, write_text
+from lightning_igpt.files import shown, write_csv, write_text
 from lightning_igpt.modules.batches import read_batch
 from lightning_igpt.objectives import MASK_RATIO, draw_mask
 from lightning_igpt.weights import Pretrained, load_pretrained
@@ -93,7 +93,7 @@ def lowdata(
     train, test, names = data.train_dataloader().dataset, data.test_dataloader().dataset, data.class_names or []
     subsets = draw_subsets(train.labels, names, budgets[-1], n_subsets, seed=seed)
     rows, places = subsets.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    print(f"{loaded.origin}, layer {chosen}")
+    print(shown(f"{loaded.origin}, layer {chosen}"))
     print(f"{source}: {len(train)} training images, of which {len(rows)} are drawn, and {len(test)} test images")
     loaded.network.to(pick_device(device)).eval()
     x = features(loaded, asked, train, rows.tolist(), **reading)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lightning_igpt import planning
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.files import shown
 from lightning_igpt.planning import Device, Run, Schedule
 from lightning_igpt.private import multiplies_bfloat16
 
@@ -166,4 +167,4 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def row(name: str, text: str) -> str:
     """A line of a table."""
-    return f"{name:<{MARGIN}}{text}".rstrip()
+    return f"{name:<{MARGIN}}{shown(text)}".rstrip()

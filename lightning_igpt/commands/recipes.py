@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning_igpt.commands.help import columns
 from lightning_igpt.commands.places import check_file
 from lightning_igpt.files import write_text
 
@@ -35,8 +37,8 @@ def find(name: str) -> Path:
 def list_recipes() -> None:
     """List the shipped recipes with a line each."""
     for name in names():
-        summary = find(name).read_text().splitlines()[0].lstrip("# ")
-        print(f"{name:<26}{summary}")
+        summary = find(name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(textwrap.fill(f"{name:<26}{summary}", columns(), subsequent_indent=" " * 26))
 
 
 def show(name: str) -> None:
@@ -45,7 +47,7 @@ def show(name: str) -> None:
     Args:
         name: The recipe's name, as ``recipes list`` shows it.
     """
-    print(find(name).read_text(), end="")
+    print(find(name).read_text(encoding="utf-8"), end="")
 
 
 def copy(name: str, to: str = ".", overwrite: bool = False) -> None:

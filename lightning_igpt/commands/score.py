@@ -14,7 +14,7 @@ from lightning_igpt import sampling
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.places import check_file
-from lightning_igpt.files import write_csv
+from lightning_igpt.files import shown, write_csv
 from lightning_igpt.objectives import nats_to_bits
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import (
@@ -69,7 +69,7 @@ def score(
     for file in (path, sheet) if pictures else (path,):
         check_file(file, "--out", "scores.csv")
     loaded = load_pretrained(pretrained, palette=palette)
-    print(loaded.origin)
+    print(shown(loaded.origin))
     sampling.check_has_likelihood(loaded.network)
     pixels, names = read_images(images, loaded.config.image_size, split=split, limit=limit, on_bad_image=on_bad_image)
     tokens = loaded.palette.quantize(pixels)  # (N, T)
@@ -84,7 +84,7 @@ def score(
     print(summary(per_image, math.log(loaded.config.vocab_size)))
     print(f"{'rank':>6}  {'nats per pixel':>14}  image")
     for rank, (name, value) in enumerate(ranked[:N_PRINTED], 1):
-        print(f"{rank:>6}  {value:>14.4f}  {name}")
+        print(f"{rank:>6}  {value:>14.4f}  {shown(name)}")
     print(f"wrote {path}")
     if pictures:
         save_png(surprise_sheet(tokens, nats, names, loaded.palette, pictures=pictures), sheet)
@@ -112,12 +112,12 @@ def surprise_sheet(tokens: Tensor, nats: Tensor, names: Sequence[str], palette: 
     indices = [index for _, index in most + least]
     limit = surprise_limit(nats[indices], len(palette))
     parts = [heading("surprise of each pixel in nats"), surprise_bar(limit, len(palette))]
-    for title, shown in ((f"the most surprising of {n} images", most), ("the least surprising", least)):
-        if shown:
-            places = [index for _, index in shown]
+    for title, part in ((f"the most surprising of {n} images", most), ("the least surprising", least)):
+        if part:
+            places = [index for _, index in part]
             maps = surprise_map(nats[places].view(-1, side, side), limit=limit)
             pairs = torch.stack([palette.dequantize(tokens[places]).cpu(), maps], 1)  # (n, 2, 3, S, S)
             cells = torch.stack([image_grid(pair[None], gap=4) for pair in pairs])
-            lines = [(f"{rank}: {per_image[index]:.3f} nats per pixel", names[index]) for rank, index in shown]
+            lines = [(f"{rank}: {per_image[index]:.3f} nats per pixel", names[index]) for rank, index in part]
             parts += [heading(title), contact_sheet(cells, lines)]
     return stack(parts)
