@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import locale
+import re
 import textwrap
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import torch
-import yaml
-from jsonargparse import ActionConfigFile, Namespace, class_from_function, set_parsing_settings
+from jsonargparse import ActionConfigFile, class_from_function, get_loader, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -29,10 +28,9 @@ from lightning_igpt import callbacks, data, modules
 from lightning_igpt.checkpointing import find_checkpoint
 from lightning_igpt.commands import dry_run, recipes
 from lightning_igpt.commands.arguments import SEEDS, check_seed, leaves_of, one_line_errors, parameter_texts
-from lightning_igpt.commands.help import LIGHTNING_VERBS, PROGRAM, Parser, columns, page, usage_error
+from lightning_igpt.commands.help import LIGHTNING_VERBS, MARGIN, PROGRAM, Parser, columns, page, usage_error
 from lightning_igpt.commands.places import check_folder
-from lightning_igpt.commands.plan import MARGIN
-from lightning_igpt.files import shown, write_csv
+from lightning_igpt.files import write_csv
 from lightning_igpt.pictures import save_png
 from lightning_igpt.trainer import make_trainer
 
@@ -40,6 +38,7 @@ __all__ = ["RecipeCLI", "callbacks", "data", "modules", "run"]  # importing the 
 
 # Classes that a recipe may name. Any other name is refused before its module is imported, which would run its code.
 TRUSTED = ("lightning", "lightning_igpt", "torch.optim", "torchmetrics")
+UNQUOTED = re.compile(r"(\w+): +([\w.+-]+)(?=[\s,}\]]|$)")  # of a recipe, key and text
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # values of Lightning's ckpt_path that are no paths
 RESUME = (
     "Continue an interrupted run. auto takes the newest intact checkpoint of this model where the trainer saves, and "
@@ -47,11 +46,7 @@ RESUME = (
 )
 RANDOM = "Run although no weights are given: an untrained network, as a baseline."
 WHAT = (
-    (
-        "-c --config RECIPE",
-        "A YAML file, or the name of a shipped recipe (lightning-igpt recipes list). Several merge, the last wins; "
-        "options that follow win over all.",
-    ),
+    ("-c --config RECIPE", "A YAML file, or a shipped recipe's name. Of several the last wins, and options over all."),
     ("--model CLASS", "PretrainModule, ProbeModule or FineTuneModule; its options are --model.NAME."),
     ("--data CLASS", "PretrainDataModule, ProbeDataModule or FineTuneDataModule; its options are --data.NAME."),
     ("--resume auto|PATH", f"fit: {RESUME}"),
@@ -59,19 +54,11 @@ WHAT = (
     ("--random_weights true", f"validate, test, predict: {RANDOM}"),
     ("--seed_everything N", f"Seed of weights, order and draws, from 0 to {SEEDS - 1}; true draws one. Default: 0."),
     ("--dry_run", "Print what would run, with sizes and, for fit, memory and time; train and write nothing."),
-    (
-        "--trust NAME",
-        "A package, module, class or address (such as s3://bucket) that the recipe may name, besides Lightning's and "
-        "this package's. Addresses in options need it not.",
-    ),
+    ("--trust NAME", "A package, module, class or address that the recipe may name, besides those known to be safe."),
+    ("--model.help CLASS", "The options of a class; likewise --data.help CLASS and --trainer.callbacks.help CLASS."),
+    ("-h --help", "Show this help and exit."),
     ("--print_config", "Print all options as YAML, as they would be taken, and exit."),
     ("--print_completion SHELL", "Print a script that completes these options: shtab-bash, shtab-zsh (needs shtab)."),
-)
-MORE = (
-    ("--model.help CLASS", "The options of a model, such as --model.help PretrainModule."),
-    ("--data.help CLASS", "The options of a data module, such as --data.help PretrainDataModule."),
-    ("--trainer.callbacks.help CLASS", "The options of a callback, such as CompletionGrid."),
-    ("-h --help", "Show this help and exit."),
 )
 FIRST = ("default_root_dir", "accumulate_grad_batches", "num_nodes", "logger")  # Lightning's options needed most
 
@@ -82,35 +69,19 @@ class RecipeFile(ActionConfigFile):  # type: ignore[misc]
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Read the file, or the shipped recipe of that name."""
         path = Path(values) if values and Path(values).exists() else recipes.find(values)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{shown(path)} is no text in UTF-8 ({error}); save it in that encoding") from error
-        used = locale.getpreferredencoding(False)  # with which the parser reads the file
-        if not text.isascii() and used.lower() not in ("utf-8", "utf8"):
-            raise ValueError(f"{shown(path)} is in UTF-8, but Python reads files as {used} here; set PYTHONUTF8=1")
-        with contextlib.suppress(yaml.YAMLError, RecursionError):  # of which the parser says more
-            parser.unquoted += _unquoted("", yaml.compose(text, yaml.SafeLoader))
+        if path.is_file():  # no pipe, which can be read once only
+            try:
+                parser.unquoted += tuple(UNQUOTED.findall(path.read_text()))  # in the encoding of the parser
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is no text ({error}); save it in UTF-8, or set PYTHONUTF8=1") from error
         super().__call__(parser, cfg, str(path), option_string)
-
-
-def _unquoted(key: str, node: yaml.Node | None) -> Iterator[tuple[str, str]]:
-    """Keys and texts of what YAML takes for a number, a truth value or a date."""
-    if isinstance(node, yaml.MappingNode):
-        for name, part in node.value:
-            yield from _unquoted(str(name.value), part)
-    elif isinstance(node, yaml.SequenceNode):
-        for part in node.value:
-            yield from _unquoted(key, part)
-    elif isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] not in ("str", "null"):
-        yield key, node.value
 
 
 class RecipeParser(LightningArgumentParser):
     """LightningCLI's parser, with this package's help and errors of one line."""
 
     verb: str | None = None  # None for the parsers that jsonargparse makes for --model.help and the like
-    unquoted: list[tuple[str, str]]  # keys and texts of the recipes
+    unquoted: tuple[tuple[str, str], ...] = ()  # keys and texts of the recipes
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong with the command or the recipe in one line, and exit with status 2."""
@@ -120,7 +91,7 @@ class RecipeParser(LightningArgumentParser):
             message += f". If you trust that module: {PROGRAM} {self.verb} --trust NAME"
         for key, text in self.unquoted:
             wanted = message.partition(f'{key}":')[2]
-            if "<class 'str'>" in wanted and f"value: {yaml.safe_load(text)}" in wanted:
+            if "<class 'str'>" in wanted and f"value: {get_loader('yaml')(text)}" in wanted:
                 message = f'{key} is {text}, which YAML does not read as text; quote it: {key}: "{text}"'
         usage_error(self.prog, message)
 
@@ -152,7 +123,6 @@ def _help_groups() -> dict[str, Any]:
         "what to run": WHAT,
         "the trainer": trainer,
         "further options of Lightning's Trainer, as --trainer.NAME": further,
-        "more help": MORE,
     }
 
 
@@ -165,10 +135,7 @@ def _flag(function: Callable[..., Any], name: str) -> str:
 
 
 class RecipeCLI(LightningCLI):
-    """Model, data and trainer of a recipe, without weights if ``dry``.
-
-    A checkpoint changes neither the recipe's values nor those of the flags.
-    """
+    """Model, data and trainer of a recipe, without weights if ``dry``; no checkpoint changes what recipe and flags say."""
 
     def __init__(self, verb: str, words: Sequence[str], *, dry: bool = False, trusted: Sequence[str] = ()) -> None:
         self.verb, self.words, self.dry, self.trusted = verb, words, dry, trusted
@@ -189,7 +156,7 @@ class RecipeCLI(LightningCLI):
     def init_parser(self, **options: Any) -> LightningArgumentParser:
         """The parser, before the options of trainer, model and data are added."""
         parser = RecipeParser(prog=f"{PROGRAM} {self.verb}", parser_mode="omegaconf+", **options)
-        parser.verb, parser.unquoted = self.verb, []
+        parser.verb = self.verb
         parser.add_argument("-c", "--config", action=RecipeFile, help=WHAT[0][1])
         return parser
 
@@ -203,22 +170,7 @@ class RecipeCLI(LightningCLI):
         """Parse without Lightning's warning about ``sys.argv``, which here holds the same words."""
         self.config = parser.parse_args(args)
         check_seed("seed_everything", self.config["seed_everything"])
-        for name, value in _texts("", self.config):
-            if "://" in value:
-                self._check_address(name, value)
-            elif not value and name.endswith(("resume", "ckpt_path", "root_dir", "pretrained", "source")):
-                raise ValueError(f"{name} is empty; give it a value (perhaps a shell variable is not set)")
-
-    def _check_address(self, name: str, value: str) -> None:
-        """A recipe has no address opened: not by Lightning's loggers and checkpoints, and not to send what it reads."""
-        trusted = any(f"{value}/".startswith(f"{known.rstrip('/')}/") for known in self.trusted)
-        if "://" in value.removeprefix("file://") and not trusted and not any(value in word for word in self.words):
-            raise ValueError(
-                f"{name} is the address {shown(value)}; a recipe may not have addresses opened. If you trust it, add "
-                f"--trust {shown(value)}"
-            )
-        if "http" in value.partition("://")[0] and name.endswith(("root_dir", "save_dir", "dirpath")):
-            raise ValueError(f"{name} is {shown(value)}, where nothing can be saved; name a folder")
+        recipes.check_texts(self.config, self.words, self.trusted)
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; a network that a strategy shards, or of a dry run, stays on the meta device."""
@@ -243,12 +195,14 @@ class RecipeCLI(LightningCLI):
 
     def checkpoint(self) -> str | None:
         """The checkpoint to continue (fit) or to run (the other verbs); None to start from the recipe's weights."""
-        path, resume = self.config["ckpt_path"], self.config["resume"]
+        path, resume, model = self.config["ckpt_path"], self.config["resume"], self.config["model"]
+        # Of other modules the heads are in checkpoints alone.
+        pretrained = model["class_path"].endswith("PretrainModule") and model.get("init_args", {}).get("pretrained")
         if self.verb == "fit":
             if resume and path:
                 raise ValueError(f"--resume {resume} and --ckpt_path {path} both name a checkpoint; drop one of them")
             path = self._resumed(resume) if resume else path
-        elif not path and not self.config["random_weights"] and not self._pretrains_from_weights():
+        elif not (path or self.config["random_weights"] or pretrained):
             raise ValueError(
                 f"{self.verb} would run on random weights: pass --ckpt_path with the checkpoint of a run (or, for "
                 "pretraining, model.pretrained); --random_weights true runs them as a baseline"
@@ -257,10 +211,6 @@ class RecipeCLI(LightningCLI):
         if named and not Path(path).exists():
             raise FileNotFoundError(f"ckpt_path {path} does not exist; it names the checkpoint of a run")
         return path or None
-
-    def _pretrains_from_weights(self) -> bool:
-        model = self.config["model"]  # of other modules the heads are in checkpoints alone
-        return model["class_path"].endswith("PretrainModule") and bool(model.get("init_args", {}).get("pretrained"))
 
     def _resumed(self, resume: str) -> str | None:
         auto, place = resume.lower() == "auto", Path(resume).expanduser()
@@ -275,25 +225,8 @@ class RecipeCLI(LightningCLI):
         return None
 
 
-def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """All texts of a configuration, with their names."""
-    if isinstance(value, str):
-        yield name, value
-    parts = vars(value) if isinstance(value, Namespace) else value
-    if isinstance(parts, Mapping):
-        for key, part in parts.items():
-            yield from _texts(f"{name}.{key}".removeprefix("."), part)
-    elif isinstance(parts, (list, tuple)):
-        for part in parts:
-            yield from _texts(name, part)
-
-
 def run(words: Sequence[str]) -> RecipeCLI:
-    """Run ``fit``, ``validate``, ``test`` or ``predict`` with its options, and return what the recipe made.
-
-    Raises:
-        SystemExit: Wrong usage (2), or one line about a value that was wrong (1).
-    """
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` with its options, and return what the recipe made."""
     verb, *rest = words
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # a deprecation within Lightning
     # Not options of the recipe's parser: a recipe must not be able to trust itself.

@@ -21,11 +21,7 @@ from lightning_igpt.files import shown
 SEEDS = 2**32  # NumPy's generators take seeds from 0 to one less
 TRACEBACK = "LIGHTNING_IGPT_TRACEBACK"  # set to anything to see where an error came from
 TRUTH = {"true": True, "false": False}
-CACHES = {  # variables that name folders: what is kept there, and where without them
-    "HF_HOME": ("converted data sets and downloads from the hub", "~/.cache/huggingface"),
-    "HF_DATASETS_CACHE": ("converted data sets", "~/.cache/huggingface/datasets"),
-    "HF_HUB_CACHE": ("downloads from the hub", "~/.cache/huggingface/hub"),
-}
+CACHES = ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE")  # variables that name folders
 
 
 def run_function(
@@ -164,11 +160,11 @@ def one_line_errors(prog: str) -> Iterator[None]:
 
 
 def _cure(path: Path) -> str:
-    """What a file is for that the operating system refused, and the variable that names another place for it."""
-    for variable, (purpose, default) in CACHES.items():
-        place = Path(os.environ.get(variable) or default).expanduser().absolute()
+    """What a folder is for in which the operating system refused something, and the variable that names another."""
+    for variable in CACHES:
+        place = Path(os.environ.get(variable) or "~/.cache/huggingface").expanduser().absolute()
         if place.is_relative_to(path) or path.is_relative_to(place):
-            return f". This is where {purpose} are kept; set {variable} to a folder that can be written"
+            return f". Converted data sets and downloads are kept there; set {variable} to a folder that can be written"
     return ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,13 +18,6 @@ from lightning_igpt.images import SUFFIXES, BadImageError, decode, resize_center
 SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # in the order of preference: unseen images first
 
 
-class Images(NamedTuple):
-    """Images of one size, uint8 (N, 3, S, S), with a name each."""
-
-    pixels: Tensor
-    names: list[str]
-
-
 def read_images(
     source: str,
     size: int,
@@ -32,15 +25,10 @@ def read_images(
     split: str | None = None,
     limit: int | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
-) -> Images:
-    """The first images of a source, cut to the square in the middle and resized.
+) -> tuple[Tensor, list[str]]:
+    """The first images of a file or source, cut to the square in the middle and resized to ``size`` S.
 
-    Args:
-        source: An image file, or a source of the data modules: a folder, Parquet, a hub id, "digits".
-        size: Side S of the result.
-        split: Which split; default the first of test, validation and train that is there.
-        limit: How many at most.
-        on_bad_image: error, or skip, which prints the images that cannot be read and leaves them out.
+    Returns uint8 (N, 3, S, S) and names. The split is by default the first of test, validation and train that is there.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"asked for {limit} images; ask for at least 1")
@@ -57,7 +45,7 @@ def read_images(
             names.append(name)
     if not images:
         raise ValueError(f"none of the {n_bad} images of {source} can be read" if n_bad else f"{source} has no images")
-    return Images(torch.stack(images), names)
+    return torch.stack(images), names
 
 
 def rows_of(source: Source, split: str, limit: int | None = None, *, spread: bool = True) -> Iterator[tuple[str, Any]]:

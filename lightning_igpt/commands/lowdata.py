@@ -49,8 +49,7 @@ def lowdata(
 ) -> None:
     """Classify with few labels: logistic regression on frozen features, from random subsets of the training images.
 
-    Prints the mean and standard deviation of the test accuracy over the subsets, and writes lowdata.csv (every subset)
-    and lowdata.json.
+    Prints mean and standard deviation of the test accuracy over the subsets; writes lowdata.csv and lowdata.json.
 
     Args:
         pretrained: The network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint.
@@ -59,8 +58,7 @@ def lowdata(
         labels_per_class: Budgets, one or more, such as --labels_per_class 4 25 400.
         n_subsets: Random subsets per budget. Subset i of a smaller budget is part of subset i of a larger one.
         layer: The layer whose features are classified: 0 is the input of the first block, n_layer the final norm.
-            Default: the middle, n_layer // 2, which takes no labels to choose. The paper does not say how it chose. If
-            you chose yours with other labels, say so with the result.
+            Default: n_layer // 2, which takes no labels to choose. The paper does not say how it chose.
         layers: Further layers to measure: all, or numbers. Do not choose by these test accuracies.
         c: Inverse strength of the L2 penalty, as scikit-learn's C. The paper does not state it.
         seed: Of the subsets, and of a BERT network's masks, one per image.

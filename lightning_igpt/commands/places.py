@@ -19,7 +19,6 @@ def check_file(path: str | Path, option: str, example: str, suffix: str = "") ->
     ``option`` is what names it, such as ``--out``, and ``example`` such a file's name, both for the message.
     """
     path = Path(path)
-    _check_names(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; {option} takes the name of a file, such as {path / example}")
     if not path.name.lower().endswith(suffix):
@@ -33,18 +32,15 @@ def check_file(path: str | Path, option: str, example: str, suffix: str = "") ->
 def check_folder(path: str | Path, option: str) -> None:
     """Raise OSError unless files can be written into a folder, which need not exist and which ``option`` names."""
     path = Path(path)
-    _check_names(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; {option} takes a folder, so name another")
     _check_writable(path, path)
 
 
-def _check_names(path: Path) -> None:
-    if (longest := max((len(os.fsencode(part)) for part in path.parts), default=0)) > NAME_BYTES:
-        raise OSError(f"{path} has a name of {longest} bytes; names have at most {NAME_BYTES}, so choose a shorter one")
-
-
 def _check_writable(place: Path, folder: Path) -> None:
+    longest = max(len(os.fsencode(part)) for part in place.parts or (".",))
+    if longest > NAME_BYTES:
+        raise OSError(f"{place} has a name of {longest} bytes, more than {NAME_BYTES}; choose a shorter one")
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"nothing can be saved in {place}: {existing} is a file; name another folder")

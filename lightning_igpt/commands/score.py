@@ -48,8 +48,7 @@ def score(
 
     Args:
         pretrained: An autoregressive network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI
-            checkpoint. On ILSVRC validation images at 32 x 32 the released S, M and L have 2.0895, 2.0614 and 2.0466
-            nats per pixel, says OpenAI's README.
+            checkpoint.
         images: An image file, a folder of images, Parquet, a hub id, or digits.
         out: The CSV file, most surprising image first. Missing folders are made.
         pictures: How many of the most surprising images to draw with their heat maps, in a PNG file next to the CSV
@@ -59,8 +58,7 @@ def score(
         batch_size: Images per forward pass.
         device: cpu, cuda, mps, or auto.
         on_bad_image: What to do with an image that cannot be read: error stops; skip names it and leaves it out.
-        palette: The palette that the network was trained with, where the source holds none: openai, gray:16, a .npy
-            file, a Hugging Face folder or hub id.
+        palette: That of the training, where the source holds none: openai, gray:16, a .npy file, a folder or hub id.
     """
     if batch_size < 1 or pictures < 0:
         raise ValueError(f"batch_size is {batch_size} and pictures {pictures}; they must be at least 1 and 0")
