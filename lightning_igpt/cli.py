@@ -135,7 +135,7 @@ def _flag(function: Callable[..., Any], name: str) -> str:
 
 
 class RecipeCLI(LightningCLI):
-    """Model, data and trainer of a recipe, without weights if ``dry``; no checkpoint changes what recipe and flags say."""
+    """Model, data and trainer of a recipe, without weights if ``dry``; no checkpoint changes what they say."""
 
     def __init__(self, verb: str, words: Sequence[str], *, dry: bool = False, trusted: Sequence[str] = ()) -> None:
         self.verb, self.words, self.dry, self.trusted = verb, words, dry, trusted
@@ -241,7 +241,7 @@ def run(words: Sequence[str]) -> RecipeCLI:
             check_folder(cli.trainer.default_root_dir, "--trainer.default_root_dir")
         checkpoint = cli.checkpoint()
         if given.dry_run:
-            for line in dry_run.lines(verb, cli.trainer, cli.model, cli.datamodule, checkpoint):
+            for line in [*dry_run.lines(verb, cli.trainer, cli.model, cli.datamodule, checkpoint)]:
                 print(textwrap.fill(line, columns(), subsequent_indent=" " * MARGIN, break_long_words=False))  # noqa: T201
             return cli
         if verb == "predict" and cli.trainer.world_size > 1:

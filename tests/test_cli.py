@@ -1,6 +1,8 @@
 """The command line: what it understands, what it refuses, and that nothing a user says is silently dropped."""
 
 import contextlib
+import copy
+import functools
 import http.server
 import io
 import os
@@ -387,19 +389,10 @@ def test_random_weights_on_demand(tmp_path, caplog):
 
 @pytest.fixture
 def website():
-    """The address of a server that answers with a recipe's part, and the paths that were asked for."""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(yaml.safe_dump(RECIPE["model"]).encode())
-
-        do_HEAD = do_PUT = do_GET
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    """The address of a server, and the paths that were asked for."""
+    asked, served = [], http.server.SimpleHTTPRequestHandler
+    kind = type("Counting", (served,), {"log_request": lambda handler, *args: asked.append(handler.path)})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}", asked
         server.shutdown()
@@ -421,13 +414,11 @@ def website():
 )
 def test_a_recipe_opens_no_address(key, value, mode, website, tmp_path, capsys):
     address, asked = website
-    config = yaml.safe_load(Path(write(tmp_path / "recipe.yaml")).read_text())
+    config = {**copy.deepcopy(RECIPE), "ckpt_path": None}
     *parents, last = key.split(".")
-    place = config
-    for name in parents:
-        place = place[name]
-    place[last] = yaml.safe_load(yaml.safe_dump(value).replace("ADDRESS", address))
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
+    place = functools.reduce(dict.__getitem__, parents, config)
+    place[last] = value
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config).replace("ADDRESS", address))
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", "recipe.yaml", mode])
     assert asked == [] and [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

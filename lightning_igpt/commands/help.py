@@ -24,7 +24,7 @@ LIGHTNING_VERBS = {
     "predict": "complete images (pretraining) or classify them (probe, fine-tune)",
 }
 EXAMPLES: Mapping[str, Sequence[str]] = {
-    "fit": ("fit --config digits_tiny_pretrain", "fit --config cifar10_s_pretrain --data.source photos --resume auto"),
+    "fit": ("fit --config digits_tiny_pretrain", "fit -c cifar10_s_pretrain --data.source photos --resume auto"),
     "validate": ("validate -c digits_tiny_pretrain --ckpt_path final.ckpt",),
     "test": ("test --config digits_tiny_pretrain --ckpt_path final.ckpt",),
     "predict": ("predict --config digits_tiny_pretrain --ckpt_path final.ckpt",),
