@@ -157,6 +157,7 @@ def test_a_bert_network_is_refused_before_images_are_read(tmp_path):
 
 def test_one_encoded_image_is_in_memory_at_a_time(tmp_path):
     rows([noise((500, 500), seed) for seed in range(12)]).to_parquet(tmp_path / "noise.parquet")
+    read_images(str(tmp_path / "noise.parquet"), 8, limit=1)  # which converts the file
     tracemalloc.start()
     assert len(read_images(str(tmp_path / "noise.parquet"), 8)[1]) == 12
     assert tracemalloc.get_traced_memory()[1] < 6 * 750_000
