@@ -128,7 +128,7 @@ def test_closed_streams(closed):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (FileNotFoundError(2, "No such file or directory", "/none"), "/none: No such .* are kept there; set HF_HOME to a"),
+        (FileNotFoundError(2, "No such file or directory", "/none"), "/none: No such .* kept there; set HF_HOME"),
         (NotADirectoryError(20, "Not a directory", "/else"), r"/else: Not a directory$"),
         (OSError("\x1b[31mred\udcff"), r"x: \\x1b\[31mred\\udcff$"),
     ],
