@@ -198,8 +198,8 @@ def _figures(run: Run) -> Iterator[str]:
     if nats := {label: run.curves[name] for name, label in names.items() if name in run.curves}:
         plot = plot_curves(nats, {"uniform": math.log(max(1, sizes[0]))} if sizes else {})
         yield drawing(plot, "Nats per pixel over steps", "Nats per pixel; lower is better.")
-    online = {name: name.split("/")[1].replace("_", " ") for name in run.curves if name.startswith("online_probe/")}
-    online = {name: label.replace("$", r"\$") for name, label in online.items()}  # no formula of Matplotlib
+    online = {name: name.split("/")[1] for name in run.curves if name.startswith("online_probe/")}
+    online = {name: label.replace("_", " ").replace("$", r"\$") for name, label in online.items()}  # no mathtext
     names = {"val/accuracy": "validation", **online}
     accuracy = {label: run.curves[name] for name, label in names.items() if name in run.curves}
     if any(len(steps) > 1 for steps, _ in accuracy.values()):
@@ -208,13 +208,11 @@ def _figures(run: Run) -> Iterator[str]:
     if layers := {label: curve for label, curve in parts.items() if curve[0]}:
         plot = plot_curves(layers, xlabel="layer (0: embeddings)", ylabel="accuracy")
         yield drawing(plot, "Accuracy by layer", "Probe accuracy by layer; validation chooses the layer.")
-    pictures = {run.folder / name: caption for name, caption in PICTURES.items() if (run.folder / name).exists()}
-    for path in sorted(run.folder.glob("completions/step-*.png"))[-1:]:
-        caption = f"Completions at {path.stem.replace('-', ' ')}: the given part, samples, the truth."
-        pictures = {path: caption, **pictures}
-    for path, caption in pictures.items():
+    for path in sorted(run.folder.glob("completions/step-*.png"))[-1:] + [run.folder / name for name in PICTURES]:
+        step = path.stem.replace("-", " ")
+        caption = PICTURES.get(path.name, f"Completions at {step}: the given part, samples, the truth.")
         try:
-            yield picture(path, caption)
+            yield from [picture(path, caption)] if path.exists() else []
         except (OSError, SyntaxError, ValueError) as error:  # whatever Pillow raises at the head of a file
             yield f"{path} is left out, since it cannot be read: {error}"
     if run.settings:
