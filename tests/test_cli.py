@@ -453,6 +453,6 @@ import lightning_igpt
 words = ["--trainer.callbacks", "CompletionGrid", "--model.network", "igpt_tiny", "--model.palette", "gray:512"]
 LightningCLI(lightning_igpt.PretrainModule, BoringDataModule, run=False, args=words)
 words += ["--model", "PretrainModule", "--data", "ProbeDataModule", "--data.source", "digits"]
-print(LightningCLI(run=False, args=words[:2] + words[6:8] + words[2:6] + words[8:]).datamodule)
+print(type(LightningCLI(run=False, args=words[:2] + words[6:8] + words[2:6] + words[8:]).datamodule))
 """
     assert "ProbeDataModule" in in_a_new_process("-c", code)[0]
