@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-import textwrap
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import Any, NoReturn, get_type_hints
 
 import torch
@@ -241,8 +241,8 @@ def run(words: Sequence[str]) -> RecipeCLI:
             check_folder(cli.trainer.default_root_dir, "--trainer.default_root_dir")
         checkpoint = cli.checkpoint()
         if given.dry_run:
-            for line in [*dry_run.lines(verb, cli.trainer, cli.model, cli.datamodule, checkpoint)]:
-                print(textwrap.fill(line, columns(), subsequent_indent=" " * MARGIN, break_long_words=False))  # noqa: T201
+            row = TextWrapper(columns(), subsequent_indent=" " * MARGIN, break_long_words=False, break_on_hyphens=False)
+            print(*map(row.fill, dry_run.lines(verb, cli.trainer, cli.model, cli.datamodule, checkpoint)), sep="\n")  # noqa: T201
             return cli
         if verb == "predict" and cli.trainer.world_size > 1:
             raise ValueError("predict writes one file in the order of the images: pass --trainer.devices 1")
