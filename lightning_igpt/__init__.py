@@ -6,6 +6,7 @@ Public names are loaded when they are first used, so that ``import lightning_igp
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
@@ -51,9 +52,17 @@ if TYPE_CHECKING:
     from lightning_igpt.weights import save_pretrained as save_pretrained
 
 
+def _name_classes() -> None:
+    """Import the classes that options of LightningCLI name, if it is there: it knows short names of these alone."""
+    if "lightning.pytorch.cli" in sys.modules:
+        for home in ("callbacks", "data", "modules"):
+            importlib.import_module(f"lightning_igpt.{home}")
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'lightning_igpt' has no attribute {name!r}")
+    _name_classes()
     value = getattr(importlib.import_module(f"lightning_igpt.{_HOME_OF[name]}"), name)
     globals()[name] = value
     return value
@@ -61,3 +70,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME_OF])
+
+
+_name_classes()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 import textwrap
@@ -42,6 +43,7 @@ def main(args: Sequence[str] | None = None) -> int:
         SystemExit: Wrong usage (2), a signal that ended a run (143), or one line about a wrong value (1).
     """
     words = list(sys.argv[1:] if args is None else args)
+    _prepare_streams()
     try:
         status = _run(words)
         sys.stdout.flush()  # here, where a closed pipe is noticed
@@ -51,11 +53,24 @@ def main(args: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning ends with 1
             return _interrupted(words)
+        if isinstance(stop.__context__, BrokenPipeError):  # so does rich, after it has redirected stdout
+            return NO_READER
         raise
     except BrokenPipeError:
         # The interpreter flushes once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
+
+
+def _prepare_streams() -> None:
+    """Replace closed streams, whose numbers the next files would get, and let names of any encoding be printed."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest number that is free
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _run(words: list[str]) -> int:

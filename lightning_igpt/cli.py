@@ -5,16 +5,18 @@ Not here: our own verbs (``commands/``), and what a dry run prints (``commands/d
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import re
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import Any, NoReturn, get_type_hints
 
 import torch
-from jsonargparse import ActionConfigFile, class_from_function, set_parsing_settings
+from jsonargparse import ActionConfigFile, class_from_function, get_loader, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -26,7 +28,7 @@ from lightning_igpt import callbacks, data, modules
 from lightning_igpt.checkpointing import find_checkpoint
 from lightning_igpt.commands import dry_run, recipes
 from lightning_igpt.commands.arguments import SEEDS, check_seed, leaves_of, one_line_errors, parameter_texts
-from lightning_igpt.commands.help import LIGHTNING_VERBS, PROGRAM, Parser, page, usage_error
+from lightning_igpt.commands.help import LIGHTNING_VERBS, MARGIN, PROGRAM, Parser, columns, page, usage_error
 from lightning_igpt.commands.places import check_folder
 from lightning_igpt.files import write_csv
 from lightning_igpt.pictures import save_png
@@ -36,6 +38,7 @@ __all__ = ["RecipeCLI", "callbacks", "data", "modules", "run"]  # importing the 
 
 # Classes that a recipe may name. Any other name is refused before its module is imported, which would run its code.
 TRUSTED = ("lightning", "lightning_igpt", "torch.optim", "torchmetrics")
+UNQUOTED = re.compile(r"(\w+): +([\w.+-]+)(?=[\s,}\]]|$)")  # of a recipe, key and text
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # values of Lightning's ckpt_path that are no paths
 RESUME = (
     "Continue an interrupted run. auto takes the newest intact checkpoint of this model where the trainer saves, and "
@@ -43,11 +46,7 @@ RESUME = (
 )
 RANDOM = "Run although no weights are given: an untrained network, as a baseline."
 WHAT = (
-    (
-        "-c --config RECIPE",
-        "A YAML file, or the name of a shipped recipe (lightning-igpt recipes list). Several merge, the last wins; "
-        "options that follow win over all.",
-    ),
+    ("-c --config RECIPE", "A YAML file, or a shipped recipe's name. Of several the last wins, and options over all."),
     ("--model CLASS", "PretrainModule, ProbeModule or FineTuneModule; its options are --model.NAME."),
     ("--data CLASS", "PretrainDataModule, ProbeDataModule or FineTuneDataModule; its options are --data.NAME."),
     ("--resume auto|PATH", f"fit: {RESUME}"),
@@ -55,15 +54,11 @@ WHAT = (
     ("--random_weights true", f"validate, test, predict: {RANDOM}"),
     ("--seed_everything N", f"Seed of weights, order and draws, from 0 to {SEEDS - 1}; true draws one. Default: 0."),
     ("--dry_run", "Print what would run, with sizes and, for fit, memory and time; train and write nothing."),
-    ("--trust NAME", "A package, module or class that the recipe may name, besides Lightning's and this package's."),
+    ("--trust NAME", "A package, module, class or address that the recipe may name, besides those known to be safe."),
+    ("--model.help CLASS", "The options of a class; likewise --data.help CLASS and --trainer.callbacks.help CLASS."),
+    ("-h --help", "Show this help and exit."),
     ("--print_config", "Print all options as YAML, as they would be taken, and exit."),
     ("--print_completion SHELL", "Print a script that completes these options: shtab-bash, shtab-zsh (needs shtab)."),
-)
-MORE = (
-    ("--model.help CLASS", "The options of a model, such as --model.help PretrainModule."),
-    ("--data.help CLASS", "The options of a data module, such as --data.help PretrainDataModule."),
-    ("--trainer.callbacks.help CLASS", "The options of a callback, such as CompletionGrid."),
-    ("-h --help", "Show this help and exit."),
 )
 FIRST = ("default_root_dir", "accumulate_grad_batches", "num_nodes", "logger")  # Lightning's options needed most
 
@@ -73,13 +68,20 @@ class RecipeFile(ActionConfigFile):  # type: ignore[misc]
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Read the file, or the shipped recipe of that name."""
-        super().__call__(parser, cfg, values if Path(values).exists() else str(recipes.find(values)), option_string)
+        path = Path(values) if values and Path(values).exists() else recipes.find(values)
+        if path.is_file():  # no pipe, which can be read once only
+            try:
+                parser.unquoted += tuple(UNQUOTED.findall(path.read_text()))  # in the encoding of the parser
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is no text ({error}); save it in UTF-8, or set PYTHONUTF8=1") from error
+        super().__call__(parser, cfg, str(path), option_string)
 
 
 class RecipeParser(LightningArgumentParser):
     """LightningCLI's parser, with this package's help and errors of one line."""
 
     verb: str | None = None  # None for the parsers that jsonargparse makes for --model.help and the like
+    unquoted: tuple[tuple[str, str], ...] = ()  # keys and texts of the recipes
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong with the command or the recipe in one line, and exit with status 2."""
@@ -87,6 +89,10 @@ class RecipeParser(LightningArgumentParser):
             raise ArgumentError(None, message) from ex
         if "import_path_allowlist" in message:  # jsonargparse's setting, behind which is our option
             message += f". If you trust that module: {PROGRAM} {self.verb} --trust NAME"
+        for key, text in self.unquoted:
+            wanted = message.partition(f'{key}":')[2]
+            if "<class 'str'>" in wanted and f"value: {get_loader('yaml')(text)}" in wanted:
+                message = f'{key} is {text}, which YAML does not read as text; quote it: {key}: "{text}"'
         usage_error(self.prog, message)
 
     def format_help(self) -> str:
@@ -117,7 +123,6 @@ def _help_groups() -> dict[str, Any]:
         "what to run": WHAT,
         "the trainer": trainer,
         "further options of Lightning's Trainer, as --trainer.NAME": further,
-        "more help": MORE,
     }
 
 
@@ -130,13 +135,10 @@ def _flag(function: Callable[..., Any], name: str) -> str:
 
 
 class RecipeCLI(LightningCLI):
-    """Model, data and trainer of a recipe, without weights if ``dry``.
+    """Model, data and trainer of a recipe, without weights if ``dry``; no checkpoint changes what they say."""
 
-    A checkpoint changes neither the recipe's values nor those of the flags.
-    """
-
-    def __init__(self, verb: str, words: Sequence[str], *, dry: bool = False) -> None:
-        self.verb, self.dry = verb, dry
+    def __init__(self, verb: str, words: Sequence[str], *, dry: bool = False, trusted: Sequence[str] = ()) -> None:
+        self.verb, self.words, self.dry, self.trusted = verb, words, dry, trusted
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -168,12 +170,13 @@ class RecipeCLI(LightningCLI):
         """Parse without Lightning's warning about ``sys.argv``, which here holds the same words."""
         self.config = parser.parse_args(args)
         check_seed("seed_everything", self.config["seed_everything"])
+        recipes.check_texts(self.config, self.words, self.trusted)
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; a network that a strategy shards, or of a dry run, stays on the meta device."""
         model = self.config["model"]
         drawn = model["class_path"].startswith("lightning_igpt.") and not model["init_args"].get("pretrained")
-        with torch.device("meta") if drawn else nullcontext():
+        with torch.device("meta") if drawn else contextlib.nullcontext():
             super().instantiate_classes()  # the strategy is chosen by the network's shape
         if drawn and not self.dry and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             self.model = self.parser.instantiate_classes(self.config)["model"]
@@ -187,17 +190,19 @@ class RecipeCLI(LightningCLI):
             options["max_epochs"] = 1
         try:
             return super().instantiate_trainer(**options)
-        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
             raise ValueError(f"trainer: {error}") from error  # values that Lightning refuses are the user's, too
 
     def checkpoint(self) -> str | None:
         """The checkpoint to continue (fit) or to run (the other verbs); None to start from the recipe's weights."""
-        path, resume = self.config["ckpt_path"], self.config["resume"]
+        path, resume, model = self.config["ckpt_path"], self.config["resume"], self.config["model"]
+        # Of other modules the heads are in checkpoints alone.
+        pretrained = model["class_path"].endswith("PretrainModule") and model.get("init_args", {}).get("pretrained")
         if self.verb == "fit":
             if resume and path:
                 raise ValueError(f"--resume {resume} and --ckpt_path {path} both name a checkpoint; drop one of them")
             path = self._resumed(resume) if resume else path
-        elif not path and not self.config["random_weights"] and not self._pretrains_from_weights():
+        elif not (path or self.config["random_weights"] or pretrained):
             raise ValueError(
                 f"{self.verb} would run on random weights: pass --ckpt_path with the checkpoint of a run (or, for "
                 "pretraining, model.pretrained); --random_weights true runs them as a baseline"
@@ -206,10 +211,6 @@ class RecipeCLI(LightningCLI):
         if named and not Path(path).exists():
             raise FileNotFoundError(f"ckpt_path {path} does not exist; it names the checkpoint of a run")
         return path or None
-
-    def _pretrains_from_weights(self) -> bool:
-        model = self.config["model"]  # of other modules the heads are in checkpoints alone
-        return model["class_path"].endswith("PretrainModule") and bool(model.get("init_args", {}).get("pretrained"))
 
     def _resumed(self, resume: str) -> str | None:
         auto, place = resume.lower() == "auto", Path(resume).expanduser()
@@ -225,11 +226,7 @@ class RecipeCLI(LightningCLI):
 
 
 def run(words: Sequence[str]) -> RecipeCLI:
-    """Run ``fit``, ``validate``, ``test`` or ``predict`` with its options, and return what the recipe made.
-
-    Raises:
-        SystemExit: Wrong usage (2), or one line about a value that was wrong (1).
-    """
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` with its options, and return what the recipe made."""
     verb, *rest = words
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # a deprecation within Lightning
     # Not options of the recipe's parser: a recipe must not be able to trust itself.
@@ -238,13 +235,14 @@ def run(words: Sequence[str]) -> RecipeCLI:
     flags.add_argument("--trust", action="append", default=[])
     given, rest = flags.parse_known_args(rest)
     with one_line_errors(f"{PROGRAM} {verb}"):
-        _allow(given.trust)
-        cli = RecipeCLI(verb, rest, dry=given.dry_run)
+        _allow([name for name in given.trust if "://" not in name])
+        cli = RecipeCLI(verb, rest, dry=given.dry_run, trusted=[name for name in given.trust if "://" in name])
         if "://" not in cli.trainer.default_root_dir:
             check_folder(cli.trainer.default_root_dir, "--trainer.default_root_dir")
         checkpoint = cli.checkpoint()
         if given.dry_run:
-            print(*dry_run.lines(verb, cli.trainer, cli.model, cli.datamodule, checkpoint), sep="\n")  # noqa: T201
+            row = TextWrapper(columns(), subsequent_indent=" " * MARGIN, break_long_words=False, break_on_hyphens=False)
+            print(*map(row.fill, dry_run.lines(verb, cli.trainer, cli.model, cli.datamodule, checkpoint)), sep="\n")  # noqa: T201
             return cli
         if verb == "predict" and cli.trainer.world_size > 1:
             raise ValueError("predict writes one file in the order of the images: pass --trainer.devices 1")
@@ -259,12 +257,13 @@ def _allow(trusted: Sequence[str]) -> None:
     """Let recipes name the classes that are trusted, and no others."""
     for name in trusted:
         if not all(part.isidentifier() for part in name.split(".")) or name.split(".")[0] == "jsonargparse":
-            raise ValueError(f"--trust {name} is not a package, module or class, such as my_package")
+            raise ValueError(f"--trust {name} is no package, module, class (such as my_package) or address")
     set_parsing_settings(
         instantiate_subclass_spec_in_any=False,
         import_path_denylist=["*"],
         import_path_allowlist=[*TRUSTED, *trusted],
         add_print_completion_argument=True,
+        config_read_mode_fsspec_enabled=False,  # Lightning lets the parser take texts for addresses of files
         subclasses_disabled=[torch.Tensor],  # whose attributes would be options, tensors among them, without end
     )
 

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from string import Template
 from typing import Any, TypeAlias
@@ -59,7 +60,7 @@ def read_runs(folder: Path) -> list[Run]:
     """The runs in a folder and below it, in the order of their names; version_9 comes before version_10.
 
     Raises:
-        ValueError: A file of a run is damaged.
+        ValueError: A ``metrics.csv`` is damaged.
     """
     tables = sorted(folder.rglob("metrics.csv"), key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(9), str(path)))
     if not tables:
@@ -191,12 +192,13 @@ def _numbers(run: Run) -> Iterator[tuple[str, ...]]:
 
 def _figures(run: Run) -> Iterator[str]:
     """The plots and pictures of a run, and its settings."""
-    sizes = [int(value) for name, value in run.settings if name.endswith("network.vocab_size")]
+    sizes = [int(value) for name, value in run.settings if name.endswith("network.vocab_size") and value.isdecimal()]
     names = {"val/nats_per_pixel": "validation", "train/nats_per_pixel": "training"}
     if nats := {label: run.curves[name] for name, label in names.items() if name in run.curves}:
-        plot = plot_curves(nats, {"uniform": math.log(sizes[0])} if sizes else {})
+        plot = plot_curves(nats, {"uniform": math.log(max(1, sizes[0]))} if sizes else {})
         yield drawing(plot, "Nats per pixel over steps", "Nats per pixel; lower is better.")
-    online = {name: name.split("/")[1].replace("_", " ") for name in run.curves if name.startswith("online_probe/")}
+    online = {name: name.split("/")[1] for name in run.curves if name.startswith("online_probe/")}
+    online = {name: label.replace("_", " ").replace("$", r"\$") for name, label in online.items()}  # no mathtext
     names = {"val/accuracy": "validation", **online}
     accuracy = {label: run.curves[name] for name, label in names.items() if name in run.curves}
     if any(len(steps) > 1 for steps, _ in accuracy.values()):
@@ -205,12 +207,15 @@ def _figures(run: Run) -> Iterator[str]:
     if layers := {label: curve for label, curve in parts.items() if curve[0]}:
         plot = plot_curves(layers, xlabel="layer (0: embeddings)", ylabel="accuracy")
         yield drawing(plot, "Accuracy by layer", "Probe accuracy by layer; validation chooses the layer.")
-    for folder in (run.folder, *sorted(run.folder.glob("pictures*"))[-1:]):
-        for path in sorted(folder.glob("completions/step-*.png"))[-1:]:
-            yield picture(path, f"Completions at {path.stem.replace('-', ' ')}: the given part, samples, the truth.")
-        for name, caption in PICTURES.items():
-            if (folder / name).exists():
-                yield picture(folder / name, caption)
+    folders = [run.folder, *sorted(run.folder.glob("pictures*"))[-1:]]
+    last = [sorted(folder.glob("completions/step-*.png"))[-1:] for folder in folders]
+    for path in [*chain.from_iterable(last), *(folder / name for folder in folders for name in PICTURES)]:
+        step = path.stem.replace("-", " ")
+        caption = PICTURES.get(path.name, f"Completions at {step}: the given part, samples, the truth.")
+        try:
+            yield from [picture(path, caption)] if path.exists() else []
+        except (OSError, SyntaxError, ValueError) as error:  # whatever Pillow raises at the head of a file
+            yield f"{path} is left out, since it cannot be read: {error}"
     if run.settings:
         yield facts("Settings, machine, versions", run.settings)
 
@@ -222,8 +227,8 @@ def _read_settings(folder: Path) -> list[tuple[str, str]]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return list(_flat("", record["runs"][-1] if "runs" in record else record))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); restore or remove it") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return [("run.json", f"left out, since it is damaged: {error!r}")]
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

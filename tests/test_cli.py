@@ -1,11 +1,15 @@
 """The command line: what it understands, what it refuses, and that nothing a user says is silently dropped."""
 
 import contextlib
+import copy
+import functools
+import http.server
 import io
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -250,8 +254,8 @@ class TestErrors:
 class TestRecipes:
     def test_list_and_show(self, capsys):
         assert main(["recipes", "list"]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert [line.split()[0] for line in lines] == recipes.names() and all(len(line.split()) > 3 for line in lines)
+        out = capsys.readouterr().out
+        assert re.findall(r"^\w+", out, re.MULTILINE) == recipes.names() and max(map(len, out.splitlines())) <= 80
         assert main(["recipes", "show", "digits_tiny_probe"]) == 0
         assert capsys.readouterr().out == (recipes.folder() / "digits_tiny_probe.yaml").read_text()
         assert "did you mean 'digits_tiny_probe'?" in refusal(["recipes", "show", "digits_tiny_prob"])
@@ -357,6 +361,9 @@ def test_resume_auto(tmp_path):
         (["--resume", "."], "has no checkpoint"),
         (["--resume", "auto", "--ckpt_path", "x.ckpt"], "drop one of them"),
         (["--resume", "recipe.yaml"], "weights_only=True|damaged"),
+        (["--resume", ""], "resume is empty"),
+        (["--ckpt_path", ""], "ckpt_path is empty"),
+        (["--data.source", "${data_dir"], "data.init_args.source .*a reference is"),
     ],
 )
 def test_resume_refuses(words, message, tmp_path):
@@ -378,3 +385,74 @@ def test_random_weights_on_demand(tmp_path, caplog):
     assert "--random_weights true" in refusal(["validate", "--config", recipe])
     assert main(["validate", "--config", recipe, "--random_weights", "true"]) == 0
     assert "these are random weights" in caplog.text
+
+
+@pytest.fixture
+def website():
+    """The address of a server, and the paths that were asked for."""
+    asked, served = [], http.server.SimpleHTTPRequestHandler
+    kind = type("Counting", (served,), {"log_request": lambda handler, *args: asked.append(handler.path)})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
+
+
+@pytest.mark.parametrize("mode", ["--print_config", "--dry_run"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("trainer.default_root_dir", "ADDRESS/${oc.env:PATH}"),
+        ("trainer.logger", {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "ADDRESS"}}),
+        ("trainer.callbacks", [{"class_path": "ModelCheckpoint", "init_args": {"dirpath": "blockcache::ADDRESS"}}]),
+        ("model.init_args.palette", "ADDRESS/palette.npy"),
+        ("model.init_args.pretrained", "ADDRESS/final.ckpt"),
+        ("model", "ADDRESS/model.yaml"),
+        ("data.init_args.source", "ADDRESS/photos"),
+        ("ckpt_path", "ADDRESS/final.ckpt"),
+    ],
+)
+def test_a_recipe_opens_no_address(key, value, mode, website, tmp_path, capsys):
+    address, asked = website
+    config = {**copy.deepcopy(RECIPE), "ckpt_path": None}
+    *parents, last = key.split(".")
+    place = functools.reduce(dict.__getitem__, parents, config)
+    place[last] = value
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config).replace("ADDRESS", address))
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "recipe.yaml", mode])
+    assert asked == [] and [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+    if mode == "--dry_run":
+        assert address in str(stop.value.code) + capsys.readouterr().err
+
+
+def test_addresses_that_are_typed_or_trusted(tmp_path):
+    recipe = write(tmp_path / "recipe.yaml", trainer={"default_root_dir": "memory://runs"})
+    words = ["fit", "--config", recipe, "--dry_run"]
+    assert "--trust memory://runs" in refusal([*words, "--trust", "memory://run"])
+    for trust in (["--trust", "memory://"], ["--trust", "memory://runs"], ["--trainer.default_root_dir", "memory://x"]):
+        assert main([*words, *trust]) == 0
+    assert "nothing can be saved" in refusal([*words, "--trainer.default_root_dir", "http://127.0.0.1/x"])
+
+
+@pytest.mark.parametrize("text", ["2024", "007", "on", "1.5"])
+@pytest.mark.parametrize(("section", "key"), [("data", "image_column"), ("data", "source"), ("model", "palette")])
+def test_texts_that_yaml_reads_otherwise_are_to_be_quoted(section, key, text, tmp_path, capsys):
+    write(tmp_path / "recipe.yaml")
+    (tmp_path / "more.yaml").write_text(f"{section}: {{init_args: {{{key}: {text}}}}}")
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", "recipe.yaml", "--config", "more.yaml"])
+    assert f': {key} is {text}, which YAML does not read as text; quote it: {key}: "{text}".' in capsys.readouterr().err
+
+
+def test_short_names_of_classes_in_a_cli_of_ones_own():
+    code = """
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringDataModule
+import lightning_igpt
+words = ["--trainer.callbacks", "CompletionGrid", "--model.network", "igpt_tiny", "--model.palette", "gray:512"]
+LightningCLI(lightning_igpt.PretrainModule, BoringDataModule, run=False, args=words)
+words += ["--model", "PretrainModule", "--data", "ProbeDataModule", "--data.source", "digits"]
+print(type(LightningCLI(run=False, args=words[:2] + words[6:8] + words[2:6] + words[8:]).datamodule))
+"""
+    assert "ProbeDataModule" in in_a_new_process("-c", code)[0]

@@ -164,14 +164,6 @@ def newest(folder):
     return max(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
 
 
-def test_the_list_shows_every_recipe_and_finds_a_new_one(monkeypatch, tmp_path):
-    assert recipes.names() == list(RECIPES), "a recipe in a sub-folder is neither listed nor shipped by name"
-    assert set(PAPER) < set(RECIPES)
-    (tmp_path / "my_new_recipe.yaml").write_text("# Mine.\n")
-    monkeypatch.setattr(recipes, "folder", lambda: tmp_path)
-    assert recipes.names() == ["my_new_recipe"]
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_the_header_computes_is_true(name, capsys):
     text, recipe = " ".join(header(name)), read(name)

@@ -8,6 +8,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -15,10 +16,12 @@ import docstring_parser
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_igpt.commands.help import PROGRAM, Parser, plain
+from lightning_igpt.files import shown
 
 SEEDS = 2**32  # NumPy's generators take seeds from 0 to one less
 TRACEBACK = "LIGHTNING_IGPT_TRACEBACK"  # set to anything to see where an error came from
 TRUTH = {"true": True, "false": False}
+CACHES = ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE")  # variables that name folders
 
 
 def run_function(
@@ -109,13 +112,19 @@ def _reader(hint: Any) -> dict[str, Any]:
         return several | {"choices": words, "metavar": "|".join(words)}
     (kind,) = (leaf for leaf in leaves if isinstance(leaf, type))
     if not words:
-        return several | {"type": kind, "metavar": {int: "N", float: "X"}.get(kind)}
+        return several | {"type": _filled if kind is str else kind, "metavar": {int: "N", float: "X"}.get(kind)}
 
     def read(word: str) -> Any:
         return word if word in words else kind(word)
 
     read.__name__ = f"{kind.__name__} or {'|'.join(words)}"  # for argparse's message
     return several | {"type": read, "metavar": "|".join([*words, "N"])}
+
+
+def _filled(word: str) -> str:
+    if not word:
+        raise argparse.ArgumentTypeError("the value is empty; perhaps a shell variable is not set")
+    return word
 
 
 def _truth(word: str) -> bool:
@@ -142,7 +151,21 @@ def one_line_errors(prog: str) -> Iterator[None]:
         own = error if isinstance(error, (OSError, OmegaConfBaseException)) else _own(error)
         if os.environ.get(TRACEBACK) or own is None:
             raise
-        raise SystemExit(f"{prog}: {' '.join(str(own).split())}") from error
+        text = str(own)
+        if isinstance(own, OSError) and own.filename:
+            text = f"{own.filename}: {own.strerror}{_cure(Path(os.fsdecode(own.filename)))}"
+        elif isinstance(own, OmegaConfBaseException):
+            text += "; a reference is ${name}, and \\${ stands for these characters themselves"
+        raise SystemExit(f"{prog}: {shown(' '.join(text.split()))}") from error
+
+
+def _cure(path: Path) -> str:
+    """What a folder is for in which the operating system refused something, and the variable that names another."""
+    for variable in CACHES:
+        place = Path(os.environ.get(variable) or "~/.cache/huggingface").expanduser().absolute()
+        if place.is_relative_to(path) or path.is_relative_to(place):
+            return f". Converted data sets and downloads are kept there; set {variable} to a folder that can be written"
+    return ""
 
 
 def _own(error: BaseException | None) -> BaseException | None:

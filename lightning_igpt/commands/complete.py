@@ -15,10 +15,13 @@ from lightning_igpt.callbacks.completions import HIDDEN
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.places import check_folder
 from lightning_igpt.decoding import Precision
+from lightning_igpt.files import shown
 from lightning_igpt.images import BadImageError, decode
 from lightning_igpt.pictures import image_grid, save_png
 from lightning_igpt.sampling import inpaint
 from lightning_igpt.weights import Pretrained, load_pretrained
+
+STEM = 100  # bytes of an image's name in those of its samples; file systems take 143 to 255 for the whole name
 
 
 def complete(
@@ -58,8 +61,7 @@ def complete(
         seed: Of the draws.
         split: Split of a data set; default test, else validation, else train.
         device: cpu, cuda, mps, or auto.
-        palette: The palette that the network was trained with, where the source holds none: openai, gray:16, a .npy
-            file, a Hugging Face folder or hub id.
+        palette: That of the training, where the source holds none: openai, gray:16, a .npy file, a folder or hub id.
     """
     check_folder(out, "--out")
     if mask is not None and (keep_rows, top_k, top_p) != (None, None, None):
@@ -71,7 +73,7 @@ def complete(
     place = pick_device(device)
     precision = precision or ("half" if place.type == "cuda" else "full")
     what = f"{len(pixels)} images at {size} x {size}, {n_samples} samples each"
-    print(f"{loaded.origin}: {what}, on {place} in {precision} precision")
+    print(shown(f"{loaded.origin}: {what}, on {place} in {precision} precision"))
     loaded.network.to(place)
     tokens = loaded.palette.quantize(pixels).to(place)
     options: dict[str, Any] = {"n_samples": n_samples, "seed": seed, "temperature": temperature, "precision": precision}
@@ -81,10 +83,11 @@ def complete(
         options |= {"keep_rows": keep_rows, "top_k": top_k, "top_p": top_p}
         rows = completion_rows(loaded.network, loaded.palette, tokens, **options).cpu()
     folder = Path(out)
-    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
-        for sample in range(n_samples):
-            save_png(row[1 + sample], folder / f"{number:03d}-{Path(name).stem}-sample{sample + 1}.png")
     save_png(image_grid(rows, captions=captions(n_samples)), folder / "completions.png")
+    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
+        stem = shown(Path(name).stem).encode()[:STEM].decode(errors="ignore")
+        for sample in range(n_samples):
+            save_png(row[1 + sample], folder / f"{number:03d}-{stem}-sample{sample + 1}.png")
     print(f"wrote {folder / 'completions.png'} and {len(names) * n_samples} single samples")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from lightning_igpt.commands.help import row
 from lightning_igpt.commands.places import check_file, check_folder
 from lightning_igpt.planning import parameter_count
 from lightning_igpt.weights import Pretrained, load_pretrained, native, save_pretrained
@@ -35,8 +36,7 @@ def convert(
             config in its header.
         check: Compare with transformers on random tokens and print the largest difference.
         image_size: Side of the images of the written network; positions are interpolated where it is another.
-        palette: The palette that the network was trained with, where the source holds none: openai, gray:16, a .npy
-            file, a Hugging Face folder or hub id.
+        palette: That of the training, where the source holds none: openai, gray:16, a .npy file, a folder or hub id.
         title: Heading of the model card (hf).
         data: What the network was trained on, for the model card; default what the checkpoint says.
         license: SPDX identifier of the weights' license, for the model card.
@@ -50,9 +50,10 @@ def convert(
         check_folder(path, "OUT")
     loaded = load_pretrained(source, palette=palette, image_size=image_size)
     logits = check_logits(loaded.network)
-    _row("read", loaded.origin)
+    print(row("read", loaded.origin))
     _describe(loaded)
-    _row("check logits", " ".join(f"{value:.5f}" for value in logits[-1, :4].tolist()) + f" ... of pixel {len(logits)}")
+    first = " ".join(f"{value:.5f}" for value in logits[-1, :4].tolist())
+    print(row("check logits", f"{first} ... of pixel {len(logits)}"))
     if check:
         _compare(loaded)
     card = loaded.card.filled(title=title, data=data, license=license)
@@ -61,39 +62,35 @@ def convert(
         save_pretrained(path, loaded.network, loaded.palette, card=card, head=loaded.head, class_names=names)
     else:
         native.save_file(path, loaded.network, loaded.palette, loaded.head, loaded.class_names, card.known())
-    _row("wrote", f"{path} ({to})")
+    print(row("wrote", f"{path} ({to})"))
     head = loaded.head
     if to == "hf" and loaded.config.objective == "bert":
-        _row("note", "transformers cannot run a BERT network: no sos, no causal mask; load_pretrained can")
+        print(row("note", "transformers cannot run a BERT network: no sos, no causal mask; load_pretrained can"))
     if to == "hf" and head is not None:
-        _row("note", "the color head is in lm_head.safetensors, since transformers' classifier has no place for it")
+        print(row("note", "the color head is in lm_head.safetensors, as transformers' classifier has no place for it"))
     del loaded  # a large network is read back into the same memory
     again = load_pretrained(path)
     difference = (check_logits(again.network) - logits).abs().max().item()
     if head is not None and again.head is not None:
         difference = max(difference, (again.head - head).abs().max().item())
-    _row("read back", f"largest difference of check logits {difference:g}")
+    print(row("read back", f"largest difference of check logits {difference:g}"))
     if difference != 0 or (head is None) != (again.head is None):
         raise ValueError(f"the network read back from {path} differs by {difference:g}; check the disk and repeat")
 
 
 def _describe(loaded: Pretrained) -> None:
     config = loaded.config
-    _row("network", f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, {config.objective}")
-    _row("images", f"{config.image_size} x {config.image_size} = {config.n_positions} tokens")
-    _row("parameters", f"{parameter_count(config):,}")
-    _row("palette", f"{len(loaded.palette)} colors, sha256 {loaded.palette.sha256[:12]}")
+    print(row("network", f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, {config.objective}"))
+    print(row("images", f"{config.image_size} x {config.image_size} = {config.n_positions} tokens"))
+    print(row("parameters", f"{parameter_count(config):,}"))
+    print(row("palette", f"{len(loaded.palette)} colors, sha256 {loaded.palette.sha256[:12]}"))
     if loaded.head is not None:
-        _row("classes", f"{len(loaded.head)}: {', '.join(loaded.class_names or ['without names'])}")
+        print(row("classes", f"{len(loaded.head)}: {', '.join(loaded.class_names or ['without names'])}"))
 
 
 def _compare(loaded: Pretrained) -> None:
     peer = compare_with_transformers(loaded.network, loaded.palette, loaded.head)
     logits = f"{peer.logits:,} {'color' if loaded.head is None else 'class'} logits up to {peer.largest:.3g}"
-    _row("transformers", f"largest difference {peer.difference:.3g} over {logits}")
+    print(row("transformers", f"largest difference {peer.difference:.3g} over {logits}"))
     if not peer.difference <= TOLERANCE * max(1.0, peer.largest):
         raise ValueError(f"the logits of transformers differ by up to {peer.difference:.3g}; do not use this export")
-
-
-def _row(name: str, value: str) -> None:
-    print(f"{name:<14}{value}")

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
+from lightning_igpt.commands.help import row
 from lightning_igpt.commands.images import rows_of, to_tensor
 from lightning_igpt.commands.places import check_file
 from lightning_igpt.data.sources import Source, open_source
+from lightning_igpt.files import shown
 from lightning_igpt.images import FORMATS, BadImageError, decode, resize_center_crop
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import CELL, enlarge, heading, image_grid, save_png, stack
@@ -53,10 +55,10 @@ def show(
     opened = open_source(source, name=config_name, image_column=image_column, label_column=label_column)
     opened.need_images()
     colors = Palette.load(palette)
-    _row("source", opened.name)
-    _row("splits", ", ".join(f"{split} {len(rows):,}" for split, rows in opened.splits.items()))
-    _row("columns", f"{opened.image_column}, {opened.label_column or 'no labels'}")
-    print(*class_lines(opened), sep="\n", flush=True)
+    print(row("source", opened.name))
+    print(row("splits", ", ".join(f"{split} {len(rows):,}" for split, rows in opened.splits.items())))
+    print(row("columns", f"{opened.image_column}, {opened.label_column or 'no labels'}"))
+    print(*map(shown, class_lines(opened)), sep="\n", flush=True)
     modes: Counter[str] = Counter()
     sizes, squares, bad, counts = [], [], [], []  # (width, height) upright, of the palette's error, names, of splits
     for split, rows in opened.splits.items():
@@ -70,15 +72,15 @@ def show(
             modes[file_mode(value)] += 1
             sizes.append(image.size)
             squares.append(colors.rmse(to_tensor(resize_center_crop(image, image_size))[None]) ** 2)
-    _row("looked at", ", ".join(counts))
+    print(row("looked at", ", ".join(counts)))
     if sizes:
         small, large = (pick(sizes, key=lambda size: size[0] * size[1]) for pick in (min, max))
         kinds = ", ".join(f"{mode} {count:,}" for mode, count in modes.most_common())
-        _row("images", f"{kinds}; {small[0]} x {small[1]} to {large[0]} x {large[1]}")
+        print(row("images", f"{kinds}; {small[0]} x {small[1]} to {large[0]} x {large[1]}"))
         rmse = sqrt(sum(squares) / len(squares))
-        _row("palette", f"{palette}, {len(colors)} colors: RMSE {rmse:.2f} of 255 per channel at {image_size}")
-    _row("bad images", f"{len(bad):,}; on_bad_image=skip leaves them out" if bad else "none")
-    print(*(f"  {line}" for line in bad[:N_BAD]), sep="\n", end="\n" * bool(bad))
+        print(row("palette", f"{palette}, {len(colors)} colors: RMSE {rmse:.2f} of 255 per channel at {image_size}"))
+    print(row("bad images", f"{len(bad):,}; on_bad_image=skip leaves them out" if bad else "none"))
+    print(*(f"  {shown(line)}" for line in bad[:N_BAD]), sep="\n", end="\n" * bool(bad))
     sheet, n_shown = contact_sheet(opened, image_size, colors, n_images)
     save_png(sheet, out)
     print(f"wrote {out}: {n_shown} images ({', '.join(HEADINGS)})")
@@ -88,14 +90,14 @@ def class_lines(source: Source) -> Iterator[str]:
     """The classes with their numbers of images in the training split."""
     names, split = source.class_names, "train" if "train" in source.splits else next(iter(source.splits))
     if names is None:
-        yield f"{'classes':<12}none"
+        yield f"{'classes':<18}none"
         return
     try:
         counts = torch.bincount(source.labels(split), minlength=len(names)).tolist()
     except ValueError as error:  # pretraining needs no labels
-        yield f"{'classes':<12}{len(names):,}, but the labels cannot be used: {error}"
+        yield f"{'classes':<18}{len(names):,}, but the labels cannot be used: {error}"
         return
-    yield f"{'classes':<12}{len(names):,}, with {min(counts):,} to {max(counts):,} images of {split} each"
+    yield f"{'classes':<18}{len(names):,}, with {min(counts):,} to {max(counts):,} images of {split} each"
     yield from (f"  {name}  {count:,}" for name, count in zip(names[:N_CLASSES], counts, strict=False))
     if len(names) > N_CLASSES:
         yield f"  and {len(names) - N_CLASSES:,} more"
@@ -128,10 +130,6 @@ def contact_sheet(source: Source, size: int, palette: Palette, n_images: int) ->
         grid = image_grid(torch.cat([whole[None], enlarged])[None], scale=1, captions=None if parts else HEADINGS)
         parts += [grid, heading(f"{name}, {image.width} x {image.height}")]
     return (stack(parts) if parts else heading("no image could be read")), len(parts) // 2
-
-
-def _row(name: str, text: str) -> None:
-    print(f"{name:<12}{text}")
 
 
 VERBS = {"show": show}

@@ -22,11 +22,13 @@ from urllib.parse import urlsplit
 
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.demo_studio import Ask, Studio
+from lightning_igpt.files import shown
 from lightning_igpt.weights import Pretrained, load_pretrained
 
 ASSETS = Path(__file__).parents[1] / "assets"
 EMBEDDED, PAGE = ASSETS / "digits", ASSETS / "demo.html"
 MAX_BYTES = 32 * 2**20  # of an upload; phones write photos of 3 to 12 MiB
+PATIENCE = 30  # seconds in which a request has to arrive, and at most as many again
 POLICY = (  # the page is one static file and fetches nothing elsewhere
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -34,11 +36,7 @@ POLICY = (  # the page is one static file and fetches nothing elsewhere
 
 
 def demo(
-    pretrained: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    open: bool = False,
-    device: str = "auto",
+    pretrained: str | None = None, host: str = "127.0.0.1", port: int = 8000, open: bool = False, device: str = "auto"
 ) -> None:
     """Serve a page on which you choose a picture, hide a part of it, and see it drawn again row by row.
 
@@ -59,7 +57,7 @@ def demo(
     with listening(host, port) as listener:
         studio = Studio(load_network(pretrained), pick_device(device))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        print(f"{studio.loaded.origin}, on {studio.device}")
+        print(shown(f"{studio.loaded.origin}, on {studio.device}"))
         if host not in ("127.0.0.1", "::1", "localhost"):
             print(f"warning: everyone who can reach {host} can use the page; it asks for no password")
         print(f"open {address} (Ctrl-C stops it)", flush=True)
@@ -162,13 +160,29 @@ def refusal(method: str, headers: dict[str, str], host: str) -> tuple[int, str]:
         return 403, f"this server does not answer to the name {named!r}; open the address that it printed"
     if method != "GET" and origin is not None and urlsplit(origin).netloc != named:
         return 403, f"a page of {origin} may not use this server"
+    if "transfer-encoding" in headers:  # of any length, whatever a Content-Length says
+        return 411, "this server takes requests of a known length only; send Content-Length alone"
     if length > MAX_BYTES:
         return 413, f"the file has {length:,} bytes, more than the limit of {MAX_BYTES:,}; shrink it first"
     return 200, ""
 
 
 def make_server(app: Any) -> Any:
-    """A uvicorn.Server that logs warnings only."""
+    """A uvicorn.Server that logs warnings only, and closes connections whose request does not become complete."""
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    return uvicorn.Server(uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=2))
+    class Impatient(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(PATIENCE, self.look, None)
+
+        def look(self, earlier: Any) -> None:
+            answering = self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
+            if self.cycle is earlier and not answering:
+                self.transport.close()
+            elif not self.transport.is_closing():
+                self.loop.call_later(PATIENCE, self.look, self.cycle)
+
+    options: dict[str, Any] = {"http": Impatient, "ws": "none", "log_level": "warning", "timeout_graceful_shutdown": 2}
+    return uvicorn.Server(uvicorn.Config(app, **options))

@@ -173,7 +173,7 @@ def _progress(known: Tensor, emit: Emit, gone: threading.Event) -> Callable[[Ten
 
 def digits(size: int) -> dict[str, Tensor]:
     """The first embedded test digits, not picked: uint8 (3, size, size) by name."""
-    pixels = read_images("digits", size, limit=N_DIGITS).pixels
+    pixels, _ = read_images("digits", size, limit=N_DIGITS)
     return {f"test digit {number}": image for number, image in enumerate(pixels, 1)}
 
 

@@ -11,7 +11,8 @@ from lightning.pytorch import Trainer
 
 from lightning_igpt import planning
 from lightning_igpt.callbacks import Recompute
-from lightning_igpt.commands.plan import GIB, hours, make_run, measured_cpu, row, shape
+from lightning_igpt.commands.help import row
+from lightning_igpt.commands.plan import GIB, hours, make_run, measured_cpu, shape
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.sources import name_of
 from lightning_igpt.planning import Device, Schedule
@@ -23,11 +24,7 @@ TITLES = {"train": "training", "val": "validation", "test": "test"}
 
 
 def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | None) -> Iterator[str]:
-    """What the verb would do with trainer, model and data before ``setup``; the network may lie on the meta device.
-
-    Raises:
-        ValueError: Data, network and batch do not fit together, or the checkpoint could not be opened.
-    """
+    """What the verb would do with trainer, model and data before ``setup``; the network may lie on the meta device."""
     if checkpoint and Path(checkpoint).is_file():
         read_checkpoint(Path(checkpoint))
     yield row("would", f"{verb}: {type(model).__name__} on {type(data).__name__}")
@@ -55,7 +52,9 @@ def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | 
 
 def images(data: Any) -> dict[str, int]:
     """Images of each part; empty where counting them would copy, convert or download anything."""
-    source = getattr(data, "source", None)
+    source = getattr(data, "source", "")
+    if source is None:
+        raise ValueError("source is empty; give it a folder, Parquet files, a hub id, or digits")
     if source != "digits":
         place = Path(source).expanduser() if isinstance(source, str | Path) else None
         if place is None or not place.exists():  # perhaps a hub id

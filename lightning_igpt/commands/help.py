@@ -13,7 +13,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from lightning_igpt.files import shown
+
 PROGRAM = "lightning-igpt"
+MARGIN = 18  # characters of the name of a table's line
 LIGHTNING_VERBS = {
     "fit": "train: pretraining, probing or fine-tuning, whichever the recipe names",
     "validate": "run the validation loop on a checkpoint",
@@ -21,28 +24,24 @@ LIGHTNING_VERBS = {
     "predict": "complete images (pretraining) or classify them (probe, fine-tune)",
 }
 EXAMPLES: Mapping[str, Sequence[str]] = {
-    "fit": (
-        "fit --config digits_tiny_pretrain",
-        "fit --config digits_tiny_pretrain --trainer.max_steps 100 --dry_run",
-        "fit --config cifar10_s_pretrain --data.source photos --resume auto",
-    ),
-    "validate": ("validate --config digits_tiny_pretrain --ckpt_path final.ckpt",),
+    "fit": ("fit --config digits_tiny_pretrain", "fit -c cifar10_s_pretrain --data.source photos --resume auto"),
+    "validate": ("validate -c digits_tiny_pretrain --ckpt_path final.ckpt",),
     "test": ("test --config digits_tiny_pretrain --ckpt_path final.ckpt",),
     "predict": ("predict --config digits_tiny_pretrain --ckpt_path final.ckpt",),
     "quickstart": ("quickstart", "quickstart --out first-look --steps 200"),
     "complete": (
-        "complete --pretrained final.ckpt --images photos --keep_rows 8",
-        "complete --pretrained openai/imagegpt-small --images photos --mask hole.png",
+        "complete --pretrained runs --images photos",
+        "complete --pretrained runs --images digits",
     ),
     "demo": ("demo", "demo --pretrained final.ckpt --port 8080 --open"),
-    "score": ("score --pretrained final.ckpt --images photos --limit 500 --out photos.csv",),
-    "lowdata": ("lowdata --pretrained final.ckpt --source digits --labels_per_class 4 25",),
+    "score": ("score --pretrained runs --images photos --limit 500",),
+    "lowdata": ("lowdata --pretrained runs --source digits --out few",),
     "report": ("report runs", "report runs/pretrain runs/probe --out report.html"),
     "data show": ("data show photos --image_size 32",),
     "palette fit": ("palette fit photos mine.npy --n_colors 256 --limit 5000",),
     "palette show": ("palette show --palette mine.npy --out mine.png",),
     "convert": ("convert final.ckpt mine", "convert openai/imagegpt-small small --check"),
-    "plan": ("plan --network igpt_l --devices 8 --device_kind h100", "plan --network igpt_tiny --device_kind cpu"),
+    "plan": ("plan --network igpt_l --devices 8", "plan --network igpt_tiny --device_kind cpu"),
     "recipes list": ("recipes list",),
     "recipes show": ("recipes show digits_tiny_pretrain",),
     "recipes copy": ("recipes copy digits_tiny_pretrain --to mine.yaml",),
@@ -70,13 +69,18 @@ class Parser(argparse.ArgumentParser):
 
 def usage_error(prog: str, message: str) -> NoReturn:
     """Print a library's message about wrong usage on one line that ends with where to look, and exit with status 2."""
-    print(f"{prog}: {' '.join(message.split()).rstrip('.')}. See {prog} --help", file=sys.stderr)
+    print(f"{prog}: {shown(' '.join(message.split())).rstrip('.')}. See {prog} --help", file=sys.stderr)
     raise SystemExit(2)
 
 
 def columns() -> int:
     """Columns of the terminal, or of the variable COLUMNS, less the margin that argparse leaves."""
     return max(50, shutil.get_terminal_size().columns) - 2
+
+
+def row(name: str, text: str) -> str:
+    """A line of a table."""
+    return f"{name:<{MARGIN}}{shown(text)}".rstrip()
 
 
 def plain(text: str | None) -> str:
@@ -86,23 +90,13 @@ def plain(text: str | None) -> str:
 
 
 def examples(verb: str) -> str | None:
-    """The examples of a verb; a long one is continued after a backslash, as shells read it."""
+    """The examples of a verb."""
     lines = [f"{PROGRAM} {line}" for line in EXAMPLES.get(verb, ())]
-    shown = ["\n      ".join(_broken(line)) for line in lines]
-    return "\n  ".join(["examples:", *shown]) if shown else None
-
-
-def _broken(line: str) -> list[str]:
-    whole = re.sub(r"(--\S+) (?!--)", "\\1\xa0", line)  # an option and its value stay together
-    *before, last = textwrap.wrap(whole, columns() - 8, break_on_hyphens=False, break_long_words=False)
-    return [part.replace("\xa0", " ") for part in (*(f"{part} \\" for part in before), last)]
+    return "\n  ".join(["examples:", *lines]) if lines else None
 
 
 def page(prog: str, usage: str, description: str, groups: Mapping[str, Sequence[tuple[str, str]] | str]) -> str:
-    """A page of help for program and verb.
-
-    Under each heading it has options and what they mean, such as ``("-c --config RECIPE", "A YAML file.")``, or text.
-    """
+    """Help with a group for each heading: options and what they mean, ``("-c --config FILE", "A file.")``, or text."""
     shown = Parser(prog=prog, usage=usage, description=description)
     for heading, rows in groups.items():
         if isinstance(rows, str):

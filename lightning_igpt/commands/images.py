@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,16 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_igpt.data.sources import Source, open_source
+from lightning_igpt.files import shown
 from lightning_igpt.images import SUFFIXES, BadImageError, decode, resize_center_crop
 
 SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # in the order of preference: unseen images first
-
-
-class Images(NamedTuple):
-    """Images of one size, uint8 (N, 3, S, S), with a name each."""
-
-    pixels: Tensor
-    names: list[str]
 
 
 def read_images(
@@ -31,39 +25,37 @@ def read_images(
     split: str | None = None,
     limit: int | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
-) -> Images:
-    """The first images of a source, cut to the square in the middle and resized.
+) -> tuple[Tensor, list[str]]:
+    """The first images of a file or source, cut to the square in the middle and resized to ``size`` S.
 
-    Args:
-        source: An image file, or a source of the data modules: a folder, Parquet, a hub id, "digits".
-        size: Side S of the result.
-        split: Which split; default the first of test, validation and train that is there.
-        limit: How many at most.
-        on_bad_image: error, or skip, which prints the images that cannot be read and leaves them out.
+    Returns uint8 (N, 3, S, S) and names. The split is by default the first of test, validation and train that is there.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"asked for {limit} images; ask for at least 1")
-    rows, names = _rows(source, split, limit)
-    images, kept = [], []
-    for row, name in zip(rows, names, strict=True):
+    images, names, n_bad = [], [], 0
+    for name, value in _rows(source, split, limit):
         try:
-            images.append(to_tensor(resize_center_crop(decode(row), size)))
+            images.append(to_tensor(resize_center_crop(decode(value), size)))
         except BadImageError as error:
             if on_bad_image == "error":
                 raise ValueError(f"{name}: {error}") from error
-            print(f"left out {name}: {error}")
+            print(shown(f"left out {name}: {error}"))
+            n_bad += 1
         else:
-            kept.append(name)
+            names.append(name)
     if not images:
-        raise ValueError(f"none of the {len(names)} images of {source} can be read")
-    return Images(torch.stack(images), kept)
+        raise ValueError(f"none of the {n_bad} images of {source} can be read" if n_bad else f"{source} has no images")
+    return torch.stack(images), names
 
 
-def rows_of(source: Source, split: str, limit: int | None = None) -> Iterator[tuple[str, Any]]:
-    """``limit`` of a split's (name, undecoded image), evenly spread, as many data sets are sorted by class; or all."""
+def rows_of(source: Source, split: str, limit: int | None = None, *, spread: bool = True) -> Iterator[tuple[str, Any]]:
+    """``limit`` of a split's (name, undecoded image), or all, one in memory at a time.
+
+    They are evenly spread, as many data sets are sorted by class, or else the first.
+    """
     rows = source.splits[split].select_columns([source.image_column])
     count = min(len(rows), limit or len(rows))
-    for place in (number * len(rows) // count for number in range(count)):
+    for place in (number * len(rows) // count if spread else number for number in range(count)):
         value = rows[place][source.image_column]
         yield name_of(value or {}, split, place), value
 
@@ -93,17 +85,13 @@ def name_of(row: Mapping[str, Any], split: str, number: int) -> str:
     return "/".join(Path(str(row["path"])).parts[-2:]) if row.get("path") else f"{split}-{number:05d}"
 
 
-def _rows(source: str, split: str | None, limit: int | None) -> tuple[list[Any], list[str]]:
-    """Undecoded images, and their names."""
+def _rows(source: str, split: str | None, limit: int | None) -> Iterator[tuple[str, Any]]:
+    """The first (name, undecoded image) of a file or a source."""
     path = Path(source).expanduser()
     if path.is_file() and path.suffix.lower() in SUFFIXES:
-        return [{"bytes": path.read_bytes(), "path": str(path)}], [path.name]
+        return iter([(path.name, {"bytes": path.read_bytes(), "path": str(path)})])
     opened = open_source(source)
     opened.need_images()
     split = split or next((name for name in SPLITS if name in opened.splits), next(iter(opened.splits)))
     check_split(opened, split)
-    dataset = opened.splits[split]
-    rows = dataset[: limit or len(dataset)][opened.image_column]
-    if not rows:
-        raise ValueError(f"{source} holds no images")
-    return rows, [name_of(row, split, number) for number, row in enumerate(rows)]
+    return rows_of(opened, split, limit, spread=False)

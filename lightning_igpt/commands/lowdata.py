@@ -19,7 +19,7 @@ from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.places import check_folder
 from lightning_igpt.data import ProbeDataModule
 from lightning_igpt.features import fit_logistic
-from lightning_igpt.files import write_csv, write_text
+from lightning_igpt.files import shown, write_csv, write_text
 from lightning_igpt.modules.batches import read_batch
 from lightning_igpt.objectives import MASK_RATIO, draw_mask
 from lightning_igpt.weights import Pretrained, load_pretrained
@@ -49,8 +49,7 @@ def lowdata(
 ) -> None:
     """Classify with few labels: logistic regression on frozen features, from random subsets of the training images.
 
-    Prints the mean and standard deviation of the test accuracy over the subsets, and writes lowdata.csv (every subset)
-    and lowdata.json.
+    Prints mean and standard deviation of the test accuracy over the subsets; writes lowdata.csv and lowdata.json.
 
     Args:
         pretrained: The network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint.
@@ -59,8 +58,7 @@ def lowdata(
         labels_per_class: Budgets, one or more, such as --labels_per_class 4 25 400.
         n_subsets: Random subsets per budget. Subset i of a smaller budget is part of subset i of a larger one.
         layer: The layer whose features are classified: 0 is the input of the first block, n_layer the final norm.
-            Default: the middle, n_layer // 2, which takes no labels to choose. The paper does not say how it chose. If
-            you chose yours with other labels, say so with the result.
+            Default: n_layer // 2, which takes no labels to choose. The paper does not say how it chose.
         layers: Further layers to measure: all, or numbers. Do not choose by these test accuracies.
         c: Inverse strength of the L2 penalty, as scikit-learn's C. The paper does not state it.
         seed: Of the subsets, and of a BERT network's masks, one per image.
@@ -93,7 +91,7 @@ def lowdata(
     train, test, names = data.train_dataloader().dataset, data.test_dataloader().dataset, data.class_names or []
     subsets = draw_subsets(train.labels, names, budgets[-1], n_subsets, seed=seed)
     rows, places = subsets.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    print(f"{loaded.origin}, layer {chosen}")
+    print(shown(f"{loaded.origin}, layer {chosen}"))
     print(f"{source}: {len(train)} training images, of which {len(rows)} are drawn, and {len(test)} test images")
     loaded.network.to(pick_device(device)).eval()
     x = features(loaded, asked, train, rows.tolist(), **reading)

@@ -11,6 +11,7 @@ from PIL import Image
 from lightning_igpt.commands.images import check_split, images_of, to_tensor
 from lightning_igpt.commands.places import check_file
 from lightning_igpt.data.sources import open_source
+from lightning_igpt.files import shown
 from lightning_igpt.kmeans import fit_palette
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import save_png, swatch
@@ -52,7 +53,7 @@ def fit(
     opened.need_images()
     check_split(opened, split)
     n_images = min(len(opened.splits[split]), limit or 2**62)
-    print(f"{opened.name}, split {split!r}: {n_colors} colors for {n_images} images")
+    print(f"{shown(opened.name)}, split {split!r}: {n_colors} colors for {n_images} images")
     palette = fit_palette(images_of(opened, split, n_images), n_colors, seed=seed)
     palette.save(path)
     save_png(swatch(palette.rgb), picture)

@@ -10,6 +10,8 @@ import os
 import tempfile
 from pathlib import Path
 
+NAME_BYTES = 255  # of a file or folder, in the usual file systems
+
 
 def check_file(path: str | Path, option: str, example: str, suffix: str = "") -> None:
     """Raise ValueError or OSError unless a file can be written, or replaced, and its name ends in ``suffix``.
@@ -36,6 +38,9 @@ def check_folder(path: str | Path, option: str) -> None:
 
 
 def _check_writable(place: Path, folder: Path) -> None:
+    longest = max(len(os.fsencode(part)) for part in place.parts or (".",))
+    if longest > NAME_BYTES:
+        raise OSError(f"{place} has a name of {longest} bytes, more than {NAME_BYTES}; choose a shorter one")
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"nothing can be saved in {place}: {existing} is a file; name another folder")

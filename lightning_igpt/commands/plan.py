@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any, Literal
 
 from lightning_igpt import planning
+from lightning_igpt.commands.help import MARGIN, row
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.planning import Device, Run, Schedule
 from lightning_igpt.private import multiplies_bfloat16
@@ -19,7 +20,7 @@ GIB = 2**30
 CPU_MFU = 0.60  # of the CPU's own speed, measured in the same minute
 SIDE, COPIED, REPEATS = 1024, 2**27, 5  # of the CPU's trial: side of matrices, bytes beyond any cache, calls
 SAMPLED = 64  # images side by side
-WIDTH, MARGIN = 100, 18  # characters of a line, and of its name
+WIDTH = 100  # characters of a line
 PRECISIONS = {"bf16": "bf16-mixed", "16": "16-mixed", "32": "32-true"}  # Lightning's short names
 
 
@@ -67,11 +68,7 @@ def plan(
 def make_run(
     config: ImageGPTConfig, schedule: Schedule, device: Device, devices: int = 1, precision: str | None = None
 ) -> Run:
-    """A run, by default in the device's usual precision and at the usual share of its peak.
-
-    Raises:
-        ValueError: A number is out of range, or the device has no such precision.
-    """
+    """A run, by default in the device's usual precision and at the usual share of its peak."""
     precision = precision or ("bf16-mixed" if device.bfloat16 else "32-true")
     run = Run(
         config, schedule, device, devices, precision, planning.usual_mfu(config) if device.torch_name else CPU_MFU
@@ -162,8 +159,3 @@ def _seconds(run: Callable[[], object]) -> float:
         run()
         times.append(time.perf_counter() - start)
     return min(times[1:])
-
-
-def row(name: str, text: str) -> str:
-    """A line of a table."""
-    return f"{name:<{MARGIN}}{text}".rstrip()

@@ -23,10 +23,7 @@ from lightning_igpt.config import PRESETS
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
 from lightning_igpt.features import fit_logistic
 from lightning_igpt.files import write_text
-from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
-from lightning_igpt.objectives import next_pixel_loss
-from lightning_igpt.planning import parameter_count
 from lightning_igpt.trainer import make_trainer
 
 NETWORK = replace(PRESETS["igpt_tiny"], vocab_size=16, image_size=8)
@@ -34,12 +31,7 @@ PALETTE, BATCH_SIZE = "gray:16", 16
 
 
 def quickstart(
-    out: str = "igpt-quickstart",
-    steps: int = 800,
-    epochs: int = 8,
-    seed: int = 0,
-    threads: int | None = None,
-    dry_run: bool = False,
+    out: str = "igpt-quickstart", steps: int = 800, epochs: int = 8, seed: int = 0, threads: int = 1
 ) -> None:
     """Pretrain a small network on 8 x 8 digits, complete, probe and fine-tune it, and write report.html.
 
@@ -48,22 +40,16 @@ def quickstart(
         steps: Optimizer steps of pretraining.
         epochs: Passes over the labeled digits in fine-tuning.
         seed: Of weights, order and samples.
-        threads: Of the CPU. Default: the number that is fastest in a short trial; for matrices this small that is often
-            one.
-        dry_run: Print the steps with their sizes, and stop.
+        threads: Of the CPU. For matrices this small more are hardly faster, and much slower next to other programs.
     """
     for name, value in {"steps": steps, "epochs": epochs, "threads": threads}.items():
-        if value is not None and value < 1:
+        if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     check_folder(out, "--out")
     titles = [f"1/4 pretraining without labels, {steps} steps of {BATCH_SIZE} images", "2/4 completing lower halves"]
     titles += ["3/4 probing every layer, and the same network untrained", f"4/4 fine-tuning, {epochs} epochs"]
-    if dry_run:
-        size = f"a network with {parameter_count(NETWORK):,} parameters, 1,437 training and 360 test digits"
-        print(*titles, f"{size}; results in {out}", "dry run: nothing was trained, and nothing was written", sep="\n")
-        return
     started, folder = time.monotonic(), Path(out)
-    torch.set_num_threads(threads or fastest_threads())
+    torch.set_num_threads(threads)
     quiet_lightning()
     seed_everything(seed, verbose=False)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,22 +73,6 @@ def quickstart(
     write_report(folder, results, pictures)
     print(*(f"{what:<28}{value:<20}{note}" for what, value, note in result_rows(results)), sep="\n")
     print(f"open {folder / 'report.html'}")
-
-
-def fastest_threads() -> int:
-    """The number of threads with which a training step of this network takes least time here and now."""
-    network = ImageGPT(NETWORK)
-    tokens = torch.randint(NETWORK.vocab_size, (16, NETWORK.n_positions))
-    seconds = {}
-    for threads in sorted({1, 2, torch.get_num_threads()}):
-        torch.set_num_threads(threads)
-        trials = []
-        for _ in range(4):
-            start = time.monotonic()
-            next_pixel_loss(network(tokens), tokens).backward()  # type: ignore[no-untyped-call]
-            trials.append(time.monotonic() - start)
-        seconds[threads] = sorted(trials)[1]  # one trial may be lucky; the first warms up
-    return min(seconds, key=seconds.__getitem__)
 
 
 def quiet_lightning() -> None:

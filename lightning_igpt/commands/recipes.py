@@ -1,11 +1,15 @@
-"""``lightning-igpt recipes``: the YAML recipes that come with the package."""
+"""``lightning-igpt recipes``: the YAML recipes that come with the package; what no recipe may say."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import textwrap
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from lightning_igpt.commands.help import columns
 from lightning_igpt.commands.places import check_file
 from lightning_igpt.files import write_text
 
@@ -32,11 +36,40 @@ def find(name: str) -> Path:
     raise FileNotFoundError(f"there is no file or recipe {name!r}{hint} See lightning-igpt recipes list")
 
 
+def check_texts(config: Namespace, typed: Sequence[str], trusted: Sequence[str]) -> None:
+    """Raise ValueError where a configuration has an address that was neither typed nor trusted, or an empty name.
+
+    Loggers and checkpoints of Lightning would open it, and could send what the recipe reads.
+    """
+    for name, text in _texts("", config):
+        known = any(f"{text}/".startswith(f"{address.rstrip('/')}/") for address in trusted)
+        if "://" in text.removeprefix("file://") and not known and not any(text in word for word in typed):
+            cure = f"a recipe may not have addresses opened. If you trust it, add --trust {text}"
+            raise ValueError(f"{name} is the address {text}; {cure}")
+        if "http" in text.partition("://")[0] and "://" in text and name.endswith(("root_dir", "save_dir", "dirpath")):
+            raise ValueError(f"{name} is {text}, where nothing can be saved; name a folder")
+        if not text and name.endswith(("resume", "ckpt_path", "root_dir", "pretrained", "source")):
+            raise ValueError(f"{name} is empty; give it a value (perhaps a shell variable is not set)")
+
+
+def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """All texts of a configuration, with their names."""
+    if isinstance(value, str):
+        yield name, value
+    parts = vars(value) if isinstance(value, Namespace) else value
+    if isinstance(parts, Mapping):
+        for key, part in parts.items():
+            yield from _texts(f"{name}.{key}".removeprefix("."), part)
+    elif isinstance(parts, (list, tuple)):
+        for part in parts:
+            yield from _texts(name, part)
+
+
 def list_recipes() -> None:
     """List the shipped recipes with a line each."""
     for name in names():
-        summary = find(name).read_text().splitlines()[0].lstrip("# ")
-        print(f"{name:<26}{summary}")
+        summary = find(name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(textwrap.fill(f"{name:<26}{summary}", columns(), subsequent_indent=" " * 26))
 
 
 def show(name: str) -> None:
@@ -45,7 +78,7 @@ def show(name: str) -> None:
     Args:
         name: The recipe's name, as ``recipes list`` shows it.
     """
-    print(find(name).read_text(), end="")
+    print(find(name).read_text(encoding="utf-8"), end="")
 
 
 def copy(name: str, to: str = ".", overwrite: bool = False) -> None:

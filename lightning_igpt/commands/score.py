@@ -14,7 +14,7 @@ from lightning_igpt import sampling
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.places import check_file
-from lightning_igpt.files import write_csv
+from lightning_igpt.files import shown, write_csv
 from lightning_igpt.objectives import nats_to_bits
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import (
@@ -48,8 +48,7 @@ def score(
 
     Args:
         pretrained: An autoregressive network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI
-            checkpoint. On ILSVRC validation images at 32 x 32 the released S, M and L have 2.0895, 2.0614 and 2.0466
-            nats per pixel, says OpenAI's README.
+            checkpoint.
         images: An image file, a folder of images, Parquet, a hub id, or digits.
         out: The CSV file, most surprising image first. Missing folders are made.
         pictures: How many of the most surprising images to draw with their heat maps, in a PNG file next to the CSV
@@ -59,8 +58,7 @@ def score(
         batch_size: Images per forward pass.
         device: cpu, cuda, mps, or auto.
         on_bad_image: What to do with an image that cannot be read: error stops; skip names it and leaves it out.
-        palette: The palette that the network was trained with, where the source holds none: openai, gray:16, a .npy
-            file, a Hugging Face folder or hub id.
+        palette: That of the training, where the source holds none: openai, gray:16, a .npy file, a folder or hub id.
     """
     if batch_size < 1 or pictures < 0:
         raise ValueError(f"batch_size is {batch_size} and pictures {pictures}; they must be at least 1 and 0")
@@ -69,7 +67,7 @@ def score(
     for file in (path, sheet) if pictures else (path,):
         check_file(file, "--out", "scores.csv")
     loaded = load_pretrained(pretrained, palette=palette)
-    print(loaded.origin)
+    print(shown(loaded.origin))
     sampling.check_has_likelihood(loaded.network)
     pixels, names = read_images(images, loaded.config.image_size, split=split, limit=limit, on_bad_image=on_bad_image)
     tokens = loaded.palette.quantize(pixels)  # (N, T)
@@ -84,7 +82,7 @@ def score(
     print(summary(per_image, math.log(loaded.config.vocab_size)))
     print(f"{'rank':>6}  {'nats per pixel':>14}  image")
     for rank, (name, value) in enumerate(ranked[:N_PRINTED], 1):
-        print(f"{rank:>6}  {value:>14.4f}  {name}")
+        print(f"{rank:>6}  {value:>14.4f}  {shown(name)}")
     print(f"wrote {path}")
     if pictures:
         save_png(surprise_sheet(tokens, nats, names, loaded.palette, pictures=pictures), sheet)
@@ -112,12 +110,12 @@ def surprise_sheet(tokens: Tensor, nats: Tensor, names: Sequence[str], palette: 
     indices = [index for _, index in most + least]
     limit = surprise_limit(nats[indices], len(palette))
     parts = [heading("surprise of each pixel in nats"), surprise_bar(limit, len(palette))]
-    for title, shown in ((f"the most surprising of {n} images", most), ("the least surprising", least)):
-        if shown:
-            places = [index for _, index in shown]
+    for title, part in ((f"the most surprising of {n} images", most), ("the least surprising", least)):
+        if part:
+            places = [index for _, index in part]
             maps = surprise_map(nats[places].view(-1, side, side), limit=limit)
             pairs = torch.stack([palette.dequantize(tokens[places]).cpu(), maps], 1)  # (n, 2, 3, S, S)
             cells = torch.stack([image_grid(pair[None], gap=4) for pair in pairs])
-            lines = [(f"{rank}: {per_image[index]:.3f} nats per pixel", names[index]) for rank, index in shown]
+            lines = [(f"{rank}: {per_image[index]:.3f} nats per pixel", names[index]) for rank, index in part]
             parts += [heading(title), contact_sheet(cells, lines)]
     return stack(parts)

@@ -10,6 +10,7 @@ from lightning_igpt.commands.images import read_images
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import Pretrained
+from tests.image_files import save_images
 from tests.modules.helpers import BERT, TINY, quiet_trainer
 from tests.networks import random_network
 
@@ -74,7 +75,7 @@ def test_masks_that_say_nothing_are_refused(tmp_path):
 
 def test_mask_redraws_the_hole_alone(checkpoint, tmp_path):
     assert run(checkpoint, tmp_path / "out", "--mask", draw_mask(tmp_path / "mask.png")) == 0
-    tokens = PALETTE.quantize(read_images("digits", 4, limit=2).pixels)
+    tokens = PALETTE.quantize(read_images("digits", 4, limit=2)[0])
     truth = PALETTE.dequantize(tokens).flatten(2)
     changed = 0
     for image in range(2):
@@ -108,3 +109,11 @@ def test_rows_hold_what_was_given_draws_and_the_truth(config):
 def test_a_mask_excludes_what_it_replaces(words, tmp_path):
     with pytest.raises(SystemExit, match="drop keep_rows, top_k, top_p"):
         run("nothing is loaded", tmp_path / "out", "--mask", "nothing is read", *words)
+
+
+def test_names_of_samples(checkpoint, tmp_path):
+    """Long ones are cut, and what is no text is written as an escape."""
+    save_images(tmp_path / "photos", [f"{'ü' * 120}.png", "a\x1b[31mb.png"])
+    assert run(checkpoint, tmp_path / "out", "--images", str(tmp_path / "photos")) == 0
+    names = sorted(path.name for path in (tmp_path / "out").glob("*-sample1.png"))
+    assert names == [r"000-a\x1b[31mb-sample1.png", f"001-{'ü' * 50}-sample1.png"]

@@ -45,7 +45,7 @@ def shown(capsys, *words):
     capsys.readouterr()
     assert main(["data", "show", *map(str, words)]) == 0
     text = capsys.readouterr().out
-    return text, {line[:12].strip(): line[12:] for line in text.splitlines() if line[:12].strip()}
+    return text, {line[:18].strip(): line[18:] for line in text.splitlines() if line[:18].strip()}
 
 
 def tensor(image):

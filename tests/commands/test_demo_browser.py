@@ -276,7 +276,7 @@ def test_pictures_are_chosen_dropped_and_refused(visit, address, digits, tmp_pat
 
     def quantized(name):
         palette = digits.loaded.palette
-        return palette.dequantize(palette.quantize(read_images(str(tmp_path / name), 8).pixels))[0]
+        return palette.dequantize(palette.quantize(read_images(str(tmp_path / name), 8)[0]))[0]
 
     page.get_by_label("Or your own").set_input_files(tmp_path / "one.png")
     page.get_by_role("img", name="one.png, as the network sees it").wait_for()

@@ -1,3 +1,4 @@
+import contextlib
 import http.client
 import io
 import json
@@ -142,7 +143,7 @@ def test_bert_has_no_surprise(bert):
 
 def test_the_page_is_given_fitting_pictures(embedded, photos, port):
     told = json.loads(request(port, "GET", "/start")[2])
-    digits = read_images("digits", 8, limit=10).pixels
+    digits = read_images("digits", 8, limit=10)[0]
     found = torch.tensor([picture["tokens"] for picture in told["pictures"]])
     assert torch.equal(found, embedded.loaded.palette.quantize(digits))
     assert told["colors"] == embedded.loaded.palette.rgb.tolist() and told["max_bytes"] == MAX_BYTES
@@ -165,7 +166,7 @@ def test_an_upload_is_read_as_files_are(embedded, port, tmp_path):
     exif[274] = 6  # turned
     content = encoded(Image.effect_noise((40, 60), 90).convert("RGB"), "JPEG", exif=exif)
     (tmp_path / "photo.jpg").write_bytes(content)
-    pixels = read_images(str(tmp_path / "photo.jpg"), 8).pixels
+    pixels = read_images(str(tmp_path / "photo.jpg"), 8)[0]
     assert upload(port, content) == (200, {"tokens": embedded.loaded.palette.quantize(pixels)[0].tolist()})
 
 
@@ -179,11 +180,32 @@ def test_bad_uploads_are_told(port):
         assert status == 400 and message in answer["error"]
 
 
-def test_too_much_is_refused_before_it_is_read(port):
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        ([f"Content-Length: {MAX_BYTES + 1}", ""], 413),
+        (["Content-Length: 9", "Transfer-Encoding: chunked", "", "100000"], 411),
+    ],
+)
+def test_too_much_is_refused_before_it_is_read(lines, status, port):
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        head = ["POST /image HTTP/1.1", f"Host: 127.0.0.1:{port}", f"Content-Length: {MAX_BYTES + 1}", "", ""]
+        head = ["POST /image HTTP/1.1", f"Host: 127.0.0.1:{port}", *lines, ""]
         connection.sendall("\r\n".join(head).encode())
-        assert int(connection.recv(100).split()[1]) == 413
+        assert int(connection.recv(100).split()[1]) == status
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nX-", b"POST /score HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"])
+def test_requests_that_do_not_end_are_closed(sent, embedded, monkeypatch):
+    monkeypatch.setattr(demo, "PATIENCE", 1)
+    with serving(embedded) as port, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", port)
+        open_ones = [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(70)]
+        for connection in open_ones:
+            connection.sendall(sent)
+        assert request(port, "GET", "/start")[0] == 200  # meanwhile
+        for connection in open_ones:
+            while connection.recv(1000):
+                pass
 
 
 WRONG = [

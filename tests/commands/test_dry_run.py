@@ -18,6 +18,7 @@ NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size"
 @pytest.fixture(autouse=True)
 def _work_in_a_folder_of_its_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # a row on a line
     for name, value in {"SIDE": 64, "COPIED": 2**20, "REPEATS": 1}.items():  # how fast this CPU is does not matter here
         monkeypatch.setattr(plan, name, value)
 
@@ -42,6 +43,11 @@ def test_fit_says_what_would_run(capsys):
     assert rows["results"].startswith("runs/digits_tiny_pretrain")
     assert re.fullmatch(r"0\.\d+ of [\d.]+ GiB usable per device, recompute none", rows["memory"])
     assert rows["time"].startswith("about ") and "strategy SingleDeviceStrategy" in said and "precision " in said
+
+
+def test_rows_fit_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, dry(capsys, "fit", "--config", "imagenet64_xl_pretrain")[1].splitlines())) <= 80
 
 
 def test_a_network_of_any_size_is_described_without_making_it(capsys):
@@ -107,6 +113,8 @@ def test_resume_auto_and_checkpoints_are_tried(capsys):
         (["fit", "--trainer.default_root_dir", "file.txt"], "file.txt is a file"),
         (["fit", "--data.source", "file.txt"], "file.txt"),
         (["fit", "--resume", "gone"], "--resume gone does not exist"),
+        (["fit", "--data.source", ""], "source is empty"),
+        (["fit", "--data.source", "null"], "source is empty"),
         (["test"], "random weights"),
         (["test", "--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
         (["test", "--ckpt_path", "file.txt"], "file.txt"),

@@ -12,6 +12,7 @@ import lightning_igpt
 from lightning_igpt import cli
 from lightning_igpt.__main__ import LIGHTNING_VERBS, OWN_VERBS, main
 from lightning_igpt.commands import recipes
+from lightning_igpt.commands.arguments import one_line_errors
 
 # What is wrong with what is given, though it is well formed.
 WRONG = {
@@ -19,7 +20,7 @@ WRONG = {
     "validate": ["--config", "nowhere"],
     "test": ["--config", "digits_tiny_pretrain"],
     "predict": ["--config", "digits_tiny_pretrain", "--ckpt_path", "nowhere.ckpt"],
-    "quickstart": ["--steps", "0", "--dry_run"],
+    "quickstart": ["--steps", "0"],
     "complete": ["--pretrained", "nowhere", "--images", "digits"],
     "score": ["--pretrained", "nowhere", "--images", "digits"],
     "lowdata": ["--pretrained", "nowhere", "--source", "digits"],
@@ -96,15 +97,16 @@ def test_ctrl_c_in_a_verb_of_ours_is_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "lightning-igpt: interrupted\n"
 
 
-def test_ctrl_c_in_a_run_is_130_though_lightning_says_1(monkeypatch):
-    def press(*args, **options):
+@pytest.mark.parametrize(("kind", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
+def test_status_though_lightning_or_rich_say_1(kind, status, monkeypatch):
+    def stop(*args, **options):
         try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
+            raise kind
+        except kind:
             sys.exit(1)
 
-    monkeypatch.setattr(cli, "run", press)
-    assert main(["fit"]) == 130
+    monkeypatch.setattr(cli, "run", stop)
+    assert main(["fit"]) == status
 
 
 def test_a_reader_that_goes_away_ends_it_quietly():
@@ -112,3 +114,26 @@ def test_a_reader_that_goes_away_ends_it_quietly():
     program = subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, env=ENVIRONMENT)
     program.stdout.close()
     assert program.stderr.read() == b"" and program.wait() == 141
+
+
+@pytest.mark.skipif(os.name != "posix", reason="shells close streams this way")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed):
+    words = [sys.executable, "-m", "lightning_igpt", "recipes", "copy", "digits_tiny_probe"]
+    done = subprocess.run(["sh", "-c", f'exec "$0" "$@" {closed}', *words], env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == 0 and done.stderr == b""
+    assert Path("digits_tiny_probe.yaml").read_bytes() == recipes.find("digits_tiny_probe").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "/none"), "/none: No such .* kept there; set HF_HOME"),
+        (NotADirectoryError(20, "Not a directory", "/else"), r"/else: Not a directory$"),
+        (OSError("\x1b[31mred\udcff"), r"x: \\x1b\[31mred\\udcff$"),
+    ],
+)
+def test_errors_of_the_system_name_purpose_and_variable(error, said, monkeypatch):
+    monkeypatch.setenv("HF_HOME", "/none/deep")
+    with pytest.raises(SystemExit, match=said), one_line_errors("lightning-igpt x"):
+        raise error

@@ -47,6 +47,7 @@ def test_files_and_folders(tmp_path):
     check_folder(tmp_path / "new" / "folder", "--out")
     for path, suffix, message in (
         (tmp_path / "folder.csv", ".csv", "is a folder; --out takes the name of a file, such as"),
+        (tmp_path / f"{'ü' * 128}.csv", "", "a name of 260 bytes, more than 255|too long"),
         (tmp_path / "x.csv", ".png", r"--out is .*x\.csv; it must be a \.png file"),
         ("/no-such-folder/x", "", "the folder /no-such-folder does not exist, and none is made at the root"),
         ("/proc/deep/x", "", "nothing can be saved in /proc/deep/x: /proc: .*; name another place"),

@@ -103,8 +103,6 @@ def test_words_of_a_record_are_no_markup(tmp_path):
         ({}, "holds no run"),
         ({"metrics.csv": "val/accuracy\n2\n"}, r"metrics\.csv is damaged"),
         ({"metrics.csv": "step,val/accuracy\n1,x\n"}, r"metrics\.csv is damaged"),
-        ({"metrics.csv": "step\n1\n", "run.json": "{"}, r"run\.json is damaged"),
-        ({"metrics.csv": "step\n1\n", "run.json": '{"runs": []}'}, r"run\.json is damaged"),
     ],
 )
 def test_mistakes_name_the_file(tmp_path, files, message):
@@ -113,3 +111,15 @@ def test_mistakes_name_the_file(tmp_path, files, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         report([str(tmp_path)], out=str(tmp_path / "page.html"))
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("record", ["", "{", '{"runs": []}', '{"network": {"vocab_size": "4 {0} $"}}'])
+def test_damage_in_one_run_leaves_the_others(record, tmp_path):
+    write(tmp_path / "a", "step,online_probe/$x{/accuracy,val/nats_per_pixel\n1,0.5,2\n2,0.6,1\n")
+    (tmp_path / "a" / "run.json").write_text(record)
+    (tmp_path / "a" / "worst.png").touch()
+    write(tmp_path / "b", "step,val/accuracy\n1,0.25\n")
+    report([str(tmp_path)], out=str(tmp_path / "page.html"))
+    html = without_bytes(tmp_path / "page.html")
+    assert "worst.png is left out, since it cannot be read" in html and "0.2500 at step 1" in html
+    assert ("damaged" in html) == ("vocab" not in record)

@@ -2,6 +2,7 @@ import csv
 import math
 import re
 import statistics
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from lightning_igpt.modules import PretrainModule
 from lightning_igpt.palette import Palette
 from lightning_igpt.sampling import score
 from lightning_igpt.weights import save_pretrained
-from tests.image_files import save_images, tiny
+from tests.image_files import noise, rows, save_images, tiny
 from tests.modules.helpers import BERT, quiet_trainer
 from tests.networks import random_network
 
@@ -152,3 +153,18 @@ def test_a_bert_network_is_refused_before_images_are_read(tmp_path):
     trainer.save_checkpoint(tmp_path / "bert.ckpt")
     with pytest.raises(SystemExit, match="a BERT network has no likelihood"):
         run(str(tmp_path / "bert.ckpt"), tmp_path / "scores.csv", "--images", "nowhere")
+
+
+def test_one_encoded_image_is_in_memory_at_a_time(tmp_path):
+    rows([noise((500, 500), seed) for seed in range(12)]).to_parquet(tmp_path / "noise.parquet")
+    read_images(str(tmp_path / "noise.parquet"), 8, limit=1)  # which converts the file
+    tracemalloc.start()
+    assert len(read_images(str(tmp_path / "noise.parquet"), 8)[1]) == 12
+    assert tracemalloc.get_traced_memory()[1] < 6 * 750_000
+    tracemalloc.stop()
+
+
+def test_names_are_shown_escaped(network_folder, tmp_path, capsys):
+    save_images(tmp_path / "photos", ["a\x1b[31mb.png"])
+    assert run(network_folder, tmp_path / "x.csv", "--images", str(tmp_path / "photos")) == 0
+    assert r"a\x1b[31mb.png" in capsys.readouterr().out
