@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from lightning_igpt import __version__
+from lightning_igpt.bases import is_model_parallel
 from lightning_igpt.config import ImageGPTConfig, Objective
 from lightning_igpt.decoding import is_sharded
 from lightning_igpt.model import ImageGPT
@@ -100,7 +100,7 @@ def shard_network(module: Any) -> None:
     if trainer is None:  # load_from_checkpoint configures the model, too
         return
     strategy = trainer.strategy
-    if not isinstance(strategy, ModelParallelStrategy):
+    if not is_model_parallel(strategy):
         if is_sharded(network):
             name = type(strategy).__name__
             raise ValueError(f"{name} cannot train a sharded network: load its checkpoint into a new module")
@@ -136,7 +136,7 @@ def _check_strategy(trainer: Trainer, mesh: Any) -> None:
         raise ValueError("weights cannot be averaged while they are sharded; leave out WeightAveraging, or use DDP")
 
 
-def _share_out(network: ImageGPT, strategy: ModelParallelStrategy) -> None:
+def _share_out(network: ImageGPT, strategy: Any) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     dtype = network.wte.weight.dtype
