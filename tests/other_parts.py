@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -64,38 +65,74 @@ def fit(folder, module=None, data=None, trainer=None, ckpt_path=None, **options)
     return trainer, module
 
 
-def rate(trainer):
-    return trainer.optimizers[0].param_groups[0]["lr"]
+def ends_at_zero(trainer):
+    rate = trainer.optimizers[0].param_groups[0]["lr"]
+    assert rate < 1e-4, f"the cosine ends at a rate of {rate:.2g}"
 
 
-def logs(folder, logger):
+def train_on_mixed(name, folder):
+    """Train on batches whose labels are probabilities."""
+    module, _, kind = name.rpartition(".")
+    mix = getattr(importlib.import_module(module), kind)(num_classes=10)
+    rows = [(image / 255, label) for image, label in PAIRS]
+    fit(folder, classifier(), loader(rows, collate_fn=lambda some: mix(*default_collate(some))))
+
+
+def log_pictures(logger, folder):
     """Train twice with a logger: the pictures of both runs are files, and the second leaves the first's alone."""
-    os.chdir(folder)
     runs = []
     for _ in range(2):
-        fit(folder, logger=logger(), callbacks=CompletionGrid(n_images=1), val_check_interval=2, max_steps=2)
+        grid = CompletionGrid(n_images=1)
+        trainer, _ = fit(folder, logger=logger(folder), callbacks=grid, val_check_interval=2, max_steps=2)
+        for end in ("finish", "end"):  # of wandb's and of Comet's runs
+            getattr(getattr(trainer.logger, "experiment", None), end, lambda: None)()
         runs.append({path: path.stat().st_mtime_ns for path in folder.rglob("*.png")})
     assert runs[0], "no picture is written"
     assert runs[0].items() < runs[1].items(), "the second run overwrites the pictures of the first"
 
 
-class Parts:
+class Methods:
     """A method ``package__what`` raises where the part does not do what it promises, and may return a verdict."""
 
     def torch__export(folder):
         module = igpt.PretrainModule(**OURS).eval()
-        torch.export.export(module, (IMAGES,))
+        torch.export.export(module, (IMAGES[:2],))
         fit(folder, module)
 
     def torch__FakeTensorMode(folder):
         module = igpt.PretrainModule(**OURS)
-        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        with suppress(RuntimeError), torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
             module(IMAGES)
         fit(folder, module)
 
-    def torch__compiled_module(folder):
-        module = igpt.PretrainModule(**OURS)
-        quiet(folder, compile=False).fit(torch.compile(module, backend="eager"), digits())
+    def pytorch_lightning__Trainer(folder):
+        from pytorch_lightning import Trainer
+
+        fit(folder, trainer=quiet(folder, Trainer))
+        quiet(folder, Trainer, max_epochs=1).fit(classifier(igpt.ProbeModule), digits(igpt.ProbeDataModule))
+
+    def lightning__LightningCLI(folder):
+        from lightning.pytorch.cli import LightningCLI
+
+        words = [f"--model.network.{name}={value}" for name, value in NETWORK.items()]
+        words += ["--model=PretrainModule", "--data=PretrainDataModule", "--model.palette=gray:16"]
+        cli = LightningCLI(run=False, args=[*words, "--trainer.accelerator=cpu", "--trainer.max_steps=2"])
+        fit(folder, cli.model, cli.datamodule, cli.trainer)
+
+    def lightning__EarlyStopping_and_averages(folder):
+        stop = callbacks.EarlyStopping("val/nats_per_pixel", patience=1, min_delta=100)
+        assert fit(folder, max_epochs=5, callbacks=stop)[0].current_epoch < 5, "training did not stop"
+        fit(folder, max_epochs=4, callbacks=callbacks.StochasticWeightAveraging(1e-3))
+        fit(folder, callbacks=callbacks.EMAWeightAveraging())
+
+    def lightning__GradientAccumulationScheduler(folder):
+        schedule = callbacks.GradientAccumulationScheduler({0: 1, 1: 4})
+        ends_at_zero(fit(folder, max_epochs=2, callbacks=schedule)[0])
+
+    def monai__CacheDataset(folder):
+        from monai.data import CacheDataset
+
+        fit(folder, data=loader(CacheDataset([{"image": image} for image in IMAGES], progress=False)))
 
     def torch__several_validation_loaders(folder):
         module, both = igpt.PretrainModule(**OURS), [loader(TensorDataset(x)) for x in (IMAGES, IMAGES // 2)]
@@ -124,21 +161,7 @@ class Parts:
         trainer, _ = fit(folder, data=data, max_epochs=1, callbacks=finder)
         at_once = len(next(iter(data.train_dataloader()))["image"])
         assert at_once == data.batch_size, f"batch_size is {data.batch_size}, and a batch has {at_once} images"
-        assert rate(trainer) < 1e-4, f"the cosine ends at a rate of {rate(trainer):.2g}"
-
-    def lightning__EarlyStopping(folder):
-        stop = callbacks.EarlyStopping("val/nats_per_pixel", patience=1, min_delta=100)
-        assert fit(folder, max_epochs=5, callbacks=stop)[0].current_epoch < 5, "training did not stop"
-
-    def lightning__StochasticWeightAveraging(folder):
-        fit(folder, max_epochs=4, callbacks=callbacks.StochasticWeightAveraging(1e-3))
-
-    def lightning__EMAWeightAveraging(folder):
-        fit(folder, callbacks=callbacks.EMAWeightAveraging())
-
-    def lightning__GradientAccumulationScheduler(folder):
-        trainer, _ = fit(folder, max_epochs=2, callbacks=callbacks.GradientAccumulationScheduler({0: 1, 1: 4}))
-        assert rate(trainer) < 1e-4, f"the cosine ends at a rate of {rate(trainer):.2g}"
+        ends_at_zero(trainer)
 
     def lightning__BackboneFinetuning(folder):
         class Mine(igpt.FineTuneModule):
@@ -163,17 +186,6 @@ class Parts:
         totals = [line.split()[-1] for line in text.getvalue().splitlines() if "Total FLOPs" in line]
         assert totals and totals != ["0"], "the summary counts no FLOPs"
 
-    def lightning__LightningCLI(folder):
-        from lightning.pytorch.cli import LightningCLI
-
-        os.chdir(folder)
-        words = [f"--model.network.{name}={value}" for name, value in NETWORK.items()]
-        words += ["--model.palette=gray:16", "--trainer.accelerator=cpu", "--trainer.max_steps=2"]
-        LightningCLI(igpt.PretrainModule, igpt.PretrainDataModule, args=["fit", *words])
-        with suppress(SystemExit):
-            LightningCLI(args=["fit", "--model=PretrainModule", "--data=PretrainDataModule", *words, "--print_config"])
-        LightningCLI(run=False, args=["--model=PretrainModule", "--data=PretrainDataModule", *words])
-
     def lightning__Fabric(folder):
         fabric = lightning.Fabric(accelerator="cpu", devices=1)
         for module in (igpt.PretrainModule(**OURS), classifier(), classifier(igpt.ProbeModule, solver="sgd")):
@@ -194,31 +206,6 @@ class Parts:
             quiet(folder, max_epochs=1, **two).fit(probe, data)
             assert probe.best_layer == 1, f"the probe's results stay in the processes of {strategy}"
 
-    def pytorch_lightning__Trainer(folder):
-        import pytorch_lightning
-
-        fit(folder, trainer=quiet(folder, pytorch_lightning.Trainer))
-        probe = quiet(folder, pytorch_lightning.Trainer, max_epochs=1)
-        probe.fit(classifier(igpt.ProbeModule), digits(igpt.ProbeDataModule, batch_size=200))
-
-    def lightning__no_logger(folder):
-        logs(folder, lambda: False)
-
-    def lightning__CSVLogger(folder):
-        logs(folder, lambda: loggers.CSVLogger(folder))
-
-    def tensorboard__TensorBoardLogger(folder):
-        logs(folder, lambda: loggers.TensorBoardLogger(folder))
-
-    def mlflow__MLFlowLogger(folder):
-        logs(folder, lambda: loggers.MLFlowLogger(tracking_uri=f"sqlite:///{folder}/mlflow.db"))
-
-    def wandb__WandbLogger_offline(folder):
-        logs(folder, lambda: loggers.WandbLogger(offline=True, save_dir=folder))
-
-    def comet_ml__CometLogger_offline(folder):
-        logs(folder, lambda: loggers.CometLogger(online=False, offline_directory=str(folder)))
-
     def torchvision__datasets_and_transforms(folder):
         from torchvision.datasets import FakeData
         from torchvision.transforms import v2
@@ -226,20 +213,6 @@ class Parts:
         floats = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
         fit(folder, data=loader(FakeData(64, (3, 8, 8), transform=floats)))
         fit(folder, classifier(), loader(FakeData(64, (3, 8, 8), transform=v2.PILToTensor())))
-
-    def torchvision__MixUp_and_CutMix(folder):
-        from torchvision.transforms import v2
-
-        rows = [(image / 255, label) for image, label in PAIRS]
-        mix = v2.RandomChoice([v2.MixUp(num_classes=10), v2.CutMix(num_classes=10)])
-        fit(folder, classifier(), loader(rows, collate_fn=lambda some: mix(*default_collate(some))))
-
-    def timm__Mixup(folder):
-        from timm.data import Mixup
-
-        mix = Mixup(num_classes=10)
-        rows = [(image / 255, label) for image, label in PAIRS]
-        fit(folder, classifier(), loader(rows, collate_fn=lambda some: mix(*default_collate(some))))
 
     def kornia__augmentation_on_the_device(folder):
         from kornia.augmentation import AugmentationSequential, ColorJitter, RandomHorizontalFlip
@@ -250,13 +223,6 @@ class Parts:
 
         augment = AugmentationSequential(RandomHorizontalFlip(), ColorJitter(0.1, 0.1), data_keys=["input"])
         fit(folder, Mine(**OURS), loader(PAIRS))
-
-    def monai__CacheDataset(folder):
-        from monai.data import CacheDataset
-        from monai.transforms import ScaleIntensityd
-
-        rows = [{"image": image.float(), "label": label} for image, label in PAIRS]
-        fit(folder, classifier(), loader(CacheDataset(rows, ScaleIntensityd(keys="image"), progress=False)))
 
     def webdataset__WebLoader(folder):
         import webdataset
@@ -274,10 +240,8 @@ class Parts:
         for image, label in (("pixel_values", "labels"), ("img", "label")):
 
             def transform(some, image=image, label=label):
-                return {
-                    image: [torch.tensor(np.array(x)).permute(2, 0, 1) for x in some["image"]],
-                    label: some["label"],
-                }
+                arrays = [np.moveaxis(np.array(picture), 2, 0) for picture in some["image"]]
+                return {image: arrays, label: some["label"]}
 
             fit(folder, classifier(), loader(rows.with_transform(transform)))
         features = datasets.Features({"image": datasets.Array3D((3, 8, 8), "uint8")})
@@ -315,15 +279,17 @@ class Parts:
         class Mine(igpt.FineTuneModule):
             def validation_step(self, batch, batch_idx):
                 super().validation_step(batch, batch_idx)
-                more.update(self(batch).softmax(-1), batch["label"])
-                self.log_dict(more, on_epoch=True)
+                self.more.update(self(batch).softmax(-1), batch["label"])
+                self.log_dict(self.more, on_epoch=True)
 
-        more = MetricCollection({"val/f1": MulticlassF1Score(10), "val/auroc": MulticlassAUROC(10)})
-        data = digits(igpt.FineTuneDataModule)
-        with suppress(ValueError):  # which asks for the mode
-            trainer, _ = fit(folder, classifier(Mine), data, max_epochs=2, monitor="val/f1")
-            modes = [one.mode for one in trainer.checkpoint_callbacks if one.monitor]
-            assert modes == ["max"], "the checkpoint with the lowest F1 is kept"
+        module = classifier(Mine)
+        module.more = MetricCollection({"val/f1": MulticlassF1Score(10), "val/auroc": MulticlassAUROC(10)})
+        fit(folder, module, digits(igpt.FineTuneDataModule), max_epochs=2)
+        try:
+            monitor = next(one for one in quiet(folder, monitor="val/f1").checkpoint_callbacks if one.monitor)
+            assert monitor.mode == "max", "make_trainer(monitor='val/f1') keeps the lowest F1"
+        except ValueError as error:
+            assert "mode" in str(error), str(error)
 
     def transformers__schedule(folder):
         from transformers import get_cosine_schedule_with_warmup
@@ -331,7 +297,8 @@ class Parts:
         class Mine(igpt.PretrainModule):
             def configure_optimizers(self):
                 optimizer = torch.optim.AdamW(self.parameters(), 5e-4, (0.8, 0.9), weight_decay=0.1)
-                return [optimizer], [get_cosine_schedule_with_warmup(optimizer, 1, 100)]
+                schedule = get_cosine_schedule_with_warmup(optimizer, 1, 100)
+                return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
         fit(folder, Mine(**OURS), max_steps=3)
         resumed, _ = fit(folder, Mine(**OURS), max_steps=5, ckpt_path=igpt.find_checkpoint(folder))
@@ -346,7 +313,7 @@ class Parts:
         _, module = fit(folder, classifier(lr=0.01), data, max_steps=60)
         head, names = module.head.weight, [str(number) for number in range(10)]
         igpt.save_pretrained(folder / "x", module.network, module.palette, head=head, class_names=names)
-        if "pipeline_tag: image-classification" not in (folder / "x" / "README.md").read_text():
+        if "image-classification" not in (folder / "x" / "README.md").read_text():
             return "not offered: the model card has no pipeline tag"
         images = next(iter(data.val_dataloader()))["image"]
         classify = pipeline("image-classification", str(folder / "x"))
@@ -386,24 +353,37 @@ class Parts:
             prepared[1].step()
 
 
-PARTS = {name.replace("__", ": ").replace("_", " "): part for name, part in vars(Parts).items() if "__" in name[1:-2]}
+LOGGERS = {  # the first word of a name is the package
+    "lightning: no logger": lambda folder: False,
+    "lightning: CSVLogger": lambda folder: loggers.CSVLogger(folder),
+    "tensorboard: TensorBoardLogger": lambda folder: loggers.TensorBoardLogger(folder),
+    "mlflow: MLFlowLogger": lambda folder: loggers.MLFlowLogger(tracking_uri=f"sqlite:///{folder}/mlflow.db"),
+    "wandb: WandbLogger, offline": lambda folder: loggers.WandbLogger(offline=True, save_dir=folder),
+    "comet_ml: CometLogger, offline": lambda folder: loggers.CometLogger(online=False, offline_directory=str(folder)),
+}
+MIXES = ("torchvision.transforms.v2.MixUp", "torchvision.transforms.v2.CutMix", "timm.data.Mixup")
+PARTS = {name: partial(log_pictures, make) for name, make in LOGGERS.items()}
+PARTS |= {f"{name.partition('.')[0]}: {name.rpartition('.')[2]}": partial(train_on_mixed, name) for name in MIXES}
+PARTS |= {
+    name.replace("__", ": ").replace("_", " "): part for name, part in vars(Methods).items() if "__" in name[1:-2]
+}
 
 
 def try_part(name):
     """(version, verdict) of a part, tried in a process of its own."""
-    part = PARTS[name]
-    module = part.__name__.partition("__")[0]
+    module = name.partition(":")[0].replace(" ", "_")
     if importlib.util.find_spec(module) is None:
         return "", "not installed"
-    version = importlib.metadata.version(importlib.metadata.packages_distributions()[module][0])
-    queue = multiprocessing.get_context("fork").SimpleQueue()
-    process = multiprocessing.get_context("fork").Process(target=child, args=(part, queue))
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=child, args=(PARTS[name], queue))
     process.start()
     process.join(SECONDS)
+    verdict = "fails: the process died" if queue.empty() else queue.get()
     if process.is_alive():
         process.kill()
-        return version, f"fails: not finished after {SECONDS} s"
-    return version, "fails: the process died" if queue.empty() else queue.get()
+        verdict = f"fails: not finished after {SECONDS} s"
+    return importlib.metadata.version(importlib.metadata.packages_distributions()[module][0]), verdict
 
 
 def child(part, queue):
@@ -412,13 +392,15 @@ def child(part, queue):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        os.chdir(folder)
         try:
-            verdict = part(Path(folder)) or "works"
+            verdict = part(Path(folder))
         except BaseException as error:
             first = str(error).strip().partition("\n")[0].replace("|", "/").replace(folder, "FOLDER")
-            verdict = f"fails: {type(error).__name__}: {first[:160]}"
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            verdict = f"fails: {kind}{first[:160]}"
         os.chdir("/")
-    queue.put(verdict)
+    queue.put(verdict if isinstance(verdict, str) else "works")
 
 
 def main(words=None):

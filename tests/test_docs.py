@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import lightning_igpt
@@ -12,6 +13,7 @@ from lightning_igpt.__main__ import LIGHTNING_VERBS, OWN_VERBS
 from lightning_igpt.commands import recipes
 from lightning_igpt.config import PRESETS
 from lightning_igpt.planning import parameter_count
+from tests import other_parts
 from tests.docs.pages import GENERATED, PAGES, ROOT, blocks, table
 
 DEMO, TEST = "pip install . && lightning-igpt quickstart", 'pip install -e ".[test]" && pytest -n auto'
@@ -83,3 +85,19 @@ def test_every_public_name_and_verb_is_documented():
     assert {*lightning_igpt.__all__} - {name.rpartition(".")[2] for name in directives} == {"__version__"}
     verbs = " ".join(row[0] for row in table("docs/reference/cli.md", "`.*"))
     assert {*re.findall(r"`(\w+)", verbs)} >= {*LIGHTNING_VERBS, *OWN_VERBS}
+
+
+def test_the_table_of_other_parts_is_whole():
+    assert [row[0] for row in table("docs/how-to/other-peoples-parts.md", ".*: .*")] == [*other_parts.PARTS]
+
+
+def test_a_part_is_tried(monkeypatch, tmp_path):
+    tried = {"torch: it": lambda folder: None, "torch: that": lambda folder: 1 / 0, "nowhere: it": None}
+    monkeypatch.setattr(other_parts, "PARTS", tried)
+    page = tmp_path / "page.md"
+    page.write_text("before\n\n| part | version | verdict |\n|---|---|---|\n| old | | |\n\nafter\n")
+    other_parts.main(["--write", str(page)])
+    rows = [f"| torch: it | {torch.__version__.partition('+')[0]} | works |", "| nowhere: it |  | not installed |"]
+    fails = f"| torch: that | {torch.__version__.partition('+')[0]} | fails: ZeroDivisionError: division by zero |"
+    head = "before\n\n| part | version | verdict |\n|---|---|---|\n"
+    assert page.read_text() == head + "\n".join([rows[0], fails, rows[1]]) + "\n\nafter\n"
