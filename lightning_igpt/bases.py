@@ -1,7 +1,4 @@
-"""Base classes of modules and data modules for both Trainers: that of ``lightning`` and that of ``pytorch_lightning``.
-
-The two packages are copies of each other, and each one's Trainer refuses classes that do not inherit from its own.
-"""
+"""Base classes for the Trainers of ``lightning`` and of ``pytorch_lightning``, each of which refuses the other's classes."""
 
 from __future__ import annotations
 
@@ -36,7 +33,9 @@ def _inherit(cls: type, trainer: Any = None) -> None:
     packages: list[Any] = [pytorch, sys.modules.get("pytorch_lightning")]
     trainers = {getattr(package, ours.__name__): package.Trainer for package in packages if hasattr(package, "Trainer")}
     bases = sorted(trainers, key=[*ours.__bases__, *trainers].index)
-    ours.__bases__ = (_Both, *sorted(bases, key=lambda base: not isinstance(trainer, trainers[base])))
+    bases.sort(key=lambda base: not isinstance(trainer, trainers[base]))
+    if (_Both, *bases) != ours.__bases__:  # a class that changes loses its caches
+        ours.__bases__ = (_Both, *bases)
 
 
 def is_model_parallel(strategy: Any) -> bool:
