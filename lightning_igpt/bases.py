@@ -1,4 +1,4 @@
-"""Base classes for the Trainers of ``lightning`` and of ``pytorch_lightning``, each of which refuses the other's classes."""
+"""Base classes for both Trainers, ``lightning``'s and ``pytorch_lightning``'s: each refuses the other's classes."""
 
 from __future__ import annotations
 
