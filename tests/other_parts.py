@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import io
+import logging
 import multiprocessing
 import os
 import tempfile
@@ -30,7 +31,7 @@ from lightning_igpt.callbacks import CompletionGrid
 
 NETWORK = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 16, "image_size": 8}
 OURS = {"network": NETWORK, "palette": "gray:16"}
-SECONDS = 240
+SECONDS = 300
 IMAGES = torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 PAIRS = [(image, number % 10) for number, image in enumerate(IMAGES)]
 PICTURES = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in IMAGES]
@@ -113,8 +114,8 @@ class Methods:
     def lightning__LightningCLI(folder):
         from lightning.pytorch.cli import LightningCLI
 
-        words = [f"--model.network.{name}={value}" for name, value in NETWORK.items()]
-        words += ["--model=PretrainModule", "--data=PretrainDataModule", "--model.palette=gray:16"]
+        words = ["--model=PretrainModule", "--data=PretrainDataModule", "--model.palette=gray:16"]
+        words += [f"--model.network.{name}={value}" for name, value in NETWORK.items()]
         cli = LightningCLI(run=False, args=[*words, "--trainer.accelerator=cpu", "--trainer.max_steps=2"])
         fit(folder, cli.model, cli.datamodule, cli.trainer)
 
@@ -134,7 +135,7 @@ class Methods:
         apart = [[*trainer.validate(module, one, verbose=False)[0].values()] for one in both]
         assert [[*one.values()] for one in trainer.validate(module, both, verbose=False)] == apart, "metrics are mixed"
 
-    def onnxruntime__and_onnx_export(folder):
+    def onnxruntime__ONNX_export(folder):
         import onnxruntime
 
         module = igpt.PretrainModule(**OURS).eval()
@@ -143,7 +144,7 @@ class Methods:
         (logits,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
         assert np.allclose(logits, module(IMAGES).detach().numpy(), atol=1e-4), "the logits differ from the network's"
 
-    def lightning__lr_find_and_LearningRateFinder(folder):
+    def lightning__LearningRateFinder(folder):
         module = igpt.PretrainModule(**OURS)
         found = tuner.Tuner(quiet(folder, max_epochs=1)).lr_find(module, digits(), num_training=20).suggestion()
         assert module.lr == found, f"lr is {module.lr}, and the suggestion {found}"
@@ -308,7 +309,7 @@ class Methods:
         share = np.mean(np.array(theirs) == module.eval()(images).argmax(1).numpy().astype(str))
         assert share == 1, f"only {share:.0%} of the classes are ours"
 
-    def hydra__and_OmegaConf(folder):
+    def hydra__OmegaConf_nodes(folder):
         from hydra.utils import instantiate
         from omegaconf import OmegaConf
 
@@ -367,6 +368,7 @@ def try_part(name):
 def child(part, queue):
     """Put the verdict of a part into a queue."""
     warnings.simplefilter("ignore")
+    logging.disable()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
