@@ -1,12 +1,14 @@
 """README and documentation agree with the code: names, links, numbers, pictures. ``tests/docs`` runs their snippets."""
 
 import ast
+import importlib.util
 import itertools
 import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import lightning_igpt
@@ -15,6 +17,9 @@ from lightning_igpt.commands import recipes
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.planning import find_device, parameter_count, train_flops_per_token, usual_mfu
 from tests.docs.pages import GENERATED, PAGES, ROOT, table
+
+SPEC = importlib.util.spec_from_file_location("other_parts", ROOT / "docs" / "other_parts.py")
+SPEC.loader.exec_module(other_parts := importlib.util.module_from_spec(SPEC))
 
 TEXTS = PAGES | {path.name: path.read_text(encoding="utf-8") for path in recipes.folder().glob("*.yaml")}
 
@@ -133,3 +138,19 @@ def test_every_metric_is_on_the_page_with_its_unit_and_no_other():
     assert all(unit and where and what for _, unit, where, what in rows)
     shown = [name for names, *_ in rows for name in re.findall(r"`([^`]+)`", names)]
     assert sorted(shown) == sorted({*logged()})
+
+
+def test_the_table_of_other_parts_is_whole():
+    assert [row[0] for row in table("docs/how-to/other-peoples-parts.md", ".*: .*")] == [*other_parts.PARTS]
+
+
+def test_a_part_is_tried(monkeypatch, tmp_path):
+    tried = {"torch: it": lambda folder: None, "torch: that": lambda folder: 1 / 0, "nowhere: it": None}
+    monkeypatch.setattr(other_parts, "PARTS", tried)
+    page = tmp_path / "page.md"
+    page.write_text("before\n\n| part | version | verdict |\n|---|---|---|\n| old | | |\n\nafter\n")
+    other_parts.main(["--write", str(page)])
+    rows = [f"| torch: it | {torch.__version__.partition('+')[0]} | works |", "| nowhere: it |  | not installed |"]
+    fails = f"| torch: that | {torch.__version__.partition('+')[0]} | fails: ZeroDivisionError: division by zero |"
+    head = "before\n\n| part | version | verdict |\n|---|---|---|\n"
+    assert page.read_text() == head + "\n".join([rows[0], fails, rows[1]]) + "\n\nafter\n"

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_igpt"
 FLOORS = [
-    ["config", "files", "lookup", "pictures", "private"],
+    ["bases", "config", "files", "lookup", "pictures", "private"],
     ["model", "palette", "kmeans", "images", "optim", "planning"],
     ["sampling", "decoding", "features", "objectives"],
     ["weights"],
@@ -22,7 +22,7 @@ FLOORS = [
 ]
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 FILES = sorted(PACKAGE.rglob("*.py"))
-LIGHTNING = {"modules", "data", "callbacks", "checkpointing", "trainer", "strategies", *FLOORS[-1], "private"}
+LIGHTNING = {"modules", "data", "callbacks", "checkpointing", "trainer", "strategies", *FLOORS[-1], "private", "bases"}
 HOMES = {  # where a third party may be imported
     "datasets": {"data", "benchmarks"},
     "fastapi": {"commands"},

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_igpt.bases import LightningDataModule
 from lightning_igpt.config import plain
 from lightning_igpt.data import loaders, readers, streams
 from lightning_igpt.data.loaders import Loader, make_loader, matching_palette, place_of

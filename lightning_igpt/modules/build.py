@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.hooks import DataHooks
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_igpt import __version__
+from lightning_igpt.bases import is_model_parallel
 from lightning_igpt.checkpointing import make_plain, run_of
 from lightning_igpt.config import ImageGPTConfig, Objective, plain
 from lightning_igpt.decoding import is_sharded
@@ -131,7 +131,7 @@ def shard_network(module: Any) -> None:
         return
     check_example(module, trainer)
     strategy = trainer.strategy
-    if not isinstance(strategy, ModelParallelStrategy):
+    if not is_model_parallel(strategy):
         if is_sharded(network):
             name = type(strategy).__name__
             raise ValueError(f"{name} cannot train a sharded network: load its checkpoint into a new module")
@@ -168,7 +168,7 @@ def _check_strategy(trainer: Trainer, mesh: Any) -> None:
         raise ValueError("weights cannot be averaged while they are sharded; leave out WeightAveraging, or use DDP")
 
 
-def _share_out(network: ImageGPT, strategy: ModelParallelStrategy) -> None:
+def _share_out(network: ImageGPT, strategy: Any) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     dtype = network.wte.weight.dtype

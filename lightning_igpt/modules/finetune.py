@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_igpt.bases import LightningModule
 from lightning_igpt.config import ImageGPTConfig, plain
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules import batches, build, classes, heads, resume

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_igpt.bases import LightningModule
 from lightning_igpt.config import ImageGPTConfig, Objective, plain
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules import build, resume

@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from lightning_igpt.bases import LightningModule, is_model_parallel
 from lightning_igpt.config import ImageGPTConfig, plain
 from lightning_igpt.features import C_GRID
 from lightning_igpt.model import ImageGPT
@@ -158,7 +157,7 @@ class ProbeModule(LightningModule):
         return self.scores.column(0, self.layers)
 
     def setup(self, stage: str) -> None:
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if is_model_parallel(self.trainer.strategy):
             raise ValueError("a probe's network is frozen and is not sharded; use strategy='ddp', or one device")
         if not self.num_classes:
             if (count := classes.classes_of_data(self.trainer)[0]) is None:

@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import yaml
 from lightning_igpt.__main__ import LIGHTNING_VERBS, main
 from tests.docs import toys
 from tests.docs.pages import ROOT, blocks
-from tests.docs.workplace import OF_TENSORFLOW, bring, tensorflow
+from tests.docs.workplace import bring
 
 LANGUAGES = ("bash", "bibtex", "json", "python", "text", "yaml")
 NOT_RUN = {  # programs, and why
@@ -146,13 +145,7 @@ class Page:
         elif command.ours and command.ours[0] == "quickstart":
             self.run_quickstart(command)
         elif command.ours:
-            with pytest.MonkeyPatch.context() as patch:
-                if OF_TENSORFLOW in command.words:
-                    patch.setitem(sys.modules, "tensorflow", tensorflow())
-                call(command, toys.small_words(command.ours, self.scratch))
-        elif program == "python":
-            module = importlib.import_module(command.words[2])
-            module.main([*command.words[3:], *toys.BENCHMARKS[command.words[2].rpartition(".")[2]]])
+            call(command, toys.small_words(command.ours, self.scratch))
         else:
             assert program in NOT_RUN, f"{command.where}: {program!r} is unknown; run it, or add it to NOT_RUN"
             if program == "pip":

@@ -22,9 +22,6 @@ EXTRA = {  # appended to the words of a verb
     "complete": ["--n_images", "2", "--n_samples", "1"],
 }
 HEAVY = (*LIGHTNING_VERBS, "quickstart", "lowdata")  # verbs that take minutes on the page
-BENCHMARKS = {  # python -m lightning_igpt.benchmarks.NAME
-    "sample": ["--preset", "igpt_tiny", "--batch-size", "1", "--steps", "2", "--repeats", "1"],
-}
 
 
 def small_network(network, palette="openai"):

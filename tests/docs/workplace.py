@@ -19,9 +19,7 @@ from lightning_igpt.weights import save_pretrained
 from tests.docs import toys
 from tests.image_files import noise, rows
 from tests.modules.helpers import quiet_trainer
-from tests.weights.test_openai import variables_of
 
-OF_TENSORFLOW = "model.ckpt-1000000"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -98,7 +96,6 @@ BROUGHT = {
     "runs/mine": weights,
     "runs/imagenet32_s_pretrain": weights,
     "runs/digits_tiny_probe": run,
-    f"{OF_TENSORFLOW}.index": Path.touch,
 }
 
 
@@ -109,7 +106,7 @@ def bring(text):
     """Put what a line or block names there, if the reader is meant to have it and the line does not write it."""
     written = {*WRITTEN.findall(text), *re.findall(r"igpt convert \S+ (\S+)", text)}
     for name, make in BROUGHT.items():
-        path, named = Path(name), rf"(?<![\w/.-]){re.escape(name.removesuffix('.index'))}(?!\w)"
+        path, named = Path(name), rf"(?<![\w/.-]){re.escape(name)}(?!\w)"
         if re.search(named, text) and name not in written and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             make(path)
@@ -135,13 +132,3 @@ def opener(load, hub):
         return load(str(hub / ("cifar10" if "cifar10" in path else "any")), **options)
 
     return load_dataset
-
-
-def tensorflow():
-    """As much of TensorFlow as reads a checkpoint: the stored variables of OpenAI's own code."""
-    _, variables = variables_of("ar")
-    reader = types.SimpleNamespace(
-        get_variable_to_shape_map=lambda: {name: list(value.shape) for name, value in variables.items()},
-        get_tensor=variables.__getitem__,
-    )
-    return types.SimpleNamespace(train=types.SimpleNamespace(load_checkpoint=lambda prefix: reader))
