@@ -3,8 +3,6 @@
 Only what a verb needs is imported, so that ``--version``, ``--help`` and ``recipes`` answer at once.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import io

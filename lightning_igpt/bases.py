@@ -1,7 +1,5 @@
 """Base classes for both Trainers, ``lightning``'s and ``pytorch_lightning``'s: each refuses the other's classes."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -4,8 +4,6 @@ Lightning 2.6 writes a checkpoint to the folder for temporary files and moves it
 another file system, a kill during the move destroys the previous checkpoint too.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import math

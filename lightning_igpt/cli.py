@@ -3,8 +3,6 @@
 Not here: our own verbs (``commands/``), and what a dry run prints (``commands/dry_run.py``).
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import re

@@ -1,7 +1,5 @@
 """Files that a user keeps are written whole or not at all; an error names the file and the room that it needs."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import errno

@@ -1,7 +1,5 @@
 """The bytes of an image file -> an upright RGB image: formats, limits, orientation, modes, square crops."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

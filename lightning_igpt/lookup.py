@@ -7,8 +7,6 @@ its value in the middle by at most ``w * sum(|a - b|)``; a center that loses by 
 the middle wins nowhere in the cell. The few that remain are compared color by color.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import zlib

@@ -1,7 +1,5 @@
 """A ``lightning.Trainer`` with the choices made that suit Image GPT; every one of them can be overridden."""
 
-from __future__ import annotations
-
 import re
 from itertools import chain
 from typing import Any, Literal, TypeAlias

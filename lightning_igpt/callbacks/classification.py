@@ -1,7 +1,5 @@
 """The classes that a classifier confuses and its worst images, drawn when a test ends."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from math import ceil, sqrt
 from pathlib import Path

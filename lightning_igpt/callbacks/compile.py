@@ -1,7 +1,5 @@
 """Compile the blocks of the network for training, where that saves time."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any, Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Grids of completions: half an image as prompt, samples of the rest, the truth."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

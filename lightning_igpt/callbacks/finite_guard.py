@@ -1,7 +1,5 @@
 """Stop a run that cannot end well: before weights that are not finite, and before checkpoints that have no room."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import tempfile

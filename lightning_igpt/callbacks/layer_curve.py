@@ -1,7 +1,5 @@
 """The result of a linear probe: accuracy against layer, as table, CSV file and picture (paper, figure 2)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

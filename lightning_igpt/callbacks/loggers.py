@@ -1,7 +1,5 @@
 """Loggers that write files: each run has its own folder, and a failure of the disk does not end the run."""
 
-from __future__ import annotations
-
 import copy
 import csv
 import os

@@ -1,7 +1,5 @@
 """The classifier of ``OnlineProbe``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Its accuracy is lower than that of the paper's protocol (``ProbeModule``), above all in the first few hundred steps.
 """
 
-from __future__ import annotations
-
 from itertools import chain, islice, repeat
 from typing import Any
 

@@ -3,8 +3,6 @@
 Lightning 2.6 ends a run on SIGTERM without a checkpoint and with exit status 0.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -1,7 +1,5 @@
 """Keep less of a training step for its backward pass, where the device's memory requires it."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any, Literal, NamedTuple, get_args
 

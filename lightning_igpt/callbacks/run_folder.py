@@ -1,7 +1,5 @@
 """The folder of a run, and its pictures there and in its loggers."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from itertools import count

@@ -1,7 +1,5 @@
 """What made a run and what it logged, as files in its folder: ``run.json`` and ``metrics.csv``."""
 
-from __future__ import annotations
-
 import json
 import platform
 import subprocess

@@ -3,8 +3,6 @@
 Nothing here waits for the device, as Lightning's ThroughputMonitor does in every step.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from time import perf_counter

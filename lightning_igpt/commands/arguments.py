@@ -1,7 +1,5 @@
 """How our own verbs read their arguments: an argparse parser made from a function's signature and docstring."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import os

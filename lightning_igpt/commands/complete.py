@@ -1,7 +1,5 @@
 """``lightning-igpt complete``: completions of the lower part of images, or of a hole in them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

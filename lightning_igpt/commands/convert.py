@@ -1,7 +1,5 @@
 """``lightning-igpt convert``: weights from any format that can be read into one that others read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

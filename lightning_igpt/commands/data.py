@@ -1,7 +1,5 @@
 """``lightning-igpt data``: look at a data set before training on it."""
 
-from __future__ import annotations
-
 import io
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The work behind the page of ``lightning-igpt demo``: reading a picture, drawing, and the surprise of its pixels."""
 
-from __future__ import annotations
-
 import logging
 import math
 import threading

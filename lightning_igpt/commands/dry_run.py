@@ -1,7 +1,5 @@
 """``--dry_run``: what a run would be, before it is one: network, data, steps, strategy, memory and time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

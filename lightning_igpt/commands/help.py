@@ -3,8 +3,6 @@
 argparse does the layout. Not here: which options there are (``arguments.py`` and ``cli.py``).
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Images for the verbs: a file, a folder, or any source of the data modules."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal

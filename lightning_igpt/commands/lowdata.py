@@ -1,7 +1,5 @@
 """``lightning-igpt lowdata``: probes fitted on few labels (paper, section 4.7, Table 4); none to choose a layer."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Sequence

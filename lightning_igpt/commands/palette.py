@@ -1,7 +1,5 @@
 """``lightning-igpt palette``: fit the colors of a palette to images, or show one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from math import sqrt
 from pathlib import Path

@@ -4,8 +4,6 @@ Missing folders are made, with their parents, but none at the root of the file s
 new name is most likely misspelt.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path

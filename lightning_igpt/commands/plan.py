@@ -1,7 +1,5 @@
 """``lightning-igpt plan``: what a network costs before it is trained; the formulas are in ``planning.py``."""
 
-from __future__ import annotations
-
 import os
 import textwrap
 import time

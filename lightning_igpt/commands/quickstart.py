@@ -1,7 +1,5 @@
 """``lightning-igpt quickstart``: the whole pipeline on the embedded digits, with baselines and a report."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

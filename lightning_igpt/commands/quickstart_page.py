@@ -1,7 +1,5 @@
 """The page that ``lightning-igpt quickstart`` leaves; what is measured: ``quickstart.py``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``lightning-igpt recipes``: the YAML recipes that come with the package; what no recipe may say."""
 
-from __future__ import annotations
-
 import difflib
 import textwrap
 from argparse import Namespace

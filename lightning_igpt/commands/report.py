@@ -1,7 +1,5 @@
 """``lightning-igpt report``: any runs on one self-contained page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lightning_igpt import report as page

@@ -1,7 +1,5 @@
 """``lightning-igpt score``: how surprising images are to a network, as numbers and as pictures."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which column holds images, tokens or labels, and labels as class numbers that mean the same in every split."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import isqrt

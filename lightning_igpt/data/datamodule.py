@@ -1,7 +1,5 @@
 """What the three data modules share: options, opening, splits and loaders."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, ClassVar
 

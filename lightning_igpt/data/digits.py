@@ -3,8 +3,6 @@
 It needs no network and no disk, so that every example and test can run anywhere.
 """
 
-from __future__ import annotations
-
 import datasets
 import numpy as np
 from PIL import Image

@@ -1,7 +1,5 @@
 """Labelled images to fine-tune on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning_igpt.data.datamodule import ImageDataModule

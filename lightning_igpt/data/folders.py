@@ -4,8 +4,6 @@
 also where that is a class, and then leaves the other images out silently; so such folders are read here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import os

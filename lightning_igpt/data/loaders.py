@@ -1,7 +1,5 @@
 """DataLoaders over finished batches, and what a data module reads from its trainer."""
 
-from __future__ import annotations
-
 import os
 import signal
 import weakref

@@ -1,7 +1,5 @@
 """Options of a data module: their ranges, and one value for the attribute and for ``hparams``."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, get_args
 
 from lightning_igpt.data.readers import OnBadImage

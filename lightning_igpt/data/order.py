@@ -5,8 +5,6 @@ They subclass torch's ``DistributedSampler`` because Lightning leaves only that 
 wraps a second time under several processes, unless the user passes ``use_distributed_sampler=False``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import TypeAlias

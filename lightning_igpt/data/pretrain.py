@@ -1,7 +1,5 @@
 """Images to pretrain on."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info

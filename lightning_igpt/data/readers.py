@@ -3,8 +3,6 @@
 Not here: columns of tokens (``tokens.py``), streams (``streams.py``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 

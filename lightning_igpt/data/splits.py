@@ -1,7 +1,5 @@
 """Which rows train, validate and test: named splits, slices of them, and a seeded hold-out where none validates."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

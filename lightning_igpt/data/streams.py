@@ -4,8 +4,6 @@ Each worker of each device reads shards of its own, shuffled again in every pass
 reader continues at the shard and row that ``datasets`` reports; the rows that were in its buffer are skipped.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import zlib

@@ -5,8 +5,6 @@ alone, or a mapping with ``tokens``, whose ``palette`` is checked if present. Im
 integers from 0 to 255, or floats in [0, 1], which are rounded to bytes.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

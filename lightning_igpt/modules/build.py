@@ -1,7 +1,5 @@
 """What the modules share: a network with its palette, the description in their checkpoints, settings, classes."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The classes of a classifier: their names, and which of them each label of the data stands for."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any

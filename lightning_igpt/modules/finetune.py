@@ -1,7 +1,5 @@
 """Fine-tuning to a classifier with the joint loss L_gen + L_clf (paper, sections 2.3 and 4.5)."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

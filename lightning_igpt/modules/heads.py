@@ -1,7 +1,5 @@
 """The parts of ProbeModule that classify and count: features of one layer or several, votes of several masks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

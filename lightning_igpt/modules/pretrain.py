@@ -1,7 +1,5 @@
 """Pretraining without labels: predict the next pixel, or masked pixels (paper, sections 2.1 and 3.4)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 

@@ -3,8 +3,6 @@
 Exact for checkpoints written between two optimizer steps. The order of the images is the data module's concern.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """ProbeModule's solver L-BFGS: it collects features in one pass and fits classifiers to them by ``features``."""
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Weights in and out: load_pretrained reads every format this package knows, save_pretrained and push_to_hub write."""
 
-from __future__ import annotations
-
 import logging
 import re
 import tempfile

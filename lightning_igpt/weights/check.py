@@ -1,7 +1,5 @@
 """Are two networks the same? Logits to compare by eye and by number, here and in transformers."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import NamedTuple

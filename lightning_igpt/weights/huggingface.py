@@ -4,8 +4,6 @@ transformers always has biases, which are zero in the published networks. Its cl
 the color head; the color head is then in a file of its own, which transformers does not read.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence

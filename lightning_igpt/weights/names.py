@@ -5,8 +5,6 @@ hold q, k and v separately, with the shape (heads, head width, in), and c_proj w
 equal size with opposite roles, so the first kind is used as it lies and the second is transposed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import NamedTuple

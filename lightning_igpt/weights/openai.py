@@ -1,7 +1,5 @@
 """OpenAI's TensorFlow checkpoints of Image GPT (github.com/openai/image-gpt), autoregressive and BERT."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

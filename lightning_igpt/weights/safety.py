@@ -1,7 +1,5 @@
 """Files by strangers are opened so that nothing in them runs, and damage names the file."""
 
-from __future__ import annotations
-
 import datetime
 import errno
 import json
