@@ -436,7 +436,7 @@ def test_addresses_that_are_typed_or_trusted(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["2024", "007", "on", "1.5"])
-@pytest.mark.parametrize(("section", "key"), [("data", "image_column"), ("data", "source"), ("model", "palette")])
+@pytest.mark.parametrize(("section", "key"), [("data", "image_column"), ("model", "palette")])
 def test_texts_that_yaml_reads_otherwise_are_to_be_quoted(section, key, text, tmp_path, capsys):
     write(tmp_path / "recipe.yaml")
     (tmp_path / "more.yaml").write_text(f"{section}: {{init_args: {{{key}: {text}}}}}")
