@@ -301,14 +301,15 @@ class ImageGPT(nn.Module):
             raise ValueError("masked= and cache= exclude each other: a cache holds only earlier pixels; drop one")
         if masked is None and self.sos is None:
             raise ValueError("this is a BERT network: it needs masked=, a bool (B, T) that marks hidden pixels")
+        started = cache is not None and cache.length > 0  # and holds sos
         if cache is None:
             self.check_length(tokens.shape[1])
-        elif cache.length and tokens.shape[1] != 1:
+        elif started and tokens.shape[1] != 1:
             raise ValueError(f"a cache in use takes one pixel at a time, not {tokens.shape[1]}; use a new cache")
-        x = self.wte(tokens if masked is not None or cache is not None else tokens[:, :-1])
+        x = self.wte(tokens[:, :-1] if cache is None and masked is None else tokens)
         if masked is not None:
             x = x * ~masked[:, :, None]  # a hidden pixel keeps only its position
-        elif self.sos is not None and not (cache is not None and cache.length):
+        elif self.sos is not None and not started:
             x = torch.cat([self.sos.expand(x.shape[0], 1, -1), x], 1)
         positions = torch.arange(x.shape[1], device=x.device)
         if cache is not None:
