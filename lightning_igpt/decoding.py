@@ -46,29 +46,25 @@ class Decoder:
     """
 
     def __init__(self, network: ImageGPT, batch_size: int, precision: Precision | None = None) -> None:
-        weight = network.wte.weight
+        weight, sharded = network.wte.weight, is_sharded(network)
         if precision is None:
             precision = "half" if torch.is_autocast_enabled(weight.device.type) else "full"
         if precision not in get_args(Precision):
             raise ValueError(f"precision is {precision!r}; it must be 'full', 'half' or 'int8'")
         if precision == "int8" and weight.device.type != "cpu":
             raise ValueError(f"precision 'int8' needs a CPU, but this network is on {weight.device}; use 'half'")
-        if precision == "int8" and is_sharded(network):
+        if precision == "int8" and sharded:
             raise ValueError("precision 'int8' needs whole weights, but this network is sharded; use 'half'")
         widens = precision == "full" or weight.dtype != torch.float32 or weight.device.type == "cpu"
         dtype = weight.dtype if widens else torch.bfloat16
         self.network, self.precision = network, precision
         self.cache = KVCache(network.config, batch_size, device=weight.device, dtype=dtype)
-        self._step: Product
-        if is_sharded(network):  # only calls of the network gather its weights
-            self._step = lambda pixel: network(pixel, cache=self.cache)[:, -1]
-        elif weight.device.type == "cpu":
+        light = network if sharded else _in_type(network, dtype)  # only calls of the network itself gather its weights
+        self._step: Product = lambda pixel: light(pixel, cache=self.cache)[:, -1]
+        if weight.device.type == "cpu" and not sharded:
             self._step = FlatSteps(network, self.cache, precision)
-        elif weight.device.type == "cuda":
-            self._step = CapturedSteps(_in_type(network, dtype), self.cache)
-        else:
-            light = _in_type(network, dtype)
-            self._step = lambda pixel: light(pixel, cache=self.cache)[:, -1]
+        elif weight.device.type == "cuda" and not sharded:
+            self._step = CapturedSteps(light, self.cache)
 
     def start(self, prompt: Tensor) -> Tensor:
         """Logits (B, K) of the first pixel after a prompt, int64 (B, P), which may be empty; one pass."""
@@ -140,18 +136,16 @@ class FlatBlock:
 
     def __init__(self, block: Block, rows: int, precision: Precision) -> None:
         self.gain_1, self.gain_2 = _doubled_gain(block.ln_1), _doubled_gain(block.ln_2)
-        layers = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-        self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj = (
-            make_product(layer, rows, precision) for layer in layers
-        )
+        self.c_attn = make_product(block.attn.c_attn, rows, precision)
+        self.attn_proj = make_product(block.attn.c_proj, rows, precision)
+        self.c_fc, self.mlp_proj = (make_product(part, rows, precision) for part in (block.mlp.c_fc, block.mlp.c_proj))
         self.n_head = block.attn.n_head
 
     def __call__(self, x: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
         """(B, D) to (B, D); writes the position's keys and values into those of the cache, (B, H, T, d)."""
         B, D = x.shape
-        q, k, v = (
-            self.c_attn(_norm(x, self.gain_1)).view(B, 3, self.n_head, 1, D // self.n_head).unbind(1)
-        )  # (B, H, 1, d)
+        qkv = self.c_attn(_norm(x, self.gain_1)).view(B, 3, self.n_head, 1, D // self.n_head)
+        q, k, v = qkv.unbind(1)  # (B, H, 1, d)
         keys.narrow(2, length, 1).copy_(k)
         values.narrow(2, length, 1).copy_(v)
         keys, values = keys.narrow(2, 0, length + 1), values.narrow(2, 0, length + 1)
@@ -206,13 +200,9 @@ class CapturedSteps:
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.works = True
 
-    def window(self) -> int:
-        """Positions that this step reads: those seen and its own, rounded up to a multiple of the grain."""
-        return min(-(-(self.cache.length + 1) // self.grain) * self.grain, self.cache.k.shape[3])
-
     def __call__(self, pixel: Tensor) -> Tensor:
-        """See ``Decoder.step``."""
-        window = self.window()
+        """See ``Decoder.step``; it reads the positions seen and its own, rounded up to a multiple of the grain."""
+        window = min(-(-(self.cache.length + 1) // self.grain) * self.grain, self.cache.k.shape[3])
         if self.works and window not in self.graphs:
             self._capture(window)
         if not self.works:

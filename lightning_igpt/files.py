@@ -79,13 +79,10 @@ def _explained(error: OSError, target: Path, temporary: Path) -> OSError:
 
 
 def _harmless(cell: Any) -> Any:
-    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return cell
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         float(cell)
-    except ValueError:
-        return f"'{cell}"
-    return cell
+        return cell
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def shown(text: object) -> str:

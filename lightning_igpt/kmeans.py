@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_igpt.images import to_rgb
 from lightning_igpt.lookup import N_COLORS
-from lightning_igpt.palette import MAX_COLORS, Palette, check_images
+from lightning_igpt.palette import MAX_COLORS, Palette, check_images, kind_of
 
 _CHUNK = 1 << 20  # pixels counted at a time, which bounds the memory
 _MAX_POINTS = 1 << 18  # above that, colors are merged before clustering
@@ -63,13 +63,14 @@ def fit_palette(
     """
     if not 2 <= n_colors <= MAX_COLORS:
         raise ValueError(f"n_colors is {n_colors}; a palette has 2 to {MAX_COLORS} colors")
-    counts = _histogram(_pixels(images, image_column))
+    counts = np.zeros(N_COLORS, dtype=np.int64)
+    for pixels in _pixels(images, image_column):
+        red, green, blue = pixels.astype(np.int32).T
+        np.add.at(counts, red << 16 | green << 8 | blue, 1)
     codes = np.flatnonzero(counts)
     if codes.size < n_colors:
-        raise ValueError(
-            f"the images have {codes.size} distinct colors, fewer than n_colors {n_colors}; "
-            "ask for fewer colors or give more images"
-        )
+        cure = "ask for fewer colors or give more images"
+        raise ValueError(f"the images have {codes.size} distinct colors, fewer than n_colors {n_colors}; {cure}")
     points, weights = _points(codes, counts[codes], n_colors)
     # Parallel sums would round in the order in which threads finish.
     with threadpool_limits(1):
@@ -77,15 +78,6 @@ def fit_palette(
         centers: Floats = kmeans.fit(points, sample_weight=weights).cluster_centers_.clip(-1, 1)
     luminance = centers @ (0.299, 0.587, 0.114)  # ITU-R BT.601
     return Palette(centers[np.lexsort((*centers.T[::-1], luminance))])
-
-
-def _histogram(chunks: Iterable[Bytes]) -> Counts:
-    """(n,3) pixels, in chunks -> (2^24,) counts by ``red << 16 | green << 8 | blue``."""
-    counts = np.zeros(N_COLORS, dtype=np.int64)
-    for pixels in chunks:
-        red, green, blue = pixels.astype(np.int32).T
-        np.add.at(counts, red << 16 | green << 8 | blue, 1)
-    return counts
 
 
 def _points(codes: Counts, counts: Counts, n_colors: int) -> tuple[Floats, Floats]:
@@ -120,9 +112,7 @@ def _pixels(images: Tensor | NDArray[Any] | Iterable[Any], image_column: str | N
 def _image_in(row: Mapping[str, Any], image_column: str | None) -> Any:
     names = [image_column] if image_column else [name for name in row if isinstance(row[name], Image.Image)]
     if len(names) != 1 or names[0] not in row:
-        raise ValueError(
-            f"image_column is {image_column!r} and the rows have {list(row)}; set it to the column of images"
-        )
+        raise ValueError(f"image_column is {image_column!r}, the rows have {list(row)}; set it to the column of images")
     return row[names[0]]
 
 
@@ -134,9 +124,6 @@ def _colors(image: object) -> Bytes:
     elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         pixels = image
     else:
-        shape = f" {tuple(image.shape)} of {image.dtype}" if isinstance(image, Tensor | np.ndarray) else ""
-        raise TypeError(
-            f"cannot take colors from a {type(image).__name__}{shape}; an image is a PIL image, a uint8 array "
-            "(H, W, 3) or a uint8 tensor (3, H, W)"
-        )
+        forms = "an image is a PIL image, a uint8 array (H, W, 3) or a uint8 tensor (3, H, W)"
+        raise TypeError(f"cannot take colors from {kind_of(image)}; {forms}")
     return pixels.reshape(-1, 3)

@@ -123,30 +123,19 @@ def _distances(levels: Floats, centers: Floats) -> Floats:
 
 
 def cache_folder() -> Path:
-    """Folder of derived files.
+    """``$LIGHTNING_IGPT_CACHE``, else ``$XDG_CACHE_HOME/lightning_igpt``, else ``~/.cache/lightning_igpt``.
 
-    ``$LIGHTNING_IGPT_CACHE``, else ``$XDG_CACHE_HOME/lightning_igpt``, else ``~/.cache/lightning_igpt``.
-
-    Raises:
-        RuntimeError: Neither variable is set and the user has no home folder.
+    RuntimeError where none of them exists: no variable is set and the user has no home folder.
     """
     if own := os.environ.get("LIGHTNING_IGPT_CACHE"):
         return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "lightning_igpt"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lightning_igpt")
 
 
 def cached_table(colors: NDArray[np.float32], sha256: str) -> NDArray[np.int16]:
-    """The table of a palette, read from the cache folder or built and stored there.
+    """:func:`build_table` of centers with this digest, read from the cache folder or stored there.
 
     A damaged file is replaced with a warning. A folder that cannot be used is a warning, never an error.
-
-    Args:
-        colors: (K,3) centers in [-1,1], K at most 32,768.
-        sha256: Digest of the centers, which names the file.
-
-    Returns:
-        (2^24,) ids, as :func:`build_table` returns them.
     """
     table = None
     try:
@@ -154,7 +143,9 @@ def cached_table(colors: NDArray[np.float32], sha256: str) -> NDArray[np.int16]:
         table = _read(path)
         if table is None:
             table = build_table(colors)
-            _write(table, path)
+            with replacing(path) as temporary, temporary.open("wb") as file:  # no other process sees a part of it
+                np.save(file, table)
+                file.write(_checksum(table))
     except (OSError, RuntimeError) as error:
         log.warning("cannot cache the color table (%s); set LIGHTNING_IGPT_CACHE to a writable folder", error)
     return build_table(colors) if table is None else table
@@ -183,24 +174,17 @@ def _on_device(palette: Any, device: torch.device) -> Tensor:
 
 def _read(path: Path) -> NDArray[np.int16] | None:
     """The table in a file, followed there by the CRC-32 of its bytes; None where there is no intact file."""
-    if not path.is_file():
-        return None
     try:
         with path.open("rb") as file:
             table: NDArray[np.int16] = np.load(file, allow_pickle=False)
             intact = table.shape == (N_COLORS,) and table.dtype == np.int16 and file.read() == _checksum(table)
+    except FileNotFoundError:
+        return None
     except (ValueError, EOFError):  # NumPy's errors for a damaged header and a short file
         intact = False
     if not intact:
         log.warning("the color table %s is damaged and is built again", path)
     return table if intact else None
-
-
-def _write(table: NDArray[np.int16], path: Path) -> None:
-    """Replace a file in one step, so that other processes see the old table, the new one or none."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, table)
-        file.write(_checksum(table))
 
 
 def _checksum(table: NDArray[np.int16]) -> bytes:

@@ -297,36 +297,26 @@ class ImageGPT(nn.Module):
         return torch.stack([taps[layer] for layer in layers], 1)
 
     def _embed(self, tokens: Tensor, masked: Tensor | None, cache: KVCache | None) -> Tensor:
-        if masked is not None:
-            if cache is not None:
-                raise ValueError(
-                    "masked= and cache= exclude each other: a cache holds only earlier pixels; drop one of them"
-                )
-            self.check_length(tokens.shape[1])
-            x = self.wte(tokens) * ~masked[:, :, None]  # a hidden pixel keeps only its position
-            return self._drop(x + self._positions())
-        if self.sos is None:
+        if masked is not None and cache is not None:
+            raise ValueError("masked= and cache= exclude each other: a cache holds only earlier pixels; drop one")
+        if masked is None and self.sos is None:
             raise ValueError("this is a BERT network: it needs masked=, a bool (B, T) that marks hidden pixels")
+        started = cache is not None and cache.length > 0  # and holds sos
         if cache is None:
             self.check_length(tokens.shape[1])
-            return self._drop(self._after_sos(tokens[:, :-1]) + self._positions())
-        if cache.length and tokens.shape[1] != 1:
+        elif started and tokens.shape[1] != 1:
             raise ValueError(f"a cache in use takes one pixel at a time, not {tokens.shape[1]}; use a new cache")
-        x = self.wte(tokens) if cache.length else self._after_sos(tokens)
-        self.check_length(cache.length + x.shape[1], exact=False)
-        return self._drop(x + self.wpe(cache.position + torch.arange(x.shape[1], device=x.device)))
-
-    def _positions(self) -> Tensor:
+        x = self.wte(tokens[:, :-1] if cache is None and masked is None else tokens)
+        if masked is not None:
+            x = x * ~masked[:, :, None]  # a hidden pixel keeps only its position
+        elif self.sos is not None and not started:
+            x = torch.cat([self.sos.expand(x.shape[0], 1, -1), x], 1)
+        positions = torch.arange(x.shape[1], device=x.device)
+        if cache is not None:
+            self.check_length(cache.length + x.shape[1], exact=False)
+            positions = positions + cache.position
         # Not by wpe.weight: pruning and parametrizations hook the call.
-        return self.wpe(torch.arange(self.config.n_positions, device=self.wpe.weight.device))  # type: ignore[no-any-return]
-
-    def _after_sos(self, tokens: Tensor) -> Tensor:
-        assert self.sos is not None
-        sos = self.sos.expand(tokens.shape[0], 1, -1)  # (B, 1, D)
-        return torch.cat([sos, self.wte(tokens)], 1)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout, self.training)
+        return F.dropout(x + self.wpe(positions), self.config.dropout, self.training)
 
     def check_length(self, length: int, *, exact: bool = True) -> None:
         """Raise ValueError unless ``length`` is the number of tokens of an image or, if not ``exact``, less."""

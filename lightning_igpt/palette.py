@@ -62,9 +62,9 @@ class Palette:
 
         Args:
             spec: A palette; ``"openai"`` (the 512 released colors); ``"gray:K"`` (K even steps from black to white);
-                (K,3) colors in [-1,1]; a ``.npy`` file of these; a Hugging Face folder or its
-                ``preprocessor_config.json`` with ``clusters``, or the hub id ``owner/name`` of such a folder. Names
-                take precedence over paths, and paths over hub ids.
+                (K,3) colors in [-1,1]; a ``.npy`` file of these; a Hugging Face folder, its
+                ``preprocessor_config.json``, or its hub id ``owner/name``. Names take precedence over paths, and paths
+                over hub ids.
 
         Raises:
             FileNotFoundError: A path does not exist.
@@ -124,8 +124,7 @@ class Palette:
         red, green, blue = images.unbind(1)  # (B, H, W)
         codes = red.int().bitwise_left_shift_(8).bitwise_or_(green).bitwise_left_shift_(8).bitwise_or_(blue)
         table: Tensor = table_for(self, images.device)
-        ids = table.index_select(0, codes.flatten())  # (B*H*W,) int16; by far the fastest of torch's gathers
-        return ids.long().view(codes.shape).flatten(1)
+        return table.index_select(0, codes.flatten()).long().view(codes.shape).flatten(1)  # the fastest gather
 
     def dequantize(self, tokens: Tensor, size: int | None = None) -> Tensor:
         """The images of palette ids.
@@ -161,7 +160,7 @@ class Palette:
     def rmse(self, images: Tensor) -> float:
         """Root mean square error per channel, in 0..255, of ``dequantize(quantize(images))`` for uint8 (B,3,H,W)."""
         shown = self.rgb.to(images.device)[self.quantize(images)]  # (B, H*W, 3)
-        error = shown.float() - images.flatten(2).transpose(1, 2).float()
+        error = shown.float() - images.flatten(2).mT.float()
         return float(error.square().mean(dtype=torch.float64).sqrt())
 
     def __len__(self) -> int:
@@ -255,7 +254,7 @@ def check_images(images: object) -> None:
 class PaletteTransform:
     """Batches of images to palette ids, for ``with_transform``, ``set_transform`` and ``map(batched=True)``.
 
-    Equal transforms have equal pickles, so the cache of ``map`` recognizes them, in other processes too.
+    Equal transforms have equal pickles, by which the cache of ``map`` recognizes them.
 
     Args:
         palette: Quantizes the pixels.
@@ -286,7 +285,14 @@ class PaletteTransform:
             BadImageError, TypeError: An image cannot be used; the message names its position and path.
             ValueError: The image column is missing, or the batch is already tokenized.
         """
-        images = self._images(batch)
+        if taken := {self.tokens_column, PALETTE_COLUMN} & set(batch):
+            raise ValueError(f"the batch already has the columns {sorted(taken)}; rename them or omit this transform")
+        if self.image_column not in batch:
+            raise ValueError(f"there is no image column {self.image_column!r}; the batch has {list(batch)}")
+        # A lazy batch of datasets records that a column was decoded, and map would then encode its images again.
+        images = copy.copy(batch)[self.image_column]
+        if images is None or isinstance(images, Image.Image | Mapping | bytes | str):
+            raise TypeError(f"column {self.image_column!r} holds one image, not a batch; use map(..., batched=True)")
         pixels = np.empty((len(images), self.size, self.size, 3), dtype=np.uint8)
         for place, value in enumerate(images):
             where = f"image {place} of the batch" if rows is None else f"the image in row {rows[place]}"
@@ -298,17 +304,6 @@ class PaletteTransform:
         del batch[self.image_column]
         batch.update(columns)
         return batch
-
-    def _images(self, batch: Mapping[str, Any]) -> Sequence[Any]:
-        if taken := {self.tokens_column, PALETTE_COLUMN} & set(batch):
-            raise ValueError(f"the batch already has the columns {sorted(taken)}; rename them or omit this transform")
-        if self.image_column not in batch:
-            raise ValueError(f"there is no image column {self.image_column!r}; the batch has {list(batch)}")
-        # A lazy batch of datasets records that a column was decoded, and map would then encode its images again.
-        images = copy.copy(batch)[self.image_column]
-        if images is None or isinstance(images, Image.Image | Mapping | bytes | str):
-            raise TypeError(f"column {self.image_column!r} holds one image, not a batch; use map(..., batched=True)")
-        return images  # type: ignore[no-any-return]
 
 
 def quantize_in_one_thread(palette: Palette, pixels: NDArray[np.uint8]) -> NDArray[np.int16]:

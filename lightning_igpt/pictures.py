@@ -98,16 +98,15 @@ def image_grid(
     if captions is not None and len(captions) != n_columns:
         raise ValueError(f"there are {len(captions)} captions for {n_columns} columns")
     scale = scale or max(1, CELL // height)
-    color = torch.tensor(background, dtype=torch.uint8).view(3, 1, 1)
-    cells = color.repeat(n_rows, n_columns, 1, height * scale + gap, width * scale + gap)
-    cells[..., gap:, gap:] = enlarge(images, scale)
-    grid = cells.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (3, R*h, C*w)
-    grid = torch.cat([grid, color.expand(3, grid.shape[1], gap)], dim=2)
-    grid = torch.cat([grid, color.expand(3, gap, grid.shape[2])], dim=1)
-    if captions is None:
-        return grid
-    headings = torch.cat([_caption(text, width * scale + gap, background) for text in captions], dim=2)
-    return torch.cat([torch.cat([headings, color.expand(3, _CAPTION, gap)], dim=2), grid], dim=1)
+    high, wide, above = height * scale + gap, width * scale + gap, 0 if captions is None else _CAPTION
+    grid = torch.tensor(background, dtype=torch.uint8).view(3, 1, 1)
+    grid = grid.repeat(1, above + n_rows * high + gap, n_columns * wide + gap)
+    for row, column in np.ndindex(n_rows, n_columns):
+        top, left = above + row * high + gap, column * wide + gap
+        grid[:, top : top + high - gap, left : left + wide - gap] = enlarge(images[row, column], scale)
+    for column, text in enumerate(captions or ()):
+        grid[:, :above, column * wide : (column + 1) * wide] = _caption(text, wide, background)
+    return grid
 
 
 def enlarge(images: Tensor, scale: int) -> Tensor:
@@ -116,15 +115,9 @@ def enlarge(images: Tensor, scale: int) -> Tensor:
 
 
 def contact_sheet(cells: Tensor, captions: Sequence[Sequence[str]], *, columns: int = 4) -> Tensor:
-    """Pictures in rows on white, each below its own lines of text.
+    """Pictures, uint8 (N,3,h,w), in rows on white: uint8 (3,H,W) on the CPU.
 
-    Args:
-        cells: uint8 (N,3,h,w), in their own size.
-        captions: For each picture its lines, the same number for all. A line too long shows its end.
-        columns: Pictures per row.
-
-    Returns:
-        uint8 (3,H,W) on the CPU.
+    Each is below its own lines of text, of which all have the same number; a line too long shows its end.
     """
     width = cells.shape[3]
     above = [torch.cat([_caption(_end_of(line, width), width) for line in lines], 1) for lines in captions]
@@ -134,13 +127,13 @@ def contact_sheet(cells: Tensor, captions: Sequence[Sequence[str]], *, columns: 
 
 
 def stack(parts: Sequence[Tensor]) -> Tensor:
-    """Pictures below one another, flush left on white: uint8 (3,h,w) each, (3,H,W) the result."""
+    """Pictures uint8 (3,h,w) below one another, flush left on white: (3,H,W)."""
     width = max(part.shape[2] for part in parts)
     return torch.cat([F.pad(part, (0, width - part.shape[2]), value=255) for part in parts], 1)
 
 
 def heading(text: str) -> Tensor:
-    """A line of text, black on white: uint8 (3,h,w)."""
+    """A line of text, black on white, as uint8 (3,h,w)."""
     return _caption(text, math.ceil(_font().getlength(text)) + 8)
 
 
@@ -152,36 +145,23 @@ def surprise_colors() -> Tensor:
 
 
 def surprise_limit(nats: Tensor, n_colors: int) -> float:
-    """Where the scale of some maps of surprise ends, in nats.
+    """Where the scale of ``nats``, of all pixels that share it, ends.
 
-    It passes ln K, the surprise of a uniform guess, and one in a hundred of the pixels lies above it.
-
-    Args:
-        nats: Float, any shape: all pixels that share the scale.
-        n_colors: K, the size of the palette.
+    It passes ln ``n_colors``, the surprise of a uniform guess, and one in a hundred of the pixels lies above it.
     """
     return max(1.25 * math.log(n_colors), float(np.quantile(nats.cpu().numpy(), 0.99)))
 
 
 def surprise_map(nats: Tensor, *, limit: float) -> Tensor:
-    """The surprise of pixels as colors, evenly from 0 to ``limit``.
-
-    Args:
-        nats: Float (...,H,W).
-        limit: Nats of the last color; larger values have it too.
-
-    Returns:
-        uint8 (...,3,H,W) on the CPU.
-    """
-    index = (nats.cpu() / limit * 256).clamp(0, 255).long()
-    return surprise_colors()[index].movedim(-1, -3)
+    """Nats (...,H,W) as colors, evenly from 0 to ``limit`` and beyond it the last: uint8 (...,3,H,W) on the CPU."""
+    return surprise_colors()[(nats.cpu() / limit * 256).clamp(0, 255).long()].movedim(-1, -3)
 
 
 def surprise_bar(limit: float, n_colors: int, *, width: int = 512) -> Tensor:
     """The legend of maps of surprise: the scale with marks at 0, a uniform guess and the limit; uint8 (3,h,w)."""
     uniform = math.log(n_colors)
     ticks = {"0": 0.0, f"{uniform:.2f} (uniform)": uniform / limit, f"{limit:.2f} or more": 1.0}
-    margin = math.ceil(max(_font().getlength(text) for text in ticks) / 2) + 4
+    margin = math.ceil(max(map(_font().getlength, ticks)) / 2) + 4
     image = Image.new("RGB", (width + 2 * margin, _BAR + 4 + _CAPTION), _WHITE)
     bar = Image.fromarray(surprise_colors()[None].numpy()).resize((width, _BAR), Image.Resampling.NEAREST)
     image.paste(bar, (margin, 0))
@@ -196,25 +176,17 @@ def surprise_bar(limit: float, n_colors: int, *, width: int = 512) -> Tensor:
 def swatch(colors: Tensor, *, side: int = 24, columns: int | None = None) -> Tensor:
     """All colors of a palette as squares: grays first from dark to light, then rows of like hue, dark to light.
 
-    Args:
-        colors: uint8 (K,3).
-        side: Side of a square in pixels.
-        columns: Squares per row; by default the sheet is about twice as wide as high.
-
-    Returns:
-        uint8 (3,h,w).
+    ``colors`` are uint8 (K,3), the result is uint8 (3,h,w), by default about twice as wide as high; ``side`` is that of
+    a square in pixels.
     """
     columns = columns or math.ceil(math.sqrt(2 * len(colors)))
     values = colors.cpu().numpy() / 255  # (K, 3)
     hue, saturation = np.array([colorsys.rgb_to_hsv(*row)[:2] for row in values]).T
     luminance = values @ (0.299, 0.587, 0.114)  # ITU-R BT.601
     order = np.lexsort((luminance, np.where(saturation < _GRAY, -1.0, (hue + 1 / 12) % 1)))
-    rows = [
-        row[np.argsort(luminance[row], kind="stable")] for row in np.split(order, range(columns, len(order), columns))
-    ]
-    squares = torch.full((len(rows), columns, 3, 1, 1), _SHEET, dtype=torch.uint8)
-    for row, ids in enumerate(rows):
-        squares[row, : len(ids), :, 0, 0] = colors.cpu()[ids]
+    squares = torch.full((-(-len(order) // columns), columns, 3, 1, 1), _SHEET, dtype=torch.uint8)
+    for square, row in zip(squares, np.split(order, range(columns, len(order), columns)), strict=True):
+        square[: len(row), :, 0, 0] = colors.cpu()[row[np.argsort(luminance[row], kind="stable")]]
     return image_grid(squares, scale=side, gap=1, background=(_SHEET, _SHEET, _SHEET))
 
 
@@ -225,13 +197,9 @@ def plot_curves(
     xlabel: str = "optimizer steps",
     ylabel: str = "nats per pixel",
 ) -> Plot:
-    """Curves of a metric over steps or layers, with horizontal lines for baselines.
+    """Curves (x, y) over steps or layers, of which the first is emphasized; ``levels`` are baselines, as dashed lines.
 
-    Args:
-        curves: (x, y) by label; the first one stands out. Of a long curve the extremes of each stretch are drawn.
-        levels: Values of baselines by label.
-        xlabel: What x is.
-        ylabel: What y is.
+    Of a long curve the extremes of each stretch are drawn.
     """
 
     def draw(axes: Axes, theme: Theme) -> None:
@@ -250,21 +218,13 @@ def plot_curves(
 
 
 def draw_figure(draw: Callable[[Axes, Theme], None], theme: Theme = LIGHT, size: tuple[float, float] = SIZE) -> Figure:
-    """A figure in the package's style, with a legend below if something in it has a label.
-
-    Args:
-        draw: Draws into the axes in the theme's colors.
-        theme: ``LIGHT`` or ``DARK``.
-        size: Width and height in inches.
-    """
+    """A figure of ``size`` inches in the package's style, with a legend below if something in it has a label."""
     import matplotlib
     import matplotlib.figure
 
     style: dict[Any, Any] = {
-        "axes.axisbelow": True,
-        "axes.grid": True,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
+        **dict.fromkeys(("axes.axisbelow", "axes.grid"), True),
+        **dict.fromkeys(("axes.spines.right", "axes.spines.top"), False),
         "font.size": 10,
         "grid.color": theme.grid,
         "legend.frameon": False,
@@ -344,8 +304,5 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def _end_of(text: str, width: int) -> str:
     """The text, or as much of its end as fits: file names differ there."""
-    short = text
-    while _font().getlength(short) > width and text:
-        text = text[1:]
-        short = f"...{text}"
-    return short
+    ends = (f"...{text[start:]}" if start else text for start in range(len(text) + 1))
+    return next((end for end in ends if _font().getlength(end) <= width), "...")

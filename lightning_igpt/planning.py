@@ -211,10 +211,9 @@ def find_device(kind: str) -> Device:
     """A device by its key, with or without spaces and dashes, or by torch's name of it; ValueError where none is."""
     plain = {name.replace("-", ""): name for name in DEVICES} | {"a100": "a100-80", "h100sxm": "h100", "v10032": "v100"}
     key = plain.get(re.sub(r"[^a-z0-9]", "", kind.lower()).removesuffix("gb"))
-    device = device_called(kind) if key is None else DEVICES[key]
-    if device is None:
-        raise ValueError(f"there is no device {kind!r}; there are {', '.join(DEVICES)}, and cpu, which is measured")
-    return device
+    if device := device_called(kind) if key is None else DEVICES[key]:
+        return device
+    raise ValueError(f"there is no device {kind!r}; there are {', '.join(DEVICES)}, and cpu, which is measured")
 
 
 def device_called(name: str) -> Device | None:

@@ -1,8 +1,4 @@
-"""One self-contained HTML page: of the quickstart, or of any runs, from the files that every run writes.
-
-A run is a folder with a ``metrics.csv`` (one row per logged step, with the column ``step``) and, where ``RunRecord``
-was there, a ``run.json``.
-"""
+"""One self-contained HTML page: of the quickstart, or of any runs, by their ``metrics.csv`` and ``run.json``."""
 
 import base64
 import csv
@@ -44,7 +40,6 @@ class Markup(str):
 class Run:
     """What the folder of a run holds."""
 
-    name: str
     folder: Path
     curves: dict[str, Curve]  # metrics by name
     settings: list[tuple[str, str]]  # (name, value) of the newest entry of run.json, nested names joined by dots
@@ -57,15 +52,11 @@ class Run:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """The runs in a folder and below it, in the order of their names; version_9 comes before version_10.
-
-    Raises:
-        ValueError: A ``metrics.csv`` is damaged.
-    """
+    """The runs in a folder and below it, version_9 before version_10; ValueError where a ``metrics.csv`` is damaged."""
     tables = sorted(folder.rglob("metrics.csv"), key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(9), str(path)))
     if not tables:
         raise FileNotFoundError(f"{folder} holds no run: neither it nor a folder below it has a metrics.csv")
-    return [Run(str(table.parent), table.parent, read_curves(table), _read_settings(table.parent)) for table in tables]
+    return [Run(table.parent, read_curves(table), _read_settings(table.parent)) for table in tables]
 
 
 def read_curves(table: Path) -> dict[str, Curve]:
@@ -74,11 +65,10 @@ def read_curves(table: Path) -> dict[str, Curve]:
     try:
         with table.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                for name in row.keys() - {"step", "epoch"}:
-                    if row[name]:
-                        steps, values = curves.setdefault(name, ([], []))
-                        steps.append(int(row["step"]))
-                        values.append(float(row[name]))
+                for name in [name for name, value in row.items() if value and name not in ("step", "epoch")]:
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(int(row["step"]))
+                    values.append(float(row[name]))
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"{table} is damaged ({error!r}); restore or remove it") from error
     return dict(sorted(curves.items()))
@@ -89,15 +79,14 @@ def write_runs(path: Path, runs: Sequence[Run]) -> None:
     rows = [row for run in runs for row in _numbers(run)]
     head = ("run", "metric", "test", "validation, last", "validation, best")
     sections = [section("Summary", table(rows, head, numbers=(2, 3), notes=(4,)))] if rows else []
-    sections += [section(run.name, *_figures(run)) for run in runs]
+    sections += [section(str(run.folder), *_figures(run)) for run in runs]
     write_page(path, "Image GPT runs", f"{len(runs)} runs; written by lightning_igpt {__version__}.", sections)
 
 
 def write_page(path: Path, title: str, subtitle: str, sections: Sequence[str]) -> None:
     """Write the page: one file, no script, nothing fetched."""
-    page = Template(TEMPLATE.read_text(encoding="utf-8"))
-    text = page.substitute(title=html.escape(title), subtitle=html.escape(subtitle), body="\n".join(sections))
-    write_text(path, text)
+    words = {"title": html.escape(title), "subtitle": html.escape(subtitle), "body": "\n".join(sections)}
+    write_text(path, Template(TEMPLATE.read_text(encoding="utf-8")).substitute(words))
 
 
 def section(title: str, *parts: str) -> str:
@@ -113,10 +102,8 @@ def table(
     kinds = {**dict.fromkeys(notes, ' class="note"'), **dict.fromkeys(numbers, ' class="number"')}
     titles = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
     cells = ("".join(f"<td{kinds.get(i, '')}>{html.escape(cell)}</td>" for i, cell in enumerate(row)) for row in rows)
-    body = "".join(f"<tr>{line}</tr>" for line in cells)
-    return Markup(
-        f'<div class="table" tabindex="0"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    parts = f"<thead><tr>{titles}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in cells)}</tbody>"
+    return Markup(f'<div class="table" tabindex="0"><table>{parts}</table></div>')
 
 
 def facts(title: str, pairs: Sequence[tuple[str, str]]) -> Markup:
@@ -134,23 +121,18 @@ def drawing(plot: Plot, alt: str, caption: str) -> Markup:
     """A plot as SVG inside the page, once for light pages and once for dark ones."""
     light, dark = (_data("image/svg+xml", to_svg(figure).encode()) for figure in plot)
     width, height = (round(96 * inches) for inches in SIZE)
-    return _figure(
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img class="plot" src="{light}" width="{width}" height="{height}" alt="{html.escape(alt)}"></picture>',
-        caption,
-    )
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    image = f'<img class="plot" src="{light}" width="{width}" height="{height}" alt="{html.escape(alt)}">'
+    return _figure(f"<picture>{source}{image}</picture>", caption)
 
 
 def picture(path: Path, caption: str) -> Markup:
     """A PNG file inside the page; on a narrow page it keeps most of its size and scrolls in its own box."""
     with Image.open(path) as image:
         width, height = image.size
-    return _figure(
-        f'<div class="scroll" tabindex="0"><img class="paper" style="min-width: {min(560, width * 7 // 10)}px" '
-        f'src="{_data("image/png", path.read_bytes())}" width="{width}" height="{height}" '
-        f'alt="{html.escape(caption)}"></div>',
-        caption,
-    )
+    look = f'class="paper" style="min-width: {min(560, width * 7 // 10)}px" width="{width}" height="{height}"'
+    image = f'<img {look} src="{_data("image/png", path.read_bytes())}" alt="{html.escape(caption)}">'
+    return _figure(f'<div class="scroll" tabindex="0">{image}</div>', caption)
 
 
 def pixels(
@@ -165,12 +147,9 @@ def pixels(
     height, width = grid.shape[1:]
     image = Image.fromarray(torch.cat([grid, opaque]).permute(1, 2, 0).numpy())
     above = "".join(f"<span>{html.escape(heading)}</span>" for heading in headings)
-    return _figure(
-        f'<div class="pixels" style="width: {width * scale}px">'
-        + (f'<div class="headings">{above}</div>' if above else "")
-        + f'<img src="{_png(image)}" width="{width}" height="{height}" alt="{html.escape(alt)}"></div>{below}',
-        caption,
-    )
+    above = f'<div class="headings">{above}</div>' if above else ""
+    content = f'{above}<img src="{_png(image)}" width="{width}" height="{height}" alt="{html.escape(alt)}">'
+    return _figure(f'<div class="pixels" style="width: {width * scale}px">{content}</div>{below}', caption)
 
 
 def surprise_legend(limit: float) -> Markup:
@@ -187,7 +166,7 @@ def _numbers(run: Run) -> Iterator[tuple[str, ...]]:
             finite = [pair for pair in zip(values, steps, strict=True) if math.isfinite(pair[0])]
             top, step = best(finite, key=lambda pair: pair[0], default=(math.nan, 0))
             last = (f"{values[-1]:.4f}", f"{top:.4f} at step {step:,}") if steps else ("–", "–")
-            yield run.name, metric.replace("_", " "), f"{test[1][-1]:.4f}" if test else "–", *last
+            yield str(run.folder), metric.replace("_", " "), f"{test[1][-1]:.4f}" if test else "–", *last
 
 
 def _figures(run: Run) -> Iterator[str]:

@@ -55,9 +55,13 @@ def complete(
         ValueError: The prompt is as long as the image or has an unknown color, an option is out of range, or logits are
             not finite.
     """
-    _check_prompt(network, prompt)
-    _check_options(temperature, top_k, top_p, n_samples=n_samples)
+    if network.config.objective != "autoregressive":
+        raise ValueError("complete() needs an autoregressive network; use inpaint() with a BERT network")
+    check_tokens(prompt, network.config.vocab_size)
     device, given, total = network.wte.weight.device, prompt.shape[1], network.config.n_positions
+    if given >= total:
+        raise ValueError(f"the prompt has {given} pixels and the image only {total}: nothing is left to draw")
+    _check_options(temperature, top_k, top_p, n_samples=n_samples)
     tokens = F.pad(prompt.to(device), (0, total - given)).repeat_interleave(n_samples, 0)  # (B * n_samples, T)
     known = (torch.arange(total, device=device) < given).expand_as(tokens)
     pick = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
@@ -114,18 +118,14 @@ def draw(
         least = logits.topk(top_k, -1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p is not None and top_p < 1:
-        logits = _nucleus(logits, top_p)
+        ordered, index = logits.sort(-1, descending=True)
+        probability = F.softmax(ordered, -1)
+        before = probability.cumsum(-1) - probability  # mass of likelier colors; the likeliest, with 0, always stays
+        drop = torch.zeros_like(index, dtype=torch.bool).scatter(-1, index, before >= top_p)
+        logits = logits.masked_fill(drop, -math.inf)
     # An exponential race picks index i with probability p_i and does not synchronize the device.
     race = torch.empty_like(logits).exponential_(generator=generator)
     return (F.softmax(logits, -1) / race).argmax(-1)
-
-
-def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    ordered, index = logits.sort(-1, descending=True)
-    probability = F.softmax(ordered, -1)
-    before = probability.cumsum(-1) - probability  # mass of likelier colors; 0 for the likeliest, which always stays
-    drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
-    return logits.masked_fill(drop, -math.inf)
 
 
 @torch.no_grad()
@@ -238,20 +238,9 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
     """Raise ValueError unless ``tokens`` is int64 (B, T) with values in 0 .. vocab_size - 1."""
     if tokens.ndim != 2 or tokens.dtype != torch.long:
         raise ValueError(f"tokens must be int64 (B, T); got {tokens.dtype} {tuple(tokens.shape)}")
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-        low, high = int(tokens.min()), int(tokens.max())
-        raise ValueError(
-            f"tokens run from {low} to {high}; this network has {vocab_size} colors, 0 to {vocab_size - 1}"
-        )
-
-
-def _check_prompt(network: ImageGPT, prompt: Tensor) -> None:
-    if network.config.objective != "autoregressive":
-        raise ValueError("complete() needs an autoregressive network; use inpaint() with a BERT network")
-    check_tokens(prompt, network.config.vocab_size)
-    total = network.config.n_positions
-    if prompt.shape[1] >= total:
-        raise ValueError(f"the prompt has {prompt.shape[1]} pixels and the image only {total}: nothing is left to draw")
+    low, high = map(int, tokens.aminmax()) if tokens.numel() else (0, 0)
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"tokens run from {low} to {high}; this network has {vocab_size} colors: 0..{vocab_size - 1}")
 
 
 def _check_options(temperature: float, top_k: int | None = None, top_p: float | None = None, **counts: int) -> None:

@@ -13,6 +13,8 @@ import lightning_igpt as igpt
 from lightning_igpt.files import replacing, write_csv, write_text
 from lightning_igpt.pictures import save_png
 
+PICTURE = torch.zeros(3, 4, 4, dtype=torch.uint8)
+
 
 def fill_the_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
@@ -22,11 +24,7 @@ def fill_the_disk(*args, **kwargs):
     ("name", "write", "broken"),
     [
         ("palette.npy", lambda path: igpt.Palette.load("gray:4").save(path), (np, "save")),
-        (
-            "picture.png",
-            lambda path: save_png(torch.zeros(3, 4, 4, dtype=torch.uint8), path),
-            ("PIL.Image.Image.save",),
-        ),
+        ("picture.png", lambda path: save_png(PICTURE, path), ("PIL.Image.Image.save",)),
         ("scores.csv", lambda path: write_csv(path, [["a", 1]]), ("lightning_igpt.files.csv.writer",)),
         ("report.html", lambda path: write_text(path, "new"), ("pathlib.Path.write_bytes",)),
     ],

@@ -23,18 +23,20 @@ def fitted(photo):
     return fit_palette(photo, 16)
 
 
-def as_images(tensor, kind):
-    arrays = [image.permute(1, 2, 0).contiguous().numpy() for image in tensor]
-    return {
-        "array": lambda: tensor.numpy(),
-        "tensors": lambda: iter(tensor),
-        "batches": lambda: [tensor[:4], tensor[4:]],
-        "arrays": lambda: arrays,
-        "pictures": lambda: [Image.fromarray(array) for array in arrays],
-        "rows": lambda: [{"label": 3, "img": Image.fromarray(array)} for array in arrays],
-        "named rows": lambda: [{"label": 3, "img": array, "other": array} for array in arrays],
-        "backwards": lambda: tensor.flip(0),
-    }[kind]()
+def arrays(tensor):
+    return [image.permute(1, 2, 0).contiguous().numpy() for image in tensor]
+
+
+KINDS = {
+    "array": lambda tensor: tensor.numpy(),
+    "tensors": iter,
+    "batches": lambda tensor: [tensor[:4], tensor[4:]],
+    "arrays": arrays,
+    "pictures": lambda tensor: [Image.fromarray(array) for array in arrays(tensor)],
+    "rows": lambda tensor: [{"label": 3, "img": Image.fromarray(array)} for array in arrays(tensor)],
+    "named rows": lambda tensor: [{"label": 3, "img": array, "other": array} for array in arrays(tensor)],
+    "backwards": lambda tensor: tensor.flip(0),
+}
 
 
 def test_known_colors_are_found():
@@ -46,12 +48,10 @@ def test_known_colors_are_found():
     assert palette.rmse(images) == 0
 
 
-@pytest.mark.parametrize(
-    "kind", ["array", "tensors", "batches", "arrays", "pictures", "rows", "named rows", "backwards"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_same_pixels_give_the_same_bytes(photo, fitted, kind):
     column = "img" if kind == "named rows" else None
-    assert fit_palette(as_images(photo, kind), 16, image_column=column) == fitted
+    assert fit_palette(KINDS[kind](photo), 16, image_column=column) == fitted
 
 
 def test_merged_colors_lose_little(photo, fitted, monkeypatch):

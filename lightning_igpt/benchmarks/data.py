@@ -28,6 +28,7 @@ from lightning_igpt.benchmarks.peers import pictures, transformers
 from lightning_igpt.data.folders import quiet
 from lightning_igpt.data.pretrain import PretrainDataModule
 from lightning_igpt.palette import Palette
+from lightning_igpt.pictures import to_pil
 
 SIZE = 32
 PROCESSOR_BATCH = 4  # the processor's fastest: larger batches leave the CPU's cache
@@ -43,8 +44,7 @@ def make_files(kind: str, count: int) -> list[bytes]:
     width, height = map(int, size.split("x"))
     files = [io.BytesIO() for _ in range(count)]
     for seed, file in enumerate(files):
-        pixels = pictures(1, height, width, seed)[0].permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(file, kind_of_file, quality=90)
+        to_pil(pictures(1, height, width, seed)[0]).save(file, kind_of_file, quality=90)
     return [file.getvalue() for file in files]
 
 
@@ -70,7 +70,6 @@ def square(file: bytes) -> Image.Image:
     image: Image.Image = Image.open(io.BytesIO(file))
     image = image if image.mode == "RGB" else image.convert("RGB")
     if image.size == (SIZE, SIZE):
-        image.load()
         return image
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2

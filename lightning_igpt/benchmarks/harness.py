@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -58,15 +59,11 @@ class Turns:
 def parse(
     name: str, about: str | None, words: Sequence[str] | None, precisions: Sequence[str] = (), /, **own: tuple[Any, str]
 ) -> argparse.Namespace:
-    """The options of a benchmark.
+    """The options of a benchmark, from ``words`` or the command line.
 
-    Args:
-        name: Of the benchmark.
-        about: Its docstring.
-        words: What to parse; None for the command line.
-        precisions: Choices of ``--precision``, which comes with ``--preset``; the default is that of training or, where
-            it is no choice, the first.
-        **own: Defaults and texts of further options: whole numbers of at least 1, and switches, whose default is False.
+    ``precisions`` are choices of ``--precision``, which comes with ``--preset``; the default is that of training or,
+    where it is no choice, the first. ``own`` has defaults and texts of further options: whole numbers of at least 1,
+    and switches, whose default is False.
     """
     prog, layout = f"python -m lightning_igpt.benchmarks.{name}", argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog, description=about, formatter_class=layout)
@@ -93,11 +90,8 @@ def _count(word: str) -> int:
 
 def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:
     """Wall-clock seconds of one call, including the device's work."""
-
-    def wait() -> None:
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-
+    on_cuda = torch.device(device).type == "cuda"
+    wait: Callable[[], object] = partial(torch.cuda.synchronize, device) if on_cuda else lambda: None
     wait()
     start = time.perf_counter()
     run()
@@ -123,11 +117,8 @@ def machine_limits(device: str = "cpu", dtype: torch.dtype = torch.float32, repe
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.ones(COPIED_BYTES.get(kind, 2**28) // 4, device=device)
     target = torch.ones_like(source)
-    sides: dict[str, Callable[[], object]] = {
-        "product": lambda: a @ b,
-        "copy": lambda: target.copy_(source),
-        "sum": source.sum,
-    }
+    sides: dict[str, Callable[[], object]] = {"product": lambda: a @ b, "sum": source.sum}
+    sides["copy"] = lambda: target.copy_(source)
     best = {name: min(turns.seconds) for name, turns in in_turns(sides, repeats, device).items()}
     size = source.numel() * source.element_size()
     return Limits(2 * side**3 / best["product"], max(2 * size / best["copy"], size / best["sum"]))
@@ -145,18 +136,6 @@ def require_close(what: str, ours: Tensor, theirs: Tensor, bound: float) -> floa
     off = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
     require(off <= bound, f"{what} differ by {off:.1e} of the largest, more than {bound:.0e}")
     return off
-
-
-def conditions(device: str, *libraries: Any) -> dict[str, Any]:
-    """Device, threads and versions, for the JSON line."""
-    name = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else name,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "versions": {"python": platform.python_version()}
-        | {one.__name__: one.__version__ for one in (torch, *libraries)},
-    }
 
 
 @dataclass(frozen=True)
@@ -178,9 +157,8 @@ class Comparison:
             ratio = f"{turns.ratio_to(self.rows[self.peer]):,.2f}x"
             share = f"{self.least[name] / turns.median:.0%}" if name in self.least else ""
             speed = f"{self.items / turns.median:,.1f}"
-            print(
-                f"  {name:<42}{turns.median * 1e3:>10,.2f}   {spread:<20}{speed:>12}{ratio:>9}{share:>10}", flush=True
-            )
+            figures = f"{turns.median * 1e3:>10,.2f}   {spread:<20}{speed:>12}{ratio:>9}{share:>10}"
+            print(f"  {name:<42}{figures}", flush=True)
 
     def print_result(self, options: argparse.Namespace, *libraries: Any, **rest: Any) -> None:
         """Print the last line, one JSON object: ratios, seconds of every side, the options and the conditions.
@@ -188,6 +166,9 @@ class Comparison:
         The fraction of the limit is that of our row or, where its limit is not known, of the first whose limit is.
         """
         ours, limited = self.rows[self.ours], self.ours if self.ours in self.least else next(iter(self.least))
+        cpu = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+        on_cuda = torch.device(options.device).type == "cuda"
+        versions = {library.__name__: library.__version__ for library in (torch, *libraries)}
         result = {
             "benchmark": options.benchmark,
             "ratio_vs_peer": ours.ratio_to(self.rows[self.peer]),
@@ -196,12 +177,9 @@ class Comparison:
             **rest,
             "unit": self.unit,
             "sides": {name: row.figures(self.items) for name, row in self.rows.items()},
+            "device": torch.cuda.get_device_name(options.device) if on_cuda else cpu,
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "versions": {"python": platform.python_version(), **versions},
         }
-        print(json.dumps(_rounded(result | conditions(options.device, *libraries))))
-
-
-def _rounded(value: Any) -> Any:
-    """Numbers to five digits, within mappings too."""
-    if isinstance(value, Mapping):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+        print(json.dumps(result))

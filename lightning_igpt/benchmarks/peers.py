@@ -32,15 +32,13 @@ def both_networks(config: ImageGPTConfig, device: str) -> tuple[ImageGPT, Any]:
 
 def after_start(tokens: Tensor, vocab_size: int) -> Tensor:
     """The peer's input for our tokens (B, T): its start token, then all but the last."""
-    start = torch.full_like(tokens[:, :1], vocab_size)
-    return torch.cat([start, tokens[:, :-1]], 1)
+    return torch.cat([torch.full_like(tokens[:, :1], vocab_size), tokens[:, :-1]], 1)
 
 
 def random_tokens(config: ImageGPTConfig, batch_size: int, device: str) -> Tensor:
     """Seeded int64 (B, T)."""
-    generator = torch.Generator().manual_seed(1)
-    shape = (batch_size, config.n_positions)
-    return torch.randint(0, config.vocab_size, shape, generator=generator).to(device)
+    generator, shape = torch.Generator().manual_seed(1), (batch_size, config.n_positions)
+    return torch.randint(config.vocab_size, shape, generator=generator).to(device)
 
 
 def pictures(count: int, height: int, width: int, seed: int) -> Tensor:

@@ -16,6 +16,7 @@ import math
 import statistics
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import Any
 
 import sklearn
 import torch
@@ -27,6 +28,7 @@ from lightning_igpt.benchmarks.harness import Comparison, Turns
 from lightning_igpt.features import LogisticLoss, fit_logistic
 
 C, TOLERANCE, MAX_ITER = 1.0, 1e-4, 1000
+OPTIONS: Any = {"c": C, "standardize": False, "tolerance": TOLERANCE, "max_iter": MAX_ITER}
 HELD_OUT = 5  # rows to fit for each row held out
 EQUAL = 0.002  # accuracy
 EVALUATIONS = 3  # of loss and gradient, timed together
@@ -46,14 +48,8 @@ def make_layer(layer: int, options: Namespace) -> tuple[Tensor, Tensor, Tensor, 
     turn = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
     scales = torch.randn(width, generator=generator).mul_(1.5).exp_()
     x = torch.randn(rows, width, generator=generator).add_(means[labels]) @ (deviations[:, None] * turn * scales)
-    kept = x[: options.rows]
-    x = (x - kept.mean(0)) / kept.std(0, correction=0)
+    x = (x - x[: options.rows].mean(0)) / x[: options.rows].std(0, correction=0)
     return x[: options.rows].clone(), labels[: options.rows], x[options.rows :].clone(), labels[options.rows :]
-
-
-def fit_ours(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Weight (C, D) and bias (C,)."""
-    return fit_logistic(x, y, classes, c=C, standardize=False, tolerance=TOLERANCE, max_iter=MAX_ITER)
 
 
 def fit_theirs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +71,7 @@ def measure_layer(layer: int, options: Namespace) -> tuple[dict[str, Turns], dic
     loss, point = LogisticLoss(placed, labels, c=C), placed.new_zeros(options.classes, x.shape[1] + 1)
     fits: dict[str, tuple[Tensor, Tensor]] = {}
     sides = {
-        OURS: lambda: fits.update({OURS: fit_ours(placed, labels, options.classes)}),
+        OURS: lambda: fits.update({OURS: fit_logistic(placed, labels, options.classes, **OPTIONS)}),
         PEER: lambda: fits.update({PEER: fit_theirs(x, y)}),
         EVALUATION: lambda: [loss(point) for _ in range(EVALUATIONS)],
     }
@@ -96,9 +92,8 @@ def main(words: Sequence[str] | None = None) -> None:
         sizes = f"--rows {options.rows} --classes {options.classes}"
         raise SystemExit(f"{sizes}: use 2 or more classes, 10 rows for each")
     layers, reached = zip(*(measure_layer(layer, options) for layer in range(options.layers)), strict=True)
-    rows = {
-        name: Turns(tuple(map(sum, zip(*(turns[name].seconds for turns in layers), strict=True)))) for name in layers[0]
-    }
+    sums = {name: map(sum, zip(*(turns[name].seconds for turns in layers), strict=True)) for name in layers[0]}
+    rows = {name: Turns(tuple(seconds)) for name, seconds in sums.items()}
     limits, numbers = harness.machine_limits(options.device), options.rows * options.width * options.layers
     least = max(4 * numbers * options.classes / limits.flops_per_second, 4 * numbers / limits.bytes_per_second)
     comparison = Comparison(rows, OURS, PEER, {EVALUATION: least}, options.rows * options.layers, "rows")

@@ -90,20 +90,14 @@ def measure(options: Namespace) -> None:
     names = [name for name in get_args(Precision) if torch.device(device).type == "cpu" or name != "int8"]
     sides = {name: ours(network, prompt, name) for name in names} | {PEER: theirs(peer, prompt, config.vocab_size)}
     expected = network(tokens)[:, given + 1 : given + 1 + steps].transpose(0, 1)
-    off = {
-        name: harness.require_close(f"logits of {name}", side.run(pixels), expected, CLOSE[name])
-        for name, side in sides.items()
-    }
-
     runs = {name: functools.partial(side.run, pixels) for name, side in sides.items()}
+    off = {name: harness.require_close(f"logits of {name}", run(), expected, CLOSE[name]) for name, run in runs.items()}
     rows = {name: turns.times(1 / steps) for name, turns in harness.in_turns(runs, options.repeats, device).items()}
     limit = harness.machine_limits(device).bytes_per_second
     seen = given + 1 + steps // 2
-    least = {
-        name: matrix_parameters(config) * WEIGHT_BYTES[name] / limit
-        + cache_bytes(config, batch, side.cache_bytes) * seen / config.n_positions / limit
-        for name, side in sides.items()
-    }
+    share, matrices = seen / config.n_positions, matrix_parameters(config)
+    cached = {name: cache_bytes(config, batch, side.cache_bytes) * share for name, side in sides.items()}
+    least = {name: (matrices * WEIGHT_BYTES[name] + size) / limit for name, size in cached.items()}
     comparison = Comparison(rows, options.precision, PEER, least, batch, "pixels")
     comparison.print_table(f"one step, {options.preset}, batch {batch}, position {seen}")
     whole = harness.seconds_of(lambda: network(tokens), device)

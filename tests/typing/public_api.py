@@ -52,7 +52,6 @@ def train(images: Tensor) -> Path | None:
     trainer = igpt.make_trainer(max_steps=40, default_root_dir="runs/pretrain")
     assert_type(trainer, Trainer)
     trainer.fit(module, data, ckpt_path=igpt.find_checkpoint("runs/pretrain"))
-    igpt.consolidate_checkpoint("runs/sharded.ckpt", Path("runs/whole.ckpt"))
 
     probe = igpt.ProbeModule(pretrained="runs/pretrain", layers="all", c=1.0)
     trainer.test(probe, igpt.ProbeDataModule("digits"))
