@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import huggingface
+from lightning_igpt.weights.native import labels
 
 
 class Comparison(NamedTuple):
@@ -43,7 +44,7 @@ def compare_with_transformers(network: ImageGPT, palette: Palette, head: Tensor 
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('the comparison needs transformers: pip install "lightning-igpt[hf]"') from error
     with tempfile.TemporaryDirectory() as folder:
-        huggingface.save_folder(Path(folder), network, palette, head)
+        huggingface.save_folder(Path(folder), network, palette, head, None if head is None else labels(head, None))
         kind = ImageGPTForCausalImageModeling if head is None else ImageGPTForImageClassification
         theirs = kind.from_pretrained(folder).eval()
     tokens = torch.randint(config.vocab_size, (1, config.n_positions), generator=torch.Generator().manual_seed(0))
