@@ -197,8 +197,5 @@ def _candidates(where: str | Path | Trainer) -> list[Path]:
     others = {path for place in places for pattern in patterns for path in checkpoints_in(place, pattern)}
     moments = newest_first(own | others)
     runs = {moments[path].started for path in own} - {math.inf}
-    return [
-        path
-        for path, at in moments.items()
-        if path in own or (at.root == root.name and (not runs or at.started in runs))
-    ]
+    joins = {path for path, at in moments.items() if at.root == root.name and (not runs or at.started in runs)}
+    return [path for path in moments if path in own | joins]

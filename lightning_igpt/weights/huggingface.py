@@ -70,7 +70,7 @@ def read_config(config: Mapping[str, Any], *, bias: bool = False) -> ImageGPTCon
         raise ValueError(f"config.json describes no network: {error}") from error
 
 
-def from_state_dict(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str = "weights") -> ImageGPT:
+def from_state_dict(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> ImageGPT:
     """A network from transformers' weights and config; biases that are all zero are left out."""
     names = {name for name in state if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
     check_keys({row.huggingface for row in rows(read_config(config, bias=True))}, names, where)
@@ -130,9 +130,13 @@ def load_folder(folder: Path, palette: Palette | None = None) -> Pretrained:
     if head is not None and (folder / COLOR_HEAD).is_file():
         state |= read_safetensors(folder / COLOR_HEAD)[0]
     network = from_state_dict(state, config, where)
+    card, names = ModelCard.read(_marker(config).get("card")), config.get("id2label")
     head = None if head is None else check_head(head, network.config.n_embd, where)
-    card = ModelCard.read(_marker(config).get("card"))
-    return Pretrained(network, palette, f"Hugging Face folder {folder}", head, _labels_of(config, head), card, folder)
+    if head is None or not isinstance(names, Mapping):
+        names = None
+    else:
+        names = [str(names.get(str(number), f"LABEL_{number}")) for number in range(len(head))]
+    return Pretrained(network, palette, f"Hugging Face folder {folder}", head, names, card, folder)
 
 
 def save_folder(
@@ -200,10 +204,3 @@ def _source(row: Name) -> Source:
 def _marker(config: Mapping[str, Any]) -> Mapping[str, Any]:
     marker = config.get(MARKER, {})
     return marker if isinstance(marker, Mapping) else {}
-
-
-def _labels_of(config: Mapping[str, Any], head: Tensor | None) -> list[str] | None:
-    names = config.get("id2label")
-    if head is None or not isinstance(names, Mapping):
-        return None
-    return [str(names.get(str(number), f"LABEL_{number}")) for number in range(len(head))]

@@ -61,8 +61,7 @@ def rows(config: ImageGPTConfig) -> Iterator[Name]:
 def check_keys(expected: Iterable[str], existing: Iterable[str], where: str) -> None:
     """Raise a ValueError that lists what is missing (-) and unexpected (+), unless both are the same."""
     missing, unexpected = set(expected) - set(existing), set(existing) - set(expected)
-    lines = [f"- {key}"[:200] for key in sorted(missing)]
-    lines += [f"+ {key}"[:200] for key in sorted(unexpected)]
+    lines = [f"- {key}"[:200] for key in sorted(missing)] + [f"+ {key}"[:200] for key in sorted(unexpected)]
     if lines:
         more = [f"... and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
         listed = "\n".join([*lines[:MAX_LINES], *more])

@@ -215,8 +215,6 @@ def _converted(values: list[Tensor], convert: Callable[..., Tensor], shape: torc
         )
     copy = converted.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if not torch.linalg.vector_norm(copy, ord=torch.inf).isfinite():  # one pass, no further copy
-        count = int((~copy.isfinite()).sum())
-        raise ValueError(
-            f"{where}: {count} of {copy.numel()} values are not finite; the training diverged, or the file is damaged"
-        )
+        what = f"{int((~copy.isfinite()).sum())} of {copy.numel()} values are not finite"
+        raise ValueError(f"{where}: {what}; the training diverged, or the file is damaged")
     return copy

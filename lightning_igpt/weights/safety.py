@@ -25,7 +25,6 @@ from torch import Tensor
 from lightning_igpt.files import replacing
 
 ADDRESS = re.compile(r"(^|::)(https?|ftps?|sftp):/", re.IGNORECASE)  # fsspec chains file systems with ::
-ZIP = b"PK\x03\x04"  # what an archive begins with; torch before 1.6 wrote none
 SHARDS = (
     "a folder of shards as FSDP writes it, whose list of tensors is a pickle that could run code; save checkpoints as "
     "one file (save_distributed_checkpoint=False), or join it by torch.distributed.checkpoint.format_utils"
@@ -35,10 +34,10 @@ SHARDS = (
 def read_torch(path: Path, map_location: Any = "cpu", *, mmap: bool = True) -> Any:
     """Tensors and plain values from a file by ``torch.save``; ValueError for damage and objects.
 
-    With ``mmap`` the tensors are read where they are used, and processes of one machine share their memory.
+    With ``mmap`` tensors of archives (torch 1.6 or later) are read where they are used, and processes share memory.
     """
     try:
-        return torch.load(path, map_location, weights_only=True, mmap=mmap and _starts(path, ZIP))
+        return torch.load(path, map_location, weights_only=True, mmap=mmap and _starts(path, b"PK"))
     except Exception as error:  # damage ends in any kind of error, also in an OSError
         if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
             raise
