@@ -209,7 +209,7 @@ VALUES = [
     (np.array([["x", "y"]]), [["x", "y"]]),
     (Namespace(a=Namespace(b=Path("c"))), {"a": {"b": "c"}}),
     (UserDict({np.int64(1): UserList([Color.RED])}), {1: ["red"]}),
-    ((frozenset({Color.RED}), range(2)), (["red"], [0, 1])),
+    ({frozenset({Color.RED}): range(2)}, {("red",): [0, 1]}),
 ]
 
 

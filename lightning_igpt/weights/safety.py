@@ -58,7 +58,8 @@ PLAINER: tuple[tuple[Any, Callable[[Any], Any]], ...] = (  # of the kinds that a
     ((Namespace, SimpleNamespace), vars),
     (str, str),
     (Mapping, dict),
-    ((Sequence, Set), list),
+    ((tuple, Set), tuple),  # named tuples and frozen sets may be keys
+    (Sequence, list),
 )
 
 
