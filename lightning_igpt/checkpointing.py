@@ -26,7 +26,8 @@ from lightning_igpt.weights.safety import check_intact, check_local, plain, read
 
 log = logging.getLogger(__name__)
 
-KINDS = {"loops": dict, "state_dict": dict, "optimizer_states": list, "lr_schedulers": list}  # what a run continues
+KINDS: dict[str, type] = {"loops": dict, "state_dict": dict, "callbacks": dict, "global_step": int}
+KINDS |= {"optimizer_states": list, "lr_schedulers": list}  # what a run continues
 _runs: WeakKeyDictionary[Trainer, Moment] = WeakKeyDictionary()
 
 
@@ -52,20 +53,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 check_intact(temporary)
             except ValueError as error:
                 raise OSError(errno.EIO, str(error)) from error
-        _sync_folder(target.parent)
+        if os.name != "nt":  # make the rename itself survive a power cut; Windows cannot open a folder
+            descriptor = os.open(target.parent, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Load tensors and plain values; ValueError for damage, for Python objects unless ``weights_only=False``."""
-        safely = weights_only is None or weights_only
+        safely = weights_only is not False
         if safely:
             check_local(path)
-        if "://" in str(path):
+        if not safely or "://" in str(path):
             return super().load_checkpoint(path, map_location, safely)
         check_intact(Path(path))
-        if not safely:
-            return super().load_checkpoint(path, map_location, False)
         checkpoint: dict[str, Any] = read_torch(Path(path), map_location, mmap=False)
         return checkpoint
 
@@ -112,8 +114,7 @@ def check_resumable(path: Path, module: LightningModule | None = None) -> None:
     checkpoint = read_torch(path)
     if not isinstance(checkpoint, dict) or not KINDS.keys() <= checkpoint.keys():
         raise ValueError(f"{path} holds weights, but not the optimizer; start a new run from it with pretrained=")
-    kinds: dict[str, type] = {"callbacks": dict, "global_step": int, **KINDS}
-    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name, kind()), kind)]
+    wrong = [name for name, kind in KINDS.items() if not isinstance(checkpoint[name], kind)]
     if wrong:
         raise ValueError(f"{path} is damaged: its {', '.join(wrong)} cannot be read; use another checkpoint")
     check: Any = getattr(module, "check_checkpoint", None)
@@ -154,8 +155,8 @@ def run_of(trainer: Trainer, earlier: Any = None) -> dict[str, Any]:
 
     A clock that is set back does not make the checkpoints of a resumed run older than those it resumed from.
     """
-    said = Moment.of(earlier)
-    if 0 < said.started < math.inf:
+    said = None if earlier is None else Moment.of(earlier)
+    if said and said.started:
         _runs[trainer] = said._replace(fits=said.fits + 1)
     run = _runs.setdefault(trainer, Moment(time.time(), 0, 0))
     return {"started": run.started, "fits": run.fits, "root": Path(trainer.default_root_dir).absolute().name}
@@ -171,46 +172,30 @@ def make_plain(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def _warn(key: str, value: Any) -> Any:
-    what = f"{key} in the checkpoint is a {type(value).__module__}.{type(value).__qualname__}, which "
-    cure = "; keep a plain value there: text, a number, a list, a dict or a tensor"
+    saved, why = value, "weights_only=True refuses, so that no run can resume from it"
     try:
         pickle.dumps(value)
     except Exception as error:
-        warnings.warn(f"{what}cannot be saved ({error}), only its text is{cure}", stacklevel=2)
-        return repr(value)
-    warnings.warn(f"{what}weights_only=True refuses, so that no run can resume from it{cure}", stacklevel=2)
-    return value
+        saved, why = repr(value), f"cannot be saved ({error}), only its text is"
+    what = f"{key} in the checkpoint is a {type(value).__module__}.{type(value).__qualname__}, which {why}"
+    warnings.warn(f"{what}; keep a plain value there: text, a number, a list, a dict or a tensor", stacklevel=2)
+    return saved
 
 
 def _candidates(where: str | Path | Trainer) -> list[Path]:
     """What may be continued, newest first; under other loggers only checkpoints of this root, and of no older run."""
     if not isinstance(where, Trainer):
         return list(newest_first(checkpoints_in(Path(where).expanduser())))
-    root, saved = Path(where.default_root_dir), [path for place in _folders(where) for path in checkpoints_in(place)]
-    places = [root, *(Path(logger.save_dir) for logger in where.loggers if logger.save_dir)]
+    root = Path(where.default_root_dir).absolute()
+    logs = [(Path(logger.save_dir or root).absolute(), str(logger.name or "")) for logger in where.loggers]
+    named = [getattr(callback, "dirpath", None) for callback in where.checkpoint_callbacks]
+    folders = [root / "checkpoints", *(place / name for place, name in logs)]
+    folders += [Path(folder).absolute() for folder in named if folder and "://" not in str(folder)]
+    own = {path for folder in folders for path in checkpoints_in(folder)} | set(checkpoints_in(root, "*.ckpt"))
     patterns = [f"{levels}{inner}*.ckpt" for levels in ("*/", "*/*/") for inner in ("", "checkpoints/**/")]
-    others = [path for place in places for pattern in patterns for path in checkpoints_in(place, pattern)]
-    own = {path.absolute(): path for path in [*saved, *checkpoints_in(root, "*.ckpt")]}
-    paths = {path.absolute(): path for path in others} | own
-    moments = newest_first(paths)
+    places = {root, *(place for place, _ in logs)}
+    others = {path for place in places for pattern in patterns for path in checkpoints_in(place, pattern)}
+    moments = newest_first(own | others)
     runs = {moments[path].started for path in own} - {math.inf}
-    joins = {
-        path for path, at in moments.items() if at.root == root.absolute().name and (not runs or at.started in runs)
-    }
-    return [paths[path] for path in moments if path in own or path in joins]
-
-
-def _folders(trainer: Trainer) -> list[Path]:
-    """Where ModelCheckpoint saves: in its dirpath, or in the logger's folder, whatever its version."""
-    named = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-    roots = [(logger.save_dir or trainer.default_root_dir, logger.name or "") for logger in trainer.loggers]
-    folders = [Path(trainer.default_root_dir) / "checkpoints", *(Path(root) / str(name) for root, name in roots)]
-    return folders + [Path(folder) for folder in named if folder and "://" not in str(folder)]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut. Windows cannot open a folder and needs no such thing."""
-    if os.name != "nt":
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    joins = {path for path, at in moments.items() if at.root == root.name and (not runs or at.started in runs)}
+    return [path for path in moments if path in own | joins]

@@ -6,9 +6,7 @@ import re
 import resource
 import time
 from argparse import Namespace
-from collections import UserDict, UserList, namedtuple
-from datetime import datetime, timedelta
-from decimal import Decimal
+from collections import UserDict, UserList
 from enum import Enum
 from pathlib import Path
 
@@ -205,20 +203,13 @@ class Settings(igpt.PretrainDataModule):
         self.save_hyperparameters({"extra": extra})
 
 
-Point = namedtuple("Point", "x y")
 VALUES = [
     (Path("a/b"), "a/b"),
     (np.float64(0.5), 0.5),
-    (np.str_("x"), "x"),
-    (np.array(["x", "y"]), ["x", "y"]),
-    (np.datetime64("2026-01-02T03:04:05.000000006"), "2026-01-02T03:04:05.000000006"),
-    (np.array([2, 1], dtype=">i4")[::-1], torch.tensor([1, 2], dtype=torch.int32)),
+    (np.array([["x", "y"]]), [["x", "y"]]),
     (Namespace(a=Namespace(b=Path("c"))), {"a": {"b": "c"}}),
     (UserDict({np.int64(1): UserList([Color.RED])}), {1: ["red"]}),
-    (datetime(2026, 1, 2, 3), "2026-01-02T03:00:00"),
-    (timedelta(days=2), 172800.0),
-    ((Decimal("0.5"), frozenset({Color.RED}), Point(1, range(2))), (0.5, {"red"}, (1, [0, 1]))),
-    (igpt.ImageGPTConfig(), igpt.ImageGPTConfig().to_dict()),
+    ({frozenset({Color.RED}): range(2)}, {("red",): [0, 1]}),
 ]
 
 
@@ -242,43 +233,19 @@ def test_objects_become_plain_values(own_io, tmp_path, recwarn):
 
 
 def test_objects_without_a_plain_value_are_named(tmp_path):
-    with pytest.warns(
-        UserWarning, match=r"datamodule_hyper_parameters\.extra\.0\.act in .* a torch.*GELU.*; keep a plain"
-    ):
+    with pytest.warns(UserWarning, match=r"parameters\.extra\.0\.act in .* a torch.*GELU.*; keep a plain"):
         train(tmp_path, every_step(tmp_path), data=Settings([{"act": torch.nn.GELU()}]), steps=1)
-    where = (
-        r"could run code: torch.nn.modules.activation.GELU in datamodule_hyper_parameters.extra.0.act; if you wrote it"
-    )
+    where = r"run code: torch.nn.modules.activation.GELU in datamodule_hyper_parameters.extra.0.act; if you wrote it"
     for read in (find_checkpoint, lambda folder: igpt.load_pretrained(folder / "step=1.ckpt")):
         with pytest.raises(ValueError, match=where):
             read(tmp_path)
-    with pytest.warns(
-        UserWarning, match=r"extra in the checkpoint is a builtins.function, which cannot be saved .*local"
-    ):
-        train(tmp_path, every_step(tmp_path), data=Settings(lambda image: image), steps=1)
-    assert (
-        "<lambda>" in torch.load(find_checkpoint(tmp_path), weights_only=True)["datamodule_hyper_parameters"]["extra"]
-    )
+    with pytest.warns(UserWarning, match=r"extra in .* a builtins.function, which cannot be saved .* only its text"):
+        train(tmp_path / "run", every_step(tmp_path / "run"), data=Settings(lambda image: image), steps=1)
+    assert find_checkpoint(tmp_path / "run", module())
     objects = {"a": {"root": Path("x")}, "b": [np.float64(1)], "c": torch.nn.GELU}  # as earlier versions saved them
     torch.save(objects, tmp_path / "old.ckpt")
     with pytest.raises(ValueError, match=r"PosixPath in a\.root, numpy\S*scalar in b\.0, torch\S*GELU in c; if you"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "old.ckpt")
-
-
-def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
-    io, path = AtomicCheckpointIO(), tmp_path / "deep" / "last.ckpt"
-    io.save_checkpoint({"step": 1}, path)
-
-    def fail(checkpoint, file):
-        file.write(b"half of it")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="No space left"):
-        io.save_checkpoint({"step": 2}, path)
-    monkeypatch.undo()
-    assert io.load_checkpoint(path) == {"step": 1}
-    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
 def test_temporary_files_lie_beside_the_target(tmp_path, monkeypatch):

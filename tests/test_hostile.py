@@ -4,11 +4,10 @@ Trainers of make_trainer refuse it by name; a plain Trainer ends in torch's own 
 weights/test_files.py.
 """
 
-import http.server
 import pickle
 import shutil
 import sys
-import threading
+import urllib.request
 
 import lightning
 import numpy as np
@@ -124,43 +123,35 @@ class TestFiles:
         assert "newest.ckpt is skipped" in caplog.text and "could run code" in caplog.text
 
 
+ADDRESS = "http://127.0.0.1:9/x.ckpt"
+
+
 @pytest.fixture
-def server(run, tmp_path):
-    """The address of a poisoned checkpoint, and what is asked for there."""
+def asked(monkeypatch):
+    """What something connects to."""
     asked = []
-    content = poisoned(run, "extra", tmp_path / "served.ckpt").read_bytes()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def connect(self, address):
+        asked.append(address)
+        raise ConnectionRefusedError
 
-        do_HEAD = do_GET
-
-        def log_message(self, *args): ...
-
-    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=served.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{served.server_port}/x.ckpt", asked
-    served.shutdown()
-    served.server_close()
+    monkeypatch.setattr("socket.socket.connect", connect)
+    return asked
 
 
-class TestAddresses:
-    def test_nothing_is_fetched(self, server, tmp_path):
-        address, asked = server
-        for open_it in (
-            lambda: guarded_trainer(tmp_path).validate(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=address),
-            lambda: guarded_trainer(tmp_path).fit(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=address),
-            lambda: load_pretrained(address),
-            lambda: Palette.load(address),
-        ):
-            with pytest.raises((ValueError, FileNotFoundError), match=r"x\.ckpt"):
-                open_it()
-        assert asked == []
+def test_nothing_is_fetched(asked, tmp_path):
+    with pytest.raises(OSError, match="urlopen"):
+        urllib.request.urlopen(ADDRESS)
+    assert asked.pop() == ("127.0.0.1", 9)
+    for open_it in (
+        lambda: guarded_trainer(tmp_path).validate(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=ADDRESS),
+        lambda: guarded_trainer(tmp_path).fit(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=ADDRESS),
+        lambda: load_pretrained(ADDRESS),
+        lambda: Palette.load(ADDRESS),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"x\.ckpt"):
+            open_it()
+    assert asked == []
 
 
 @pytest.fixture
@@ -245,9 +236,8 @@ class TestRecipes:
             main([verb, "--config", "recipe.yaml"])
         assert stop.value.code not in (0, None)
 
-    def test_an_address(self, server, tmp_path):
-        address, asked = server
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"ckpt_path": address}))
+    def test_an_address(self, asked, tmp_path):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"ckpt_path": ADDRESS}))
         with pytest.raises(SystemExit, match=r"x\.ckpt"):
             main(["fit", "--config", "recipe.yaml"])
         assert asked == []

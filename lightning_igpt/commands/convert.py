@@ -7,7 +7,7 @@ from lightning_igpt.commands.help import row
 from lightning_igpt.commands.places import check_file, check_folder
 from lightning_igpt.planning import parameter_count
 from lightning_igpt.weights import Pretrained, load_pretrained, native, save_pretrained
-from lightning_igpt.weights.check import check_logits, compare_with_transformers
+from lightning_igpt.weights.huggingface import check_logits, compare_with_transformers
 
 TOLERANCE = 1e-4  # of the largest logit; float32 in another order of operations stays far below
 

@@ -52,8 +52,8 @@ def load_pretrained(
         ModuleNotFoundError: A TensorFlow checkpoint, and TensorFlow is not installed.
     """
     if not isinstance(source, str | Path) or not str(source):
-        hint = "" if isinstance(source, str | Path) else "; what describes a network without weights is for network="
-        raise ValueError(f"the source of weights is {source!r}; name a file, a folder or a hub id{hint}")
+        what = f"the source of weights is {source!r}; name a file, a folder or a hub id"
+        raise ValueError(f"{what} (what describes a network without weights is for network=)")
     given = None if palette is None else Palette.load(palette)
     try:
         loaded = _load(source, given)
@@ -106,8 +106,6 @@ def save_pretrained(
     network = uncompiled(network)
     if not isinstance(network, ImageGPT):
         raise TypeError(f"network is a {type(network).__name__}; give the ImageGPT itself, as in module.network")
-    if any(parameter.is_meta for parameter in network.parameters()):
-        raise ValueError("the network is on the meta device: it has no weights to save")
     if is_sharded(network):
         raise ValueError("no process holds all of this sharded network: save a checkpoint with the trainer")
     if class_names is not None and head is None:
@@ -155,7 +153,7 @@ def _load(source: str | Path, palette: Palette | None) -> Pretrained:
     text, path = str(source), Path(source).expanduser()
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         raise ValueError(f"{text}: weights are not fetched from addresses; download the file and name its path")
-    if openai.is_checkpoint(str(path)):
+    if Path(f"{path}.index").exists():
         return openai.load_checkpoint(path, palette)
     if path.is_file() and path.suffix == ".npz":
         raise ValueError(f"{path}: .npz archives are read up to version 0.1; convert it there --to safetensors")
@@ -181,13 +179,12 @@ def _load(source: str | Path, palette: Palette | None) -> Pretrained:
 def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(huggingface.DOWNLOADS)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:  # the hub's own errors are of this kind
         where = f"{repository}@{revision}" if revision else repository
-        if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
+        if error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
             cache = f"downloads are kept in {HF_HUB_CACHE}; set HF_HOME to a folder with room that can be written"
             raise OSError(error.errno, f"{error.strerror}; {cache}", error.filename) from error
         raise FileNotFoundError(f"{where} is neither a path here nor a hub repository in reach: {error}") from error

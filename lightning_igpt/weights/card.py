@@ -9,7 +9,7 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -49,12 +49,10 @@ class ModelCard:
     origin: str | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in _KINDS.items():
-            value = getattr(self, name)
-            if value is not None and kind is str and not isinstance(value, str):
+        for name, value in self.known().items():
+            if _KINDS[name] is str and not isinstance(value, str):
                 raise ValueError(f"the card's {name} is {value!r}; it must be text")
-            if value is not None:
-                object.__setattr__(self, name, kind(value))  # a tensor or a NumPy number becomes a plain one
+            object.__setattr__(self, name, _KINDS[name](value))  # a tensor or a NumPy number becomes a plain one
 
     @classmethod
     def read(cls, values: Any) -> ModelCard:
@@ -77,7 +75,7 @@ class ModelCard:
 
     def known(self) -> dict[str, Any]:
         """The fields that are not None."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def filled(self, **changes: Any) -> ModelCard:
         """A copy with those fields replaced that are not None."""
@@ -141,13 +139,10 @@ def _front_matter(card: ModelCard, config: ImageGPTConfig, classes: bool) -> str
     if card.data is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", card.data, re.ASCII):
         values["datasets"] = [card.data]
         measured = {"accuracy": card.accuracy if classes else None, "nats_per_pixel": card.nats_per_pixel}
-        results = [
-            {"type": name, "name": name.replace("_", " "), "value": value}
-            for name, value in measured.items()
-            if value is not None
-        ]
-        if results:  # in the form of the hub's model-index
-            values["metrics"] = [result["type"] for result in results]
+        known = {name: value for name, value in measured.items() if value is not None}
+        if known:  # in the form of the hub's model-index
+            results = [{"type": name, "name": name.replace("_", " "), "value": value} for name, value in known.items()]
+            values["metrics"] = [*known]
             data = {"name": card.data, "type": card.data, "split": "validation"}
             entry = {"task": {"type": task}, "dataset": data, "metrics": results}
             values["model-index"] = [{"name": _one_line(card.title or "Image GPT"), "results": [entry]}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +22,7 @@ NATS, ACCURACY = "val/nats_per_pixel", "val/accuracy"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Open a checkpoint with torch's safe loader: tensors and plain values only, no code runs.
-
-    Raises:
-        ValueError: It is damaged, holds Python objects, or was not written by this package.
-    """
+    """A checkpoint's tensors and plain values; ValueError for damage, objects, and other programs' files."""
     checkpoint = read_torch(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(STAMP), dict):
         raise ValueError(f"{path} was not written by a lightning_igpt module (its state holds no {STAMP!r} entry)")
@@ -55,28 +51,35 @@ def best_checkpoint(folder: Path) -> tuple[Path, str]:
 
     The best is what a ModelCheckpoint that monitors a validation metric kept as such; without one, the checkpoint with
     the best validation of that run; without any validation, the newest. What cannot be read is skipped with a warning.
-
-    Raises:
-        FileNotFoundError: The folder holds no checkpoint.
-        ValueError: None of them can be read.
     """
     moments = newest_first(checkpoints_in(folder))
     if not moments:
         raise FileNotFoundError(f"{folder} holds neither config.json (Hugging Face layout) nor a .ckpt file (a run)")
-    paths = list(moments)
-    newest, checkpoint = next(_readable(paths), None) or (paths[0], read_checkpoint(paths[0]))  # which raises
-    for state in _mapping(checkpoint.get("callbacks")).values():
+    readable: dict[Path, dict[str, Any]] = {}
+    for path in moments:
+        try:
+            readable[path] = read_checkpoint(path)
+        except (ValueError, OSError) as error:
+            log.warning("%s is skipped: %s", path, error)
+    if not readable:
+        read_checkpoint(next(iter(moments)))  # which raises
+    newest, *_ = readable
+    run = [path for path in readable if moments[path].started == moments[newest].started]
+    for state in _mapping(readable[newest].get("callbacks")).values():
         monitor, kept = _mapping(state).get("monitor"), _mapping(state).get("best_model_path")
         if isinstance(monitor, str) and monitor.startswith("val/") and kept:
             ending = Path(str(kept)).parts[::-1]  # the run may have been moved since
-            alike = {path: len(os.path.commonprefix([path.parts[::-1], ending])) for path in paths}  # noqa: RUF071
-            best = max(paths, key=alike.__getitem__)
-            if alike[best]:
+            best = max(run, key=lambda path: len(os.path.commonprefix([path.parts[::-1], ending])))  # noqa: RUF071
+            if best.name == ending[0]:
                 return best, f"the best in {monitor} of {folder}"
-            log.warning("%s, the best in %s, is gone; another checkpoint is chosen", kept, monitor)
-    metric, values = _validations([path for path in paths if moments[path].started == moments[newest].started])
+    # A checkpoint may be saved before the validation of its step; a later one then has its result.
+    results = [_mapping(readable[path][STAMP].get("validation")) for path in run]
+    metric, sign = (NATS, 1) if any(NATS in result for result in results) else (ACCURACY, -1)
+    measured = {result.get("step"): result[metric] for result in results if metric in result}
+    steps = {path: readable[path][STAMP].get("steps") for path in run}
+    values = {path: measured[step] for path, step in steps.items() if step in measured}
     if len(values) > 1:
-        best = min(values, key=lambda path: (values[path] if metric == NATS else -values[path], paths.index(path)))
+        best = min(values, key=lambda path: sign * values[path])
         return best, f"the best in {metric} ({values[best]:.4f}) of {folder}"
     return newest, f"the newest in {folder}"
 
@@ -90,13 +93,11 @@ class Moment(NamedTuple):
     root: str | None = None  # name of the run's default_root_dir
 
     @classmethod
-    def of(cls, checkpoint: Any) -> Moment:
-        """What a checkpoint, which may hold anything, says; ``started`` is infinite where it knows no step."""
-        stamp = _mapping(_mapping(checkpoint).get(STAMP))
-        run, step = _mapping(stamp.get("run")), _mapping(checkpoint).get("global_step", stamp.get("steps"))
-        started, fits = run.get("started", 0), run.get("fits", 0)
-        sane = all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in (started, fits, step))
-        return cls(started, fits, step, run.get("root")) if sane else cls(math.inf, 0, 0)
+    def of(cls, checkpoint: Mapping[str, Any]) -> Moment:
+        """What a checkpoint says."""
+        stamp = checkpoint.get(STAMP) or {}
+        run, step = stamp.get("run") or {}, checkpoint.get("global_step", stamp.get("steps"))
+        return cls(float(run.get("started", 0)), float(run.get("fits", 0)), float(step), run.get("root"))
 
 
 def checkpoints_in(folder: Path, pattern: str = "**/*.ckpt") -> list[Path]:
@@ -107,42 +108,14 @@ def checkpoints_in(folder: Path, pattern: str = "**/*.ckpt") -> list[Path]:
 def newest_first(paths: Iterable[Path]) -> dict[Path, Moment]:
     """Checkpoints by run, resumption and optimizer step; what cannot be read comes first, so that it is reported."""
     moments: dict[Path, Moment] = {}
-    starts: dict[Path, float] = {}  # of runs that do not say: when the first file in their folder was written
     for path in paths:
         try:
-            moments[path], time = Moment.of(read_torch(path)), path.stat().st_mtime
+            moment = Moment.of(read_torch(path))  # version 0.1 did not note the run
+            moments[path] = moment if moment.started else moment._replace(started=path.parent.stat().st_mtime)
         except Exception:  # a file may hold anything, and fail anywhere
-            moments[path], time = Moment.of(None), math.inf
-        starts[_folder(path)] = min(starts.get(_folder(path), math.inf), time)
-    known = {path: moment._replace(started=moment.started or starts[_folder(path)]) for path, moment in moments.items()}
+            moments[path] = Moment(math.inf, 0, 0)
     # With equal moments the name decides, not the order of the folder: processes on other machines must agree.
-    return dict(sorted(known.items(), key=lambda item: (*(-number for number in item[1][:3]), str(item[0]))))
-
-
-def _folder(path: Path) -> Path:
-    """The folder of a run's checkpoints; a name with a slash makes further ones, as in ``step=3-val/loss=2.ckpt``."""
-    return next(parent for parent in path.absolute().parents if "=" not in parent.name)
-
-
-def _readable(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for path in paths:
-        try:
-            yield path, read_checkpoint(path)
-        except (ValueError, OSError) as error:
-            log.warning("%s is skipped: %s", path, error)
-
-
-def _validations(paths: list[Path]) -> tuple[str, dict[Path, float]]:
-    """(the metric, what the weights of each checkpoint gave in it) in validation, where any of the checkpoints says so.
-
-    A checkpoint may be saved before the validation of its step; a later one then has its result.
-    """
-    stamps = {path: checkpoint[STAMP] for path, checkpoint in _readable(paths)}
-    results = [_mapping(stamp.get("validation")) for stamp in stamps.values()]
-    metric = NATS if any(NATS in result for result in results) else ACCURACY  # classifiers measure no nats
-    measured = {result.get("step"): result[metric] for result in results if metric in result}
-    values = {path: measured[stamp.get("steps")] for path, stamp in stamps.items() if stamp.get("steps") in measured}
-    return metric, values
+    return dict(sorted(moments.items(), key=lambda item: (*(-number for number in item[1][:3]), str(item[0]))))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -154,12 +127,13 @@ def _class_names(checkpoint: Mapping[str, Any], n_classes: int) -> list[str] | N
     names = _mapping(checkpoint.get("hyper_parameters")).get("class_names")
     if not isinstance(names, (list, tuple)):
         return None
-    texts = [str(name) for name in names[:n_classes]]
-    return texts + [f"LABEL_{number}" for number in range(len(texts), n_classes)]
+    return [*map(str, names[:n_classes]), *(f"LABEL_{number}" for number in range(len(names), n_classes))]
 
 
 def _card(stamp: Mapping[str, Any]) -> ModelCard:
-    validation = _mapping(stamp.get("validation"))
-    values = {name: stamp.get(name) for name in ("data", "steps", "origin")}
-    measured = {"nats_per_pixel": validation.get(NATS), "accuracy": validation.get(ACCURACY)}
-    return ModelCard.read(values | measured | {"measured_at": validation.get("step")})
+    values, validation = (
+        {name: stamp.get(name) for name in ("data", "steps", "origin")},
+        _mapping(stamp.get("validation")),
+    )
+    names = {"nats_per_pixel": NATS, "accuracy": ACCURACY, "measured_at": "step"}
+    return ModelCard.read(values | {field: validation.get(name) for field, name in names.items()})

@@ -6,9 +6,11 @@ the color head; the color head is then in a file of its own, which transformers 
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,45 +46,33 @@ SHA256 = "palette_sha256"  # the key of the palette's hash in both JSON files
 
 
 def read_config(config: Mapping[str, Any], *, bias: bool = False) -> ImageGPTConfig:
-    """Our config from the values of transformers' config.json.
-
-    Raises:
-        ValueError: The file describes another model, or a variant of the network that this package does not compute.
-    """
+    """Our config from transformers' config.json; ValueError where that is another model, or a variant of this one."""
     if config.get("model_type") != "imagegpt":
         raise ValueError(f"config.json is of model_type {config.get('model_type')!r}, not 'imagegpt'")
     for name, published in PUBLISHED.items():
         if config.get(name, published) != published:
             raise ValueError(f"config.json has {name} {config[name]!r}; every published Image GPT has {published!r}")
     sizes = {"n_layer": 24, "n_head": 8, "n_embd": 512, "vocab_size": 513, "n_positions": 1024}
-    sizes = {name: config.get(name, default) for name, default in sizes.items()}
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"config.json has {name} {value!r}; it must be a whole number from 1 on")
-    n_positions = sizes.pop("n_positions")
-    image_size = math.isqrt(n_positions)
-    if image_size**2 != n_positions:
-        raise ValueError(f"config.json has n_positions {n_positions}, which is no square image")
-    sizes["vocab_size"] -= 1  # sos is no color
+    sizes |= {name: config[name] for name in sizes if name in config}
     try:
+        vocab_size, image_size = sizes.pop("vocab_size") - 1, math.isqrt(sizes["n_positions"])  # sos is no color
+        if image_size**2 != sizes.pop("n_positions"):
+            raise ValueError(f"n_positions {config['n_positions']} is no square image")
         return ImageGPTConfig(
             **sizes,
+            vocab_size=vocab_size,
             image_size=image_size,
             n_inner=config.get("n_inner"),
             objective=_marker(config).get("objective", "autoregressive"),
             bias=bias,
             dropout=_marker(config).get("dropout", 0.0),  # transformers' own default of 0.1 is not the paper's
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"config.json describes no network: {error}") from error
 
 
-def from_state_dict(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str = "weights") -> ImageGPT:
-    """A network from transformers' weights and config; biases that are all zero are left out.
-
-    Raises:
-        ValueError: Parameters are missing, unexpected, or of the wrong shape.
-    """
+def from_state_dict(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> ImageGPT:
+    """A network from transformers' weights and config; biases that are all zero are left out."""
     names = {name for name in state if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
     check_keys({row.huggingface for row in rows(read_config(config, bias=True))}, names, where)
     biased = any(bool(state[name].any()) for name in names if name.endswith(".bias"))
@@ -125,12 +115,7 @@ def _to_config(
 
 
 def load_folder(folder: Path, palette: Palette | None = None) -> Pretrained:
-    """What a folder in the layout of transformers holds; ``palette`` is for folders without one.
-
-    Raises:
-        FileNotFoundError: A file is missing; the message says which.
-        ValueError: A file is damaged, would have to run code, describes another network, or disagrees with another.
-    """
+    """What a folder in the layout of transformers holds; ``palette`` is for folders without one."""
     config = read_json(folder / CONFIG)
     if (folder / PROCESSOR).is_file() and "clusters" in read_json(folder / PROCESSOR):
         palette = Palette.load(str(folder / PROCESSOR))
@@ -146,9 +131,13 @@ def load_folder(folder: Path, palette: Palette | None = None) -> Pretrained:
     if head is not None and (folder / COLOR_HEAD).is_file():
         state |= read_safetensors(folder / COLOR_HEAD)[0]
     network = from_state_dict(state, config, where)
+    card, names = ModelCard.read(_marker(config).get("card")), config.get("id2label")
     head = None if head is None else check_head(head, network.config.n_embd, where)
-    card = ModelCard.read(_marker(config).get("card"))
-    return Pretrained(network, palette, f"Hugging Face folder {folder}", head, _labels_of(config, head), card, folder)
+    if head is None or not isinstance(names, Mapping):
+        names = None
+    else:
+        names = [str(names.get(str(number), f"LABEL_{number}")) for number in range(len(head))]
+    return Pretrained(network, palette, f"Hugging Face folder {folder}", head, names, card, folder)
 
 
 def save_folder(
@@ -156,26 +145,28 @@ def save_folder(
     network: ImageGPT,
     palette: Palette,
     head: Tensor | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: list[str] | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a folder that transformers' ImageGPT classes load as it is."""
+    """Write a folder that transformers' ImageGPT classes load as it is; a head has names."""
     if len(palette) != network.config.vocab_size:
         raise ValueError(
             f"the palette has {len(palette)} colors (sha256 {palette.sha256[:12]}), the network "
             f"{network.config.vocab_size}; save a network with the palette that it was trained with"
         )
-    names = None if head is None else labels(head, class_names)
     colors: dict[str, Any] = {"clusters": palette.to_list(), SHA256: palette.sha256}
     if head is not None:  # transformers.pipeline would classify without sos, and be wrong; so it ends in an error
         colors["do_color_quantize"] = False
     size = dict.fromkeys(("height", "width"), network.config.image_size)
     texts = {
-        CONFIG: json.dumps(_to_config(network.config, palette, names, card), indent=2),
+        CONFIG: json.dumps(_to_config(network.config, palette, class_names, card), indent=2),
         PROCESSOR: json.dumps({**PROCESSING, **colors, "size": size}, indent=2),
     }
     state = to_state_dict(network)
-    _check_place(folder)
+    ours = (folder / CONFIG).exists() and read_json(folder / CONFIG).get("model_type") == "imagegpt"
+    foreign = not ours and any((folder / name).exists() for name in (CONFIG, "README.md"))
+    if foreign or any(folder.rglob("*.ckpt")):
+        raise FileExistsError(f"{folder} is a run folder or another model's; write into another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (COLOR_HEAD, SAFE_INDEX, PICKLED, PICKLED_INDEX):  # of another network that was saved here before
         (folder / stale).unlink(missing_ok=True)
@@ -187,36 +178,62 @@ def save_folder(
         write_text(folder / name, text + "\n")
 
 
+class Comparison(NamedTuple):
+    """Largest absolute difference and largest absolute logit of what was compared."""
+
+    difference: float
+    largest: float
+    logits: int
+
+
+@torch.no_grad()
+def check_logits(network: ImageGPT) -> Tensor:
+    """Logits of the first pixels of a fixed picture, float32 (16, K): equal for equal networks."""
+    positions = torch.arange(network.config.n_positions)[None]  # (1, T)
+    masked = positions % 3 == 0 if network.config.objective == "bert" else None
+    logits: Tensor = network.eval()(positions * 7 % network.config.vocab_size, masked=masked)
+    return logits[0, :16].float()
+
+
+@torch.no_grad()
+def compare_with_transformers(network: ImageGPT, palette: Palette, head: Tensor | None = None) -> Comparison:
+    """Compare with transformers' ImageGPT on one picture of random tokens, both on the CPU in float32.
+
+    A network with a class head is compared by its class logits, another by its color logits; a BERT network cannot be.
+    """
+    config = network.config
+    if config.objective == "bert":
+        raise ValueError("transformers cannot run a BERT network, so there is nothing to compare with")
+    try:
+        from transformers import ImageGPTForCausalImageModeling, ImageGPTForImageClassification
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('the comparison needs transformers: pip install "lightning-igpt[hf]"') from error
+    with tempfile.TemporaryDirectory() as folder:
+        save_folder(Path(folder), network, palette, head, None if head is None else labels(head, None))
+        kind = ImageGPTForCausalImageModeling if head is None else ImageGPTForImageClassification
+        theirs = kind.from_pretrained(folder).eval()
+    tokens = torch.randint(config.vocab_size, (1, config.n_positions), generator=torch.Generator().manual_seed(0))
+    expected = theirs(torch.cat([torch.full((1, 1), config.vocab_size), tokens[:, :-1]], 1)).logits
+    ours = network.eval()(tokens) if head is None else network.eval().hidden(tokens).mean(1) @ head.T
+    return Comparison((ours - expected).abs().max().item(), expected.abs().max().item(), expected.numel())
+
+
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
-    """(the tensors of a folder's weights, the file that names them)."""
-    readers: tuple[tuple[str, str, Callable[[Path], dict[str, Tensor]]], ...] = (
-        (SAFE, SAFE_INDEX, lambda path: read_safetensors(path)[0]),
-        (PICKLED, PICKLED_INDEX, lambda path: tensors_in(read_torch(path), path)),
-    )
-    for single, index, read in readers:
+    """(the tensors of a folder's weights, the file that names them), of which large networks have several."""
+    for single, index in ((SAFE, SAFE_INDEX), (PICKLED, PICKLED_INDEX)):
         if (folder / single).is_file():
-            return read(folder / single), str(folder / single)
+            return _read(folder / single), str(folder / single)
         if (folder / index).is_file():
-            return _read_sharded(folder / index, read), str(folder / index)
+            places = read_json(folder / index).get("weight_map")
+            if not isinstance(places, dict) or any(Path(str(place)).name != place for place in places.values()):
+                raise ValueError(f"{folder / index} has no weight_map that names files in its folder")
+            parts = [_read(folder / place) for place in sorted(set(places.values()))]
+            return dict(ChainMap(*parts)), str(folder / index)
     raise FileNotFoundError(f"{folder} holds no {SAFE} or {PICKLED}")
 
 
-def _read_sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of several files, whose names the index gives, as transformers writes large networks."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-        raise ValueError(f"{index} has no weight_map")
-    state: dict[str, Tensor] = {}
-    for place in sorted(set(places.values())):
-        if Path(place).name != place:
-            raise ValueError(f"{index} leads out of its folder: {place!r}")
-        if not (index.parent / place).is_file():
-            raise FileNotFoundError(f"{index.parent} holds no {place}, which {index.name} names")
-        state |= read(index.parent / place)
-    absent = sorted(places.keys() - state.keys())
-    if absent:
-        raise ValueError(f"{index} names parameters that its files do not hold: {absent}")
-    return state
+def _read(path: Path) -> dict[str, Tensor]:
+    return read_safetensors(path)[0] if path.suffix == ".safetensors" else tensors_in(read_torch(path), path)
 
 
 def _source(row: Name) -> Source:
@@ -228,23 +245,3 @@ def _source(row: Name) -> Source:
 def _marker(config: Mapping[str, Any]) -> Mapping[str, Any]:
     marker = config.get(MARKER, {})
     return marker if isinstance(marker, Mapping) else {}
-
-
-def _labels_of(config: Mapping[str, Any], head: Tensor | None) -> list[str] | None:
-    names = config.get("id2label")
-    if head is None or not isinstance(names, Mapping):
-        return None
-    return [str(names.get(str(number), f"LABEL_{number}")) for number in range(len(head))]
-
-
-def _check_place(folder: Path) -> None:
-    """Raise where something else in the folder would be overwritten, or would hide what is written."""
-    reason = ""
-    if next(folder.rglob("*.ckpt"), None) is not None:
-        reason = "is a run folder (it holds .ckpt files)"
-    elif (folder / CONFIG).exists() and read_json(folder / CONFIG).get("model_type") != "imagegpt":
-        reason = f"holds a {CONFIG} that is no Image GPT's"
-    elif (folder / "README.md").exists() and not (folder / CONFIG).exists():
-        reason = "holds a README.md that is no model card"
-    if reason:
-        raise FileExistsError(f"{folder} {reason}; write into another folder")

@@ -6,7 +6,7 @@ equal size with opposite roles, so the first kind is used as it lies and the sec
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import groupby, product
 from typing import NamedTuple
 
 from lightning_igpt.config import ImageGPTConfig
@@ -53,21 +53,16 @@ def rows(config: ImageGPTConfig) -> Iterator[Name]:
     lacks |= {"sos"} if config.objective == "bert" else set()
     for in_blocks, group in groupby(TABLE, lambda row: "{}" in row.ours):
         present = [row for row in group if row.ours not in lacks]
-        for layer in range(config.n_layer if in_blocks else 1):
-            yield from (_numbered(row, str(layer)) for row in present)
+        for layer, row in product(map(str, range(config.n_layer if in_blocks else 1)), present):
+            names = tuple(name.replace("{}", layer) for name in row.openai)
+            yield row._replace(ours=row.ours.replace("{}", layer), openai=names)
 
 
 def check_keys(expected: Iterable[str], existing: Iterable[str], where: str) -> None:
     """Raise a ValueError that lists what is missing (-) and unexpected (+), unless both are the same."""
     missing, unexpected = set(expected) - set(existing), set(existing) - set(expected)
-    lines = [f"- {key}"[:200] for key in sorted(missing)]
-    lines += [f"+ {key}"[:200] for key in sorted(unexpected)]
+    lines = [f"- {key}"[:200] for key in sorted(missing)] + [f"+ {key}"[:200] for key in sorted(unexpected)]
     if lines:
         more = [f"... and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
         listed = "\n".join([*lines[:MAX_LINES], *more])
         raise ValueError(f"{where}: parameters missing (-) or unexpected (+):\n{listed}")
-
-
-def _numbered(row: Name, layer: str) -> Name:
-    names = tuple(name.replace("{}", layer) for name in row.openai)
-    return row._replace(ours=row.ours.replace("{}", layer), openai=names)

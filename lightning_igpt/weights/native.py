@@ -89,13 +89,7 @@ class Source(NamedTuple):
 def assemble(
     config: ImageGPTConfig, sources: Mapping[str, Source], read: Callable[[str], Tensor], where: str
 ) -> ImageGPT:
-    """A network in float32 from a file's tensors, which are read, checked and copied one parameter at a time.
-
-    ``sources`` says what each of our parameters is made of, ``read`` gives the tensor of a name in the file ``where``.
-
-    Raises:
-        ValueError: A tensor has the wrong shape or type, or holds values that are not finite.
-    """
+    """A network in float32 from the tensors that ``read`` gives, checked and copied one parameter at a time."""
     with torch.device("meta"):
         network = ImageGPT(config)
     state = {}
@@ -211,13 +205,9 @@ def interpolate_positions(table: Tensor, image_size: int) -> Tensor:
 def _converted(values: list[Tensor], convert: Callable[..., Tensor], shape: torch.Size, where: str) -> Tensor:
     """One parameter in float32, copied; ``where`` is the file and the names in it."""
     shapes = " + ".join(str(tuple(value.shape)) for value in values)
-    for value in values:
-        if not value.is_floating_point():
-            raise ValueError(f"{where} is of type {value.dtype}; weights must be floating-point numbers")
-    try:
-        converted: Tensor = convert(*values)
-    except (RuntimeError, IndexError) as error:
-        raise ValueError(f"{where} has the shape {shapes}, which does not fit: {error}") from error
+    if not all(value.is_floating_point() for value in values):
+        raise ValueError(f"{where} is of type {values[0].dtype}; weights must be floating-point numbers")
+    converted: Tensor = convert(*values)
     if converted.shape != shape:
         raise ValueError(
             f"{where} has the shape {shapes}; the network described there needs {tuple(shape)} after conversion, "
@@ -225,8 +215,6 @@ def _converted(values: list[Tensor], convert: Callable[..., Tensor], shape: torc
         )
     copy = converted.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if not torch.linalg.vector_norm(copy, ord=torch.inf).isfinite():  # one pass, no further copy
-        count = int((~copy.isfinite()).sum())
-        raise ValueError(
-            f"{where}: {count} of {copy.numel()} values are not finite; the training diverged, or the file is damaged"
-        )
+        what = f"{int((~copy.isfinite()).sum())} of {copy.numel()} values are not finite"
+        raise ValueError(f"{where}: {what}; the training diverged, or the file is damaged")
     return copy

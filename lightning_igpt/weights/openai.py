@@ -16,52 +16,26 @@ from lightning_igpt.weights.native import Pretrained, Source, assemble, palette_
 PREFIX = "model/"
 
 
-def is_checkpoint(prefix: str) -> bool:
-    """Whether ``prefix`` names a TensorFlow checkpoint, as in ``model.ckpt-1000000``."""
-    return Path(f"{prefix}.index").exists()
-
-
 def load_checkpoint(path: Path, palette: Palette | None = None) -> Pretrained:
-    """A network from ``path.index`` and ``path.data-*``, which hold no palette, and the given palette or OpenAI's.
-
-    Raises:
-        ModuleNotFoundError: TensorFlow is not installed.
-        ValueError: The files are damaged or hold another network, or data files are missing.
-    """
+    """A network from ``path.index`` and ``path.data-*``, which hold no palette, and the given palette or OpenAI's."""
     try:
         import tensorflow as tf
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('this needs TensorFlow: pip install "lightning-igpt[openai]"') from error
     prefix = str(path)
-    try:
-        reader = tf.train.load_checkpoint(prefix)
-        shapes = {
-            name.removeprefix(PREFIX): tuple(shape)
-            for name, shape in reader.get_variable_to_shape_map().items()
-            if name.startswith(PREFIX) and "adam" not in name.lower() and not name.endswith("_step")  # no slots
-        }
-    except Exception as error:  # TensorFlow has its own errors
-        raise ValueError(f"{prefix} cannot be opened as a TensorFlow checkpoint: {error}") from error
-
-    def read(name: str) -> Tensor:
-        try:
-            return torch.from_numpy(np.array(reader.get_tensor(PREFIX + name)))
-        except Exception as error:
-            raise ValueError(f"{prefix} is damaged, or one of its data files is missing: {error}") from error
-
-    network = from_variables(shapes, read, prefix)
+    reader = tf.train.load_checkpoint(prefix)
+    shapes = {
+        name.removeprefix(PREFIX): tuple(shape)
+        for name, shape in reader.get_variable_to_shape_map().items()
+        if name.startswith(PREFIX) and "adam" not in name.lower() and not name.endswith("_step")  # no slots
+    }
+    network = from_variables(shapes, lambda name: torch.from_numpy(np.array(reader.get_tensor(PREFIX + name))), prefix)
     colors = palette_for(network.config.vocab_size, palette, prefix)
     return Pretrained(network, colors, f"OpenAI checkpoint {prefix}", path=path)
 
 
 def from_variables(shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], where: str) -> ImageGPT:
-    """A network from OpenAI's variables, named without the prefix ``model/``; its config is read off their shapes.
-
-    ``read`` gives the variable of a name; ``where`` is the checkpoint, for messages.
-
-    Raises:
-        ValueError: Variables are missing, unexpected, or of the wrong shape.
-    """
+    """A network from OpenAI's variables, named without the prefix ``model/``; their shapes say its config."""
     config = _config_of(shapes, where)
     check_keys({name for row in rows(config) for name in row.openai}, shapes, where)
     return assemble(config, {row.ours: _source(row, config.n_embd) for row in rows(config)}, read, where)

@@ -1,6 +1,5 @@
 """Files by strangers are opened so that nothing in them runs, and damage names the file."""
 
-import datetime
 import errno
 import json
 import operator
@@ -12,14 +11,11 @@ from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import lru_cache
-from numbers import Number
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from uuid import UUID
 
 import numpy as np
 import safetensors.torch
@@ -29,7 +25,6 @@ from torch import Tensor
 from lightning_igpt.files import replacing
 
 ADDRESS = re.compile(r"(^|::)(https?|ftps?|sftp):/", re.IGNORECASE)  # fsspec chains file systems with ::
-ZIP = b"PK\x03\x04"  # what an archive begins with; torch before 1.6 wrote none
 SHARDS = (
     "a folder of shards as FSDP writes it, whose list of tensors is a pickle that could run code; save checkpoints as "
     "one file (save_distributed_checkpoint=False), or join it by torch.distributed.checkpoint.format_utils"
@@ -39,10 +34,10 @@ SHARDS = (
 def read_torch(path: Path, map_location: Any = "cpu", *, mmap: bool = True) -> Any:
     """Tensors and plain values from a file by ``torch.save``; ValueError for damage and objects.
 
-    With ``mmap`` the tensors are read where they are used, and processes of one machine share their memory.
+    With ``mmap`` tensors of archives (torch 1.6 or later) are read where they are used, and processes share memory.
     """
     try:
-        return torch.load(path, map_location, weights_only=True, mmap=mmap and _starts(path, ZIP))
+        return torch.load(path, map_location, weights_only=True, mmap=mmap and _starts(path, b"PK"))
     except Exception as error:  # damage ends in any kind of error, also in an OSError
         if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
             raise
@@ -58,79 +53,44 @@ PLAIN = {type(None), bool, int, float, complex, str, bytes, bytearray}
 PLAIN |= {Tensor, torch.Size, torch.dtype, torch.device, torch.layout}
 PLAINER: tuple[tuple[Any, Callable[[Any], Any]], ...] = (  # of the kinds that an object has, the first counts
     (Enum, lambda value: value.value),
-    (np.datetime64, str),
-    (np.timedelta64, lambda value: value / np.timedelta64(1, "s")),
-    (np.generic, lambda value: value.item()),
-    (
-        np.ndarray,
-        lambda value: (
-            torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
-            if value.dtype.kind in "biufc"
-            else list(value)
-        ),
-    ),
+    ((np.generic, np.ndarray), lambda value: value.tolist()),
     (os.PathLike, os.fspath),
-    ((datetime.date, datetime.time), lambda value: value.isoformat()),
-    (datetime.timedelta, lambda value: value.total_seconds()),
     ((Namespace, SimpleNamespace), vars),
-    (int, int),
-    ((str, UUID), str),
-    (bytes, bytes),
-    (Number, float),
+    (str, str),
     (Mapping, dict),
-    (tuple, tuple),
-    (Set, set),
+    ((tuple, Set), tuple),  # named tuples and frozen sets may be keys
     (Sequence, list),
 )
 
 
-def plain(
-    value: Any, report: Callable[[str, Any], Any], key: str = "", done: dict[int, tuple[Any, Any]] | None = None
-) -> Any:
+def plain(value: Any, report: Callable[[str, Any], Any], key: str = "") -> Any:
     """A value with plain ones, which ``weights_only=True`` reads, in place of objects; the value itself if it has none.
 
     Where no plain value says the same, what ``report`` makes of the key (``a.b`` in a dict of dicts) and the object.
     """
-    done, kind = {} if done is None else done, type(value)
+    kind = type(value)
     if kind in PLAIN or isinstance(value, Tensor) or kind in torch.serialization.get_safe_globals():
         return value
-    if id(value) not in done:
-        done[id(value)] = value, value  # for values that hold themselves; and as long as it lives, its id is its own
-        try:
-            done[id(value)] = value, _plain(value, report, key, done)
-        except Exception:
-            done[id(value)] = value, report(key, value)
-    return done[id(value)][1]
-
-
-def _plain(value: Any, report: Callable[[str, Any], Any], key: str, done: dict[int, tuple[Any, Any]]) -> Any:
-    kind = type(value)
     if kind in (dict, OrderedDict, Counter):
-        names = [plain(name, report, key, done) for name in value]
-        items = [plain(item, report, f"{key}.{name}".lstrip(".")[:200], done) for name, item in value.items()]
+        names = [plain(name, report, key) for name in value]
+        items = [plain(item, report, f"{key}.{name}".lstrip(".")) for name, item in value.items()]
         same = all(map(operator.is_, [*names, *items], [*value, *value.values()]))
         return value if same else kind(dict(zip(names, items, strict=True)))
     if kind in (list, tuple, set):
-        return kind(plain(item, report, f"{key}.{number}"[:200], done) for number, item in enumerate(value))
-    if is_dataclass(kind):
-        return plain({field.name: getattr(value, field.name) for field in fields(value)}, report, key, done)
-    simpler = next(convert(value) for known, convert in PLAINER if isinstance(value, known))
-    if type(simpler) is kind:
-        raise TypeError(kind)
-    return plain(simpler, report, key, done)
+        return kind(plain(item, report, f"{key}.{number}") for number, item in enumerate(value))
+    simpler = value
+    with suppress(Exception):  # OmegaConf's configs may lack values
+        simpler = next((convert(value) for known, convert in PLAINER if isinstance(value, known)), value)
+    return report(key, value) if type(simpler) is kind else plain(simpler, report, key)
 
 
 def _objects_in(path: Path) -> str:
     """For the message: which objects a file holds, where as far as that can be seen, and what to do. None is made."""
-
-    def nothing(*args: Any) -> None: ...
-
     places, keys = list[str](), list[str]()
     with suppress(Exception):  # a hostile file may end this anywhere
         places = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        idle = dict.fromkeys(("__init__", "__setstate__"), nothing)
-        stand_ins: list[Any] = [(type(name, (), idle), name) for name in places]
-        with torch.serialization.safe_globals(stand_ins):
+        idle = dict.fromkeys(("__init__", "__setstate__"), lambda *args: None)
+        with torch.serialization.safe_globals([(type(name, (), idle), name) for name in places]):
             content = torch.load(path, "meta", weights_only=True)
         plain(content, lambda key, value: keys.append(f"{getattr(value, '__name__', type(value).__name__)} in {key}"))
     if not places:
@@ -145,9 +105,8 @@ def tensors_in(content: Any, where: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{where} holds no mapping of names to tensors")
     for name, value in content.items():
-        size, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
-        if size > stored:  # a stride of 0 makes a tensor of any size
-            raise ValueError(f"{where}: {name} of the shape {tuple(value.shape)} takes {size} bytes, of {stored}")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # by a stride of 0
+            raise ValueError(f"{where}: {name} of the shape {tuple(value.shape)} is larger than what is stored of it")
     return dict(content)
 
 
@@ -193,10 +152,7 @@ def check_local(path: str | Path) -> None:
 
 
 def check_intact(path: Path) -> None:
-    """Raise a ValueError unless ``path`` is a file by ``torch.save`` that equals its checksums, which torch ignores.
-
-    A file that did not change since an earlier call is not read again.
-    """
+    """Raise a ValueError unless a file equals its checksums, which torch ignores; what did not change is read once."""
     check_local(path)
     status = path.stat()
     _compare_checksums(path, status.st_size, status.st_mtime_ns)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import struct
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import load_pretrained, native, save_pretrained
 from lightning_igpt.weights.huggingface import to_state_dict
-from lightning_igpt.weights.safety import check_intact, read_safetensors
+from lightning_igpt.weights.safety import check_intact
 from tests.networks import random_network
 from tests.payload import Payload, watched  # noqa: F401
 
@@ -80,15 +79,6 @@ def test_damage_and_payloads_end_in_an_error_that_names_the_file(watched, tmp_pa
         load_pretrained(source)
 
 
-@pytest.mark.parametrize("kind", ["folder", "native"])
-def test_what_version_0_1_wrote_into_headers_is_ignored(tmp_path, kind):
-    source, path = write(kind, tmp_path / kind, random_network())
-    tensors, metadata = read_safetensors(path)
-    facts = {"lightning_igpt_crc32": json.dumps(dict.fromkeys(tensors, 1)), "lightning_igpt_network": "{}"}
-    safetensors.torch.save_file({name: value.clone() for name, value in tensors.items()}, path, metadata | facts)
-    assert_equal(random_network(), load_pretrained(source).network)
-
-
 def test_pickled_files_of_any_kind(tmp_path):
     """Of torch before 1.6, without checksums, and with tensors that are parts of one storage."""
     network = random_network()
@@ -115,8 +105,8 @@ def test_a_damaged_config_is_named(tmp_path):
         ("{", r"config\.json is no valid JSON"),
         ("[]", r"config\.json holds no JSON object"),
         ("[" * 200_000, r"config\.json is no valid JSON"),
-        (json.dumps(good | {"n_layer": "3"}), "n_layer '3'"),
-        (json.dumps(good | {"n_positions": 17}), "n_positions 17, which is no square"),
+        (json.dumps(good | {"n_layer": "3"}), "n_layer is '3'"),
+        (json.dumps(good | {"n_positions": 17}), "n_positions 17 is no square"),
         (json.dumps(good | {"n_head": 5}), "n_embd 32 is not divisible by n_head 5"),
         (json.dumps(good | {"n_layer": 10**8}), "n_layer is 100000000"),
         (json.dumps(good | {"n_embd": 10**9, "n_head": 1}), "n_embd is 1000000000"),
@@ -165,53 +155,19 @@ def test_a_native_file_keeps_its_header_and_one_by_another_program_is_refused(tm
     native.save_file(tmp_path / "x.safetensors", random_network(), PALETTE, torch.ones(2, 32), ["é", 'a"b\\'], {})
     assert load_pretrained(tmp_path / "x.safetensors").class_names == ["é", 'a"b\\']
     _, path = write("folder", tmp_path / "x", random_network())
-    with pytest.raises(ValueError, match="name the folder of a file by transformers"):
-        load_pretrained(path)
-
-
-@pytest.fixture
-def little_memory():
-    """No more than 400 MB above what the process has."""
-    resource = pytest.importorskip("resource", reason="memory is limited through POSIX")
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("the size of the process is read from Linux's /proc")
-    size = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmSize"))
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (size * 1024 + 400_000_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def header(values):
-    content = values if isinstance(values, bytes) else json.dumps(values).encode()
-    return struct.pack("<Q", len(content)) + content
-
-
-LARGE = {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}
-PROMISES = {
-    "length": struct.pack("<Q", 10**18) + b"{}",
-    "shape": header({"wte.weight": LARGE}),
-    "overflow": header({"wte.weight": LARGE | {"shape": [2**40, 2**40], "data_offsets": [0, 0]}}),
-    "deep": header(b"[" * 100_000),
-    "metadata": header({"__metadata__": {"lightning_igpt": "[" * 100_000}}),
-}
-
-
-@pytest.mark.parametrize("name", PROMISES)
-def test_safetensors_that_promise_too_much(tmp_path, little_memory, name):
-    (tmp_path / f"{name}.safetensors").write_bytes(PROMISES[name])
-    with pytest.raises(ValueError, match=rf"{name}\.safetensors"):
-        load_pretrained(tmp_path / f"{name}.safetensors")
+    safetensors.torch.save_file({}, tmp_path / "deep.safetensors", {"lightning_igpt": "[" * 100_000})
+    for foreign in (path, tmp_path / "deep.safetensors"):
+        with pytest.raises(ValueError, match="name the folder of a file by transformers"):
+            load_pretrained(foreign)
 
 
 @pytest.mark.parametrize("part", ["palette_colors", "network.wte.weight", "head.weight"])
-def test_tensors_larger_than_their_file(tmp_path, little_memory, part):
+def test_tensors_larger_than_their_file(tmp_path, part):
     """A stride of 0 makes a tensor of any size out of one number."""
     _, path = write("checkpoint", tmp_path / "x", random_network())
     content = torch.load(path, weights_only=True)
     shape = {"palette_colors": (10**9, 3), "network.wte.weight": (10**6, 10**6), "head.weight": (10**9, 32)}[part]
     content["state_dict"][part] = torch.zeros(1).expand(shape)
     torch.save(content, path)
-    with pytest.raises(ValueError, match=r"x\.ckpt"):
+    with pytest.raises(ValueError, match=rf"x\.ckpt: {part} .* is larger than what is stored of it"):
         load_pretrained(path)

@@ -131,13 +131,10 @@ def test_sharded_folders(tmp_path, palette, pickled):
     assert torch.equal(load_pretrained(tmp_path).network.sos, theirs.transformer.wte.weight[-1])
     name = next(iter(places))
     index.write_text(json.dumps({"weight_map": places | {name: "../elsewhere.safetensors"}}))
-    with pytest.raises(ValueError, match="leads out of its folder"):
-        load_pretrained(tmp_path)
-    index.write_text(json.dumps({"weight_map": places | {"transformer.extra": places[name]}}))
-    with pytest.raises(ValueError, match=r"do not hold: \['transformer\.extra'\]"):
+    with pytest.raises(ValueError, match="no weight_map that names files in its folder"):
         load_pretrained(tmp_path)
     index.write_text(json.dumps({"weight_map": places | {name: "gone.safetensors"}}))
-    with pytest.raises(FileNotFoundError, match=r"no gone\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):
         load_pretrained(tmp_path)
 
 

@@ -1,4 +1,3 @@
-import os
 from dataclasses import replace
 
 import pytest
@@ -38,7 +37,7 @@ def test_the_loaded_network_does_not_hang_on_to_the_file(checkpoint):
     assert torch.equal(loaded.network.wte.weight, before)
 
 
-def stamped(path, step, nats=None, monitor=None, measured_at=None, kind="PretrainModule"):
+def stamped(path, step, nats=None, monitor=None, measured_at=None, kind="PretrainModule", started=9.0):
     """A checkpoint of a run at one step, with what its validation gave; its first token embedding tells them apart."""
     network = random_network(TINY)
     with torch.no_grad():
@@ -53,12 +52,11 @@ def stamped(path, step, nats=None, monitor=None, measured_at=None, kind="Pretrai
     torch.save(
         {
             "state_dict": state | {"palette_colors": palette.colors},
-            "lightning_igpt": stamp | {"validation": validation},
+            "lightning_igpt": stamp | {"validation": validation, "run": {"started": started}},
             "callbacks": {"ModelCheckpoint": best},
         },
         path,
     )
-    os.utime(path, (step, step))  # so that the order of writing is that of the steps
 
 
 def step_of(loaded):
@@ -78,18 +76,11 @@ def test_a_run_folder_gives_the_best_by_its_own_validation(tmp_path, kind, name)
     values = {10: 2.5, 20: 2.0, 30: 2.2} if kind == "PretrainModule" else {10: 0.5, 20: 0.7, 30: 0.6}
     for step, value in values.items():
         stamped(tmp_path / "a" / name.format(step), step, nats=value, kind=kind)
-    stamped(
-        tmp_path / "other_run" / "5.ckpt", 5, nats=values[20] * (0.1 if kind == "PretrainModule" else 1.4), kind=kind
-    )
+    better = values[20] * (0.1 if kind == "PretrainModule" else 1.4)
+    stamped(tmp_path / "other_run" / "50.ckpt", 50, nats=better, kind=kind, started=8.0)
     loaded = load_pretrained(tmp_path)
     assert step_of(loaded) == 20 and "the best in val/" in loaded.origin
-    stamped(
-        tmp_path / "a" / "40.ckpt",
-        40,
-        nats=values[20] * (0.1 if kind == "PretrainModule" else 1.4),
-        measured_at=30,
-        kind=kind,
-    )
+    stamped(tmp_path / "a" / "40.ckpt", 40, nats=better, measured_at=30, kind=kind)
     assert step_of(load_pretrained(tmp_path)) == 20  # what step 30 measured says nothing of the weights of step 40
 
 
