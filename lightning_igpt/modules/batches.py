@@ -50,14 +50,9 @@ def read_batch(batch: Any, palette: Palette, config: ImageGPTConfig, keys: Keys 
     return Batch(_to_tokens(parts["image"], palette, config), labels, samples, names)
 
 
-def read(module: Any, batch: Any) -> Batch:
-    """:func:`read_batch` with a module's palette, network and keys."""
-    return read_batch(batch, module.palette, module.config, module.batch_keys)
-
-
 def read_labeled(module: Any, batch: Any, *, soft: bool = False) -> tuple[Batch, Tensor]:
     """A batch for a classifier, and its labels by :func:`need_labels`."""
-    whole = read(module, batch)
+    whole = module.read(batch)
     return whole, need_labels(whole, module.num_classes, module.label_places, soft=soft)
 
 

@@ -10,7 +10,9 @@ from tests.modules.helpers import TINY, loader, quiet_trainer
 
 def trained(folder, module, **options):
     """The checkpoint that a step more leaves."""
-    trainer = quiet_trainer(folder, max_steps=options.pop("max_steps", 1), limit_val_batches=0)
+    trainer = quiet_trainer(
+        folder, max_steps=options.pop("max_steps", 1), limit_val_batches=0, enable_checkpointing=False
+    )
     trainer.fit(module, loader(), **options)
     path = folder / "x.ckpt"
     trainer.save_checkpoint(path)
