@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -90,6 +90,7 @@ class IGPTModule(LightningModule):
     trained_classes: list[str] | None = None
     batch_keys: Keys
     validated_at: int | None = None  # the step whose validation a checkpoint may report
+    lasting: ClassVar[dict[str, Any]] = {}  # settings that a continued run keeps, as they were before being options
     random_states = data_name = None
     batches_seen = 0
 
@@ -199,6 +200,11 @@ class IGPTModule(LightningModule):
                 f"the checkpoint uses the palette {other['palette_sha256'][:12]}, but the palette given is "
                 f"{self.palette.sha256[:12]}; leave out palette to take the right one"
             )
+        for name, before in ({} if is_evaluating(self) else self.lasting).items():
+            mine, saved = getattr(self, name), checkpoint.get("hyper_parameters", {}).get(name, before)
+            if mine != saved:
+                what = f"{name} is {mine}, but the run to continue has {saved}; keep {saved}, or start a new run from"
+                raise ValueError(f"{what} its weights with pretrained=")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainer, step = trainer_of(self), self.validated_at
@@ -233,16 +239,6 @@ class IGPTModule(LightningModule):
         if "origin" in checkpoint[STAMP]:  # older ones do not say where their weights came from
             self.origin, self.origin_path = checkpoint[STAMP]["origin"], None
         resume.load_run_state(self, checkpoint)
-
-
-def check_same(module: Any, checkpoint: Mapping[str, Any], name: str, before: Any) -> None:
-    """Raise ValueError where a run to continue has another value of a setting; ``before`` there was one."""
-    mine, saved = getattr(module, name), checkpoint.get("hyper_parameters", {}).get(name, before)
-    if mine != saved and not is_evaluating(module):
-        raise ValueError(
-            f"{name} is {mine}, but the run to continue has {saved}; keep {saved}, or start a new run from its weights "
-            "with pretrained="
-        )
 
 
 def check_example(module: Any, trainer: Trainer) -> None:
@@ -317,17 +313,15 @@ def mean() -> MeanMetric:
     return MeanMetric().set_dtype(torch.float32)  # type: ignore[return-value]
 
 
-def check_settings(*, above_zero: dict[str, Any], **not_below_zero: float | None) -> None:
+def check_settings(
+    *, above_zero: dict[str, Any], betas: tuple[float, ...] = (0, 0), **not_below_zero: float | None
+) -> None:
     """Raise ValueError where a number is out of its range; None is in each."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas is {betas}; it must be two numbers from 0 to below 1")
     for name, value in (above_zero | not_below_zero).items():
         if value is not None and not (value > 0 or (value == 0 and name in not_below_zero)):
             raise ValueError(f"{name} is {value}; it must be {'0 or more' if name in not_below_zero else 'above 0'}")
-
-
-def check_betas(betas: tuple[float, float]) -> None:
-    """Raise ValueError unless they are Adam's."""
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas is {betas}; it must be two numbers from 0 to below 1")
 
 
 def check_masks(config: ImageGPTConfig, ratio: float, mask_inputs: bool = True, n_masks: int = 1) -> None:

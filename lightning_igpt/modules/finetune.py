@@ -1,9 +1,7 @@
 """Fine-tuning to a classifier with the joint loss L_gen + L_clf (paper, sections 2.3 and 4.5)."""
 
-import logging
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +9,12 @@ from torch import Tensor, nn
 
 from lightning_igpt.config import plain
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.modules import batches, build, heads, resume
-from lightning_igpt.modules.batches import Batch, evaluation_masks
+from lightning_igpt.modules import build, heads, resume
+from lightning_igpt.modules.batches import Batch, masks_for, read_labeled, sample_numbers
 from lightning_igpt.modules.build import IGPTModule, NetworkLike, PaletteLike
-from lightning_igpt.objectives import MASK_RATIO, majority_vote, masked_pixel_loss, next_pixel_loss
+from lightning_igpt.objectives import MASK_RATIO, masked_pixel_loss, next_pixel_loss
 from lightning_igpt.optim import make_adam, warmup_constant, warmup_cosine
 from lightning_igpt.private import allow_clipping
-
-log = logging.getLogger(__name__)
 
 
 class FineTuneModule(IGPTModule):
@@ -54,6 +50,8 @@ class FineTuneModule(IGPTModule):
         seed: Seed of BERT's masks and of ties between their votes.
     """
 
+    lasting: ClassVar = {"layer_decay": 1.0}  # the optimizer's groups have other scales
+
     def __init__(
         self,
         pretrained: str | None = None,
@@ -87,8 +85,7 @@ class FineTuneModule(IGPTModule):
             raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1, which is no decay")
         heads.check_class_names(class_names, num_classes)
         rest = {"weight_decay": weight_decay, "warmup_steps": warmup_steps, "generative_weight": generative_weight}
-        build.check_settings(above_zero={"lr": lr}, **rest)
-        build.check_betas(betas)
+        build.check_settings(above_zero={"lr": lr}, betas=betas, **rest)
         self.lr, self.betas, self.weight_decay, self.warmup_steps = lr, (betas[0], betas[1]), weight_decay, warmup_steps
         self.schedule, self.layer_decay, self.generative_weight = schedule, layer_decay, generative_weight
         self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
@@ -123,12 +120,8 @@ class FineTuneModule(IGPTModule):
         super().on_train_start()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        whole, labels = batches.read_labeled(self, batch, soft=True)
-        masked = (
-            batches.mask_for(self, whole, batch_idx)
-            if self.mask_inputs
-            else evaluation_masks(self, whole, batch_idx)[0]
-        )
+        whole, labels = read_labeled(self, batch, soft=True)
+        masked = masks_for(self, whole, batch_idx)[0]
         hidden, logits = self._logits(whole.tokens, masked)
         classification = F.cross_entropy(logits.float(), labels)
         self.log("train/cross_entropy", classification, prog_bar=True)
@@ -146,18 +139,14 @@ class FineTuneModule(IGPTModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """For callbacks: ``probabilities`` float32 (B, C), ``prediction`` and ``label``, both int64 (B,)."""
-        whole, labels = batches.read_labeled(self, batch)
+        whole, labels = read_labeled(self, batch)
         per_mask = self._per_mask(whole, batch_idx)  # (M, B, C)
-        votes, logits = per_mask.argmax(-1), _mean_over_masks(per_mask)  # (M, B), (B, C)
-        if len(votes) == 1:
-            prediction = votes[0]
-        else:
-            samples = batches.sample_numbers(self, whole, batch_idx)
-            prediction = majority_vote(votes, samples, self.num_classes, seed=self.seed)
+        samples, logits = sample_numbers(self, whole, batch_idx), _mean_over_masks(per_mask)  # (B,), (B, C)
+        prediction = heads.vote(per_mask.unsqueeze(2), samples, seed=self.seed)  # (B, 1)
         metrics = self.metrics_of(dataloader_idx)
-        metrics["accuracy"].update(prediction[:, None], labels)
+        metrics["accuracy"].update(prediction, labels)
         metrics["cross_entropy"].update(F.cross_entropy(logits, labels, reduction="none"))
-        return {"probabilities": logits.softmax(-1), "prediction": prediction, "label": labels}
+        return {"probabilities": logits.softmax(-1), "prediction": prediction[:, 0], "label": labels}
 
     test_step = validation_step
 
@@ -180,10 +169,6 @@ class FineTuneModule(IGPTModule):
         else:
             scheduler = warmup_constant(optimizer, warmup_steps=self.warmup_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        super().check_checkpoint(checkpoint)
-        build.check_same(self, checkpoint, "layer_decay", before=1.0)  # the optimizer's groups have other scales
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -208,7 +193,7 @@ class FineTuneModule(IGPTModule):
 
     def _per_mask(self, whole: Batch, batch_idx: int) -> Tensor:
         """Class logits under each mask of an evaluation, float32 (M, B, C)."""
-        masks = evaluation_masks(self, whole, batch_idx)
+        masks = masks_for(self, whole, batch_idx, self.n_masks)
         return torch.stack([self._logits(whole.tokens, masked)[1].float() for masked in masks])
 
     def log_metrics(self, stage: str) -> None:

@@ -195,7 +195,7 @@ def check_concat(concat: int | None, n_layers: int, solver: str) -> None:
         raise ValueError(f"concat={concat} needs the features that solver='sgd' does not keep; use solver='lbfgs'")
 
 
-def check_fit(solver: str, grid: Sequence[float], **numbers: float) -> None:
+def check_fit(solver: str, grid: Sequence[float], **numbers: Any) -> None:
     """Raise ValueError where a setting of a solver makes no sense."""
     if solver not in ("lbfgs", "sgd"):
         raise ValueError(f"solver is {solver!r}; it must be 'lbfgs' or 'sgd'")

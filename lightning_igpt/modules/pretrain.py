@@ -1,14 +1,13 @@
 """Pretraining without labels: predict the next pixel, or masked pixels (paper, sections 2.1 and 3.4)."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_igpt.config import Objective, plain
 from lightning_igpt.modules import build, resume
-from lightning_igpt.modules.batches import mask_for
+from lightning_igpt.modules.batches import masks_for
 from lightning_igpt.modules.build import IGPTModule, NetworkLike, PaletteLike
 from lightning_igpt.objectives import MASK_RATIO, masked_pixel_loss, nats_to_bits, next_pixel_loss, pixel_nats
 from lightning_igpt.optim import MuonAdam, default_warmup, make_adam, warmup_cosine
@@ -46,6 +45,8 @@ class PretrainModule(IGPTModule):
         ValueError: Arguments contradict each other, such as a palette of another size than vocab_size.
     """
 
+    lasting: ClassVar = {"optimizer": "adam"}
+
     def __init__(
         self,
         network: NetworkLike = None,
@@ -67,8 +68,7 @@ class PretrainModule(IGPTModule):
         betas = plain(betas)
         if optimizer not in ("adam", "muon"):
             raise ValueError(f"optimizer is {optimizer!r}; it must be adam or muon")
-        build.check_settings(above_zero={"lr": lr}, weight_decay=weight_decay, warmup_steps=warmup_steps)
-        build.check_betas(betas)
+        build.check_settings(above_zero={"lr": lr}, betas=betas, weight_decay=weight_decay, warmup_steps=warmup_steps)
         self.optimizer, self.lr, self.betas, self.weight_decay = optimizer, lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.mask_ratio, self.seed = warmup_steps, mask_ratio, seed
         built = build.build_network(network, palette, pretrained, objective, image_size)
@@ -130,10 +130,6 @@ class PretrainModule(IGPTModule):
         scheduler = warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        super().check_checkpoint(checkpoint)
-        build.check_same(self, checkpoint, "optimizer", before="adam")
-
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters, blocks = self.network.parameters(), self.network.blocks()
         options: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
@@ -148,7 +144,7 @@ class PretrainModule(IGPTModule):
     def _inputs(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, T), and for BERT the mask (B, T), which depends on the sample's number alone."""
         whole = self.read(batch)
-        return whole.tokens, mask_for(self, whole, batch_idx)
+        return whole.tokens, masks_for(self, whole, batch_idx)[0]
 
     def log_metrics(self, stage: str) -> None:
         for metrics, ending in self.end_evaluation():

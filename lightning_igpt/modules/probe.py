@@ -14,7 +14,7 @@ from lightning_igpt.bases import is_model_parallel
 from lightning_igpt.config import plain
 from lightning_igpt.features import C_GRID
 from lightning_igpt.modules import batches, build, heads, resume
-from lightning_igpt.modules.batches import Batch, evaluation_masks, sample_numbers
+from lightning_igpt.modules.batches import Batch, masks_for, read_labeled, sample_numbers
 from lightning_igpt.modules.build import IGPTModule, NetworkLike, PaletteLike
 from lightning_igpt.modules.solvers import Lbfgs, Logistic, WholeFit
 from lightning_igpt.objectives import MASK_RATIO
@@ -176,7 +176,7 @@ class ProbeModule(IGPTModule):
         super().on_train_start()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        whole, labels = batches.read_labeled(self, batch)
+        whole, labels = read_labeled(self, batch)
         features = self._features(whole, batch_idx)[0]
         if self.solver == "lbfgs":
             self._lbfgs.collect(self, features, labels, whole.samples, batch_idx)
@@ -270,14 +270,14 @@ class ProbeModule(IGPTModule):
 
     def _features(self, whole: Batch, batch_idx: int, *, every_mask: bool = False) -> Tensor:
         """Pooled taps under the first or every mask of an evaluation, float32 (M, B, layers, D)."""
-        masks = evaluation_masks(self, whole, batch_idx)[: None if every_mask else 1]
+        masks = masks_for(self, whole, batch_idx, self.n_masks if every_mask else 1)
         with torch.no_grad():
             taps = [self.network.features(whole.tokens, self.layers, masked=mask) for mask in masks]
         return torch.stack(taps).float()
 
     def _evaluate(self, batch: Any, batch_idx: int, loader: int) -> tuple[Tensor, Tensor, Tensor]:
         """Count; return probabilities (B, layers, C), predictions (B, layers) and labels (B,)."""
-        whole, labels = batches.read_labeled(self, batch)
+        whole, labels = read_labeled(self, batch)
         features = self._features(whole, batch_idx, every_mask=True)
         samples, head, logits = sample_numbers(self, whole, batch_idx), self.concat_head, self.logits(features)
         predictions, correct = heads.vote(logits, samples, seed=self.seed), self.metrics_of(loader)["correct"]
