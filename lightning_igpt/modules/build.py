@@ -235,9 +235,8 @@ class IGPTModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)
-        self.data_name = checkpoint[STAMP].get("data")
-        if "origin" in checkpoint[STAMP]:  # older ones do not say where their weights came from
-            self.origin, self.origin_path = checkpoint[STAMP]["origin"], None
+        stamp, self.origin_path = checkpoint[STAMP], None
+        self.data_name, self.origin = stamp.get("data"), stamp.get("origin")
         resume.load_run_state(self, checkpoint)
 
 

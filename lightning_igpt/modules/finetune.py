@@ -127,10 +127,8 @@ class FineTuneModule(IGPTModule):
         self.log("train/cross_entropy", classification, prog_bar=True)
         if self.generative_weight == 0:
             return classification
-        pixels = self.network.lm_head(hidden)  # (B, T, K)
-        generative = (
-            next_pixel_loss(pixels, whole.tokens) if masked is None else masked_pixel_loss(pixels, whole.tokens, masked)
-        )
+        tokens, pixels = whole.tokens, self.network.lm_head(hidden)  # (B, T), (B, T, K)
+        generative = next_pixel_loss(pixels, tokens) if masked is None else masked_pixel_loss(pixels, tokens, masked)
         self.log("train/nats_per_pixel", generative)
         return classification + self.generative_weight * generative
 

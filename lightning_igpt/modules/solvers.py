@@ -20,8 +20,7 @@ log = logging.getLogger(__name__)
 class FeatureStore:
     """Rows of features that grow by batches and are read by columns, one layer at a time.
 
-    Args:
-        max_bytes: Features kept in memory; beyond it they move to temporary files without names, in TMPDIR.
+    Beyond ``max_bytes`` they move from memory to temporary files without names, in TMPDIR.
     """
 
     def __init__(self, max_bytes: int) -> None:

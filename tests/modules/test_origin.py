@@ -42,15 +42,3 @@ def test_a_resumed_run_keeps_the_origin_that_it_is_not_told(tmp_path):
     again = trained(tmp_path / "third", PretrainModule(TINY, "gray:8"), max_steps=2, ckpt_path=second)
     assert stamped(again) == "x.ckpt (1 step)"
     assert PretrainModule.load_from_checkpoint(again).origin == "x.ckpt (1 step)"
-
-
-def test_older_checkpoints_do_not_tell(tmp_path):
-    first = trained(tmp_path / "first", PretrainModule(TINY, "gray:8"))
-    path = trained(tmp_path / "second", PretrainModule(pretrained=str(first)))
-    checkpoint = torch.load(path, weights_only=True)
-    del checkpoint[STAMP]["origin"]
-    torch.save(checkpoint, path)
-    assert load_pretrained(path).card.origin is None
-    module = PretrainModule(pretrained=str(first))
-    quiet_trainer(tmp_path).validate(module, loader(), ckpt_path=path, verbose=False)
-    assert module.origin_path == first

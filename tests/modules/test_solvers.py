@@ -106,18 +106,6 @@ def test_several_processes_equal_one_though_samplers_pad(monkeypatch, world_size
         assert_equal(found, alone())
 
 
-def test_repeated_sample_numbers_count_once(monkeypatch, caplog):
-    features, labels = rows()
-    parts = [torch.arange(0, 120), torch.cat([torch.arange(100, 231), torch.tensor([230, 5])])]  # of unequal size
-    stores = [stored(features[part], labels[part], part) for part in parts]
-    for found in together(monkeypatch, stores):
-        assert_equal(found, alone())
-    caplog.clear()
-    both = torch.cat(parts)
-    assert_equal(fit_heads(stored(features[both], labels[both], both), GROUPS, HOW, num_classes=3, device=CPU), alone())
-    assert "22 of 253 training images came before and are left out" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("layers", "center", "count", "places"),
     [
