@@ -72,13 +72,6 @@ def test_chain_from_a_checkpoint_and_constant_rate(tmp_path):
     assert rates == pytest.approx([0.25, 0.5, 0.5, 0.5])
 
 
-def test_cosine_falls_to_zero_at_the_end_of_the_run(tmp_path):
-    module, rates = finetune(lr=1.0, schedule="cosine"), []
-    module.on_train_batch_end = lambda *args: rates.append(module.optimizers().param_groups[0]["lr"])
-    quiet_trainer(tmp_path, max_epochs=2).fit(module, loader(16))
-    assert rates == pytest.approx([0.85355, 0.5, 0.14645, 0.0], abs=1e-4)
-
-
 def test_wrong_use_says_so(tmp_path):
     with pytest.raises(ValueError, match="at least 2"):
         FineTuneModule(num_classes=1, network=TINY, palette="gray:8")

@@ -6,10 +6,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_igpt.data import PretrainDataModule
-from lightning_igpt.modules import PretrainModule
+from lightning_igpt.modules import FineTuneModule, PretrainModule
 from lightning_igpt.objectives import draw_mask, masked_pixel_loss, next_pixel_loss
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import load_pretrained
+from lightning_igpt.weights.checkpoint import STAMP
 from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
 
 
@@ -203,3 +204,37 @@ def test_means_are_exact_in_bfloat16(tmp_path, inside):
         model = module()
     (found,) = trainer.validate(model, loader(300, batch_size=1), verbose=False)
     assert found["val/nats_per_pixel"] == pytest.approx(math.log(8), rel=1e-5)
+
+
+def trained(folder, module, **options):
+    """The checkpoint that a step more leaves."""
+    trainer = quiet_trainer(folder, max_steps=options.pop("max_steps", 1), enable_checkpointing=False)
+    trainer.fit(module, loader(), **options)
+    path = folder / "x.ckpt"
+    trainer.save_checkpoint(path)
+    return path
+
+
+def stamped(path):
+    return torch.load(path, weights_only=True)[STAMP]["origin"]
+
+
+def test_the_chain_is_kept_without_folders(tmp_path):
+    module = PretrainModule(TINY, "gray:8")
+    assert module.origin is module.origin_path is None
+    first = trained(tmp_path / "first", module)
+    assert stamped(first) is None and load_pretrained(first).card.origin is None
+    second = trained(tmp_path / "second", PretrainModule(pretrained=str(first)))
+    assert stamped(second) == "x.ckpt (1 step)"
+    tuned = FineTuneModule(str(tmp_path / "second"), 3)
+    assert tuned.origin == "x.ckpt (1 step), trained from x.ckpt (1 step)" and tuned.origin_path == second
+    third = trained(tmp_path / "third", tuned)
+    assert stamped(third) == tuned.origin and str(tmp_path) not in repr(torch.load(third, weights_only=True)[STAMP])
+
+
+def test_a_resumed_run_keeps_the_origin_that_it_is_not_told(tmp_path):
+    first = trained(tmp_path / "first", PretrainModule(TINY, "gray:8"))
+    second = trained(tmp_path / "second", PretrainModule(pretrained=str(first)))
+    again = trained(tmp_path / "third", PretrainModule(TINY, "gray:8"), max_steps=2, ckpt_path=second)
+    assert stamped(again) == "x.ckpt (1 step)"
+    assert PretrainModule.load_from_checkpoint(again).origin == "x.ckpt (1 step)"
