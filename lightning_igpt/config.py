@@ -14,14 +14,8 @@ from typing import Any, Literal
 
 Objective = Literal["autoregressive", "bert"]
 # Far beyond any network of today, so that a damaged or hostile file cannot make a process build forever.
-_MAXIMA = {
-    "n_layer": 1000,
-    "n_head": 1000,
-    "n_embd": 65_536,
-    "vocab_size": 32_768,
-    "image_size": 1024,
-    "n_inner": 1_048_576,
-}
+_MAXIMA = {"n_layer": 1000, "n_head": 1000, "n_embd": 65_536, "vocab_size": 32_768, "image_size": 1024}
+_MAXIMA["n_inner"] = 1_048_576
 
 
 @dataclass(frozen=True)
@@ -90,22 +84,17 @@ class ImageGPTConfig:
         """Turn what a user may write for ``network`` into a config.
 
         Args:
-            network: A config, the name of a preset, or a mapping of config fields.
-
-        Raises:
-            ValueError: There is no such preset or field; the message lists those that exist.
+            network: A config, the name of a preset, or a mapping of config fields; ValueError names those that exist.
         """
         network = plain(network)
-        if isinstance(network, ImageGPTConfig):
-            return network
-        if not isinstance(network, (str, Mapping)):
-            raise ValueError(
-                f"network is {_shown(network)}; give the name of a preset or the fields of an ImageGPTConfig"
-            )
         if isinstance(network, str):
             if network not in PRESETS:
                 raise ValueError(f"there is no preset {network[:200]!r}; the presets are {', '.join(PRESETS)}")
             return PRESETS[network]
+        if isinstance(network, ImageGPTConfig):
+            return network
+        if not isinstance(network, Mapping):
+            raise ValueError(f"network is {_shown(network)}; give a preset's name or the fields of an ImageGPTConfig")
         known = [field.name for field in fields(cls)]
         unknown = sorted(_shown(name) for name in set(network) - set(known))
         if unknown:

@@ -113,9 +113,7 @@ def _check(features: Tensor, labels: Tensor, num_classes: int, grid: Sequence[fl
         raise ValueError(f"labels must be int64; got {labels.dtype}")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"labels run from {low} to {high}, but there are {num_classes} classes, 0 to {num_classes - 1}"
-        )
+        raise ValueError(f"labels run from {low} to {high}, but there are {num_classes} classes from 0 on")
 
 
 def usable_grid(grid: Sequence[float], n_rows: int) -> Sequence[float]:
@@ -158,15 +156,14 @@ def _minimize(features: Tensor, labels: Tensor, start: Tensor, *, c: float, max_
             raise ValueError(f"the loss is {loss} before the first step; features must be finite numbers")
         memory = _Memory(_inverse_hessian(features, len(point), penalty=objective.penalty), gradient)
         for _ in range(max_iter):
-            if float(gradient.abs().max()) <= tolerance:
+            left = float(gradient.abs().max())
+            if left <= tolerance:
                 break
             step = _search(objective, point, loss, gradient, memory.direction(gradient))
             if step is None:  # only rounding is left
-                left = float(gradient.abs().max())
                 if left > FAR * tolerance:
-                    log.warning(
-                        "the fit ends at a gradient of %.1e, not %.1e: no step lowers the loss", left, tolerance
-                    )
+                    text = "the fit ends at a gradient of %.1e, not %.1e: no step lowers the loss"
+                    log.warning(text, left, tolerance)
                 break
             memory.add(step[0] - point, step[2] - gradient)
             point, loss, gradient = step
@@ -179,13 +176,7 @@ def _parts(point: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LogisticLoss:
-    """The objective of ``fit_logistic`` and its gradient in one pass over the features.
-
-    Args:
-        features: Float32 (N, D).
-        labels: int64 (N,), 0 to C - 1.
-        c: Inverse strength of the penalty.
-    """
+    """The objective of ``fit_logistic`` and its gradient in one pass over float32 features (N, D)."""
 
     def __init__(self, features: Tensor, labels: Tensor, *, c: float) -> None:
         self.features, self.penalty = features, 1 / (c * len(features))

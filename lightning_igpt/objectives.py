@@ -48,33 +48,18 @@ def masked_pixel_loss(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
 
 
 def draw_mask(samples: Tensor, n_positions: int, *, seed: int, ratio: float = MASK_RATIO) -> Tensor:
-    """Independent masks, each a function of the seed and the sample's number alone.
+    """Independent masks, bool (B, n_positions), in which a pixel is hidden with probability ``ratio``.
 
-    A mask does not depend on device, rank, worker or earlier draws, so a resumed run repeats it.
-
-    Args:
-        samples: int64 (B,), the number of each sample.
-        n_positions: T.
-        seed: Any integer.
-        ratio: Probability that a pixel is masked.
-
-    Returns:
-        Bool (B, T).
+    Each is a function of the seed and the sample's number, of int64 ``samples`` (B,), alone: it does not depend on
+    device, rank, worker or earlier draws, so a resumed run repeats it.
     """
     return counter_uniform(samples, n_positions, seed=seed) <= ratio
 
 
 def majority_vote(votes: Tensor, samples: Tensor, num_classes: int, *, seed: int) -> Tensor:
-    """The class with most votes; a tie is broken at random (paper, section 4.6).
+    """The class with most of int64 ``votes`` (M, B), one per mask, int64 (B,); a tie is broken at random.
 
-    Args:
-        votes: int64 (M, B), one class per mask and sample.
-        samples: int64 (B,), the number of each sample, which together with the seed breaks its ties.
-        num_classes: C.
-        seed: Any integer.
-
-    Returns:
-        int64 (B,).
+    Paper, section 4.6. The seed and the sample's number, of int64 ``samples`` (B,), decide a tie.
     """
     counts = F.one_hot(votes, num_classes).sum(0)  # (B, C)
     return (counts + counter_uniform(samples, num_classes, seed=seed).double()).argmax(-1)  # below 1

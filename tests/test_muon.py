@@ -68,26 +68,6 @@ def test_packed_matrices_step_as_if_they_were_apart():
     assert torch.equal(optimizer.state[packed]["momentum_buffer"], momentum)
 
 
-def test_a_state_that_is_put_back_goes_on_bit_for_bit(tmp_path):
-    def make():
-        mine = [parameter(4, 6), parameter(9, 4), parameter(5, 4), parameter(4)]
-        return mine, MuonAdam(mine[:2], mine[2:], packed={mine[1]: 3}, **OPTIONS)
-
-    whole, twin = make()
-    step(whole, twin)
-    mine, optimizer = make()
-    step(mine, optimizer, numbers=range(2))
-    torch.save([optimizer.state_dict(), [one.detach() for one in mine]], tmp_path / "state.pt")
-    step(mine, optimizer, numbers=[7])  # to be undone
-    for again, target in ((mine, optimizer), make()):
-        state, values = torch.load(tmp_path / "state.pt", weights_only=True)
-        target.load_state_dict(state)
-        for one, value in zip(again, values, strict=True):
-            one.data.copy_(value)
-        step(again, target, numbers=[2, 3])
-        assert same(again, whole)
-
-
 @pytest.mark.parametrize("config", [TINY, BERT, {**TINY.to_dict(), "bias": True}])
 def test_every_parameter_has_one_place(config):
     model = module(config, weight_decay=0.3)
@@ -139,9 +119,7 @@ def test_a_resumed_run_follows_new_settings(tmp_path):
     quiet_trainer(tmp_path, max_steps=4).fit(resumed, loader(), ckpt_path=find_checkpoint(tmp_path))
     assert rates == [pytest.approx([0.75 * 0.01] * 4), pytest.approx([0.25 * 0.01] * 4)]
     for mine, other in zip(resumed.optimizers().param_groups, resumed._optimizer().param_groups, strict=True):
-        assert {key: mine[key] for key in other if key not in ("params", "lr")} == {
-            key: other[key] for key in other if key not in ("params", "lr")
-        }
+        assert all(mine[key] == other[key] for key in other.keys() - {"params", "lr"})
 
 
 def test_matrices_that_are_sharded_are_refused(tmp_path, process_group):

@@ -52,7 +52,6 @@ def test_layers_below_train_slower_and_every_group_says_by_how_much():
     )
     found = [(g["lr"], g["lr_scale"], g["weight_decay"], g["decayed"]) for g in optimizer.param_groups]
     scales = [1.0, 0.7, 0.7**3]
-    assert found == [
-        (0.3 * scale, scale, decay, bool(decay)) for scale in scales for decay in (0.5, 0.0)
-    ]  # exactly, as a resumed run computes the same product
+    # Exactly, as a resumed run computes the same product.
+    assert found == [(0.3 * scale, scale, decay, bool(decay)) for scale in scales for decay in (0.5, 0.0)]
     assert [g["params"] for g in optimizer.param_groups] == [[p] for layer in (0, 1, 3) for p in layers[layer]]

@@ -50,14 +50,9 @@ def read_batch(batch: Any, palette: Palette, config: ImageGPTConfig, keys: Keys 
     return Batch(_to_tokens(parts["image"], palette, config), labels, samples, names)
 
 
-def read(module: Any, batch: Any) -> Batch:
-    """:func:`read_batch` with a module's palette, network and keys."""
-    return read_batch(batch, module.palette, module.config, module.batch_keys)
-
-
 def read_labeled(module: Any, batch: Any, *, soft: bool = False) -> tuple[Batch, Tensor]:
     """A batch for a classifier, and its labels by :func:`need_labels`."""
-    whole = read(module, batch)
+    whole = module.read(batch)
     return whole, need_labels(whole, module.num_classes, module.label_places, soft=soft)
 
 
@@ -156,25 +151,19 @@ def to_bytes(images: Tensor) -> Tensor:
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def mask_for(module: Any, batch: Batch, batch_idx: int, number: int = 0) -> Tensor | None:
-    """BERT's mask, bool (B, T), by sample numbers, ``number`` of several; None for autoregressive networks."""
-    if module.config.objective == "autoregressive":
-        return None
-    samples = sample_numbers(module, batch, batch_idx)
-    seed = module.seed + 1_000_003 * number  # far from the seeds that people choose
-    return draw_mask(samples, module.config.n_positions, seed=seed, ratio=module.mask_ratio)
+def masks_for(module: Any, batch: Batch, batch_idx: int, count: int = 1) -> list[Tensor | None]:
+    """``count`` of BERT's masks, bool (B, T), by sample numbers; one that hides nothing without ``mask_inputs``.
 
-
-def evaluation_masks(module: Any, batch: Batch, batch_idx: int) -> list[Tensor | None]:
-    """The masks of an evaluation: ``n_masks``, or one that hides nothing; ``[None]`` for autoregressive networks.
-
-    The paper hides pixels in evaluation too, and lets five masks vote (section 4.6).
+    ``[None]`` for autoregressive networks. The paper hides pixels in evaluation too, and lets five masks vote (section
+    4.6).
     """
     if module.config.objective == "autoregressive":
         return [None]
-    if not module.mask_inputs:
+    if not getattr(module, "mask_inputs", True):
         return [torch.zeros_like(batch.tokens, dtype=torch.bool)]
-    return [mask_for(module, batch, batch_idx, number) for number in range(module.n_masks)]
+    samples, options = sample_numbers(module, batch, batch_idx), {"ratio": module.mask_ratio}
+    seeds = [module.seed + 1_000_003 * number for number in range(count)]  # far from the seeds that people choose
+    return [draw_mask(samples, module.config.n_positions, seed=seed, **options) for seed in seeds]
 
 
 def sample_numbers(module: Any, batch: Batch, batch_idx: int) -> Tensor:
@@ -207,11 +196,10 @@ def _to_tokens(images: Any, palette: Palette, config: ImageGPTConfig) -> Tensor:
         last = images.ndim == 4 and images.shape[3] in (1, 3)
         hint = "; permute(0, 3, 1, 2) puts the channels first" if last else ""
         raise ValueError(f"images must have the shape (B, 3, {side}, {side}); got {tuple(images.shape)}{hint}")
-    if tuple(images.shape[2:]) != (side, side):
-        height, width = images.shape[2:]
-        raise ValueError(
-            f"images are {height} x {width} but the network reads {side} x {side}; resize them or set its image_size"
-        )
+    height, width = images.shape[2:]
+    if not height == width == side:
+        reads = f"the network reads {side} x {side}; resize them or set its image_size"
+        raise ValueError(f"images are {height} x {width} but {reads}")
     return palette.quantize(to_bytes(images))
 
 
@@ -234,10 +222,8 @@ def _check_tokens(tokens: Any, config: ImageGPTConfig) -> Tensor:
         raise TypeError(f'tokens must be one tensor (B, T); got {got}: with_format("torch") makes tensors of lists')
     ids: Tensor = tokens.to(torch.int64)
     if ids.ndim != 2 or ids.shape[1] != config.n_positions:
-        raise ValueError(
-            f"tokens must have the shape (B, {config.n_positions}) for image_size={config.image_size}; "
-            f"got {tuple(ids.shape)}"
-        )
+        shape = f"(B, {config.n_positions}) for image_size={config.image_size}"
+        raise ValueError(f"tokens must have the shape {shape}; got {tuple(ids.shape)}")
     if ids.device.type == "cpu":  # as for labels
         check_tokens(ids, config.vocab_size)
     return ids

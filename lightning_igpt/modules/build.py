@@ -1,25 +1,27 @@
-"""What the modules share: a network with its palette, the description in their checkpoints, settings, classes."""
+"""What the modules share: a network with its palette, evaluations, checkpoints that describe themselves, settings."""
 
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, WeightAveraging
 from lightning.pytorch.core.hooks import DataHooks
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_igpt import __version__
-from lightning_igpt.bases import is_model_parallel
+from lightning_igpt.bases import LightningModule, is_model_parallel
 from lightning_igpt.checkpointing import make_plain, run_of
 from lightning_igpt.config import ImageGPTConfig, Objective, plain
 from lightning_igpt.decoding import is_sharded
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.modules.resume import is_evaluating, is_own, load_run_state, save_random_states, trainer_of
+from lightning_igpt.modules import resume
+from lightning_igpt.modules.batches import Batch, Keys, check_keys, read_batch
+from lightning_igpt.modules.resume import is_evaluating, is_own, trainer_of
 from lightning_igpt.palette import Palette
 from lightning_igpt.private import current_datamodule
 from lightning_igpt.weights import load_pretrained
@@ -33,15 +35,8 @@ log = logging.getLogger(__name__)
 
 NetworkLike = ImageGPTConfig | str | dict[str, Any] | None
 PaletteLike = str | Palette | list[list[float]] | None
-
-
-class Built(NamedTuple):
-    """A network with its palette, and where its weights came from: both None where they are random."""
-
-    network: ImageGPT
-    palette: Palette
-    origin: str | None = None  # in words that may be published
-    origin_path: Path | None = None  # the file or folder; None for the hub, too
+# A network with its palette, the origin of its weights in words that may be published, and their file or folder.
+Built = tuple[ImageGPT, Palette, str | None, Path | None]
 
 
 def build_network(
@@ -67,10 +62,13 @@ def build_network(
                 f"the palette has {len(colors)} colors but the network's vocab_size is {config.vocab_size}; "
                 f"set vocab_size={len(colors)}, or fit a palette by palette fit --n_colors {config.vocab_size}"
             )
-        return Built(ImageGPT(config), colors)
+        return ImageGPT(config), colors, None, None
     with torch.device("cpu"):
         loaded = load_pretrained(pretrained, palette=palette)
-    wanted = _changed(_wanted(network, loaded.config), objective=objective, image_size=image_size)
+    if isinstance(network, Mapping):  # it may name only the fields that differ
+        network = {**loaded.config.to_dict(), **network}
+    config = ImageGPTConfig.resolve(loaded.config if network is None else network)
+    wanted = _changed(config, objective=objective, image_size=image_size)
     fixed = replace(wanted, dropout=loaded.config.dropout)
     if image_size is not None or isinstance(network, (ImageGPTConfig, Mapping)):  # a preset's size is no request
         fixed = replace(fixed, image_size=loaded.config.image_size)
@@ -81,32 +79,165 @@ def build_network(
         )
     loaded = loaded.adapted(wanted)
     log.info("weights and palette from %s", loaded.origin)
-    return Built(loaded.network, loaded.palette, loaded.lineage, loaded.path)
+    return loaded.network, loaded.palette, loaded.lineage, loaded.path
 
 
-def register(module: Any, built: Built, *names: str, **others: Any) -> None:
-    """Attach network and palette; keep these attributes and values as hyperparameters, in place of the weights' source.
+class IGPTModule(LightningModule):
+    """A LightningModule that has a network with its palette, and whose checkpoints describe themselves."""
 
-    They are plain values, so that a checkpoint opens by itself.
-    """
-    module.metrics, module.batches_seen, module.validated_at, module.random_states = {}, 0, None, None
-    module.data_name = module.trained_classes = module.label_places = None
-    side = built.network.config.image_size
-    module.example = module.example_input_array = torch.zeros(1, 3, side, side, dtype=torch.uint8, device="cpu")
-    module.network, module.palette, module.origin, module.origin_path = built
-    colors = torch.tensor(built.palette.to_list(), dtype=torch.float32, device="cpu")  # (K, 3)
-    module.register_buffer(COLORS, colors)
-    named = {"network": built.network.config.to_dict(), "palette": built.palette.spec}
-    module.save_hyperparameters(named | {name: getattr(module, name) for name in names} | others)
+    total_steps: int | None = None  # optimizer steps of the run, where no Trainer knows them
+    label_places: Tensor | None = None  # the class of each of the data's labels, where these are others
+    trained_classes: list[str] | None = None
+    batch_keys: Keys
+    validated_at: int | None = None  # the step whose validation a checkpoint may report
+    lasting: ClassVar[dict[str, Any]] = {}  # settings that a continued run keeps, as they were before being options
+    random_states = data_name = None
+    batches_seen = 0
 
+    def register(self, built: Built, *names: str, keys: Keys, **others: Any) -> None:
+        """Attach network and palette; keep attributes and values as hyperparameters, in place of the weights' source.
 
-def hparams_to_log(module: Any, mine: dict[str, Any]) -> dict[str, Any]:
-    """A module's hyperparameters for loggers; Lightning stops where a data module has another value of a name."""
-    data = getattr(trainer_of(module), "datamodule", None)
-    theirs = {} if data is None or is_own(data) else data.hparams_initial
-    for name in mine.keys() & theirs.keys():
-        mine[f"model/{name}"] = mine.pop(name)
-    return mine
+        They are plain values, so that a checkpoint opens by itself.
+        """
+        self.metrics: dict[int, dict[str, Any]] = {}  # of each loader in the evaluation that runs
+        self.batch_keys = check_keys(keys)
+        self.network, self.palette, self.origin, self.origin_path = built
+        side, colors = self.config.image_size, self.palette.to_list()
+        self.example = self.example_input_array = torch.zeros(1, 3, side, side, dtype=torch.uint8, device="cpu")
+        self.register_buffer(COLORS, torch.tensor(colors, dtype=torch.float32, device="cpu"))  # (K, 3)
+        named = {"network": self.config.to_dict(), "palette": self.palette.spec, "keys": self.batch_keys}
+        self.save_hyperparameters(named | {name: getattr(self, name) for name in names} | others)
+
+    @property
+    def config(self) -> ImageGPTConfig:
+        """The network's shape; data modules read ``image_size`` here."""
+        return self.network.config
+
+    @property
+    def hparams_initial(self) -> Any:
+        """For loggers; Lightning stops where a data module has another value of a name."""
+        mine, data = super().hparams_initial, getattr(trainer_of(self), "datamodule", None)
+        theirs = {} if data is None or is_own(data) else data.hparams_initial
+        for name in mine.keys() & theirs.keys():
+            mine[f"model/{name}"] = mine.pop(name)
+        return mine
+
+    def read(self, batch: Any) -> Batch:
+        """A batch as the network reads it."""
+        return read_batch(batch, self.palette, self.config, self.batch_keys)
+
+    def tokens_of(self, batch: Any) -> Tensor:
+        """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
+        return self.read(batch).tokens
+
+    def configure_model(self) -> None:
+        shard_network(self)
+
+    def on_fit_start(self) -> None:
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, BatchSizeFinder) for callback in callbacks):  # it has run, and changed the steps
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def on_train_start(self) -> None:
+        resume.start_training(self)
+
+    def new_metrics(self) -> dict[str, Any]:
+        """What counts in an evaluation, for each loader."""
+        raise NotImplementedError
+
+    def log_metrics(self, stage: str) -> None:
+        """Log what an evaluation, ``val`` or ``test``, has counted."""
+        raise NotImplementedError
+
+    def begin_evaluation(self) -> None:
+        """Start counting for every loader of an evaluation, without what is left of an earlier one that broke off."""
+        self.metrics = {}
+        if (trainer := trainer_of(self)) is not None:
+            sizes = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+            for loader in range(len(sizes)):  # on all processes alike, also where one has no batch
+                self.metrics_of(loader)
+
+    def metrics_of(self, loader: int) -> dict[str, Any]:
+        """The metrics of a loader in the evaluation that runs."""
+        if loader not in self.metrics:
+            with torch.inference_mode(False), torch.device("cpu"):  # tensors of inference mode cannot be updated later
+                self.metrics[loader] = {name: metric.to(self.device) for name, metric in self.new_metrics().items()}
+        return self.metrics[loader]
+
+    def end_evaluation(self) -> list[tuple[dict[str, Any], str]]:
+        """The metrics of each loader, with the ending that its names get as in Lightning; forgets them."""
+        trainer, kept, self.metrics = trainer_of(self), self.metrics, {}
+        if trainer is not None and trainer.validating:
+            self.validated_at = trainer.global_step  # the numbers must not describe later weights
+        return [(kept[loader], f"/dataloader_idx_{loader}" if len(kept) > 1 else "") for loader in sorted(kept)]
+
+    def warn_if_untrained(self, weight: Tensor) -> None:
+        """Warn where ``validate``, ``test`` or ``predict`` get weights that start at zero and still are."""
+        if is_evaluating(self) and not weight.any():
+            log.warning("these are random weights: no pretrained=, no ckpt_path, and no training before this")
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.log_metrics("test")
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise ValueError where a run of this module cannot continue from a checkpoint; names both values."""
+        mine, other = type(self).__name__, checkpoint.get(STAMP)
+        if other is None:
+            raise ValueError(f"this checkpoint was not written by {mine}; to start from its weights, use pretrained=")
+        if not isinstance(other, Mapping) or not {"class", "network", "palette_sha256"} <= other.keys():
+            raise ValueError("this checkpoint is damaged: its description of itself is incomplete")
+        if other["class"] not in [kind.__name__ for kind in type(self).__mro__]:
+            what = f"this checkpoint is a {other['class']}'s and the model is a {mine}"
+            raise ValueError(f"{what}; to start from its weights, use pretrained=")
+        config = ImageGPTConfig.resolve(other["network"])
+        if config != self.config:
+            raise ValueError(f"the checkpoint holds a network of {_differences(config, self.config)}")
+        if other["palette_sha256"] != self.palette.sha256:
+            raise ValueError(
+                f"the checkpoint uses the palette {other['palette_sha256'][:12]}, but the palette given is "
+                f"{self.palette.sha256[:12]}; leave out palette to take the right one"
+            )
+        for name, before in ({} if is_evaluating(self) else self.lasting).items():
+            mine, saved = getattr(self, name), checkpoint.get("hyper_parameters", {}).get(name, before)
+            if mine != saved:
+                what = f"{name} is {mine}, but the run to continue has {saved}; keep {saved}, or start a new run from"
+                raise ValueError(f"{what} its weights with pretrained=")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trainer, step = trainer_of(self), self.validated_at
+        metrics: dict[str, float] = {}
+        if trainer is not None and step is not None:
+            logged = trainer.callback_metrics.items()
+            metrics = {"step": step} | {name: float(value) for name, value in logged if name.startswith("val/")}
+        checkpoint["state_dict"][COLORS] = self.palette.colors  # exact, whereas bfloat16 rounds the buffer
+        described = {"network": self.config.to_dict(), "palette": self.palette.spec}
+        if settings := checkpoint.get("hyper_parameters"):
+            settings |= described  # a subclass that calls save_hyperparameters stores what it was given
+            if settings.get("pretrained"):
+                settings["pretrained"] = described  # its file may be gone
+        checkpoint[STAMP] = {
+            "class": next(kind.__name__ for kind in type(self).__mro__ if kind.__module__ in MODULES),
+            "version": __version__,
+            "network": self.config.to_dict(),
+            "palette_sha256": self.palette.sha256,
+            "steps": int(checkpoint.get("global_step", 0)),
+            "data": self.data_name,
+            "classes": self.trained_classes,
+            "origin": self.origin,
+            "validation": metrics,
+            "run": None if trainer is None else run_of(trainer),
+        }
+        resume.save_random_states(self, checkpoint)
+        make_plain(checkpoint)  # here, too, for trainers that write by Lightning's own means
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_checkpoint(checkpoint)
+        stamp, self.origin_path = checkpoint[STAMP], None
+        self.data_name, self.origin = stamp.get("data"), stamp.get("origin")
+        resume.load_run_state(self, checkpoint)
 
 
 def check_example(module: Any, trainer: Trainer) -> None:
@@ -181,117 +312,15 @@ def mean() -> MeanMetric:
     return MeanMetric().set_dtype(torch.float32)  # type: ignore[return-value]
 
 
-def begin_evaluation(module: Any) -> None:
-    """Start counting for every loader of an evaluation, without what is left of an earlier one that broke off."""
-    module.metrics = {}
-    trainer = trainer_of(module)
-    if trainer is not None:
-        sizes = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-        for loader in range(len(sizes)):  # on all processes alike, also where one has no batch
-            metrics_of(module, loader)
-
-
-def metrics_of(module: Any, loader: int) -> dict[str, Any]:
-    """The metrics of a loader in the evaluation that runs, by ``module.new_metrics()``."""
-    if loader not in module.metrics:
-        with torch.inference_mode(False), torch.device("cpu"):  # tensors of inference mode cannot be updated later
-            module.metrics[loader] = {name: one.to(module.device) for name, one in module.new_metrics().items()}
-    return module.metrics[loader]  # type: ignore[no-any-return]
-
-
-def end_evaluation(module: Any) -> list[tuple[dict[str, Any], str]]:
-    """The metrics of each loader, with the ending that its names get as in Lightning; forgets them."""
-    trainer, kept, module.metrics = trainer_of(module), module.metrics, {}
-    if trainer is not None and trainer.validating:
-        module.validated_at = trainer.global_step  # the numbers must not describe later weights
-    return [(kept[loader], f"/dataloader_idx_{loader}" if len(kept) > 1 else "") for loader in sorted(kept)]
-
-
-def save(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Describe a checkpoint in itself; keep random states and the exact palette, whose buffer bfloat16 rounds."""
-    trainer = trainer_of(module)
-    step, metrics = module.validated_at if trainer is not None else None, {}
-    if step is not None:
-        logged = module.trainer.callback_metrics.items()
-        metrics = {"step": step} | {name: float(value) for name, value in logged if name.startswith("val/")}
-    checkpoint["state_dict"][COLORS] = module.palette.colors
-    described = {"network": module.config.to_dict(), "palette": module.palette.spec}
-    if settings := checkpoint.get("hyper_parameters"):
-        settings |= described  # a subclass that calls save_hyperparameters stores what it was given
-        if settings.get("pretrained"):
-            settings["pretrained"] = described  # its file may be gone
-    checkpoint[STAMP] = {
-        "class": next(kind.__name__ for kind in type(module).__mro__ if kind.__module__ in MODULES),
-        "version": __version__,
-        "network": module.config.to_dict(),
-        "palette_sha256": module.palette.sha256,
-        "steps": int(checkpoint.get("global_step", 0)),
-        "data": module.data_name,
-        "classes": module.trained_classes,
-        "origin": module.origin,
-        "validation": metrics,
-        "run": None if trainer is None else run_of(trainer),
-    }
-    save_random_states(module, checkpoint)
-    make_plain(checkpoint)  # here, too, for trainers that write by Lightning's own means
-
-
-def check_stamp(module: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a checkpoint is one of this class with this network and palette; names both values."""
-    mine, other = type(module).__name__, checkpoint.get(STAMP)
-    if other is None:
-        raise ValueError(f"this checkpoint was not written by {mine}; to start from its weights, use pretrained=")
-    if not isinstance(other, Mapping) or not {"class", "network", "palette_sha256"} <= other.keys():
-        raise ValueError("this checkpoint is damaged: its description of itself is incomplete")
-    if other["class"] not in [kind.__name__ for kind in type(module).__mro__]:
-        what = f"this checkpoint is a {other['class']}'s and the model is a {mine}"
-        raise ValueError(f"{what}; to start from its weights, use pretrained=")
-    config = ImageGPTConfig.resolve(other["network"])
-    if config != module.config:
-        raise ValueError(f"the checkpoint holds a network of {_differences(config, module.config)}")
-    if other["palette_sha256"] != module.palette.sha256:
-        raise ValueError(
-            f"the checkpoint uses the palette {other['palette_sha256'][:12]}, but the palette given is "
-            f"{module.palette.sha256[:12]}; leave out palette to take the right one"
-        )
-
-
-def check_same(module: Any, checkpoint: Mapping[str, Any], name: str, before: Any) -> None:
-    """Raise ValueError where a run to continue has another value of a setting; ``before`` there was one."""
-    mine, saved = getattr(module, name), checkpoint.get("hyper_parameters", {}).get(name, before)
-    if mine != saved and not is_evaluating(module):
-        raise ValueError(
-            f"{name} is {mine}, but the run to continue has {saved}; keep {saved}, or start a new run from its weights "
-            "with pretrained="
-        )
-
-
-def load(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Check a checkpoint and prepare it for the module; for on_load_checkpoint."""
-    module.check_checkpoint(checkpoint)
-    module.data_name = checkpoint[STAMP].get("data")
-    if "origin" in checkpoint[STAMP]:  # older ones do not say where their weights came from
-        module.origin, module.origin_path = checkpoint[STAMP]["origin"], None
-    load_run_state(module, checkpoint)
-
-
-def warn_if_untrained(module: Any, weight: Tensor) -> None:
-    """Warn where ``validate``, ``test`` or ``predict`` get weights that start at zero and still are."""
-    if is_evaluating(module) and not weight.any():
-        log.warning("these are random weights: no pretrained=, no ckpt_path, and no training before this")
-
-
-def check_settings(*, above_zero: dict[str, Any], **not_below_zero: float | None) -> None:
+def check_settings(
+    *, above_zero: dict[str, Any], betas: tuple[float, ...] = (0, 0), **not_below_zero: float | None
+) -> None:
     """Raise ValueError where a number is out of its range; None is in each."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas is {betas}; it must be two numbers from 0 to below 1")
     for name, value in (above_zero | not_below_zero).items():
         if value is not None and not (value > 0 or (value == 0 and name in not_below_zero)):
             raise ValueError(f"{name} is {value}; it must be {'0 or more' if name in not_below_zero else 'above 0'}")
-
-
-def check_betas(betas: tuple[float, float]) -> None:
-    """Raise ValueError unless they are Adam's."""
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas is {betas}; it must be two numbers from 0 to below 1")
 
 
 def check_masks(config: ImageGPTConfig, ratio: float, mask_inputs: bool = True, n_masks: int = 1) -> None:
@@ -301,13 +330,6 @@ def check_masks(config: ImageGPTConfig, ratio: float, mask_inputs: bool = True, 
     check_settings(above_zero={"n_masks": n_masks})
     if config.objective == "bert" and not mask_inputs and n_masks > 1:
         raise ValueError(f"mask_inputs=False uses no mask, but n_masks is {n_masks}; set n_masks=1 or mask_inputs=True")
-
-
-def _wanted(network: NetworkLike, loaded: ImageGPTConfig) -> ImageGPTConfig:
-    """What ``network`` asks of loaded weights: a mapping may name only the fields that differ."""
-    if network is None:
-        return loaded
-    return ImageGPTConfig.resolve({**loaded.to_dict(), **network} if isinstance(network, Mapping) else network)
 
 
 def _changed(config: ImageGPTConfig, **fields: Any) -> ImageGPTConfig:

@@ -1,29 +1,23 @@
 """Fine-tuning to a classifier with the joint loss L_gen + L_clf (paper, sections 2.3 and 4.5)."""
 
-import logging
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_igpt.bases import LightningModule
-from lightning_igpt.config import ImageGPTConfig, plain
+from lightning_igpt.config import plain
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.modules import batches, build, classes, heads, resume
-from lightning_igpt.modules.batches import Batch, check_keys, evaluation_masks, read
-from lightning_igpt.modules.build import NetworkLike, PaletteLike
-from lightning_igpt.objectives import MASK_RATIO, majority_vote, masked_pixel_loss, next_pixel_loss
+from lightning_igpt.modules import build, heads, resume
+from lightning_igpt.modules.batches import Batch, masks_for, read_labeled, sample_numbers
+from lightning_igpt.modules.build import IGPTModule, NetworkLike, PaletteLike
+from lightning_igpt.objectives import MASK_RATIO, masked_pixel_loss, next_pixel_loss
 from lightning_igpt.optim import make_adam, warmup_constant, warmup_cosine
-from lightning_igpt.palette import Palette
 from lightning_igpt.private import allow_clipping
 
-log = logging.getLogger(__name__)
 
-
-class FineTuneModule(LightningModule):
+class FineTuneModule(IGPTModule):
     """Turn a pretrained network into a classifier.
 
     The head reads the mean over positions of the final norm's output and starts at zero. Logs ``train/cross_entropy``,
@@ -56,12 +50,7 @@ class FineTuneModule(LightningModule):
         seed: Seed of BERT's masks and of ties between their votes.
     """
 
-    network: ImageGPT
-    palette: Palette
-    palette_colors: Tensor
-    origin: str | None
-    label_places: Tensor | None  # the class of each of the data's labels, where these are others
-    total_steps: int | None = None  # optimizer steps of the run, where no Trainer knows them
+    lasting: ClassVar = {"layer_decay": 1.0}  # the optimizer's groups have other scales
 
     def __init__(
         self,
@@ -86,7 +75,7 @@ class FineTuneModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        betas, class_names, self.batch_keys = plain(betas), plain(class_names), check_keys(keys)
+        betas, class_names = plain(betas), plain(class_names)
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
         if schedule not in ("constant", "cosine"):
@@ -94,10 +83,9 @@ class FineTuneModule(LightningModule):
         layer_decay = 1.0 if layer_decay is None else layer_decay
         if not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay is {layer_decay}; it must be above 0 and at most 1, which is no decay")
-        classes.check_class_names(class_names, num_classes)
+        heads.check_class_names(class_names, num_classes)
         rest = {"weight_decay": weight_decay, "warmup_steps": warmup_steps, "generative_weight": generative_weight}
-        build.check_settings(above_zero={"lr": lr}, **rest)
-        build.check_betas(betas)
+        build.check_settings(above_zero={"lr": lr}, betas=betas, **rest)
         self.lr, self.betas, self.weight_decay, self.warmup_steps = lr, (betas[0], betas[1]), weight_decay, warmup_steps
         self.schedule, self.layer_decay, self.generative_weight = schedule, layer_decay, generative_weight
         self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
@@ -105,7 +93,7 @@ class FineTuneModule(LightningModule):
         names = ("num_classes", "class_names", "lr", "weight_decay", "warmup_steps", "schedule", "layer_decay")
         masks = ("generative_weight", "mask_ratio", "mask_inputs", "n_masks", "seed")
         built = build.build_network(network, palette, pretrained, image_size=image_size)
-        build.register(self, built, *names, *masks, betas=list(betas), keys=self.batch_keys)
+        self.register(built, *names, *masks, keys=keys, betas=list(betas))
         build.check_masks(self.config, mask_ratio, mask_inputs, n_masks)
         if self.config.objective == "bert" and not mask_inputs and generative_weight != 0:
             text = "mask_inputs=False hides no pixel to predict, but generative_weight is"
@@ -116,96 +104,60 @@ class FineTuneModule(LightningModule):
             self.network.lm_head.requires_grad_(False)  # no gradient reaches it, which distributed training refuses
 
     @property
-    def config(self) -> ImageGPTConfig:
-        """The network's shape; data modules read ``image_size`` here."""
-        return self.network.config
-
-    @property
     def backbone(self) -> ImageGPT:
         """The network, under the name that Lightning's BackboneFinetuning looks for."""
         return self.network
 
-    @property
-    def hparams_initial(self) -> Any:
-        return build.hparams_to_log(self, super().hparams_initial)
-
-    def tokens_of(self, batch: Any) -> Tensor:
-        """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
-        return read(self, batch).tokens
-
-    def configure_model(self) -> None:
-        build.shard_network(self)
-
     def setup(self, stage: str) -> None:
-        classes.adopt_class_names(self)
+        heads.adopt_class_names(self)
 
     def forward(self, batch: Any) -> Tensor:
         """Class logits, float32 (B, C), of a batch; with several masks those of the mean probabilities."""
-        return _mean_over_masks(self._per_mask(read(self, batch), 0))
-
-    def on_fit_start(self) -> None:
-        resume.follow_batch_size(self.trainer)
+        return _mean_over_masks(self._per_mask(self.read(batch), 0))
 
     def on_train_start(self) -> None:
-        classes.match_classes(self)
-        resume.start_training(self)
+        heads.match_classes(self)
+        super().on_train_start()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        whole, labels = batches.read_labeled(self, batch, soft=True)
-        masked = (
-            batches.mask_for(self, whole, batch_idx)
-            if self.mask_inputs
-            else evaluation_masks(self, whole, batch_idx)[0]
-        )
+        whole, labels = read_labeled(self, batch, soft=True)
+        masked = masks_for(self, whole, batch_idx)[0]
         hidden, logits = self._logits(whole.tokens, masked)
         classification = F.cross_entropy(logits.float(), labels)
         self.log("train/cross_entropy", classification, prog_bar=True)
         if self.generative_weight == 0:
             return classification
-        pixels = self.network.lm_head(hidden)  # (B, T, K)
-        generative = (
-            next_pixel_loss(pixels, whole.tokens) if masked is None else masked_pixel_loss(pixels, whole.tokens, masked)
-        )
+        tokens, pixels = whole.tokens, self.network.lm_head(hidden)  # (B, T), (B, T, K)
+        generative = next_pixel_loss(pixels, tokens) if masked is None else masked_pixel_loss(pixels, tokens, masked)
         self.log("train/nats_per_pixel", generative)
         return classification + self.generative_weight * generative
 
     def new_metrics(self) -> dict[str, Any]:
-        """What counts in an evaluation, for each loader."""
         return {"accuracy": heads.Correct(1), "cross_entropy": build.mean()}
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """For callbacks: ``probabilities`` float32 (B, C), ``prediction`` and ``label``, both int64 (B,)."""
-        whole, labels = batches.read_labeled(self, batch)
+        whole, labels = read_labeled(self, batch)
         per_mask = self._per_mask(whole, batch_idx)  # (M, B, C)
-        votes, logits = per_mask.argmax(-1), _mean_over_masks(per_mask)  # (M, B), (B, C)
-        if len(votes) == 1:
-            prediction = votes[0]
-        else:
-            samples = batches.sample_numbers(self, whole, batch_idx)
-            prediction = majority_vote(votes, samples, self.num_classes, seed=self.seed)
-        metrics = build.metrics_of(self, dataloader_idx)
-        metrics["accuracy"].update(prediction[:, None], labels)
+        samples, logits = sample_numbers(self, whole, batch_idx), _mean_over_masks(per_mask)  # (B,), (B, C)
+        prediction = heads.vote(per_mask.unsqueeze(2), samples, seed=self.seed)  # (B, 1)
+        metrics = self.metrics_of(dataloader_idx)
+        metrics["accuracy"].update(prediction, labels)
         metrics["cross_entropy"].update(F.cross_entropy(logits, labels, reduction="none"))
-        return {"probabilities": logits.softmax(-1), "prediction": prediction, "label": labels}
+        return {"probabilities": logits.softmax(-1), "prediction": prediction[:, 0], "label": labels}
 
     test_step = validation_step
 
     def on_validation_start(self) -> None:
-        build.warn_if_untrained(self, self.head.weight)
-        classes.match_classes(self)
-        build.begin_evaluation(self)
+        self.warn_if_untrained(self.head.weight)
+        heads.match_classes(self)
+        self.begin_evaluation()
 
     on_test_start = on_predict_start = on_validation_start
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_metrics("test")
-
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Class probabilities, float32 (B, C); with several masks their mean."""
-        return _mean_over_masks(self._per_mask(read(self, batch), batch_idx)).softmax(-1)
+        return _mean_over_masks(self._per_mask(self.read(batch), batch_idx)).softmax(-1)
 
     def configure_optimizers(self) -> Any:
         optimizer = allow_clipping(self._adam())
@@ -216,17 +168,9 @@ class FineTuneModule(LightningModule):
             scheduler = warmup_constant(optimizer, warmup_steps=self.warmup_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Raise ValueError where a run of this module cannot continue from a checkpoint; names both values."""
-        build.check_stamp(self, checkpoint)
-        build.check_same(self, checkpoint, "layer_decay", before=1.0)  # the optimizer's groups have other scales
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        build.save(self, checkpoint)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        build.load(self, checkpoint)
-        classes.load_classes(self, checkpoint)
+        super().on_load_checkpoint(checkpoint)
+        heads.load_classes(self, checkpoint)
 
     def _adam(self) -> torch.optim.AdamW:
         """The optimizer, with a group for each layer where they train at different rates."""
@@ -247,11 +191,11 @@ class FineTuneModule(LightningModule):
 
     def _per_mask(self, whole: Batch, batch_idx: int) -> Tensor:
         """Class logits under each mask of an evaluation, float32 (M, B, C)."""
-        masks = evaluation_masks(self, whole, batch_idx)
+        masks = masks_for(self, whole, batch_idx, self.n_masks)
         return torch.stack([self._logits(whole.tokens, masked)[1].float() for masked in masks])
 
-    def _log_metrics(self, stage: str) -> None:
-        for metrics, ending in build.end_evaluation(self):
+    def log_metrics(self, stage: str) -> None:
+        for metrics, ending in self.end_evaluation():
             for name, metric in metrics.items():
                 value, shown = metric.compute().squeeze(), name == "accuracy"
                 self.log(f"{stage}/{name}{ending}", value, prog_bar=shown, **build.COMPLETE)

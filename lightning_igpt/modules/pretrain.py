@@ -1,25 +1,21 @@
 """Pretraining without labels: predict the next pixel, or masked pixels (paper, sections 2.1 and 3.4)."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_igpt.bases import LightningModule
-from lightning_igpt.config import ImageGPTConfig, Objective, plain
-from lightning_igpt.model import ImageGPT
+from lightning_igpt.config import Objective, plain
 from lightning_igpt.modules import build, resume
-from lightning_igpt.modules.batches import check_keys, mask_for, read
-from lightning_igpt.modules.build import NetworkLike, PaletteLike
+from lightning_igpt.modules.batches import masks_for
+from lightning_igpt.modules.build import IGPTModule, NetworkLike, PaletteLike
 from lightning_igpt.objectives import MASK_RATIO, masked_pixel_loss, nats_to_bits, next_pixel_loss, pixel_nats
 from lightning_igpt.optim import MuonAdam, default_warmup, make_adam, warmup_cosine
-from lightning_igpt.palette import Palette
 from lightning_igpt.private import allow_clipping
 from lightning_igpt.sampling import complete, inpaint
 
 
-class PretrainModule(LightningModule):
+class PretrainModule(IGPTModule):
     """Train an Image GPT on images without labels.
 
     A batch is ``{"image": uint8 (B, 3, S, S)}``, an ``(image, label)`` pair, or images alone; it is quantized on the
@@ -49,11 +45,7 @@ class PretrainModule(LightningModule):
         ValueError: Arguments contradict each other, such as a palette of another size than vocab_size.
     """
 
-    network: ImageGPT
-    palette: Palette
-    palette_colors: Tensor
-    origin: str | None
-    total_steps: int | None = None  # optimizer steps of the run, where no Trainer knows them
+    lasting: ClassVar = {"optimizer": "adam"}
 
     def __init__(
         self,
@@ -73,45 +65,22 @@ class PretrainModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        betas, self.batch_keys = plain(betas), check_keys(keys)
+        betas = plain(betas)
         if optimizer not in ("adam", "muon"):
             raise ValueError(f"optimizer is {optimizer!r}; it must be adam or muon")
-        build.check_settings(above_zero={"lr": lr}, weight_decay=weight_decay, warmup_steps=warmup_steps)
-        build.check_betas(betas)
+        build.check_settings(above_zero={"lr": lr}, betas=betas, weight_decay=weight_decay, warmup_steps=warmup_steps)
         self.optimizer, self.lr, self.betas, self.weight_decay = optimizer, lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.mask_ratio, self.seed = warmup_steps, mask_ratio, seed
         built = build.build_network(network, palette, pretrained, objective, image_size)
-        build.check_masks(built.network.config, mask_ratio)
         names = ("optimizer", "lr", "weight_decay", "warmup_steps", "mask_ratio", "seed")
-        build.register(self, built, *names, betas=list(betas), keys=self.batch_keys)
-
-    @property
-    def config(self) -> ImageGPTConfig:
-        """The network's shape; data modules read ``image_size`` here."""
-        return self.network.config
-
-    @property
-    def hparams_initial(self) -> Any:
-        return build.hparams_to_log(self, super().hparams_initial)
-
-    def tokens_of(self, batch: Any) -> Tensor:
-        """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
-        return read(self, batch).tokens
-
-    def configure_model(self) -> None:
-        build.shard_network(self)
+        self.register(built, *names, keys=keys, betas=list(betas))
+        build.check_masks(self.config, mask_ratio)
 
     def forward(self, batch: Any) -> Tensor:
         """Logits (B, T, K) of a batch; a BERT network sees all pixels."""
         tokens = self.tokens_of(batch)
         masked = torch.zeros_like(tokens, dtype=torch.bool) if self.config.objective == "bert" else None
         return self.network(tokens, masked=masked)  # type: ignore[no-any-return]
-
-    def on_fit_start(self) -> None:
-        resume.follow_batch_size(self.trainer)
-
-    def on_train_start(self) -> None:
-        resume.start_training(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         tokens, masked = self._inputs(batch, batch_idx)
@@ -121,7 +90,6 @@ class PretrainModule(LightningModule):
         return loss
 
     def new_metrics(self) -> dict[str, Any]:
-        """What counts in an evaluation, for each loader."""
         return {"nats": build.mean()}
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -133,22 +101,16 @@ class PretrainModule(LightningModule):
         else:
             hidden = masked.sum(1)
             per_image = ((nats * masked).sum(1) / hidden)[hidden > 0]  # an image that hides nothing says nothing
-        build.metrics_of(self, dataloader_idx)["nats"].update(per_image)
+        self.metrics_of(dataloader_idx)["nats"].update(per_image)
         return per_image
 
     test_step = validation_step
 
     def on_validation_start(self) -> None:
-        build.warn_if_untrained(self, self.network.lm_head.weight)
-        build.begin_evaluation(self)
+        self.warn_if_untrained(self.network.lm_head.weight)
+        self.begin_evaluation()
 
     on_test_start = on_predict_start = on_validation_start
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_metrics("test")
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Keep the upper half of each image and draw the lower: uint8 (B, 3, S, S)."""
@@ -168,17 +130,6 @@ class PretrainModule(LightningModule):
         scheduler = warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Raise ValueError where a run of this module cannot continue from a checkpoint; names both values."""
-        build.check_stamp(self, checkpoint)
-        build.check_same(self, checkpoint, "optimizer", before="adam")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        build.save(self, checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        build.load(self, checkpoint)
-
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters, blocks = self.network.parameters(), self.network.blocks()
         options: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
@@ -192,11 +143,11 @@ class PretrainModule(LightningModule):
 
     def _inputs(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, T), and for BERT the mask (B, T), which depends on the sample's number alone."""
-        whole = read(self, batch)
-        return whole.tokens, mask_for(self, whole, batch_idx)
+        whole = self.read(batch)
+        return whole.tokens, masks_for(self, whole, batch_idx)[0]
 
-    def _log_metrics(self, stage: str) -> None:
-        for metrics, ending in build.end_evaluation(self):
+    def log_metrics(self, stage: str) -> None:
+        for metrics, ending in self.end_evaluation():
             nats = metrics["nats"].compute()
             self.log(f"{stage}/nats_per_pixel{ending}", nats, prog_bar=True, **build.COMPLETE)
             self.log(f"{stage}/bits_per_pixel{ending}", nats_to_bits(nats), **build.COMPLETE)

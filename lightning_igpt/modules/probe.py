@@ -10,24 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_igpt.bases import LightningModule, is_model_parallel
-from lightning_igpt.config import ImageGPTConfig, plain
+from lightning_igpt.bases import is_model_parallel
+from lightning_igpt.config import plain
 from lightning_igpt.features import C_GRID
-from lightning_igpt.model import ImageGPT
-from lightning_igpt.modules import batches, build, classes, heads, resume
-from lightning_igpt.modules.batches import Batch, check_keys, evaluation_masks, read, sample_numbers
-from lightning_igpt.modules.build import NetworkLike, PaletteLike
+from lightning_igpt.modules import batches, build, heads, resume
+from lightning_igpt.modules.batches import Batch, masks_for, read_labeled, sample_numbers
+from lightning_igpt.modules.build import IGPTModule, NetworkLike, PaletteLike
 from lightning_igpt.modules.solvers import Lbfgs, Logistic, WholeFit
 from lightning_igpt.objectives import MASK_RATIO
 from lightning_igpt.optim import warmup_cosine
-from lightning_igpt.palette import Palette
 
 log = logging.getLogger(__name__)
 
 MOMENTUM = 0.9  # of SGD: paper, section 3.4
 
 
-class ProbeModule(LightningModule):
+class ProbeModule(IGPTModule):
     """Measure how linearly separable the classes are at each layer of a frozen network.
 
     With solver=lbfgs, one pass over the training images collects the features of all layers, one classifier per layer
@@ -62,12 +60,6 @@ class ProbeModule(LightningModule):
         seed: Seed of BERT's masks, of ties between their votes, and of the tenth that c is chosen on.
     """
 
-    network: ImageGPT
-    palette: Palette
-    palette_colors: Tensor
-    origin: str | None
-    label_places: Tensor | None  # the class of each of the data's labels, where these are others
-    total_steps: int | None = None  # optimizer steps of the run, where no Trainer knows them
     weight: nn.Parameter  # (layers, C, D)
     bias: Tensor  # (layers, C); a parameter under SGD
     best: Tensor  # index into layers of the best on validation; -1 before any validation
@@ -97,19 +89,19 @@ class ProbeModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        layers, c, class_names, self.batch_keys = plain(layers), plain(c), plain(class_names), check_keys(keys)
+        layers, c, class_names = plain(layers), plain(c), plain(class_names)
         self.automatic_optimization = solver == "sgd"  # L-BFGS needs all features at once, not batches
         grid = list(C_GRID) if c is None else list(c) if isinstance(c, (list, tuple)) else [c]
         numbers = {"max_iter": max_iter, "lr": lr, "weight_decay": weight_decay, "max_feature_bytes": max_feature_bytes}
         heads.check_fit(solver, grid, **numbers)
-        classes.check_class_names(class_names, num_classes)
+        heads.check_class_names(class_names, num_classes)
         self.names_given = class_names is not None
         self.pretrained, self.class_names, self.lr, self.weight_decay = pretrained, class_names, lr, weight_decay
         self.solver, self.c, self.standardize, self.concat = solver, c, standardize, concat
         self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
         names = ("solver", "concat", "c", "standardize", "mask_ratio", "mask_inputs", "n_masks", "seed", "class_names")
         built = build.build_network(network, palette, pretrained, image_size=image_size)
-        build.register(self, built, *names, layers=layers, num_classes=num_classes, keys=self.batch_keys, **numbers)
+        self.register(built, *names, keys=keys, layers=layers, num_classes=num_classes, **numbers)
         self.network.requires_grad_(False).eval()
         build.check_masks(self.config, mask_ratio, mask_inputs, n_masks)
         self.layers = heads.choose_layers(layers, self.config.n_layer)
@@ -117,19 +109,6 @@ class ProbeModule(LightningModule):
         self._lbfgs = Lbfgs(Logistic(grid, standardize, max_iter, seed), max_feature_bytes)
         self.set_classes(num_classes or 0)
         self.register_load_state_dict_pre_hook(heads.make_room)  # type: ignore[no-untyped-call]
-
-    @property
-    def config(self) -> ImageGPTConfig:
-        """The network's shape; data modules read ``image_size`` here."""
-        return self.network.config
-
-    @property
-    def hparams_initial(self) -> Any:
-        return build.hparams_to_log(self, super().hparams_initial)
-
-    def tokens_of(self, batch: Any) -> Tensor:
-        """The tokens of a batch, int64 (B, T); callbacks read batches through this."""
-        return read(self, batch).tokens
 
     @property
     def best_layer(self) -> int:
@@ -160,13 +139,12 @@ class ProbeModule(LightningModule):
         if is_model_parallel(self.trainer.strategy):
             raise ValueError("a probe's network is frozen and is not sharded; use strategy='ddp', or one device")
         if not self.num_classes:
-            if (count := classes.classes_of_data(self.trainer)[0]) is None:
+            if (count := heads.classes_of_data(self.trainer)[0]) is None:
                 raise ValueError("num_classes is unknown: the data does not name its classes, so set num_classes=")
             self.set_classes(count)
         if stage == "fit" and self.solver == "lbfgs":
             self.trained_classes = None  # a fit begins from zero, unless a checkpoint is loaded now
-        classes.adopt_class_names(self)
-        build.check_example(self, self.trainer)
+        heads.adopt_class_names(self)
 
     def train(self, mode: bool = True) -> ProbeModule:
         """Keep the frozen network in evaluation mode, whatever Lightning asks for."""
@@ -176,7 +154,7 @@ class ProbeModule(LightningModule):
 
     def forward(self, batch: Any) -> Tensor:
         """Class logits of every layer's classifier, (B, layers, C); of several masks the first counts."""
-        return self.logits(self._features(read(self, batch), 0)[0])
+        return self.logits(self._features(self.read(batch), 0)[0])
 
     def logits(self, features: Tensor, *, batches: int | None = None) -> Tensor:
         """Class logits (..., layers, C) of features (..., layers, D); ``batches`` is for RunningScale in training."""
@@ -194,11 +172,11 @@ class ProbeModule(LightningModule):
             self._lbfgs.forget(self)
         if self.solver == "lbfgs" or getattr(resume.trainer_of(self), "ckpt_path", None) is None:
             self.scores = heads.Scores(len(self.layers) + 1).to(self.device)
-        classes.match_classes(self)
-        resume.start_training(self)
+        heads.match_classes(self)
+        super().on_train_start()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        whole, labels = batches.read_labeled(self, batch)
+        whole, labels = read_labeled(self, batch)
         features = self._features(whole, batch_idx)[0]
         if self.solver == "lbfgs":
             self._lbfgs.collect(self, features, labels, whole.samples, batch_idx)
@@ -214,21 +192,17 @@ class ProbeModule(LightningModule):
         self._lbfgs.close()
 
     def new_metrics(self) -> dict[str, Any]:
-        """What counts in an evaluation, for each loader."""
         return {"correct": heads.Correct(len(self.layers) + 1)}  # the last counts for concat
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         # Before the fit, a sanity check still looks for bad batches and labels; other validation has nothing to count.
-        if resume.is_sanity_check(self) or self.weight.any():
+        if getattr(resume.trainer_of(self), "sanity_checking", False) or self.weight.any():
             self._evaluate(batch, batch_idx, dataloader_idx)
 
     def on_validation_start(self) -> None:
         self._lbfgs.forget_validation()
-        classes.match_classes(self)
-        build.begin_evaluation(self)
-
-    def on_validation_epoch_end(self) -> None:
-        self._finish("val", "probe")
+        heads.match_classes(self)
+        self.begin_evaluation()
 
     def on_test_start(self) -> None:
         if not self.weight.any():
@@ -245,12 +219,9 @@ class ProbeModule(LightningModule):
         picked = self._picked()
         return {"probabilities": probabilities[:, picked], "prediction": predictions[:, picked], "label": labels}
 
-    def on_test_epoch_end(self) -> None:
-        self._finish("test", "test")
-
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Class probabilities of the best layer's classifier, float32 (B, C); with several masks their mean."""
-        features = self._features(read(self, batch), batch_idx, every_mask=True)
+        features = self._features(self.read(batch), batch_idx, every_mask=True)
         return self.logits(features)[:, :, self._picked()].softmax(-1).mean(0)
 
     def configure_optimizers(self) -> Any:
@@ -266,18 +237,13 @@ class ProbeModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Raise ValueError where the checkpoint's classifiers are not this probe's; names both values."""
-        build.check_stamp(self, checkpoint)
+        super().check_checkpoint(checkpoint)
         heads.check_same_probe(self.hparams, checkpoint["hyper_parameters"], self.config.n_layer)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        build.save(self, checkpoint)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        build.load(self, checkpoint)
-        classes.load_classes(self, checkpoint)
+        super().on_load_checkpoint(checkpoint)
+        heads.load_classes(self, checkpoint)
         self.set_classes(checkpoint["state_dict"]["bias"].shape[1])
-        self.scores.read(checkpoint.get("probe_results", []))  # of versions before 0.2
 
     def _picked(self) -> int:
         if len(self.layers) > 1 and self.best < 0:
@@ -304,17 +270,17 @@ class ProbeModule(LightningModule):
 
     def _features(self, whole: Batch, batch_idx: int, *, every_mask: bool = False) -> Tensor:
         """Pooled taps under the first or every mask of an evaluation, float32 (M, B, layers, D)."""
-        masks = evaluation_masks(self, whole, batch_idx)[: None if every_mask else 1]
+        masks = masks_for(self, whole, batch_idx, self.n_masks if every_mask else 1)
         with torch.no_grad():
             taps = [self.network.features(whole.tokens, self.layers, masked=mask) for mask in masks]
         return torch.stack(taps).float()
 
     def _evaluate(self, batch: Any, batch_idx: int, loader: int) -> tuple[Tensor, Tensor, Tensor]:
         """Count; return probabilities (B, layers, C), predictions (B, layers) and labels (B,)."""
-        whole, labels = batches.read_labeled(self, batch)
+        whole, labels = read_labeled(self, batch)
         features = self._features(whole, batch_idx, every_mask=True)
         samples, head, logits = sample_numbers(self, whole, batch_idx), self.concat_head, self.logits(features)
-        predictions, correct = heads.vote(logits, samples, seed=self.seed), build.metrics_of(self, loader)["correct"]
+        predictions, correct = heads.vote(logits, samples, seed=self.seed), self.metrics_of(loader)["correct"]
         correct.update(predictions, labels)
         if head is not None and head.fitted:
             together = head(lambda place: features[:, :, place]).unsqueeze(2)  # (M, B, 1, C)
@@ -323,10 +289,10 @@ class ProbeModule(LightningModule):
             self._lbfgs.keep(features, labels, samples, loader)
         return logits.softmax(-1).mean(0), predictions, labels
 
-    def _finish(self, stage: str, prefix: str) -> None:
+    def log_metrics(self, stage: str) -> None:
         """Pick the best layer on validation, and log the accuracies of every loader; the first's are ``results``."""
-        evaluated, n_layers = build.end_evaluation(self), len(self.layers)
-        if resume.is_sanity_check(self) or not self.weight.any():
+        evaluated, n_layers, prefix = self.end_evaluation(), len(self.layers), {"val": "probe"}.get(stage, stage)
+        if getattr(resume.trainer_of(self), "sanity_checking", False) or not self.weight.any():
             return
         counts = [metrics["correct"] for metrics, _ in evaluated]
         if stage == "val":

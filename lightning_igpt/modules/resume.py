@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -51,12 +51,6 @@ def is_evaluating(module: LightningModule) -> bool:
     return trainer is not None and trainer.state.fn != TrainerFn.FITTING
 
 
-def is_sanity_check(module: LightningModule) -> bool:
-    """Whether validation runs before training, to find errors."""
-    trainer = trainer_of(module)
-    return trainer is not None and trainer.sanity_checking
-
-
 def save_random_states(module: Any, checkpoint: dict[str, Any]) -> None:
     """Add the generators' states of all processes to a checkpoint, together, where training draws numbers."""
     trainer = trainer_of(module)
@@ -80,12 +74,6 @@ def load_run_state(module: Any, checkpoint: dict[str, Any]) -> None:
     _keep_rates(module, checkpoint)
     count_micro_batches(module, checkpoint)
     _forget_foreign_files(module.trainer, checkpoint)
-
-
-def follow_batch_size(trainer: Trainer) -> None:
-    """Make optimizers and schedules again where Lightning's BatchSizeFinder, which runs first, changes the steps."""
-    if any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        trainer.strategy.setup_optimizers(trainer)
 
 
 def start_training(module: Any) -> None:

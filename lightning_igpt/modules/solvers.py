@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -19,8 +20,7 @@ log = logging.getLogger(__name__)
 class FeatureStore:
     """Rows of features that grow by batches and are read by columns, one layer at a time.
 
-    Args:
-        max_bytes: Features kept in memory; beyond it they move to temporary files without names, in TMPDIR.
+    Beyond ``max_bytes`` they move from memory to temporary files without names, in TMPDIR.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -123,7 +123,8 @@ def fit_heads(
     the same label.
     """
     labels, numbers = (_gather(rows.to(device), world_size) for rows in (store.labels, store.numbers))
-    order = rows_once(numbers)
+    _, first = np.unique(numbers.cpu().numpy(), return_index=True)
+    order = torch.from_numpy(first).to(device)
     if len(order) < len(numbers):
         log.warning("%d of %d training images came before and are left out", len(numbers) - len(order), len(numbers))
     labels = labels[order]
@@ -136,15 +137,6 @@ def fit_heads(
         features = torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # (N, columns * D)
         heads.append(how.fit(features, labels, num_classes))
     return heads
-
-
-def rows_once(numbers: Tensor) -> Tensor:
-    """Where each of int64 ``numbers`` (N,) comes first, by ascending number."""
-    order = numbers.argsort(stable=True)
-    ascending = numbers[order]
-    keep = torch.ones_like(ascending, dtype=torch.bool)
-    keep[1:] = ascending[1:] != ascending[:-1]
-    return order[keep]
 
 
 def _gather(rows: Tensor, world_size: int) -> Tensor:

@@ -1,15 +1,16 @@
+import contextlib
 import math
 
-import lightning
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from lightning_igpt.data import PretrainDataModule
-from lightning_igpt.modules import PretrainModule
+from lightning_igpt.modules import FineTuneModule, PretrainModule
 from lightning_igpt.objectives import draw_mask, masked_pixel_loss, next_pixel_loss
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import load_pretrained
+from lightning_igpt.weights.checkpoint import STAMP
 from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
 
 
@@ -19,13 +20,9 @@ def module(config=TINY, **options):
 
 
 def test_a_plain_trainer_with_a_plain_loader_of_bytes_trains(tmp_path):
-    images, _ = labelled_images()
-    plain = DataLoader(images, batch_size=8)
-    trainer = lightning.Trainer(
-        max_steps=60, accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False
-    )
-    model = module(lr=0.01)
-    trainer.fit(model, plain, plain)
+    plain = DataLoader(labelled_images()[0], batch_size=8)
+    trainer = quiet_trainer(tmp_path, max_steps=60)
+    trainer.fit(module(lr=0.01), plain, plain)
     nats = trainer.callback_metrics["val/nats_per_pixel"].item()
     assert nats < 0.7 * math.log(8)
     assert trainer.callback_metrics["val/bits_per_pixel"].item() == pytest.approx(nats / math.log(2))
@@ -137,14 +134,6 @@ def test_predict_keeps_the_upper_half(tmp_path, config):
     assert torch.equal(found, torch.cat(quiet_trainer(tmp_path).predict(model, data)))
 
 
-def test_warm_up_and_cosine_follow_the_run(tmp_path):
-    model = module(lr=1.0, warmup_steps=2)
-    rates = []
-    model.on_train_batch_end = lambda *args: rates.append(model.optimizers().param_groups[0]["lr"])
-    quiet_trainer(tmp_path, max_steps=4).fit(model, loader())
-    assert rates == pytest.approx([1.0, 1.0, 0.5, 0.0], abs=1e-6)
-
-
 def test_training_in_bfloat16_leaves_the_palette_and_float32_behind(tmp_path):
     """bf16-true rounds every buffer; a rounded palette would give half a percent of the pixels another token."""
     colors = torch.rand(8, 3, generator=torch.manual_seed(0)) * 2 - 1
@@ -205,3 +194,47 @@ def test_random_weights_are_told_of_and_others_are_not(tmp_path, caplog):
         quiet_trainer(tmp_path).validate(other, data, verbose=False)
     quiet_trainer(tmp_path).validate(module(), data, ckpt_path=path, verbose=False)
     assert caplog.text.count("random weights") == 1
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_means_are_exact_in_bfloat16(tmp_path, inside):
+    """The head is zero, so each image costs ln 8; in bfloat16 a sum of ones stands still at 256."""
+    trainer = quiet_trainer(tmp_path, precision="bf16-true")
+    with trainer.init_module() if inside else contextlib.nullcontext():
+        model = module()
+    (found,) = trainer.validate(model, loader(300, batch_size=1), verbose=False)
+    assert found["val/nats_per_pixel"] == pytest.approx(math.log(8), rel=1e-5)
+
+
+def trained(folder, module, **options):
+    """The checkpoint that a step more leaves."""
+    trainer = quiet_trainer(folder, max_steps=options.pop("max_steps", 1), enable_checkpointing=False)
+    trainer.fit(module, loader(), **options)
+    path = folder / "x.ckpt"
+    trainer.save_checkpoint(path)
+    return path
+
+
+def stamped(path):
+    return torch.load(path, weights_only=True)[STAMP]["origin"]
+
+
+def test_the_chain_is_kept_without_folders(tmp_path):
+    module = PretrainModule(TINY, "gray:8")
+    assert module.origin is module.origin_path is None
+    first = trained(tmp_path / "first", module)
+    assert stamped(first) is None and load_pretrained(first).card.origin is None
+    second = trained(tmp_path / "second", PretrainModule(pretrained=str(first)))
+    assert stamped(second) == "x.ckpt (1 step)"
+    tuned = FineTuneModule(str(tmp_path / "second"), 3)
+    assert tuned.origin == "x.ckpt (1 step), trained from x.ckpt (1 step)" and tuned.origin_path == second
+    third = trained(tmp_path / "third", tuned)
+    assert stamped(third) == tuned.origin and str(tmp_path) not in repr(torch.load(third, weights_only=True)[STAMP])
+
+
+def test_a_resumed_run_keeps_the_origin_that_it_is_not_told(tmp_path):
+    first = trained(tmp_path / "first", PretrainModule(TINY, "gray:8"))
+    second = trained(tmp_path / "second", PretrainModule(pretrained=str(first)))
+    again = trained(tmp_path / "third", PretrainModule(TINY, "gray:8"), max_steps=2, ckpt_path=second)
+    assert stamped(again) == "x.ckpt (1 step)"
+    assert PretrainModule.load_from_checkpoint(again).origin == "x.ckpt (1 step)"

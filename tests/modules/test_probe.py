@@ -28,10 +28,6 @@ from tests.modules.helpers import (
 )
 
 
-def sgd_probe(**options):
-    return probe(solver="sgd", **options)
-
-
 def test_accuracy_by_layer_equals_scikit_learn_on_the_same_features(tmp_path):
     module = probe(c=1.0)
     trainer = quiet_trainer(tmp_path, max_epochs=1)
@@ -69,12 +65,10 @@ def test_one_epoch_and_metrics_with_the_best_layer(tmp_path):
 def test_mixed_precision_touches_the_network_only(tmp_path):
     """Classifiers are fitted and applied in float32, whatever the trainer computes in."""
     module = probe()
-    trainer = quiet_trainer(tmp_path, max_epochs=1, precision="bf16-mixed")
-    trainer.fit(module, loader(), loader())
+    quiet_trainer(tmp_path, max_epochs=1, precision="bf16-mixed").fit(module, loader(), loader())
     with torch.autocast("cpu", torch.bfloat16):
-        features = torch.ones(2, 3, 16)
-        expected = torch.stack([features[:, i] @ module.weight[i].T for i in range(3)], 1).dtype
-        assert expected == torch.bfloat16 and module.logits(features).dtype == torch.float32
+        assert (torch.ones(2, 16) @ module.weight[0].T).dtype == torch.bfloat16
+        assert module.logits(torch.ones(2, 3, 16)).dtype == torch.float32
 
 
 def test_the_network_is_frozen_and_in_evaluation_mode(tmp_path):
@@ -193,11 +187,7 @@ def test_a_second_fit_begins_anew(tmp_path):
     quiet_trainer(tmp_path, max_epochs=1).fit(module, noisy_loader(90), noisy_loader(30, seed=1))
     quiet_trainer(tmp_path).test(module, noisy_loader(30, seed=2), verbose=False)
     quiet_trainer(tmp_path, max_epochs=1).fit(module, noisy_loader(120, seed=3))
-    assert (
-        [row["val_accuracy"] for row in module.results]
-        == [row["test_accuracy"] for row in module.results]
-        == [None] * 3
-    )
+    assert all(row["val_accuracy"] is row["test_accuracy"] is None for row in module.results)
     with pytest.raises(ValueError, match="no layer was picked"):
         _ = module.best_layer
     fresh = probe(c=1.0)
@@ -211,22 +201,12 @@ def test_a_checkpoint_without_the_newer_settings_opens(tmp_path):
     trainer.fit(module, loader(), loader())
     path = trainer.checkpoint_callback.best_model_path
     checkpoint = torch.load(path)
-    assert {name for name in checkpoint["state_dict"] if not name.startswith("network.")} == {
-        "palette_colors",
-        "weight",
-        "bias",
-        "best",
-        "scores.bits",
-        "scores.last",
-    }
     del checkpoint["state_dict"]["scores.bits"], checkpoint["state_dict"]["scores.last"]
-    checkpoint["probe_results"] = module.results
     for name in ("solver", "concat", "lr", "weight_decay", "mask_inputs", "n_masks", "max_feature_bytes"):
         del checkpoint["hyper_parameters"][name]
     torch.save(checkpoint, path)
     again = ProbeModule.load_from_checkpoint(path)
     assert torch.equal(again.weight, module.weight) and again.best_layer == module.best_layer
-    assert again.results == module.results
     for options, message in (
         ({"layers": [0, 1]}, r"the checkpoint's probe has layers=\[0, 1, 2\], this one layers=\[0, 1\]"),
         ({"solver": "sgd"}, "the checkpoint's probe has solver=lbfgs, this one solver=sgd"),
@@ -259,7 +239,11 @@ def test_concat_equals_scikit_learn_on_the_layers_around_the_best(tmp_path):
     trainer = quiet_trainer(tmp_path, max_epochs=1)
     trainer.fit(module, noisy_loader(300), noisy_loader(90, seed=1))
     found = {"val": trainer.callback_metrics["val/concat_accuracy"].item()}
-    found["test"] = trainer.test(module, noisy_loader(80, seed=2), verbose=False)[0]["test/concat_accuracy"]
+    again = ProbeModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
+    assert again.results == module.results and again.c_by_layer == module.c_by_layer
+    test = trainer.test(module, noisy_loader(80, seed=2), verbose=False)
+    found["test"] = test[0]["test/concat_accuracy"]
+    assert quiet_trainer(tmp_path).test(again, noisy_loader(80, seed=2), verbose=False) == test
     middle = min(max(module.best_layer, 1), 4)
     layers = [middle - 1, middle, middle + 1]
     x, y = features_of(module, noisy_loader(300), layers)
@@ -277,18 +261,6 @@ def test_concat_equals_scikit_learn_on_the_layers_around_the_best(tmp_path):
     again = quiet_trainer(tmp_path).validate(module, noisy_loader(90, seed=1), verbose=False)[0]
     assert again["val/concat_accuracy"] == pytest.approx(found["val"])
     assert not len(module._lbfgs.training) and not len(module._lbfgs.validation)
-
-
-def test_concat_survives_a_checkpoint(tmp_path):
-    module = deep_probe(c=[0.1, 0.01], concat=3)
-    trainer = quiet_trainer(tmp_path, max_epochs=1)
-    trainer.fit(module, noisy_loader(300), noisy_loader(90, seed=1))
-    again = ProbeModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
-    assert again.results == module.results and again.c_by_layer == module.c_by_layer
-    assert again.results[-1]["val_accuracy"] == trainer.callback_metrics["val/concat_accuracy"].item()
-    expected = trainer.test(module, noisy_loader(80, seed=2), verbose=False)
-    assert quiet_trainer(tmp_path).test(again, noisy_loader(80, seed=2), verbose=False) == expected
-    assert "test/concat_accuracy" in expected[0]
 
 
 def test_one_pass_serves_all_layers_and_goes_no_deeper(tmp_path):
@@ -355,7 +327,7 @@ def test_it_reaches_what_l_bfgs_finds(tmp_path, precision):
 
 def test_steps_equal_separate_classifiers_with_batch_normalisation(tmp_path):
     """Each layer as torch would train it alone: BatchNorm1d without affine, Linear, SGD with momentum, cosine."""
-    module = sgd_probe(lr=0.3, weight_decay=0.01)
+    module = probe(solver="sgd", lr=0.3, weight_decay=0.01)
     data = loader(24)
     quiet_trainer(tmp_path, max_epochs=2).fit(module, data)
     for layer in range(3):
@@ -378,21 +350,10 @@ def test_steps_equal_separate_classifiers_with_batch_normalisation(tmp_path):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_learning_rate_ends_at_zero(tmp_path):
-    for options, steps in (({"max_epochs": 3}, 12), ({"max_steps": 5, "max_epochs": -1}, 5)):
-        module = sgd_probe()
-        trainer = quiet_trainer(tmp_path, **options)
-        trainer.fit(module, loader(shuffle=True))
-        assert trainer.global_step == steps
-        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-8)
-    with pytest.raises(ValueError, match="where the run ends"):
-        quiet_trainer(tmp_path, max_epochs=-1).fit(sgd_probe(), loader())
-
-
 def test_a_resumed_run_takes_its_own_rate_and_decay(tmp_path):
     trainer = quiet_trainer(tmp_path, max_epochs=1)
-    trainer.fit(sgd_probe(), loader(shuffle=True))
-    module = sgd_probe(lr=0.5, weight_decay=0.25)
+    trainer.fit(probe(solver="sgd"), loader(shuffle=True))
+    module = probe(solver="sgd", lr=0.5, weight_decay=0.25)
     trainer_two = quiet_trainer(tmp_path, max_epochs=2)
     rates = []
     module.on_train_batch_start = lambda *_: rates.append(trainer_two.optimizers[0].param_groups[0]["lr"])

@@ -132,9 +132,8 @@ def test_checkpoints_cross_strategies(tmp_path, make):
     assert_same_run(rest, run("one", ckpt_path=tmp_path / "two.ckpt"))
     one, two = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("one", "two"))
     assert one["state_dict"].keys() == two["state_dict"].keys()
-    assert torch.equal(
-        load_pretrained(tmp_path / "two.ckpt").network.wte.weight, two["state_dict"]["network.wte.weight"]
-    )
+    loaded = load_pretrained(tmp_path / "two.ckpt").network
+    assert torch.equal(loaded.wte.weight, two["state_dict"]["network.wte.weight"])
 
 
 def test_tensor_parallelism_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_igpt.modules import solvers
 from lightning_igpt.modules.heads import ConcatHead, Correct, vote
-from lightning_igpt.modules.solvers import FeatureStore, Logistic, fit_heads, rows_once
+from lightning_igpt.modules.solvers import FeatureStore, Logistic, fit_heads
 
 CPU = torch.device("cpu")
 GROUPS = [[0], [1], [2], [0, 2]]
@@ -104,26 +104,6 @@ def test_several_processes_equal_one_though_samplers_pad(monkeypatch, world_size
     stores = [stored(features[shard], labels[shard], shard) for shard in numbers.view(-1, world_size).T]
     for found in together(monkeypatch, stores):
         assert_equal(found, alone())
-
-
-def test_repeated_sample_numbers_count_once(monkeypatch, caplog):
-    features, labels = rows()
-    parts = [torch.arange(0, 120), torch.cat([torch.arange(100, 231), torch.tensor([230, 5])])]  # of unequal size
-    stores = [stored(features[part], labels[part], part) for part in parts]
-    for found in together(monkeypatch, stores):
-        assert_equal(found, alone())
-    caplog.clear()
-    both = torch.cat(parts)
-    assert_equal(fit_heads(stored(features[both], labels[both], both), GROUPS, HOW, num_classes=3, device=CPU), alone())
-    assert "22 of 253 training images came before and are left out" in caplog.text
-
-
-def test_rows_once_equals_a_loop():
-    numbers = torch.randint(0, 40, (60,), generator=torch.manual_seed(0))
-    first = {}
-    for place, number in enumerate(numbers.tolist()):
-        first.setdefault(number, place)
-    assert rows_once(numbers).tolist() == [first[number] for number in sorted(first)]
 
 
 @pytest.mark.parametrize(
