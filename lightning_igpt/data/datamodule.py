@@ -9,7 +9,7 @@ from lightning_igpt.bases import LightningDataModule
 from lightning_igpt.config import plain
 from lightning_igpt.data import loaders, readers, streams
 from lightning_igpt.data.loaders import Loader, make_loader, matching_palette, place_of
-from lightning_igpt.data.options import Cache, check, follow, pairs
+from lightning_igpt.data.options import Cache, check
 from lightning_igpt.data.order import EndlessOrder, EvalOrder
 from lightning_igpt.data.readers import ImageBatches, OnBadImage
 from lightning_igpt.data.sources import ImageSource, Source, name_of, open_source
@@ -30,8 +30,8 @@ class ImageDataModule(LightningDataModule):
     the draws of a run in training and the rows in evaluation, ``label`` is there when the source has labels. Sources
     of tokens, and ``cache="disk"``, give ``tokens`` int16 (B, S * S) instead of ``image``.
 
-    Options can be set later, as attributes or in ``hparams``: new loaders use them. Those that decide which rows there
-    are (source, splits, columns, ``seed``, ``val_fraction``) need another ``setup``, with which every ``fit`` begins.
+    Options can be set later, as attributes: new loaders use them, and ``hparams`` has them. Those that decide which
+    rows there are (source, splits, columns, ``seed``, ``val_fraction``) need another ``setup``, as ``fit`` calls it.
 
     After ``setup``, ``num_classes`` and ``class_names`` (None without labels) and ``batches_per_epoch`` tell modules
     what they train on; ``bad_images`` says which images were left out.
@@ -97,21 +97,15 @@ class ImageDataModule(LightningDataModule):
         max_bad_share: float = 0.05,
     ) -> None:
         super().__init__()
-        # Not logged: Lightning stops where module and data module have different values of one name, such as seed.
-        self.save_hyperparameters(ignore=["source", "palette"], logger=False)
-        source = plain(source)
-        # A data set itself would make checkpoints large, and unreadable with weights_only=True.
-        self.hparams["source"] = name_of(source)
-        self.source, self.image_size, self.batch_size, self.num_workers = source, image_size, batch_size, num_workers
+        self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.seed, self.val_fraction, self.cache, self.palette = seed, val_fraction, cache, palette
         self.shuffle_buffer, self.val_images, self.streaming = shuffle_buffer, val_images, streaming
         self.on_bad_image, self.max_bad_share = on_bad_image, max_bad_share
         self.config_name, self.revision = config_name, revision
         self.image_column, self.label_column = image_column, label_column
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
+        self.source = plain(source)
         check(self)
-        self.known_options = pairs(self)
-        self._used: list[Any] = []  # the options that the source was opened with
         self._begun_with = batch_size  # at the last ``setup``
         self.parts: dict[str, Part] = {}  # train and, where there are any, val and test; of a stream what is kept
         self.left_out: dict[str, readers.BadImages] = {}  # by part
@@ -119,14 +113,23 @@ class ImageDataModule(LightningDataModule):
         self._order: EndlessOrder | None = None  # of the last loader, which without a trainer the next one continues
         self._stream: Loader | None = None
         self._stream_states: list[list[str]] = []  # of a checkpoint: of each process, of each worker
+        # Not logged: Lightning stops where module and data module have different values of one name, such as seed.
+        self.save_hyperparameters(ignore=["source", "palette"], logger=False)
+        # A data set itself would make checkpoints large, and unreadable with weights_only=True.
+        self.hparams["source"] = name_of(self.source)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = getattr(self, name, None)
+        super().__setattr__(name, value)
+        if name in self.hparams and before != value:
+            self.hparams[name] = name_of(value) if name == "source" else value
+            if name in _DIVIDING:
+                self._opened, self.division, self.parts = None, None, {}
 
     @property
     def opened(self) -> Source:
         """What ``source`` names, opened."""
-        follow(self)
-        now = [getattr(self, name) for name in _DIVIDING]
-        if self._opened is None or now != self._used:
-            self._opened, self._used, self.division, self.parts = None, now, None, {}
+        if self._opened is None:
             options = {name: getattr(self, name) for name in _OPENING} | {"need_labels": self.needs_labels}
             with damage_named(name_of(self.source)):
                 self._opened = open_source(self.source, name=self.config_name, **options)
@@ -201,7 +204,6 @@ class ImageDataModule(LightningDataModule):
         place = place_of(trainer)
         if trainer is not None and not streaming and self.batch_size != self._begun_with:  # by a BatchSizeFinder
             self.batch_size = loaders.possible_batch_size(self.batch_size, len(self.parts["train"]), place)
-            follow(self)
         per_pass = None if self.n_train is None else max(1, self.n_train // self.batch_size)
         order = EndlessOrder(
             self.batch_size if streaming else len(self.parts["train"]),
@@ -339,7 +341,6 @@ class ImageDataModule(LightningDataModule):
 
     def _check_role(self, role: str) -> None:
         check(self)
-        _ = self.division and self.opened  # which forgets a division by other options
         if self.division is None:
             raise RuntimeError("call setup() before asking for a loader, also after a change of what it divides")
         if role not in self.roles():

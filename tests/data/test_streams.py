@@ -333,7 +333,7 @@ def test_images_that_a_stream_only_names(tmp_path):
     val, train = set(drawn(data.val_dataloader())), set(drawn(data.train_dataloader(), 6))
     assert val | train == set(range(9)) and not val & train
     missing = datasets.Dataset.from_dict({"image": [paths[0].replace("0.png", "x.png")]}, features=features)
-    with pytest.raises(BadImageError, match=r"zip://x\.png::.*set\.zip: there is no such file"):
+    with pytest.raises(BadImageError, match=r"zip://x\.png::.*set\.zip: there is no file of this name"):
         next(iter(stream_of(missing.to_iterable_dataset(), val_fraction=0).train_dataloader()))
 
 
