@@ -113,9 +113,6 @@ def fetch(value: Any, *, remote: bool = False) -> Any:
 
     Addresses are those of local archives (``zip://a.png::/data/set.zip``) and of the Hugging Face hub, whose streams
     name their files, and with ``remote`` any other.
-
-    Raises:
-        BadImageError: The file cannot be read, or is on the network and ``remote`` is off.
     """
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
@@ -188,7 +185,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """Convert an image of any mode to RGB; the first matching row decides.
+    """A new RGB image, transparent pixels over ``background``; the first matching row decides, others raise ValueError.
 
     - ``RGB``: unchanged, unless it has a color key
     - ``I;16*``, ``I``: 16-bit gray in any byte order, ``round(v / 257)``; TIFF's 12 bits, ``round(255 v / 4095)``
@@ -197,17 +194,6 @@ def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> I
     - ``P`` is looked up in its palette; ``L``, and ``1`` as 0 or 255, are repeated three times
     - ``CMYK``: ``R = (255 - C) * (255 - K) / 255``; Pillow has undone the inversion of Adobe's JPEG files
     - anything else: Pillow's ``convert("RGB")``, for instance of ``YCbCr`` and ``HSV``
-
-    Args:
-        image: A PIL image of any mode; not modified.
-        background: Color behind transparent pixels, (R, G, B) in 0..255.
-
-    Returns:
-        An image of mode ``RGB`` and the same size.
-
-    Raises:
-        ValueError: The mode is ``F`` or one that Pillow cannot convert, or an ``I`` image holds values
-            outside 0..65535.
     """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image

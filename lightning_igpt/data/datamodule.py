@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow as pa  # type: ignore[import-untyped]
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_igpt.bases import LightningDataModule
@@ -15,7 +16,7 @@ from lightning_igpt.data.readers import ImageBatches, OnBadImage
 from lightning_igpt.data.sources import ImageSource, Source, name_of, open_source
 from lightning_igpt.data.splits import Division, Part, divide, make_parts
 from lightning_igpt.data.streams import StreamBatches, StreamPart, StreamReader
-from lightning_igpt.data.tokens import TokenReader, cached_tokens, damage_named
+from lightning_igpt.data.tokens import DamagedDataError, TokenReader, cached_tokens
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
 from lightning_igpt.files import write_csv
 
@@ -131,8 +132,13 @@ class ImageDataModule(LightningDataModule):
         """What ``source`` names, opened."""
         if self._opened is None:
             options = {name: getattr(self, name) for name in _OPENING} | {"need_labels": self.needs_labels}
-            with damage_named(name_of(self.source)):
+            try:
                 self._opened = open_source(self.source, name=self.config_name, **options)
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and (error.errno or error.filename):
+                    raise
+                where = name_of(self.source)  # pyarrow names no place
+                raise DamagedDataError(f"{where} is damaged; restore it, or make it again. {error}") from error
             self.class_names = self._opened.class_names
             self.num_classes = None if self.class_names is None else len(self.class_names)
         if self._opened.streaming and self.cache == "disk":
@@ -168,11 +174,7 @@ class ImageDataModule(LightningDataModule):
         self.opened  # noqa: B018
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the source, divide it, and check the labels of all that is trained and validated on.
-
-        Raises:
-            ValueError: A column, a split or labels are missing or unusable.
-        """
+        """Open the source, divide it, and check the labels of all that is trained and validated on."""
         check(self)
         opened, self._begun_with = self.opened, self.batch_size
         if self.division is not None:
@@ -194,10 +196,6 @@ class ImageDataModule(LightningDataModule):
 
         Under a trainer with ``max_steps`` and no ``max_epochs``, one Lightning epoch is the whole run; otherwise it is
         one pass over the data.
-
-        Raises:
-            ValueError: The part is smaller than ``batch_size``, or that cannot be divided among devices and
-                accumulated micro-batches.
         """
         self._check_role("train")
         trainer, streaming = loaders.unfinished(self.trainer), self.opened.streaming
@@ -246,11 +244,7 @@ class ImageDataModule(LightningDataModule):
         return log.numbers if log else set()
 
     def eval_loader(self, role: str, *, need_labels: bool | None = None) -> Loader:
-        """Every image of a part once, in order, resized from its middle square.
-
-        Raises:
-            ValueError: There is no such part, or it is a stream that several processes would have to divide.
-        """
+        """Every image of a part once, in order, resized from its middle square."""
         self._check_role(role)
         need_labels = self.needs_labels if need_labels is None else need_labels
         place, resize = place_of(self.trainer), CenterCrop(self._size())
