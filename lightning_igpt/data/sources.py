@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import datasets
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from lightning_igpt.data.columns import (
@@ -21,7 +23,6 @@ from lightning_igpt.data.columns import (
     marked_palette,
     mode_of,
 )
-from lightning_igpt.data.digits import load_digits
 from lightning_igpt.data.folders import TABLES, open_path, quiet
 from lightning_igpt.files import shown
 from lightning_igpt.palette import PALETTE_COLUMN
@@ -173,6 +174,29 @@ def _open_hub(source: str, name: str | None, revision: str | None, streaming: bo
             f"{type(error).__name__}: {error}\nCheck the name and the connection; a private or gated data set needs "
             "a login, one with several configurations needs config_name. HF_HUB_OFFLINE=1 uses earlier downloads only"
         ) from error
+
+
+def load_digits() -> datasets.DatasetDict:
+    """Scikit-learn's 8x8 handwritten digits (UCI Optdigits, test part), which need neither network nor disk.
+
+    The split is stratified, seeded and fixed. A gray level v of 0..16 becomes the byte ``rint(v * 255 / 16)``.
+
+    Returns:
+        Splits ``train`` (1,437 rows) and ``test`` (360 rows) with the features ``image`` (8x8 PNG, mode L) and
+        ``label`` (ClassLabel "0" to "9").
+    """
+    from sklearn.datasets import load_digits as load_from_sklearn
+    from sklearn.model_selection import train_test_split
+
+    digits = load_from_sklearn()
+    gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
+    train, test = train_test_split(np.arange(len(gray)), test_size=360, stratify=digits.target, random_state=0)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
+    splits = datasets.DatasetDict()
+    for name, rows in (("train", train), ("test", test)):
+        columns = {"image": [Image.fromarray(image) for image in gray[rows]], "label": digits.target[rows].tolist()}
+        splits[name] = datasets.Dataset.from_dict(columns, features=features)
+    return splits
 
 
 def _first(stream: datasets.IterableDataset, where: str) -> datasets.Dataset:
