@@ -7,7 +7,7 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import fsspec  # type: ignore[import-untyped]
@@ -50,7 +50,7 @@ class BadImageError(ValueError):
 
 
 def decode(
-    value: Mapping[str, Any] | Image.Image | None,
+    value: Any,
     *,
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = WHITE,
@@ -62,7 +62,8 @@ def decode(
     The size is read from the header, and an image that is too large is refused before any pixel is decoded.
 
     Args:
-        value: A row's ``{"bytes": ..., "path": ...}`` as ``datasets.Image(decode=False)`` returns it, or a PIL image.
+        value: A row's ``{"bytes": ..., "path": ...}`` as ``datasets.Image(decode=False)`` returns it, a PIL image, the
+            bytes of a file, or its path or address.
         max_pixels: Largest accepted width times height.
         background: Color behind transparent pixels, (R, G, B) in 0..255.
         mode: Pillow's mode that ``datasets.Image(mode=...)`` asks for; the image is converted to it first.
@@ -72,11 +73,14 @@ def decode(
         BadImageError: The image is missing, empty, damaged, too large, or not in one of ``FORMATS``.
     """
     try:
-        if isinstance(value, Mapping):
-            value = fetch(value, remote=remote) if "://" in (value.get("path") or "") else value
+        value = fetch(value, remote=remote)
         image = value if isinstance(value, Image.Image) else _open(value)
-        _check_size(image, max_pixels)
-        _check_scans(image)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise BadImageError(
+                f"the image has {width} x {height} = {width * height:,} pixels, more than the limit of {max_pixels:,}; "
+                "shrink or remove it"
+            )
         tile, bits = getattr(image, "tile", None), getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, ())
         rawmode = str(tile[0].args if isinstance(tile[0].args, str) else tile[0].args[0]) if tile else ""
         if len(rawmode) == 1 and len(bits) > 1 and max(bits) > 8:
@@ -96,7 +100,12 @@ def decode(
     except BadImageError:
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
-        raise BadImageError(_explain(value, error)) from error
+        reason = f"the image cannot be decoded: {shown(error) or type(error).__name__}"
+        if isinstance(error, Image.DecompressionBombError):
+            reason = f"the image is far too large: {error}"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = f"the file is not an image of a known format ({', '.join(FORMATS)}) or its header is damaged"
+        raise BadImageError(reason) from error
 
 
 def fetch(value: Any, *, remote: bool = False) -> Any:
@@ -104,18 +113,18 @@ def fetch(value: Any, *, remote: bool = False) -> Any:
 
     Addresses are those of local archives (``zip://a.png::/data/set.zip``) and of the Hugging Face hub, whose streams
     name their files, and with ``remote`` any other.
-
-    Raises:
-        BadImageError: The file cannot be read, or is on the network and ``remote`` is off.
     """
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
-    path = value if isinstance(value, str) else value.get("path") if isinstance(value, Mapping) else None
+    path = str(value) if isinstance(value, str | Path) else value.get("path") if isinstance(value, Mapping) else None
     if not path or (isinstance(value, Mapping) and value.get("bytes") is not None):
         return value
     try:
         if "://" not in path or path.startswith("file:///"):
-            return {"bytes": _regular(path).read_bytes(), "path": path}
+            file = Path(os.fsdecode(unquote_to_bytes(path.removeprefix("file://"))) if "://" in path else path)
+            if not stat.S_ISREG(file.stat().st_mode):  # reading from a pipe or a device would wait, maybe for ever
+                raise BadImageError("this is a folder, a pipe or a device, not a regular file")
+            return {"bytes": file.read_bytes(), "path": path}
         protocols = {link.partition("://")[0] for link in path.split("::") if "://" in link}
         if not remote and (far := protocols - _NEAR):
             raise BadImageError(
@@ -127,20 +136,17 @@ def fetch(value: Any, *, remote: bool = False) -> Any:
     except BadImageError:
         raise
     except Exception as error:  # each file system raises its own
-        absent = isinstance(error, FileNotFoundError)
-        raise BadImageError("there is no such file" if absent else f"the file cannot be read: {error}") from error
+        if isinstance(error, FileNotFoundError):
+            raise BadImageError("there is no file of this name") from error
+        raise BadImageError(f"the file cannot be read: {error}") from error
 
 
 def decode_form(value: Any, where: str) -> Image.Image:
     """:func:`decode` for more forms: bytes, paths, uint8 arrays (H,W) or (H,W,3); errors start with ``where``."""
     path = value if isinstance(value, str | Path) else value.get("path") if isinstance(value, Mapping) else None
-    if isinstance(value, bytes):
-        value = {"bytes": value}
-    elif isinstance(value, str | Path):
-        value = {"path": str(value)}
-    elif isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.shape[2:] in ((), (3,)):
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.shape[2:] in ((), (3,)):
         value = Image.fromarray(value)
-    elif not (value is None or isinstance(value, Mapping | Image.Image)):
+    elif not (value is None or isinstance(value, Mapping | Image.Image | bytes | str | Path)):
         raise TypeError(
             f"{where} is a {type(value).__name__}, not an image, bytes, a path or a uint8 array (H, W[, 3])"
         )
@@ -151,55 +157,22 @@ def decode_form(value: Any, where: str) -> Image.Image:
 
 
 def _open(value: Mapping[str, Any] | None) -> Image.Image:
-    content, path = (value.get("bytes"), value.get("path")) if value else (None, None)
-    if content:
-        if len(content) > _LARGE:
-            _check_exif(io.BytesIO(content))
-        return Image.open(io.BytesIO(content), formats=FORMATS)
-    if content is None and path:
-        if (file := _regular(path)).stat().st_size > _LARGE:
-            with file.open("rb") as opened:
-                _check_exif(opened)
-        return Image.open(file, formats=FORMATS)
-    raise BadImageError("the image is missing" if content is None else "the image file is empty (0 bytes)")
-
-
-def _regular(path: str) -> Path:
-    """A local path or file address. Reading from a pipe or a device would wait, maybe for ever."""
-    file = Path(os.fsdecode(unquote_to_bytes(path[len("file://") :])) if path.startswith("file:///") else path)
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise BadImageError("this is a folder, a pipe or a device, not a regular file")
-    return file
-
-
-def _check_exif(file: IO[bytes]) -> None:
-    """Pillow joins the parts of a JPEG's EXIF data one by one; a million parts would take hours."""
-    if file.read(2) == _JPEG and file.read().count(b"Exif\0\0") > MAX_EXIF_PARTS:
+    content = value.get("bytes") if value else None
+    if not content:
+        raise BadImageError("the image is missing" if content is None else "the image file is empty (0 bytes)")
+    # Pillow joins the parts of a JPEG's EXIF data one by one; a million parts would take hours.
+    if len(content) > _LARGE and content.startswith(_JPEG) and content.count(b"Exif\0\0") > MAX_EXIF_PARTS:
         raise BadImageError(
             f"the image has more than {MAX_EXIF_PARTS:,} parts of EXIF data; save it again or remove it"
         )
-
-
-def _check_scans(image: Image.Image) -> None:
-    """Each scan of a progressive JPEG visits every pixel, and a scan can be as short as a hundred bytes."""
-    file = getattr(image, "fp", None)
-    if file is None or not image.info.get("progressive"):
-        return
-    file.seek(0)
-    scans = len(_SCAN.findall(file.read()))
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    # Each scan of a progressive JPEG visits every pixel, and a scan can be as short as a hundred bytes.
+    scans = len(_SCAN.findall(content)) if image.info.get("progressive") else 0
     if scans * image.width * image.height > MAX_SCANNED:
         raise BadImageError(
             f"the image has {scans:,} scans of {image.width} x {image.height} pixels each; save it again or remove it"
         )
-
-
-def _check_size(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadImageError(
-            f"the image has {width} x {height} = {width * height:,} pixels, more than the limit of {max_pixels:,}; "
-            "shrink or remove it"
-        )
+    return image
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -211,20 +184,8 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _explain(value: Any, error: Exception) -> str:
-    if isinstance(error, Image.DecompressionBombError):
-        return f"the image is far too large: {error}"
-    if isinstance(error, UnidentifiedImageError):
-        if isinstance(value, Mapping) and not value.get("bytes") and not Path(value["path"]).stat().st_size:
-            return "the image file is empty (0 bytes)"
-        return f"the file is not an image of a known format ({', '.join(FORMATS)}) or its header is damaged"
-    if isinstance(error, FileNotFoundError):
-        return f"there is no file {shown(Path(value['path']))}"
-    return f"the image cannot be decoded: {shown(error) or type(error).__name__}"
-
-
 def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """Convert an image of any mode to RGB; the first matching row decides.
+    """A new RGB image, transparent pixels over ``background``; the first matching row decides, others raise ValueError.
 
     - ``RGB``: unchanged, unless it has a color key
     - ``I;16*``, ``I``: 16-bit gray in any byte order, ``round(v / 257)``; TIFF's 12 bits, ``round(255 v / 4095)``
@@ -233,17 +194,6 @@ def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> I
     - ``P`` is looked up in its palette; ``L``, and ``1`` as 0 or 255, are repeated three times
     - ``CMYK``: ``R = (255 - C) * (255 - K) / 255``; Pillow has undone the inversion of Adobe's JPEG files
     - anything else: Pillow's ``convert("RGB")``, for instance of ``YCbCr`` and ``HSV``
-
-    Args:
-        image: A PIL image of any mode; not modified.
-        background: Color behind transparent pixels, (R, G, B) in 0..255.
-
-    Returns:
-        An image of mode ``RGB`` and the same size.
-
-    Raises:
-        ValueError: The mode is ``F`` or one that Pillow cannot convert, or an ``I`` image holds values
-            outside 0..65535.
     """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image

@@ -19,16 +19,11 @@ def same(left, right):
     return left.mode == right.mode == "RGB" and left.tobytes() == right.tobytes()
 
 
-@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "WEBP"])
-def test_lossless_formats_keep_every_pixel(format):
-    options = {"lossless": True} if format == "WEBP" else {}
-    assert same(decode(row(encoded(noise(), format, **options))), noise())
-
-
-@pytest.mark.parametrize("format", ["JPEG", "GIF", "MPO"])
-def test_other_formats_are_what_pillow_says(format):
-    content = encoded(noise(), format)
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "WEBP", "JPEG", "GIF", "MPO"])
+def test_formats_are_what_pillow_says(format):
+    content = encoded(noise(), format, **({"lossless": True} if format == "WEBP" else {}))
     assert same(decode(row(content)), Image.open(io.BytesIO(content)).convert("RGB"))
+    assert format in ("JPEG", "GIF", "MPO") or same(decode(row(content)), noise())
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
@@ -54,8 +49,6 @@ BAD = {
     "truncated": (JPEG[: len(JPEG) // 2], "truncated"),
     "cut in the header": (JPEG[:10], "cannot be decoded"),
     "empty": (b"", "0 bytes"),
-    "a web page": (b"<!DOCTYPE html><html>404</html>", "known format"),
-    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "known format"),
     "above the limit": (png_header(9_000, 9_000), "9000 x 9000 = 81,000,000 pixels, more than the limit of 64,000,000"),
     "a bomb": (png_header(60_000, 60_000), "too large"),
     "floats": (encoded(Image.new("F", (2, 2)), "TIFF"), "mode F"),
@@ -81,27 +74,6 @@ def gif(width, height, frame=(4, 4)):
     return screen + b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + bytes([2, 2, 0x4C, 1, 0, 0]) + b";"
 
 
-def tiff(width, height, samples=3, next_directory=0, extra=()):
-    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1 if samples == 1 else 2), (273, 8), (277, samples)]
-    tags += [(278, height), (279, 1)]
-    entries = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in tags)
-    entries += b"".join(struct.pack("<HHLL", *entry) for entry in extra)
-    count = struct.pack("<H", len(tags) + len(extra))
-    return b"II*\0" + struct.pack("<L", 8) + count + entries + struct.pack("<L", next_directory) + bytes(2000)
-
-
-def bmp(width, height, colors=0):
-    header = struct.pack("<LllHHLLllLL", 40, width, height, 1, 8 if colors else 24, 0, 0, 0, 0, colors, 0)
-    return b"BM" + struct.pack("<LHHL", 100, 0, 0, 54) + header + bytes(500)
-
-
-def webp(side):
-    content = bytearray(encoded(Image.new("RGBA", (8, 8)), "WEBP", lossless=True, exif=b"Exif\0\0II*\0"))
-    at = content.index(b"VP8X") + 12
-    content[at : at + 6] = 2 * (side - 1).to_bytes(3, "little")
-    return bytes(content)
-
-
 def repeated_scans(size, times):
     """A progressive JPEG whose last scan comes again and again; each makes the decoder walk over the whole picture."""
     content = encoded(Image.new("RGB", size), "JPEG", progressive=True)
@@ -119,11 +91,6 @@ TEXTS = [chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(900_000)))] * 99
 BOMBS = {
     "GIF screen": (gif(60_000, 60_000), "too large"),
     "GIF above the limit": (gif(4, 4, (9_000, 9_000)), "9000 x 9000 = 81,000,000 pixels, more than the limit"),
-    "WebP": (webp(16_384), "too large|could not create decoder"),  # the latter by Pillow 11
-    "TIFF": (tiff(60_000, 60_000), "too large"),
-    "TIFF samples": (tiff(4, 4, samples=65_535), "known format"),
-    "BMP": (bmp(60_000, 60_000), "too large"),
-    "BMP colors": (bmp(8, 8, colors=2**32 - 1), "Unsupported BMP Palette size"),
     "PNG iCCP": (png(chunk(b"iCCP", b"x\0\0" + INFLATED)), "Decompressed data too large"),
     "PNG zTXt": (png(chunk(b"zTXt", b"x\0\0" + INFLATED)), "Decompressed data too large"),
     "PNG iTXt": (png(chunk(b"iTXt", b"x\0\1\0\0\0" + INFLATED)), "Decompressed data too large"),
@@ -150,8 +117,6 @@ POLYGLOTS = {
     "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     "PSD": b"8BPS\0\1" + bytes(100),
     "WMF": b"\xd7\xcd\xc6\x9a" + bytes(100),
-    "script": b"#!/bin/sh\ntouch executed\n",
-    "JavaScript that begins like a GIF": b"GIF89a=1;/*" + bytes(3000) + b"*/alert(1)",
 }
 
 
@@ -163,8 +128,6 @@ def test_other_formats_are_refused_whatever_their_name(tmp_path, monkeypatch, co
         with pytest.raises(BadImageError, match="not an image of a known format"):
             decode(value)
 
-
-# Modes
 
 PALETTE = [10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120]
 COLORS = [[(10, 20, 30), (40, 50, 60)], [(70, 80, 90), (100, 110, 120)]]
@@ -264,8 +227,6 @@ def test_values_beyond_16_bits_are_refused(value):
 
 
 # Depths: files written by hand, so that every expected byte is arithmetic
-
-
 def packed(samples, bits, order=">"):
     """Rows of samples (H, W * C) as a file holds them."""
     if bits == 16:
@@ -287,13 +248,7 @@ def tiff_of(samples, bits, channels, photometric=None, order="<", compression=1,
     data, n_bits = (zlib.compress(data) if compression == 8 else data) + b"\0", struct.pack(f"{order}4H", *[bits] * 4)
     height, kind = len(samples), (1 if channels == 1 else 2) if photometric is None else photometric
     tags = [(256, len(samples[0]) // channels), (257, height), (258, bits), (259, compression), (262, kind), (273, 16)]
-    tags += [
-        (277, channels),
-        (278, height),
-        (279, len(data) - 1),
-        (284, planes),
-        *([(338, 2)] if channels == 4 else []),
-    ]
+    tags += [(277, channels), (278, height), (279, len(data) - 1), (284, planes)] + [(338, 2)] * (channels == 4)
     entries = b"".join(struct.pack(f"{order}HHL", tag, 4, 1) + struct.pack(f"{order}L", value) for tag, value in tags)
     if channels > 1:
         bits_at = struct.pack(f"{order}HHLL", 258, 3, channels, 8)

@@ -49,9 +49,6 @@ def same(tokens):
     return np.array_equal(np.asarray(tokens), TOKENS.numpy())
 
 
-# One batch
-
-
 def test_a_plain_batch(transform):
     labels = list(range(6))
     batch = transform({"label": labels, "image": list(PICTURES)})
@@ -93,9 +90,6 @@ def test_every_form_of_an_image(transform, tmp_path):
     assert np.array_equal(tokens, by_hand([gray]).expand(3, -1).numpy())
 
 
-# As a value
-
-
 def test_equal_transforms_have_one_fingerprint(transform):
     columns = np.asfortranarray(CORNERS.colors.numpy())  # the same colors in another order of memory
     others = [Palette(CORNERS.to_list()), Palette(columns), Palette(columns.astype(np.float64))]
@@ -109,9 +103,6 @@ def test_equal_transforms_have_one_fingerprint(transform):
         PaletteTransform(CORNERS, size=8, tokens_column="ids"),
     ]
     assert len({Hasher.hash(other) for other in different} | fingerprints) == 5
-
-
-# with_transform
 
 
 @pytest.mark.parametrize("decoded", [True, False])
@@ -138,9 +129,6 @@ def test_a_data_loader_makes_batches_that_modules_read(transform, dataset, worke
     assert torch.cat([batch.labels for batch in read]).tolist() == [0, 1, 1, 0, 1, 0]
 
 
-# map
-
-
 def test_map_puts_tokens_in_the_place_of_images(transform, dataset):
     mapped = dataset.map(transform, batched=True, batch_size=4, remove_columns=["image"])
     assert mapped.features == {
@@ -151,16 +139,6 @@ def test_map_puts_tokens_in_the_place_of_images(transform, dataset):
     assert same(mapped.with_format("numpy")["tokens"][:])
     assert mapped["text"][:] == dataset["text"][:]
     assert set(mapped["palette"]) == {CORNERS.sha256}
-
-
-def test_streams(transform, dataset):
-    stream = dataset.to_iterable_dataset()
-    mapped = list(stream.map(transform, batched=True, batch_size=4, remove_columns=["image", "text"]))
-    assert [list(row) for row in mapped] == [["label", "tokens", "palette"]] * 6
-    assert same(np.stack([row["tokens"] for row in mapped]))
-    batch = next(iter(DataLoader(stream.map(transform, batched=True, remove_columns=["image"]), batch_size=6)))
-    assert same(batch["tokens"])
-    assert batch["text"] == list("abcdef")
 
 
 @pytest.mark.slow
@@ -182,17 +160,16 @@ assert numpy.array_equal(*[result[:]["tokens"] for result in results])
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
 
 
-# Shapes of tokens
-
-
 def test_token_rows(transform, dataset):
     forms = [
-        TOKENS,
-        TOKENS.numpy(),
-        TOKENS.numpy().astype(np.uint16),
-        TOKENS.tolist(),
-        list(TOKENS),
-        list(TOKENS.numpy()),
+        *(
+            TOKENS,
+            TOKENS.numpy(),
+            TOKENS.numpy().astype(np.uint16),
+            TOKENS.tolist(),
+            list(TOKENS),
+            list(TOKENS.numpy()),
+        ),
         dataset.with_transform(transform)[:]["tokens"],
         dataset.map(transform, batched=True)["tokens"],
         dataset.map(transform, batched=True).with_format("torch")[:]["tokens"],

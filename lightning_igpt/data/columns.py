@@ -34,23 +34,36 @@ def is_tokenized(features: Mapping[str, Any]) -> bool:
 
 
 def marked_palette(rows: datasets.Dataset) -> TokenMark:
-    """Read which palette and picture size the ids of a data set belong to.
-
-    Raises:
-        ValueError: There are no ids, nothing names their palette, they belong to several, or they fill no square.
-    """
+    """Read which palette and picture size the ids of a data set belong to."""
     if not is_tokenized(rows.features):
         raise ValueError(f"there is no column {TOKENS_COLUMN!r} of integers; the columns are {_listed(rows.features)}")
-    return TokenMark(_sha256(rows), _image_size(rows))
+    feature = rows.features.get(PALETTE_COLUMN)
+    if feature is None:
+        raise ValueError(
+            f"nothing says which palette the column {TOKENS_COLUMN!r} belongs to: there is no column "
+            f"{PALETTE_COLUMN!r} that names it. Make the data set with lightning_igpt.tokenize, or by "
+            "map(palette.transform(), batched=True), which both write it"
+        )
+    named = isinstance(feature, datasets.ClassLabel)
+    hashes = list(feature.names) if named else _read(rows, PALETTE_COLUMN).unique().to_pylist()
+    if wrong := [value for value in hashes if not re.fullmatch("[0-9a-f]{64}", str(value))]:
+        raise ValueError(f"the column {PALETTE_COLUMN!r} should hold the SHA-256 of a palette; it holds {wrong[0]!r}")
+    if len(hashes) != 1:
+        listed = ", ".join(value[:12] for value in hashes)
+        raise ValueError(f"tokens of {len(hashes)} palettes ({listed}) are in one data set; tokenize it with one")
+    length = getattr(rows.features[TOKENS_COLUMN], "length", -1)
+    if length < 0:
+        length = len(rows.with_format(None)[0][TOKENS_COLUMN]) if len(rows) else 0
+    size = isqrt(length)
+    if not length or size * size != length:
+        raise ValueError(f"rows of {length} tokens fill no square picture; the nearest is {size} x {size} = {size**2}")
+    return TokenMark(str(hashes[0]), size)
 
 
 def find_image_column(features: datasets.Features, wanted: str | None, *, where: str) -> str:
     """Name the column of images: ``wanted``, the only one of type Image, or of several the first of ``IMAGE_NAMES``.
 
     Without any of type Image, the first of ``IMAGE_NAMES`` that can hold encoded images.
-
-    Raises:
-        ValueError: There is no such column, or ``wanted`` cannot hold images.
     """
     if wanted is not None:
         _check_column(features, wanted, "image_column", where)
@@ -81,9 +94,6 @@ def find_label_column(features: datasets.Features, wanted: str | None, *, needed
 
     Of several ClassLabels it is the first that is in ``LABEL_NAMES``; without any, the integers of such a name, or,
     where labels are needed, the strings.
-
-    Raises:
-        ValueError: ``wanted`` does not exist or is of no use, or labels are needed and the choice is not clear.
     """
     if wanted is not None:
         _check_column(features, wanted, "label_column", where)
@@ -122,9 +132,6 @@ def class_names_of(dataset: datasets.Dataset | datasets.IterableDataset, column:
     """The classes of a split, in the order of their numbers.
 
     Names of a ClassLabel; sorted distinct strings; for plain integers "0" to the largest.
-
-    Raises:
-        ValueError: The integers are too large to be class numbers, or a stream does not name its classes.
     """
     feature = (dataset.features or {}).get(column)
     if isinstance(feature, datasets.ClassLabel):
@@ -149,9 +156,6 @@ def encode_labels(dataset: datasets.Dataset, column: str, class_names: Sequence[
     """Read a column of labels as numbers into ``class_names``, the training split's: int64 (rows,).
 
     ClassLabels and strings are matched by name, because a split that lacks a class may number the others differently.
-
-    Raises:
-        ValueError: A label is missing, hidden (-1), outside the range, or of a class that training does not have.
     """
     values = _read(dataset, column)
     if values.null_count:
@@ -166,7 +170,14 @@ def encode_labels(dataset: datasets.Dataset, column: str, class_names: Sequence[
     else:
         numbers = values.to_numpy().astype(np.int64)
         names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else list(class_names)
-        _check_range(numbers, len(names), where=where)
+        outside = np.flatnonzero((numbers < 0) | (numbers >= len(names)))
+        if len(outside):
+            label = numbers[outside[0]]
+            hint = "; -1 marks the hidden labels of a benchmark's test split" if label == -1 else ""
+            raise ValueError(
+                f"{len(outside)} of {len(numbers)} labels of {where} are outside 0..{len(names) - 1}, "
+                f"the first is {label} in row {outside[0]}{hint}"
+            )
     number_of = {name: number for number, name in enumerate(class_names)}
     used = [names[number] for number in np.unique(numbers)]
     if unknown := [name for name in used if name not in number_of]:
@@ -176,46 +187,6 @@ def encode_labels(dataset: datasets.Dataset, column: str, class_names: Sequence[
         )
     table = np.array([number_of.get(name, -1) for name in names], dtype=np.int64)
     return torch.from_numpy(table[numbers])
-
-
-def _check_range(numbers: np.ndarray, n_classes: int, *, where: str) -> None:
-    outside = np.flatnonzero((numbers < 0) | (numbers >= n_classes))
-    if not len(outside):
-        return
-    label = numbers[outside[0]]
-    hint = "; -1 marks the hidden labels of a benchmark's test split, which cannot be used" if label == -1 else ""
-    raise ValueError(
-        f"{len(outside)} of {len(numbers)} labels of {where} are outside 0..{n_classes - 1}, "
-        f"the first is {label} in row {outside[0]}{hint}"
-    )
-
-
-def _sha256(rows: datasets.Dataset) -> str:
-    feature = rows.features.get(PALETTE_COLUMN)
-    if feature is None:
-        raise ValueError(
-            f"nothing says which palette the column {TOKENS_COLUMN!r} belongs to: there is no column "
-            f"{PALETTE_COLUMN!r} that names it. Make the data set with lightning_igpt.tokenize, or by "
-            "map(palette.transform(), batched=True), which both write it"
-        )
-    named = isinstance(feature, datasets.ClassLabel)
-    hashes = list(feature.names) if named else _read(rows, PALETTE_COLUMN).unique().to_pylist()
-    if wrong := [value for value in hashes if not re.fullmatch("[0-9a-f]{64}", str(value))]:
-        raise ValueError(f"the column {PALETTE_COLUMN!r} should hold the SHA-256 of a palette; it holds {wrong[0]!r}")
-    if len(hashes) != 1:
-        listed = ", ".join(value[:12] for value in hashes)
-        raise ValueError(f"tokens of {len(hashes)} palettes ({listed}) are in one data set; tokenize it with one")
-    return str(hashes[0])
-
-
-def _image_size(rows: datasets.Dataset) -> int:
-    length = getattr(rows.features[TOKENS_COLUMN], "length", -1)
-    if length < 0:
-        length = len(rows.with_format(None)[0][TOKENS_COLUMN]) if len(rows) else 0
-    size = isqrt(length)
-    if not length or size * size != length:
-        raise ValueError(f"rows of {length} tokens fill no square picture; the nearest is {size} x {size} = {size**2}")
-    return size
 
 
 def _read(dataset: datasets.Dataset, column: str) -> Any:  # pyarrow.ChunkedArray

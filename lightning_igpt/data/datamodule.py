@@ -3,19 +3,20 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow as pa  # type: ignore[import-untyped]
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_igpt.bases import LightningDataModule
 from lightning_igpt.config import plain
 from lightning_igpt.data import loaders, readers, streams
 from lightning_igpt.data.loaders import Loader, make_loader, matching_palette, place_of
-from lightning_igpt.data.options import Cache, check, follow, pairs
+from lightning_igpt.data.options import Cache, check
 from lightning_igpt.data.order import EndlessOrder, EvalOrder
 from lightning_igpt.data.readers import ImageBatches, OnBadImage
 from lightning_igpt.data.sources import ImageSource, Source, name_of, open_source
 from lightning_igpt.data.splits import Division, Part, divide, make_parts
 from lightning_igpt.data.streams import StreamBatches, StreamPart, StreamReader
-from lightning_igpt.data.tokens import TokenReader, cached_tokens, damage_named
+from lightning_igpt.data.tokens import DamagedDataError, TokenReader, cached_tokens
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
 from lightning_igpt.files import write_csv
 
@@ -30,8 +31,8 @@ class ImageDataModule(LightningDataModule):
     the draws of a run in training and the rows in evaluation, ``label`` is there when the source has labels. Sources
     of tokens, and ``cache="disk"``, give ``tokens`` int16 (B, S * S) instead of ``image``.
 
-    Options can be set later, as attributes or in ``hparams``: new loaders use them. Those that decide which rows there
-    are (source, splits, columns, ``seed``, ``val_fraction``) need another ``setup``, with which every ``fit`` begins.
+    Options can be set later, as attributes: new loaders use them, and ``hparams`` has them. Those that decide which
+    rows there are (source, splits, columns, ``seed``, ``val_fraction``) need another ``setup``, as ``fit`` calls it.
 
     After ``setup``, ``num_classes`` and ``class_names`` (None without labels) and ``batches_per_epoch`` tell modules
     what they train on; ``bad_images`` says which images were left out.
@@ -97,21 +98,15 @@ class ImageDataModule(LightningDataModule):
         max_bad_share: float = 0.05,
     ) -> None:
         super().__init__()
-        # Not logged: Lightning stops where module and data module have different values of one name, such as seed.
-        self.save_hyperparameters(ignore=["source", "palette"], logger=False)
-        source = plain(source)
-        # A data set itself would make checkpoints large, and unreadable with weights_only=True.
-        self.hparams["source"] = name_of(source)
-        self.source, self.image_size, self.batch_size, self.num_workers = source, image_size, batch_size, num_workers
+        self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.seed, self.val_fraction, self.cache, self.palette = seed, val_fraction, cache, palette
         self.shuffle_buffer, self.val_images, self.streaming = shuffle_buffer, val_images, streaming
         self.on_bad_image, self.max_bad_share = on_bad_image, max_bad_share
         self.config_name, self.revision = config_name, revision
         self.image_column, self.label_column = image_column, label_column
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
+        self.source = plain(source)
         check(self)
-        self.known_options = pairs(self)
-        self._used: list[Any] = []  # the options that the source was opened with
         self._begun_with = batch_size  # at the last ``setup``
         self.parts: dict[str, Part] = {}  # train and, where there are any, val and test; of a stream what is kept
         self.left_out: dict[str, readers.BadImages] = {}  # by part
@@ -119,17 +114,31 @@ class ImageDataModule(LightningDataModule):
         self._order: EndlessOrder | None = None  # of the last loader, which without a trainer the next one continues
         self._stream: Loader | None = None
         self._stream_states: list[list[str]] = []  # of a checkpoint: of each process, of each worker
+        # Not logged: Lightning stops where module and data module have different values of one name, such as seed.
+        self.save_hyperparameters(ignore=["source", "palette"], logger=False)
+        # A data set itself would make checkpoints large, and unreadable with weights_only=True.
+        self.hparams["source"] = name_of(self.source)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = getattr(self, name, None)
+        super().__setattr__(name, value)
+        if name in self.hparams and before != value:
+            self.hparams[name] = name_of(value) if name == "source" else value
+            if name in _DIVIDING:
+                self._opened, self.division, self.parts = None, None, {}
 
     @property
     def opened(self) -> Source:
         """What ``source`` names, opened."""
-        follow(self)
-        now = [getattr(self, name) for name in _DIVIDING]
-        if self._opened is None or now != self._used:
-            self._opened, self._used, self.division, self.parts = None, now, None, {}
+        if self._opened is None:
             options = {name: getattr(self, name) for name in _OPENING} | {"need_labels": self.needs_labels}
-            with damage_named(name_of(self.source)):
+            try:
                 self._opened = open_source(self.source, name=self.config_name, **options)
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and (error.errno or error.filename):
+                    raise
+                where = name_of(self.source)  # pyarrow names no place
+                raise DamagedDataError(f"{where} is damaged; restore it, or make it again. {error}") from error
             self.class_names = self._opened.class_names
             self.num_classes = None if self.class_names is None else len(self.class_names)
         if self._opened.streaming and self.cache == "disk":
@@ -165,11 +174,7 @@ class ImageDataModule(LightningDataModule):
         self.opened  # noqa: B018
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the source, divide it, and check the labels of all that is trained and validated on.
-
-        Raises:
-            ValueError: A column, a split or labels are missing or unusable.
-        """
+        """Open the source, divide it, and check the labels of all that is trained and validated on."""
         check(self)
         opened, self._begun_with = self.opened, self.batch_size
         if self.division is not None:
@@ -191,17 +196,12 @@ class ImageDataModule(LightningDataModule):
 
         Under a trainer with ``max_steps`` and no ``max_epochs``, one Lightning epoch is the whole run; otherwise it is
         one pass over the data.
-
-        Raises:
-            ValueError: The part is smaller than ``batch_size``, or that cannot be divided among devices and
-                accumulated micro-batches.
         """
         self._check_role("train")
         trainer, streaming = loaders.unfinished(self.trainer), self.opened.streaming
         place = place_of(trainer)
         if trainer is not None and not streaming and self.batch_size != self._begun_with:  # by a BatchSizeFinder
             self.batch_size = loaders.possible_batch_size(self.batch_size, len(self.parts["train"]), place)
-            follow(self)
         per_pass = None if self.n_train is None else max(1, self.n_train // self.batch_size)
         order = EndlessOrder(
             self.batch_size if streaming else len(self.parts["train"]),
@@ -244,11 +244,7 @@ class ImageDataModule(LightningDataModule):
         return log.numbers if log else set()
 
     def eval_loader(self, role: str, *, need_labels: bool | None = None) -> Loader:
-        """Every image of a part once, in order, resized from its middle square.
-
-        Raises:
-            ValueError: There is no such part, or it is a stream that several processes would have to divide.
-        """
+        """Every image of a part once, in order, resized from its middle square."""
         self._check_role(role)
         need_labels = self.needs_labels if need_labels is None else need_labels
         place, resize = place_of(self.trainer), CenterCrop(self._size())
@@ -339,7 +335,6 @@ class ImageDataModule(LightningDataModule):
 
     def _check_role(self, role: str) -> None:
         check(self)
-        _ = self.division and self.opened  # which forgets a division by other options
         if self.division is None:
             raise RuntimeError("call setup() before asking for a loader, also after a change of what it divides")
         if role not in self.roles():

@@ -30,9 +30,8 @@ _NOTHING = re.compile(rf"(?<![^\W\d_])(?:{_PLAIN})(?![^\W\d_])|[\W\d_]")
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}.*")  # as on the hub; what comes first is the split
 _CARD = re.compile("^(configs|dataset_info):", re.M)
 UNREADABLE = {".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".raw", ".psd", ".svg"}
-TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # suffix: what ``datasets`` calls it
-_KINDS = dict.fromkeys(SUFFIXES, "image") | dict.fromkeys(UNREADABLE, "unreadable")
-_KINDS |= {".parquet": "Parquet", ".arrow": "Arrow", ".tar": "WebDataset"}
+TABLES = {".parquet": "Parquet", ".arrow": "Arrow", ".tar": "WebDataset"}
+_KINDS = dict.fromkeys(SUFFIXES, "image") | dict.fromkeys(UNREADABLE, "unreadable") | TABLES
 _KINDS |= dict.fromkeys((".json", ".csv", ".jsonl"), "other")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -51,13 +50,13 @@ def quiet() -> Iterator[None]:
 
 
 def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -> Any:
-    """Open a file or a folder as a Dataset or a DatasetDict; Parquet, Arrow and tars as streams if ``streaming``.
-
-    Raises:
-        ValueError: Nothing usable is there, or what is there can be read in two ways; the message says which.
-    """
+    """Open a file or a folder as a Dataset or a DatasetDict; Parquet, Arrow and tars as streams if ``streaming``."""
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix in TABLES:
+        return datasets.load_dataset(TABLES[suffix].lower(), data_files=[_literal(path)], streaming=streaming)
     if path.is_file():
-        return _open_file(path, streaming)
+        kind = "a single image" if suffix in SUFFIXES | UNREADABLE else "no Parquet file, Arrow file or WebDataset tar"
+        raise ValueError(f"{shown(path)} is {kind}; give the folder that holds your images, as JPEG or PNG")
     files: dict[str, list[Path]] = defaultdict(list)
     for file in list_files(path, _KINDS):
         files[_KINDS[file.suffix.lower()]].append(file)
@@ -72,9 +71,8 @@ def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -
         tables = files.pop("Parquet", [])
         others += (about := [file for file in tables if _describes(path / file)])
         files |= {"Parquet": tables} if len(about) < len(tables) else {}
-    problem = (
-        f"{len(unreadable)} images in formats that are not read ({_listed({f.suffix.lower() for f in unreadable})})"
-    )
+    suffixes = _listed({file.suffix.lower() for file in unreadable})
+    problem = f"{len(unreadable)} images in formats that are not read ({suffixes})"
     if len(files) > 1:
         counts = " and ".join(f"{len(paths)} {kind} files" for kind, paths in files.items())
         raise ValueError(f"{shown(path)} holds {counts}; give a folder of one kind")
@@ -90,15 +88,6 @@ def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -
         f"{shown(path)} holds no images ({' '.join(sorted(SUFFIXES))}), no Parquet, Arrow or WebDataset (.tar) files, "
         "and no data set written by save_to_disk, at any depth"
     )
-
-
-def _open_file(path: Path, streaming: bool) -> Any:
-    suffix = path.suffix.lower()
-    if suffix in SUFFIXES | UNREADABLE:
-        raise ValueError(f"{shown(path)} is a single image; give the folder that holds your images, as JPEG or PNG")
-    if suffix not in TABLES:
-        raise ValueError(f"{shown(path)} is no Parquet file, Arrow file or WebDataset tar; give one, or a folder")
-    return datasets.load_dataset(TABLES[suffix], data_files={"train": [_literal(path)]}, streaming=streaming)
 
 
 def _open_saved(path: Path, saved: set[Path]) -> Any:
@@ -146,9 +135,13 @@ def _open_tables(path: Path, files: list[Path], name: str | None, streaming: boo
 def _literal(path: Path) -> str:
     """A path for ``datasets``, which takes it as a pattern, expands variables and opens chains of file systems."""
     text = str(path.absolute())
-    if "::" in text or os.path.expandvars(text) != text or text.encode("utf-8", "replace").decode() != text:
+    if "::" in text or os.path.expandvars(text) != text or not _is_utf8(text):
         raise ValueError(f"datasets cannot read {shown(path)}: '::', '$' and bytes that are not UTF-8; rename it")
     return glob.escape(text)
+
+
+def _is_utf8(text: str) -> bool:
+    return text.encode("utf-8", "replace").decode() == text
 
 
 def _describes(table: Path) -> bool:
@@ -172,17 +165,12 @@ def splits_of(names: Collection[str], folder: Path, loose: Collection[str] = ())
 
     A name is a split's where it holds one of ``SPLIT_NAMES`` and no words of its own (``training_set``, ``val2017``),
     or where another one differs from it in that word only (``seg_train``, ``seg_test``).
-
-    Raises:
-        ValueError: There are other folders or ``loose`` files, all names contain splits but differ in other words too,
-            or two mean one split.
     """
     read = {name: (min(found), rest) for name in names for found, rest in [_read_name(name)] if len(found) == 1}
     groups = defaultdict(set)
     for split, rest in read.values():
         groups[rest].add(split)
-    alone = len(names) == 1 and not loose
-    named = sorted(name for name, (_, rest) in read.items() if not rest or len(groups[rest]) > 1 or alone)
+    named = sorted(name for name, (_, rest) in read.items() if not rest or len(groups[rest]) > 1)
     others = [*loose, *(f"{name}/" for name in set(names) - set(named))]
     if named and others:
         raise ValueError(
@@ -190,7 +178,7 @@ def splits_of(names: Collection[str], folder: Path, loose: Collection[str] = ())
             f"({_listed(others)}). Where {named[0]} is a split, move the other images into train/, or away; where it "
             "is a class, rename it or give a DatasetDict"
         )
-    if others and len(read) == len(names) and not loose:
+    if others and len(read) == len(names) > 1 and not loose:
         raise ValueError(
             f"the folders of {shown(folder)} ({_listed(names)}) may be splits or classes; name splits train, "
             "validation and test, and classes without these words, or give a DatasetDict"
@@ -230,13 +218,9 @@ def open_image_folder(folder: Path, files: list[Path], metadata: Collection[Path
     where all of their names are those of splits (:func:`splits_of`). Below that, the first folders are classes where
     every image of a split is in one and there are two or more. A split that metadata files describe has the images
     that they name, and their columns.
-
-    Raises:
-        ValueError: Sub-folders can be read as splits and as classes, splits lie inside other folders, or metadata
-            cannot be read or names an image that is not there.
     """
     rows, base = _read_metadata(folder, metadata), Path()
-    if unknown := rows and rows.keys() - {_key(folder / path) for path in files}:
+    if unknown := rows and rows.keys() - {os.path.normpath(folder / path) for path in files}:
         raise ValueError(f"a metadata file of {shown(folder)} names {shown(min(unknown))}, but there is no such image")
     below = {path: path for path in files}  # what of each path may be splits and classes
     while True:
@@ -248,16 +232,11 @@ def open_image_folder(folder: Path, files: list[Path], metadata: Collection[Path
         base /= top.pop()  # one folder around everything
         below = {path: inner.relative_to(inner.parts[0]) for path, inner in below.items()}
     if not named:
-        second = {inner.parts[1]: path for path, inner in below.items() if len(inner.parts) > 2}
-        inside = {
-            min(read[0]): path
-            for name, path in second.items()
-            if len((read := _read_name(name))[0]) == 1 and not read[1]
-        }
-        if "train" in inside and len(inside) > 1:
+        inside = [_read_name(name) for name in {inner.parts[1] for inner in below.values() if len(inner.parts) > 2}]
+        if {"train"} < set().union(*(found for found, rest in inside if len(found) == 1 and not rest)):
             raise ValueError(
-                f"{shown(folder)} has splits inside other folders ({shown(inside['train'])}); put the splits "
-                "outermost, as in train/cat/, or its test images would be trained on"
+                f"{shown(folder)} has splits inside other folders ({_listed(top)}); put the splits outermost, as in "
+                "train/cat/, or its test images would be trained on"
             )
         return _to_datasets(folder, {"train": list(below.items())}, rows)
     splits = defaultdict(list)
@@ -276,60 +255,43 @@ def _to_datasets(
     classes = {below.parts[0] for split in labeled for _, below in splits[split]}
     result = datasets.DatasetDict()
     for split, paths in splits.items():
-        described = [(path, below, row) for path, below in paths for row in rows.get(_key(folder / path), [])]
-        left = [path for path, _ in paths if described and _key(folder / path) not in rows]
-        if left:
-            rank_zero_warn(f"{len(left)} images that no metadata names are left out, such as {shown(folder / left[0])}")
-        images = described or [(path, below, {}) for path, below in paths]
-        names: dict[str, Any] = {name: [] for _, _, row in images for name in row}
-        for name, values in names.items():
-            values += [row.get(name) for _, _, row in images]
+        files = {folder / path: below.parts[0] for path, below in paths}
+        described = [(path, row) for path in files for row in rows.get(os.path.normpath(path), [])]
+        images = described or [(path, {}) for path in files]
+        if left := files.keys() - {path for path, _ in images}:
+            rank_zero_warn(f"{len(left)} images that no metadata names are left out, such as {shown(min(left))}")
+        names = dict.fromkeys(name for _, row in images for name in row)
+        columns: dict[str, list[Any]] = {name: [row.get(name) for _, row in images] for name in names}
         try:
-            features = datasets.Dataset.from_dict(names).features if names else datasets.Features()
+            features = datasets.Dataset.from_dict(columns).features
         except Exception as error:  # of pyarrow, several
             raise ValueError(f"the metadata of {shown(folder)} mixes types in a column: {shown(error)}") from error
-        columns = names | {"image": [_address(folder / path) for path, _, _ in images]}
+        # A data set holds UTF-8 only, an address escapes other bytes.
+        columns["image"] = [str(path) if _is_utf8(str(path)) else path.absolute().as_uri() for path, _ in images]
         features["image"] = datasets.Image(decode=False)
         if split in labeled and len(classes) > 1 and not names.keys() & set(LABEL_NAMES):
-            columns["label"] = [_text(below.parts[0]) for _, below, _ in images]
+            columns["label"] = [shown(files[path]) for path, _ in images]
             features["label"] = datasets.ClassLabel(names=sorted(set(columns["label"])))
         result[split] = datasets.Dataset.from_dict(columns, features=features)
     return result
 
 
-def _text(name: str) -> str:
-    """A name of the file system in UTF-8, whatever the locale; other bytes are escaped."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _key(path: Path) -> str:
-    """An image as metadata names it."""
-    return _text(os.path.normpath(path))
-
-
-def _address(path: Path) -> str:
-    """A path, or, since a data set holds UTF-8 only, an address that escapes other bytes."""
-    return str(path) if _text(str(path)) == str(path) else path.absolute().as_uri()
-
-
 def _read_metadata(folder: Path, files: Collection[Path]) -> dict[str, list[dict[str, Any]]]:
     """The rows of metadata files, without their file names, by the path of the image."""
     result: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    kinds = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}
     for path in (folder / file for file in files):
-        kind = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}[path.suffix]
-        words: dict[str, Any] = (
-            {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
-        )  # None may be a class
+        # In a CSV file, None may be a class.
+        options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if path.suffix == ".csv" else {}
         try:
-            rows = datasets.load_dataset(kind, data_files=[_literal(path)], split="train", **words)
+            rows = datasets.load_dataset(kinds[path.suffix], data_files=[_literal(path)], split="train", **options)
         except Exception as error:  # wraps those of pandas and pyarrow
-            raise ValueError(
-                f"{shown(path)} cannot be read: {shown(error.__cause__ or error)}; repair or rename it"
-            ) from error
+            reason = shown(error.__cause__ or error)
+            raise ValueError(f"{shown(path)} cannot be read: {reason}; repair or rename it") from error
         key = next((name for name in ("file_name", *rows.column_names) if name.endswith("file_name")), "")
         if key not in rows.column_names:
             rank_zero_warn(f"{shown(path)} is left out: its columns {_listed(rows.column_names)} have no file_name")
             continue
         for row in rows.to_list():
-            result[_key(path.parent / str(row.pop(key)))].append(row)
+            result[os.path.normpath(path.parent / str(row.pop(key)))].append(row)
     return result

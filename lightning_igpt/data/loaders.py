@@ -139,9 +139,6 @@ def n_steps(trainer: Trainer | None, per_pass: int | None, source: str) -> int:
 
     With ``max_steps`` and no ``max_epochs`` it is the whole run: Lightning resumes in the middle of an epoch exactly,
     but not at the end of one when ``max_steps`` is set. Otherwise it is one pass over the data.
-
-    Raises:
-        ValueError: The length of a pass is unknown, and so the length of an epoch.
     """
     if trainer is None:
         return per_pass or 2**31
@@ -172,11 +169,7 @@ def network_of(trainer: Trainer | None) -> tuple[int | None, Palette | None]:
 
 
 def matching_size(trainer: Trainer | None, source: Source, wanted: int | None) -> int:
-    """The side of the images: as ``wanted``, as the network's, as that of the tokens, or 32.
-
-    Raises:
-        ValueError: Tokens have another size.
-    """
+    """The side of the images: as ``wanted``, as the network's, as that of the tokens, or 32."""
     own = None if source.tokens is None else source.tokens.image_size
     size = wanted or network_of(trainer)[0] or own
     if size is None:
@@ -190,23 +183,19 @@ def matching_size(trainer: Trainer | None, source: Source, wanted: int | None) -
 
 
 def matching_palette(trainer: Trainer | None, source: Source, wanted: str | None, *, cache: bool) -> Palette | None:
-    """The palette of tokens: as ``wanted``, or the network's; None where nobody says.
-
-    Raises:
-        ValueError: A cache of tokens needs one, or tokens and network have different ones.
-    """
+    """The palette of tokens: as ``wanted``, or the network's; None where nobody says."""
     mine, network = None if wanted is None else Palette.load(wanted), network_of(trainer)[1]
-    mark = None if source.tokens is None else source.tokens.sha256
-    if mark is not None and mine is not None and mine.sha256 != mark:
-        raise ValueError(f"{source.name} holds tokens of the palette {mark[:12]}, not of {mine.sha256[:12]}")
-    sha256 = mine.sha256 if mine is not None else mark
-    if network is not None and sha256 not in (None, network.sha256) and (mark or cache):
-        raise ValueError(
-            f"{source.name} is to be read with the palette {str(sha256)[:12]}, but the network has "
-            f"{network.sha256[:12]}: every token would mean another color. Use one palette for both"
-        )
-    if cache and mark is None and mine is None and network is None:
-        raise ValueError("cache=disk keeps tokens: give palette, or use it with a trainer whose module has one")
+    if cache or source.tokens is not None:
+        palettes = {"its tokens": source.tokens, "palette": mine, "the network": network}
+        known = {name: palette.sha256[:12] for name, palette in palettes.items() if palette is not None}
+        if len(set(known.values())) > 1:
+            listed = ", ".join(f"{sha256} of {name}" for name, sha256 in known.items())
+            raise ValueError(
+                f"{source.name} is to be read with several palettes ({listed}): every token would mean another color. "
+                "Use one for all"
+            )
+        if not known:
+            raise ValueError("cache=disk keeps tokens: give palette, or use it with a trainer whose module has one")
     return mine or network
 
 

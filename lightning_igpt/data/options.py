@@ -1,9 +1,8 @@
-"""Options of a data module: their ranges, and one value for the attribute and for ``hparams``."""
+"""Ranges of the options of a data module."""
 
 from typing import Any, Literal, get_args
 
 from lightning_igpt.data.readers import OnBadImage
-from lightning_igpt.data.sources import name_of
 
 Cache = Literal["none", "disk", "auto", "memory"]
 _LEAST = dict.fromkeys(("batch_size", "image_size", "n_crops", "shuffle_buffer", "val_images"), 1)
@@ -27,18 +26,3 @@ def check(data: Any) -> None:
             f"n_crops is {data.n_crops}, but random_crop is {data.random_crop} and cache is {data.cache!r}: only "
             "cache=disk keeps random crops; without it every pass draws new ones"
         )
-
-
-def pairs(data: Any) -> dict[str, tuple[Any, Any]]:
-    """Each option as an attribute and in ``hparams``; a subclass may give its base another value than its own."""
-    return {name: (getattr(data, name), kept) for name, kept in data.hparams.items() if hasattr(data, name)}
-
-
-def follow(data: Any) -> None:
-    """Let an option that was set since the last call hold for the attribute and for ``hparams`` alike."""
-    for name, (was, kept) in data.known_options.items():
-        if (now := getattr(data, name)) != was:
-            data.hparams[name] = name_of(now) if name == "source" else now
-        elif data.hparams[name] != kept:
-            setattr(data, name, data.hparams[name])
-    data.known_options = pairs(data)

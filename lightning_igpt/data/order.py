@@ -29,9 +29,6 @@ class EndlessOrder(DistributedSampler[Draw]):
         n_steps: Optimizer steps in one iteration. The loop that resumes in the middle of one stops earlier.
         first_step: Called whenever an iteration begins, which then starts at that step. Where it returns None,
             iterations follow each other, or begin with the epoch that ``set_epoch`` names.
-
-    Raises:
-        ValueError: There are fewer rows than one step takes, or a step cannot be divided evenly.
     """
 
     def __init__(
@@ -93,9 +90,6 @@ class EvalOrder(DistributedSampler[list[Draw]]):
 
     Each rank reads a contiguous share in batches of nearly equal size. All ranks have the same number of batches,
     so that collective calls inside a step cannot hang.
-
-    Raises:
-        ValueError: There are fewer rows than processes.
     """
 
     def __init__(self, n_images: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:

@@ -26,7 +26,6 @@ BAD = "bad_images"  # key of a batch: what was left out; the loader removes it
 MAX_STAND_INS = 100  # tried for one image before the data set itself is called bad
 REPAIR = "Repair or remove it; on_bad_image=skip leaves such images out"
 _SHOWN = 10  # warnings of single images; the list has them all
-_ENOUGH_READ = 1000  # images after which a share of those read means something
 
 
 class BadImage(NamedTuple):
@@ -42,7 +41,10 @@ class BadImage(NamedTuple):
 
 
 class BadImages:
-    """The images left out so far, each once; ``n_images`` is None where the number of all is unknown."""
+    """The images left out so far, each once: at most ``max_share`` of ``n_images``.
+
+    Where the number of all is unknown, ``n_images`` is None and a share of those read counts, of 1,000 or more.
+    """
 
     def __init__(self, max_share: float, n_images: int | None = None) -> None:
         self.max_share, self.n_images = max_share, n_images
@@ -51,12 +53,7 @@ class BadImages:
         self.n_read = 0
 
     def note(self, bad: list[BadImage], n_read: int) -> None:
-        """Record a batch of ``n_read`` images of which ``bad`` could not be read.
-
-        Raises:
-            BadImageError: More than ``max_share`` of all images are bad; where their number is unknown, of at least
-                1,000 read so far.
-        """
+        """Record a batch of ``n_read`` images of which ``bad`` could not be read; too many raise BadImageError."""
         self.n_read += n_read
         for place, reason, number in bad:
             if place not in self.reasons:
@@ -65,7 +62,7 @@ class BadImages:
                 if len(self.reasons) <= _SHOWN:
                     rank_zero_warn(f"left out {place}: {reason}")
         total, n_bad = self.n_images or self.n_read, len(self.reasons)
-        if bad and n_bad > self.max_share * total and (self.n_images or self.n_read >= _ENOUGH_READ):
+        if bad and n_bad > self.max_share * total and (self.n_images or self.n_read >= 1000):
             first, reason = next(iter(self.reasons.items()))
             raise BadImageError(
                 f"{n_bad} of {total} images cannot be read, more than max_bad_share={self.max_share:g} allows; the "
@@ -79,12 +76,7 @@ class Reader(Protocol):
     part: Part
 
     def read(self, places: list[int], samples: list[int]) -> tuple[NDArray[Any], dict[int, BadImage]]:
-        """Read the draws ``zip(places, samples)``.
-
-        Returns:
-            uint8 (B, 3, S, S) pixels, or int16 (B, 1, S, S) tokens; and the images that could not be read by their
-            index in the batch, where the pixels or tokens mean nothing.
-        """
+        """Draws as uint8 (B, 3, S, S) pixels or int16 (B, 1, S, S) tokens, and by index what cannot be read."""
         ...
 
 
@@ -135,16 +127,7 @@ class ImageBatches(Dataset[dict[str, Any]]):
         return len(self.reader.part)
 
     def __getitem__(self, draws: Sequence[Draw]) -> dict[str, Any]:
-        """Read one batch.
-
-        Returns:
-            ``image`` uint8 (B, 3, S, S) or ``tokens`` int16 (B, S * S), ``sample`` int64 (B,) and, with labels,
-            ``label`` int64 (B,).
-
-        Raises:
-            BadImageError: An image cannot be read and may not be left out, or nothing of the batch can be read.
-            TypeError: The sampler is not one of this package's.
-        """
+        """A batch as ``ImageDataModule`` describes it; BadImageError where an image may not be left out."""
         check_draws(draws)
         places, samples = [place for place, _ in draws], [sample for _, sample in draws]
         grids, bad = self.reader.read(places, samples)

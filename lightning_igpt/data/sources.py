@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import datasets
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from lightning_igpt.data.columns import (
@@ -21,7 +23,6 @@ from lightning_igpt.data.columns import (
     marked_palette,
     mode_of,
 )
-from lightning_igpt.data.digits import load_digits
 from lightning_igpt.data.folders import TABLES, open_path, quiet
 from lightning_igpt.files import shown
 from lightning_igpt.palette import PALETTE_COLUMN
@@ -55,11 +56,7 @@ class Source:
     remote: bool = False  # whether rows may name images by addresses on the network
 
     def labels(self, split: str) -> Tensor:
-        """Class numbers of a split, int64 (rows,), aligned with ``class_names``.
-
-        Raises:
-            ValueError: The split has no labels, or some are missing, hidden (-1), out of range or unknown to training.
-        """
+        """Class numbers of a split, int64 (rows,), aligned with ``class_names``."""
         where = f"{self.name}, split {split!r}"
         dataset = self.splits[split]
         if self.label_column is None or self.class_names is None or self.label_column not in dataset.features:
@@ -87,16 +84,18 @@ def open_source(
 
     A path that exists takes precedence over a hub id. The classes are those of ``train_split``, or else of ``train``
     or of the first split.
-
-    Raises:
-        FileNotFoundError: The path does not exist.
-        TypeError: ``source`` is of no known type.
-        ValueError: Nothing usable is there; the message says what was looked for.
     """
     name_of(source)
     with quiet():
         opened, where = _open(source, name, revision, streaming)
-    splits = {split: (_as_stream(rows) if streaming else rows).with_format(None) for split, rows in opened.items()}
+    if streaming:
+        stored = {split: rows for split, rows in opened.items() if isinstance(rows, datasets.Dataset)}
+        if empty := [split for split, rows in stored.items() if not len(rows)]:
+            raise ValueError(f"the split {empty[0]!r} has no rows, so it cannot be read as a stream")
+        opened |= {
+            split: rows.to_iterable_dataset(num_shards=min(_STREAM_SHARDS, len(rows))) for split, rows in stored.items()
+        }
+    splits = {split: rows.with_format(None) for split, rows in opened.items()}
     base = re.split(r"[\[+]", train_split or "train")[0].strip()
     train = splits.get(base, next(iter(splits.values())))
     features, mark = train.features or _first(train, where).features, None  # a stream's may be unknown
@@ -123,25 +122,13 @@ def open_source(
 
 
 def name_of(source: Any) -> str:
-    """A source in words: the name of a place, or the type of an object in memory.
-
-    Raises:
-        TypeError: ``source`` is a number or a truth value, as YAML reads names that are not quoted.
-    """
+    """A source in words: the name of a place, or the type of an object in memory."""
     if isinstance(source, bool | int | float):
         raise TypeError(
             f"source is {source!r}, but it takes a name or a path; YAML reads 007 as 7 and on as True: quote it, as in "
             "source: '007'"
         )
     return str(source) if isinstance(source, str | Path) else type(source).__name__
-
-
-def _as_stream(rows: Rows) -> datasets.IterableDataset:
-    if isinstance(rows, datasets.IterableDataset):
-        return rows
-    if not len(rows):
-        raise ValueError(f"the split {str(rows.split)!r} has no rows, so it cannot be read as a stream")
-    return rows.to_iterable_dataset(num_shards=min(_STREAM_SHARDS, len(rows)))
 
 
 def _open(source: Any, name: str | None, revision: str | None, streaming: bool) -> tuple[dict[str, Rows], str]:
@@ -161,9 +148,7 @@ def _open(source: Any, name: str | None, revision: str | None, streaming: bool) 
                 "are called 'owner/name'. The only embedded data are 'digits'"
             )
         else:
-            raise FileNotFoundError(
-                f"source is {str(source)!r}, but there is no file or folder {shown(path.absolute())}"
-            )
+            raise FileNotFoundError(f"source is {str(source)!r}: there is no file or folder {shown(path.absolute())}")
     elif isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
         where = f"the {type(source).__name__} of {', '.join(source)}"
     elif isinstance(source, datasets.Dataset | datasets.IterableDataset):
@@ -189,6 +174,29 @@ def _open_hub(source: str, name: str | None, revision: str | None, streaming: bo
             f"{type(error).__name__}: {error}\nCheck the name and the connection; a private or gated data set needs "
             "a login, one with several configurations needs config_name. HF_HUB_OFFLINE=1 uses earlier downloads only"
         ) from error
+
+
+def load_digits() -> datasets.DatasetDict:
+    """Scikit-learn's 8x8 handwritten digits (UCI Optdigits, test part), which need neither network nor disk.
+
+    The split is stratified, seeded and fixed. A gray level v of 0..16 becomes the byte ``rint(v * 255 / 16)``.
+
+    Returns:
+        Splits ``train`` (1,437 rows) and ``test`` (360 rows) with the features ``image`` (8x8 PNG, mode L) and
+        ``label`` (ClassLabel "0" to "9").
+    """
+    from sklearn.datasets import load_digits as load_from_sklearn
+    from sklearn.model_selection import train_test_split
+
+    digits = load_from_sklearn()
+    gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
+    train, test = train_test_split(np.arange(len(gray)), test_size=360, stratify=digits.target, random_state=0)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
+    splits = datasets.DatasetDict()
+    for name, rows in (("train", train), ("test", test)):
+        columns = {"image": [Image.fromarray(image) for image in gray[rows]], "label": digits.target[rows].tolist()}
+        splits[name] = datasets.Dataset.from_dict(columns, features=features)
+    return splits
 
 
 def _first(stream: datasets.IterableDataset, where: str) -> datasets.Dataset:

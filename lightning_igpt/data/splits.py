@@ -58,11 +58,7 @@ class Division(NamedTuple):
 def divide(
     source: Source, *, train_split: str | None = None, val_split: str | None = None, test_split: str | None = None
 ) -> Division:
-    """Choose the split of each role: the named one or slice, or else the first of ``_NAMES`` that there is.
-
-    Raises:
-        ValueError: A split does not exist or is empty, or rows would be trained and evaluated on.
-    """
+    """Choose the split of each role: the named one or slice, or else the first of ``_NAMES`` that there is."""
     wanted = {"train": train_split, "val": val_split, "test": test_split}
     chosen: dict[str, str] = {}
     for role, given in wanted.items():
@@ -91,19 +87,25 @@ def divide(
 
 
 def make_parts(division: Division, *, val_fraction: float, seed: int) -> dict[str, Part]:
-    """Parts that never share a row with training: ``train`` and, where there are any, ``val`` and ``test``.
-
-    Raises:
-        ValueError: The training split is too small to hold out any.
-    """
+    """Parts that never share a row with training: ``train`` and, where there are any, ``val`` and ``test``."""
     source = division.source
     parts = {
         role: Part(source.name, split, source.splits[split], remote=source.remote)
         for role, split in division.splits.items()
     }
-    if "val" not in parts and val_fraction > 0:
-        parts.update(_hold_out(parts["train"], val_fraction, seed))
-    return parts
+    if "val" in parts or val_fraction == 0:
+        return parts
+    train = parts["train"]
+    n, n_val = len(train), max(1, round(len(train) * val_fraction))
+    if n_val >= n:
+        raise ValueError(
+            f"the split {train.split!r} of {train.source} has {n} image{'' if n == 1 else 's'}; holding out {n_val} "
+            "leaves nothing to train on. Give more images, or set val_fraction to 0, which validates on none"
+        )
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu").numpy()
+    rank_zero_info(f"no validation split in {train.source}: holding out {n_val} of {n} rows of {train.split!r}")
+    held_out = {"train": order[n_val:], "val": order[:n_val]}
+    return parts | {role: replace(train, rows=np.sort(rows)) for role, rows in held_out.items()}
 
 
 def _with_slice(source: Source, name: str, option: str) -> Source:
@@ -148,18 +150,3 @@ def _shared_rows(source: Source, train: str, name: str) -> int:
 
 def _overlap(a: _Range, b: _Range) -> int:
     return max(0, min(a[2], b[2]) - max(a[1], b[1])) if a[0] == b[0] else 0
-
-
-def _hold_out(train: Part, fraction: float, seed: int) -> dict[str, Part]:
-    n = len(train)
-    n_val = max(1, round(n * fraction))
-    if n_val >= n:
-        raise ValueError(
-            f"the split {train.split!r} of {train.source} has {n} image{'' if n == 1 else 's'}; holding out {n_val} "
-            "leaves nothing to train on. Give more images, or set val_fraction to 0, which validates on none"
-        )
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu").numpy()
-    rank_zero_info(f"no validation split in {train.source}: holding out {n_val} of {n} rows of {train.split!r}")
-    return {
-        role: replace(train, rows=np.sort(rows)) for role, rows in (("train", order[n_val:]), ("val", order[:n_val]))
-    }

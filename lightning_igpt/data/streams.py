@@ -23,13 +23,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from lightning_igpt.data.columns import mode_of
 from lightning_igpt.data.order import Draw
-from lightning_igpt.data.readers import (
-    MAX_STAND_INS,
-    BadImage,
-    OnBadImage,
-    check_draws,
-    make_batch,
-)
+from lightning_igpt.data.readers import MAX_STAND_INS, BadImage, OnBadImage, check_draws, make_batch
 from lightning_igpt.data.sources import Source
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import Augment, Resize, square
@@ -64,11 +58,7 @@ class StreamPart:
     need_labels: bool = True  # a label that is missing or no class is an error; else it is -1
 
     def read(self, row: Mapping[str, Any], resize: Resize, sample: int) -> NDArray[Any] | BadImage:
-        """One row as a grid, uint8 (3, S, S) or int16 (1, S, S), or what is wrong with it.
-
-        Raises:
-            ValueError: There are not S * S tokens, or they are of another palette.
-        """
+        """One row as a grid, uint8 (3, S, S) or int16 (1, S, S), or what is wrong with it."""
         value = row[self.source.image_column]
         if self.source.tokens is not None:
             mine, mark = self.source.tokens.sha256, row.get(PALETTE_COLUMN)
@@ -78,8 +68,8 @@ class StreamPart:
                 raise ValueError(f"{self.where}, draw {sample}: {len(value)} tokens, not {resize.size}^2")
             return np.asarray(value, np.int16).reshape(1, resize.size, resize.size)
         try:
-            image = decode(fetch(value, remote=self.source.remote), mode=mode_of(self.rows, self.source.image_column))
-            return square(resize, image, sample)
+            mode = mode_of(self.rows, self.source.image_column)
+            return square(resize, decode(value, mode=mode, remote=self.source.remote), sample)
         except BadImageError as error:
             # Paths within archives may be alike, and the same image must be recognized in another pass.
             path, content = (value.get("path"), value.get("bytes")) if isinstance(value, Mapping) else (None, b"")
@@ -88,11 +78,7 @@ class StreamPart:
             return BadImage(f"{self.where}, {', '.join(names)}", str(error))
 
     def label(self, row: Mapping[str, Any]) -> int:
-        """The class number of a row among the training split's classes; -1 where there is none and none is needed.
-
-        Raises:
-            ValueError: It is missing, hidden (-1), outside the range or of a class that training does not have.
-        """
+        """The class number of a row among the training split's classes; -1 where there is none and none is needed."""
         label, classes = row.get(str(self.source.label_column)), self.source.class_names or []
         names = classes if self.own_names is None else self.own_names
         name = names[label] if isinstance(label, int) and 0 <= label < len(names) else None
@@ -126,11 +112,7 @@ class StreamReader:
     on_bad_image: OnBadImage
 
     def batch(self, rows: Iterator[Mapping[str, Any]], samples: Sequence[int]) -> dict[str, Any]:
-        """The next ``len(samples)`` rows that can be read; fewer where the rows end.
-
-        Raises:
-            BadImageError: A row cannot be read and may not be left out, or too many in succession cannot be read.
-        """
+        """The next ``len(samples)`` rows that can be read; fewer where the rows end."""
         grids: list[NDArray[Any]] = []
         labels: list[int] = []
         bad: list[BadImage] = []
@@ -243,8 +225,7 @@ def open_part(
         own_names = getattr(rows.features.get(source.label_column), "names", None)
         rows = rows.select_columns([name for name in wanted if name in rows.features])
     if fraction > 0:
-        options = {"column": source.image_column, "fraction": fraction, "held_out": held_out}
-        options["remote"] = source.remote
+        options = {"column": source.image_column, "fraction": fraction, "held_out": held_out, "remote": source.remote}
         rows = rows.filter(belongs, fn_kwargs=options)
     return StreamPart(source, split, rows, own_names, need_labels)
 

@@ -11,8 +11,9 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from lightning_igpt.data.columns import TOKENS_COLUMN, find_image_column, is_tokenized, mode_of
 from lightning_igpt.data.folders import quiet
 from lightning_igpt.data.readers import REPAIR, BadImage
+from lightning_igpt.data.sources import Rows
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import Resize, square
 from lightning_igpt.files import shown
@@ -34,9 +36,9 @@ from lightning_igpt.palette import PALETTE_COLUMN, Colors, Palette, PaletteTrans
 
 CHECKSUM_COLUMN = "crc32"  # of a row's tokens as little-endian int16
 _CHECKSUM = datasets.Value("uint32")
+_ID = datasets.Value("int16")  # below 32,768
 _ERROR_COLUMN = "error"
 
-DataSet: TypeAlias = datasets.Dataset | datasets.IterableDataset
 DataSets = TypeVar(
     "DataSets", datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict
 )
@@ -74,7 +76,8 @@ def tokenize(
         TypeError: Not a data set.
         ValueError: There is no column of images, the data are tokenized already, or an option is out of range.
     """
-    palette = _ready(Palette.load(palette))
+    palette = Palette.load(palette)
+    palette.quantize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))  # builds its table, else each process would
     options = (palette, size, image_column, num_proc, batch_size)
     if not isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
         return _tokenize(dataset, "the data set", *options)
@@ -82,56 +85,9 @@ def tokenize(
     return type(dataset)({name: _tokenize(part, f"the split {name!r}", *options) for name, part in splits})
 
 
-def _ready(palette: Palette) -> Palette:
-    """Build its color table, before ``datasets`` starts processes that would each build their own."""
-    palette.quantize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))
-    return palette
-
-
 def _tokenize(
-    dataset: DataSet, where: str, palette: Palette, size: int, wanted: str | None, num_proc: int | None, batch_size: int
-) -> DataSet:
-    column = _image_column(dataset, wanted, num_proc, where)
-    transform = palette.transform(column, size)
-    # Where the column asks for a mode, datasets itself decodes and converts.
-    undecoded = datasets.Image(mode=(mode := mode_of(dataset, column)), decode=mode is not None)
-    dataset = dataset.with_format(None).cast_column(column, undecoded)
-    others = {name: feature for name, feature in dataset.features.items() if name != column}
-    label = datasets.ClassLabel(names=[palette.sha256])
-    columns = {TOKENS_COLUMN: _tokens_feature(size * size), PALETTE_COLUMN: label, CHECKSUM_COLUMN: _CHECKSUM}
-    features = datasets.Features({**others, **columns})
-    if isinstance(dataset, datasets.Dataset) and not len(dataset):  # map would leave such a split as it is
-        return datasets.Dataset.from_dict({name: [] for name in features}, features=features, split=dataset.split)
-    processes = {} if num_proc is None else {"num_proc": num_proc}  # a stream has no such option
-    options = {"batch_size": batch_size, "with_indices": True, "remove_columns": [column], "features": features}
-    result = dataset.map(_WithChecksum(transform), batched=True, **options, **processes)
-    result.info.description = (
-        f"Pictures of {size} x {size} pixels as ids 0..{len(palette) - 1} of an Image GPT palette of {len(palette)} "
-        f"colors, in raster order. SHA-256 of the palette: {palette.sha256}"
-    )
-    return result
-
-
-def _tokens_feature(length: int) -> datasets.List:
-    return datasets.List(datasets.Value("int16"), length=length)  # ids are below 32,768
-
-
-@dataclass(frozen=True)
-class _WithChecksum:
-    transform: PaletteTransform
-
-    def __call__(self, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-        columns = self.transform(batch, rows)
-        columns[CHECKSUM_COLUMN] = _checksums(columns[TOKENS_COLUMN])
-        return columns
-
-
-def _checksums(tokens: NDArray[Any]) -> NDArray[np.uint32]:
-    """The CRC-32 of each row (rows, T), as CHECKSUM_COLUMN holds it."""
-    return np.array([zlib.crc32(row) for row in np.ascontiguousarray(tokens, "<i2")], np.uint32)
-
-
-def _image_column(dataset: DataSet, wanted: str | None, num_proc: int | None, where: str) -> str:
+    dataset: Rows, where: str, palette: Palette, size: int, wanted: str | None, num_proc: int | None, batch_size: int
+) -> Rows:
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise TypeError(
             f"tokenize takes a Dataset or a DatasetDict, not a {type(dataset).__name__}; datasets.load_dataset opens "
@@ -146,7 +102,35 @@ def _image_column(dataset: DataSet, wanted: str | None, num_proc: int | None, wh
         raise ValueError(f"{where} is tokenized already: its columns are {', '.join(features)}")
     if taken := [name for name in (TOKENS_COLUMN, CHECKSUM_COLUMN, PALETTE_COLUMN) if name in features]:
         raise ValueError(f"{where} has a column {taken[0]!r} of its own, which would be lost; rename it")
-    return find_image_column(features, wanted, where=where)
+    column = find_image_column(features, wanted, where=where)
+    transform = palette.transform(column, size)
+    # Where the column asks for a mode, datasets itself decodes and converts.
+    undecoded = datasets.Image(mode=(mode := mode_of(dataset, column)), decode=mode is not None)
+    dataset = dataset.with_format(None).cast_column(column, undecoded)
+    others = {name: feature for name, feature in dataset.features.items() if name != column}
+    label = datasets.ClassLabel(names=[palette.sha256])
+    columns = {TOKENS_COLUMN: datasets.List(_ID, length=size * size), PALETTE_COLUMN: label, CHECKSUM_COLUMN: _CHECKSUM}
+    features = datasets.Features({**others, **columns})
+    if isinstance(dataset, datasets.Dataset) and not len(dataset):  # map would leave such a split as it is
+        return datasets.Dataset.from_dict({name: [] for name in features}, features=features, split=dataset.split)
+    processes = {} if num_proc is None else {"num_proc": num_proc}  # a stream has no such option
+    options = {"batch_size": batch_size, "with_indices": True, "remove_columns": [column], "features": features}
+    result = dataset.map(partial(_with_checksum, transform), batched=True, **options, **processes)
+    result.info.description = (
+        f"Pictures of {size} x {size} pixels as ids 0..{len(palette) - 1} of an Image GPT palette of {len(palette)} "
+        f"colors, in raster order. SHA-256 of the palette: {palette.sha256}"
+    )
+    return result
+
+
+def _with_checksum(transform: PaletteTransform, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    columns = transform(batch, rows)
+    return columns | {CHECKSUM_COLUMN: _checksums(columns[TOKENS_COLUMN])}
+
+
+def _checksums(tokens: NDArray[Any]) -> NDArray[np.uint32]:
+    """The CRC-32 of each row (rows, T), as CHECKSUM_COLUMN holds it."""
+    return np.array([zlib.crc32(row) for row in np.ascontiguousarray(tokens, "<i2")], np.uint32)
 
 
 @dataclass(frozen=True)
@@ -202,18 +186,14 @@ def cached_tokens(
     n_crops: int = 1,
     num_workers: int = 0,
 ) -> TokenReader:
-    """Reads a part from tokens of its whole split in the cache of ``datasets``; one process of a node makes them.
-
-    Raises:
-        BadImageError: An image cannot be read and ``skip`` is off; the message names it.
-    """
+    """Reads a part from tokens of its whole split in the cache of ``datasets``; one process of a node makes them."""
     images = part.dataset.select_columns([column])
     if not images.cache_files:  # map keeps only what it makes of files
         kind: dict[str, Any] = {"features": images.features, "split": datasets.Split(str(images.split))}
         with _first_on_its_node(trainer):
             images = datasets.Dataset.from_generator(_rows, gen_kwargs={"images": images}, **kind)
     files, length = _state_of_files(images, column), n_crops * resize.size**2
-    columns = {TOKENS_COLUMN: _tokens_feature(length), CHECKSUM_COLUMN: _CHECKSUM}
+    columns = {TOKENS_COLUMN: datasets.List(_ID, length=length), CHECKSUM_COLUMN: _CHECKSUM}
     options: dict[str, Any] = {
         "batched": True,
         "batch_size": max(1, min(1000, 2**22 // length)),
@@ -224,7 +204,8 @@ def cached_tokens(
         "desc": "token cache",
     }
     mode = mode_of(images, column)
-    squares = TokenSquares(_ready(palette), column, resize, n_crops, skip, files, mode, part.remote)
+    palette.quantize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))  # builds its table, else each process would
+    squares = TokenSquares(palette, column, resize, n_crops, skip, files, mode, part.remote)
     try:
         with quiet(), _first_on_its_node(trainer):
             try:
@@ -262,17 +243,6 @@ class DamagedDataError(ValueError):
     """Data are not those that were written."""
 
 
-@contextmanager
-def damage_named(where: str) -> Iterator[None]:
-    """Add the place to pyarrow's errors, which name none."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and (error.errno or error.filename):
-            raise
-        raise DamagedDataError(f"{where} is damaged; restore it, or make it again. {error}") from error
-
-
 def _check_files(files: Sequence[str]) -> None:
     """Raise DamagedDataError where a file of Arrow's stream format ends early, which pyarrow takes for its end."""
     for file in files:
@@ -293,10 +263,6 @@ class TokenReader:
         column: Column of lists of n_crops * size * size tokens, of whose squares every pass over the part takes one.
         bad: By row, the images that could not be read when the tokens were made; their tokens mean nothing.
         checked: The checksums of the rows were compared before.
-
-    Raises:
-        DamagedDataError: A file is damaged.
-        ValueError: A row has another number of tokens.
     """
 
     def __init__(
@@ -325,16 +291,10 @@ class TokenReader:
                 raise ValueError(f"{row}: there are {lengths[wrong]} tokens, not {size}^2")
             self._views.append(chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, length))
         if not checked and CHECKSUM_COLUMN in dataset.column_names:
-            self._check_rows(np.asarray(dataset.with_format("numpy")[CHECKSUM_COLUMN][:]), files)
-
-    def _check_rows(self, wanted: NDArray[Any], files: Sequence[str]) -> None:
-        rows = np.arange(len(wanted)) if self.part.rows is None else self.part.rows
-        chunks = np.searchsorted(self._ends, rows, side="right")
-        for chunk, row in zip(chunks, rows, strict=True):
-            ids = self._views[chunk][row - self._ends[chunk]]  # it counts from the end of the chunk
-            if zlib.crc32(np.ascontiguousarray(ids, "<i2").data) != wanted[row]:
+            sums = np.concatenate([_checksums(view) for view in self._views])
+            if len(damaged := np.flatnonzero(sums != dataset.with_format("numpy")[CHECKSUM_COLUMN][:])):
                 where = f" in {', '.join(files[:3])}" if files else ""
-                text = f"{self.part.describe(row)}: the tokens{where} differ from their checksum"
+                text = f"{part.describe(int(damaged[0]))}: the tokens{where} differ from their checksum"
                 raise DamagedDataError(f"{text}; restore the file, or tokenize the images again")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -348,8 +308,5 @@ class TokenReader:
         for index, (chunk, row) in enumerate(zip(chunks.tolist(), (rows - self._ends[chunks]).tolist(), strict=True)):
             start = samples[index] // turns % self.n_crops * area
             flat[index] = self._views[chunk][row, start : start + area]  # row counts from the end of the chunk
-        if not self.bad:
-            return grids, {}
-        return grids, {
-            i: self.bad[row]._replace(number=places[i]) for i, row in enumerate(rows.tolist()) if row in self.bad
-        }
+        wrong = {i: self.bad[row] for i, row in enumerate(rows.tolist()) if row in self.bad}
+        return grids, {i: bad._replace(number=places[i]) for i, bad in wrong.items()}

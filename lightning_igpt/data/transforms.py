@@ -4,9 +4,9 @@ Randomness is counter-based: a draw is decided by (seed, sample) alone, never by
 Rules: Chen et al. 2020, sections 3.1 (crops) and 3.2 with appendix A (CIFAR padding).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -30,10 +30,8 @@ class Resize(Protocol):
     def __call__(self, image: Image.Image, sample: int) -> Image.Image: ...
 
 
-class Augment(Protocol):
-    """Maps pixels or tokens (B, C, S, S) and the numbers of their draws to the same shape, at random."""
-
-    def __call__(self, grids: NDArray[Any], samples: Sequence[int]) -> NDArray[Any]: ...
+# Maps pixels or tokens (B, C, S, S) and the numbers of their draws to the same shape, at random.
+Augment: TypeAlias = Callable[[NDArray[Any], Sequence[int]], NDArray[Any]]
 
 
 def square(resize: Resize, image: Image.Image, sample: int) -> NDArray[np.uint8]:

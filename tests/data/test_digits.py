@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 from sklearn.datasets import load_digits as load_from_sklearn
 
-from lightning_igpt.data.digits import load_digits
+from lightning_igpt.data.sources import load_digits
 
 
 def as_rows(split):
@@ -22,11 +22,3 @@ def test_digits_are_scikit_learns_in_bytes():
         for image, label in zip(original.images, original.target, strict=True)
     )
     assert Counter(as_rows(digits["train"]) + as_rows(digits["test"])) == wanted
-
-
-def test_split_is_fixed_and_stratified():
-    first, second = load_digits(), load_digits()
-    assert as_rows(first["test"]) == as_rows(second["test"])
-    all_labels = Counter(first["train"]["label"]) + Counter(first["test"]["label"])
-    for label, count in Counter(first["test"]["label"]).items():
-        assert abs(count - all_labels[label] * 360 / 1797) < 1

@@ -176,14 +176,6 @@ def test_augmentation_resumes_too(tmp_path):
     assert fit({"max_epochs": 2}, ckpt=tmp_path / "step-4.ckpt", cls=FineTuneDataModule, pad=2) == whole[24:]
 
 
-def test_a_position_that_an_earlier_version_saved_is_ignored(tmp_path):
-    whole = fit({"max_steps": 5}, save_to=tmp_path)
-    checkpoint = torch.load(tmp_path / "step-2.ckpt", weights_only=True)
-    state = {"batches_done": 1, "seed": 0, "n_images": 23, "global_batch": 4, "stream": [[{"block": 0}]]}
-    torch.save(checkpoint | {"PretrainDataModule": state}, tmp_path / "old.ckpt")
-    assert fit({"max_steps": 5}, ckpt=tmp_path / "old.ckpt") == whole[12:]
-
-
 SCRIPT = """
 import json, sys
 from pathlib import Path

@@ -13,29 +13,16 @@ from lightning_igpt.data.columns import TokenMark, marked_palette
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.tokens import DamagedDataError, TokenReader, cached_tokens, tokenize
 from lightning_igpt.data.transforms import CenterCrop, RandomCrop
-from lightning_igpt.images import BadImageError, decode, resize_center_crop
+from lightning_igpt.images import BadImageError
 from lightning_igpt.palette import Palette
 from tests.data.test_datamodule import Looker, column, ready, trainer
 from tests.image_files import encoded, noise, picture, rows, save_images, tiny
+from tests.test_tokenizing import CORNERS, PICTURES, TOKENS
 
-CORNERS = Palette([[r, g, b] for r in (-1, 1) for g in (-1, 1) for b in (-1, 1)])
 MARK = TokenMark(CORNERS.sha256, 8)
-SIZES = [(8, 8), (12, 9), (5, 30), (40, 40), (8, 8), (33, 8)]
-PICTURES = [noise(size, seed) for seed, size in enumerate(SIZES)]
 LABELS = [0, 1, 1, 0, 1, 0]
 INT16 = datasets.Value("int16")
-
-
-def by_hand(images, size=8, palette=CORNERS):
-    """Tokens of PIL images, one at a time."""
-    tokens = []
-    for image in images:
-        pixels = torch.from_numpy(np.array(resize_center_crop(decode(image), size)))  # (S, S, 3)
-        tokens += palette.quantize(pixels.permute(2, 0, 1)[None]).tolist()
-    return tokens
-
-
-TOKENS = by_hand(PICTURES)
+IDS = TOKENS.tolist()
 
 
 @pytest.fixture
@@ -54,15 +41,6 @@ def tokenized(dataset):
     return tokenize(dataset, CORNERS, size=8)
 
 
-def with_palette_column(values, feature=None):
-    features = {"tokens": datasets.List(INT16, length=4), "palette": feature or datasets.Value("string")}
-    columns = {"tokens": [[0, 1, 2, 3]] * len(values), "palette": values}
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-
-
-# Tokenizing
-
-
 def test_images_become_tokens(dataset, tokenized):
     assert tokenized.features == {
         "label": dataset.features["label"],
@@ -71,8 +49,8 @@ def test_images_become_tokens(dataset, tokenized):
         "palette": datasets.ClassLabel(names=[CORNERS.sha256]),
         "crc32": datasets.Value("uint32"),
     }
-    assert tokenized["tokens"][:] == TOKENS
-    assert tokenized["crc32"][:] == [zlib.crc32(np.array(row, "<i2").tobytes()) for row in TOKENS]
+    assert tokenized["tokens"][:] == IDS
+    assert tokenized["crc32"][:] == [zlib.crc32(np.array(row, "<i2").tobytes()) for row in IDS]
     assert tokenized["label"][:] == LABELS
     assert tokenized["text"][:] == list("abcdef")
     assert tokenized["palette"][:] == [0] * 6
@@ -86,14 +64,11 @@ def test_images_become_tokens(dataset, tokenized):
 def test_streams(dataset, tokenized):
     stream = tokenize(dataset.to_iterable_dataset(), CORNERS, size=8, batch_size=4)
     assert stream.features == tokenized.features
-    assert [row["tokens"].tolist() for row in stream] == TOKENS
+    assert [row["tokens"].tolist() for row in stream] == IDS
     kept = datasets.Dataset.from_generator(lambda: iter(stream), features=stream.features)
     assert kept[:] == tokenized[:]
     splits = tokenize(datasets.IterableDatasetDict(train=dataset.to_iterable_dataset()), CORNERS, size=8)
-    assert next(iter(splits["train"]))["tokens"].tolist() == TOKENS[0]
-
-
-# Files and the cache
+    assert next(iter(splits["train"]))["tokens"].tolist() == IDS[0]
 
 
 def test_a_second_call_reads_the_cache(on_disk, monkeypatch):
@@ -109,9 +84,6 @@ def test_a_second_call_reads_the_cache(on_disk, monkeypatch):
     assert second.info.description == first.info.description
     others = [tokenize(on_disk, "gray:8", size=8), tokenize(on_disk, CORNERS, size=7)]
     assert len({part.cache_files[0]["filename"] for part in (first, *others)}) == 3
-
-
-# Errors
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
@@ -143,9 +115,6 @@ def test_wrong_data_are_explained(dataset, tokenized):
         tokenize(datasets.IterableDataset.from_generator(lambda: iter([{"image": None}])), CORNERS)
 
 
-# What the ids mean
-
-
 def test_what_map_wrote_is_read_from_its_rows(dataset):
     mapped = dataset.map(CORNERS.transform(size=8), batched=True, remove_columns=["image"])
     assert marked_palette(mapped) == MARK
@@ -154,20 +123,14 @@ def test_what_map_wrote_is_read_from_its_rows(dataset):
         marked_palette(mapped.remove_columns("palette"))
 
 
-def test_several_palettes_are_refused():
+def test_several_palettes_are_refused(tokenized):
     one, other = CORNERS.sha256, Palette.load("gray:8").sha256
-    assert marked_palette(with_palette_column([one, one])) == (one, 2)
-    mixed = [
-        with_palette_column([one, other, one]),
-        with_palette_column([0, 1], datasets.ClassLabel(names=[one, other])),
-    ]
-    for data in mixed:
+    both = tokenized.cast_column("palette", datasets.ClassLabel(names=[one, other]))
+    strings = tokenized.remove_columns("palette").add_column("palette", [one, other, one, one, one, one])
+    for data in (both, strings):
         with pytest.raises(ValueError, match=f"tokens of 2 palettes \\({one[:12]}, {other[:12]}\\)"):
             marked_palette(data)
-    assert marked_palette(mixed[0].select([0, 2])) == (one, 2)
-
-
-# Reading without a copy, and the cache
+    assert marked_palette(strings.select([0, 2])) == MARK
 
 
 GRAY = Palette.load("gray:16")
@@ -317,10 +280,10 @@ def test_the_palette_is_the_networks():
     module.palette = GRAY
     trainer(max_steps=1).fit(module, PretrainDataModule(tiny(9), **options))
     assert module.seen["train"][0]["tokens"].shape == (4, 16)
-    with pytest.raises(ValueError, match=r"palette \w{12}, but the network has \w{12}: every token"):
+    with pytest.raises(ValueError, match=r"several palettes \(\w{12} of palette, \w{12} of the network\): every token"):
         trainer(max_steps=1).fit(module, PretrainDataModule(tiny(9), palette="gray:8", **options))
     tokens = tokenize(tiny(9), "gray:8", size=4)
-    with pytest.raises(ValueError, match=r"palette \w{12}, but the network has \w{12}: every token"):
+    with pytest.raises(ValueError, match=r"palettes \(\w{12} of its tokens, \w{12} of the network\): every"):
         trainer(max_steps=1).fit(module, PretrainDataModule(tokens, batch_size=4))
     with pytest.raises(ValueError, match=r"image_size is 5, but .* holds tokens of 4 x 4 images"):
         ready(PretrainDataModule, tokens, batch_size=4, image_size=5).train_dataloader()
