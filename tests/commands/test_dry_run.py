@@ -108,8 +108,11 @@ def test_resume_auto_and_checkpoints_are_tried(capsys):
     ("words", "message"),
     [
         (["fit", "--data.batch_size", "5000"], "5000 exceeds the 1293 training images"),
-        (["fit", "--data.batch_size", "9", "--trainer.accumulate_grad_batches", "2"], "9 is not a multiple of 1"),
-        (["fit", "--data.image_size", "9"], "image_size 9, but the network reads images of 8 x 8"),
+        (
+            ["fit", "--data.batch_size", "9", "--trainer.accumulate_grad_batches", "2"],
+            "9 is no multiple of 1 devices x 2 batches",
+        ),
+        (["fit", "--data.image_size", "9"], "image_size is 9, but the network reads images of 8 x 8"),
         (["fit", "--trainer.default_root_dir", "file.txt"], "file.txt is a file"),
         (["fit", "--data.source", "file.txt"], "file.txt"),
         (["fit", "--resume", "gone"], "--resume gone does not exist"),
