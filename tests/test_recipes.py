@@ -4,9 +4,7 @@ The recipes run at toy size through the command line, on small stand-ins for the
 probe finds the weights of its pretraining recipe where it says that they are.
 """
 
-import contextlib
 import functools
-import io
 import json
 import re
 from dataclasses import replace
@@ -25,6 +23,7 @@ from lightning_igpt.planning import train_flops_per_token
 from lightning_igpt.weights import load_pretrained
 from lightning_igpt.weights.checkpoint import STAMP, read_checkpoint
 from tests.image_files import noise, rows
+from tests.test_cli import printed
 
 RECIPES = {path.stem: path for path in sorted(recipes.folder().rglob("*.yaml"))}
 TOY = {"n_layer": 4, "n_head": 2, "n_embd": 8, "vocab_size": 16, "image_size": 8}
@@ -52,15 +51,6 @@ def read(name):
 def header(name):
     lines = RECIPES[name].read_text().splitlines()
     return [line.removeprefix("#").strip() for line in lines[: lines.index("")]]
-
-
-def parsed(name):
-    """The recipe with every default, as the command line understands it; nothing is built."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", name, "--print_config"])
-    assert stop.value.code == 0
-    return yaml.safe_load(out.getvalue())
 
 
 def network_of(recipe):
@@ -179,7 +169,7 @@ def test_the_parts_fit_together(name):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_settings(name):
-    recipe, (n_layer, n_head, n_embd, side, lr) = parsed(name), PAPER[name]
+    recipe, (n_layer, n_head, n_embd, side, lr) = printed("--config", name), PAPER[name]
     network, options, trainer = network_of(recipe), recipe["model"]["init_args"], recipe["trainer"]
     objective = "bert" if name.endswith("bert") else "autoregressive"
     assert network == ImageGPTConfig(n_layer, n_head or network.n_head, n_embd, 512, side, objective=objective)
