@@ -43,20 +43,19 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     _prepare_streams()
     try:
-        status = _run(words)
+        _run(words)
         sys.stdout.flush()  # here, where a closed pipe is noticed
-        return status
-    except KeyboardInterrupt:
-        return _interrupted(words)
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning ends with 1
-            return _interrupted(words)
-        if isinstance(stop.__context__, BrokenPipeError):  # so does rich, after it has redirected stdout
-            return NO_READER
-        raise
-    except BrokenPipeError:
-        # The interpreter flushes once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KeyboardInterrupt, BrokenPipeError, SystemExit) as stop:
+        cause = stop.__context__ if isinstance(stop, SystemExit) else stop  # Lightning and rich end with 1
+        if isinstance(cause, KeyboardInterrupt):
+            hint = "; to continue from the newest checkpoint, add --resume auto to the command" * (words[:1] == ["fit"])
+            print(f"{PROGRAM}: interrupted{hint}", file=sys.stderr)
+            return INTERRUPTED
+        if not isinstance(cause, BrokenPipeError):
+            raise
+        if cause is stop:  # the interpreter flushes once more when it ends; rich has redirected stdout
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
 
 
@@ -71,33 +70,25 @@ def _prepare_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str]) -> None:
     verb = words[0] if words else "--help"
     if verb in ("--version", "-V"):
         print(f"{PROGRAM} {__version__}")
-        return 0
-    if verb in ("--help", "-h", "help"):
+    elif verb in ("--help", "-h", "help"):
         print(usage())
-        return 0
-    if verb in LIGHTNING_VERBS:
+    elif verb in LIGHTNING_VERBS:
         importlib.import_module("lightning_igpt.cli").run(words)
-        return 0
-    if verb in OWN_VERBS:
+    elif verb in OWN_VERBS:
         from lightning_igpt.commands.arguments import run_function
 
         module = importlib.import_module(f"lightning_igpt.commands.{verb}")
         function = getattr(module, "VERBS", None) or getattr(module, verb)
-        return run_function(function, words[1:], verb, positional=verb in POSITIONAL, about=OWN_VERBS[verb])
-    closest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS], n=1)
-    hint = f"; did you mean {closest[0]!r}?" if closest else "."
-    print(f"{PROGRAM}: there is no verb {verb!r}{hint} See {PROGRAM} --help", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def _interrupted(words: Sequence[str]) -> int:
-    hint = "; to continue from the newest checkpoint, add --resume auto to the command" if words[:1] == ["fit"] else ""
-    print(f"{PROGRAM}: interrupted{hint}", file=sys.stderr)
-    return INTERRUPTED
+        run_function(function, words[1:], verb, positional=verb in POSITIONAL)
+    else:
+        closest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS], n=1)
+        hint = f"; did you mean {closest[0]!r}?" if closest else "."
+        print(f"{PROGRAM}: there is no verb {verb!r}{hint} See {PROGRAM} --help", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def usage() -> str:
@@ -106,11 +97,9 @@ def usage() -> str:
     rows += [f"usage: {PROGRAM} VERB [options]        {PROGRAM} VERB --help", ""]
     rows += ["Lightning's verbs, driven by a recipe (--config FILE or the name of a shipped recipe):"]
     rows += [f"  {verb:<12}{text}" for verb, text in LIGHTNING_VERBS.items()]
-    rows += ["", "Our verbs:"]
-    rows += [f"  {verb:<12}{text}" for verb, text in OWN_VERBS.items()]
+    rows += ["", "Our verbs:", *(f"  {verb:<12}{text}" for verb, text in OWN_VERBS.items())]
     rows += ["", f"Start with: {PROGRAM} quickstart"]
-    indent = " " * 14
-    return "\n".join(textwrap.fill(row, columns(), subsequent_indent=indent * row.startswith("  ")) for row in rows)
+    return "\n".join(textwrap.fill(row, columns(), subsequent_indent=" " * 14) for row in rows)
 
 
 if __name__ == "__main__":

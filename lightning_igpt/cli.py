@@ -1,16 +1,13 @@
-"""Lightning's verbs, fit, validate, test and predict, driven by recipes; the only reader of recipes.
-
-Not here: our own verbs (``commands/``), and what a dry run prints (``commands/dry_run.py``).
-"""
+"""Lightning's verbs, fit, validate, test and predict, driven by recipes; the only reader of recipes."""
 
 import contextlib
 import itertools
 import re
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from textwrap import TextWrapper
+from textwrap import TextWrapper, fill
 from typing import Any, NoReturn, get_type_hints
 
 import torch
@@ -25,9 +22,8 @@ from torch import Tensor
 from lightning_igpt import callbacks, data, modules
 from lightning_igpt.checkpointing import find_checkpoint
 from lightning_igpt.commands import dry_run, recipes
-from lightning_igpt.commands.arguments import SEEDS, check_seed, leaves_of, one_line_errors, parameter_texts
-from lightning_igpt.commands.help import LIGHTNING_VERBS, MARGIN, PROGRAM, Parser, columns, page, usage_error
-from lightning_igpt.commands.places import check_folder
+from lightning_igpt.commands.arguments import SEEDS, check_folder, check_seed, one_line_errors, parameter_texts, reader
+from lightning_igpt.commands.help import LIGHTNING_VERBS, MARGIN, PROGRAM, Parser, columns, usage_error
 from lightning_igpt.files import write_csv
 from lightning_igpt.pictures import save_png
 from lightning_igpt.trainer import make_trainer
@@ -39,24 +35,23 @@ TRUSTED = ("lightning", "lightning_igpt", "torch.optim", "torchmetrics")
 UNQUOTED = re.compile(r"(\w+): +([\w.+-]+)(?=[\s,}\]]|$)")  # of a recipe, key and text
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # values of Lightning's ckpt_path that are no paths
 RESUME = (
-    "Continue an interrupted run. auto takes the newest intact checkpoint of this model where the trainer saves, and "
-    "starts a new run if there is none; a run folder or a checkpoint must exist."
+    "fit: Continue an interrupted run. auto takes the newest intact checkpoint of this model where the trainer saves, "
+    "and starts a new run if there is none; a run folder or a checkpoint must exist."
 )
-RANDOM = "Run although no weights are given: an untrained network, as a baseline."
-WHAT = (
-    ("-c --config RECIPE", "A YAML file, or a shipped recipe's name. Of several the last wins, and options over all."),
-    ("--model CLASS", "PretrainModule, ProbeModule or FineTuneModule; its options are --model.NAME."),
-    ("--data CLASS", "PretrainDataModule, ProbeDataModule or FineTuneDataModule; its options are --data.NAME."),
-    ("--resume auto|PATH", f"fit: {RESUME}"),
-    ("--ckpt_path CHECKPOINT", "Checkpoint of a run of this recipe: fit continues it, the others evaluate it."),
-    ("--random_weights true", f"validate, test, predict: {RANDOM}"),
-    ("--seed_everything N", f"Seed of weights, order and draws, from 0 to {SEEDS - 1}; true draws one. Default: 0."),
-    ("--dry_run", "Print what would run, with sizes and, for fit, memory and time; train and write nothing."),
-    ("--trust NAME", "A package, module, class or address that the recipe may name, besides those known to be safe."),
-    ("--model.help CLASS", "The options of a class; likewise --data.help CLASS and --trainer.callbacks.help CLASS."),
-    ("-h --help", "Show this help and exit."),
-    ("--print_config", "Print all options as YAML, as they would be taken, and exit."),
-    ("--print_completion SHELL", "Print a script that completes these options: shtab-bash, shtab-zsh (needs shtab)."),
+WHAT = (  # names, what stands for the value, explanation
+    ("-c --config", "RECIPE", "A YAML file or a shipped recipe's name; of several the last wins, options over all."),
+    ("--model", "CLASS", "PretrainModule, ProbeModule or FineTuneModule; its options are --model.NAME."),
+    ("--data", "CLASS", "PretrainDataModule, ProbeDataModule or FineTuneDataModule; its options are --data.NAME."),
+    ("--resume", "auto|PATH", RESUME),
+    ("--ckpt_path", "CHECKPOINT", "Checkpoint of a run of this recipe: fit continues it, the others evaluate it."),
+    ("--random_weights", "true", "validate, test, predict: Run an untrained network, as a baseline."),
+    ("--seed_everything", "N", f"Of weights, order and draws, from 0 to {SEEDS - 1}; true draws one. Default: 0."),
+    ("--dry_run", "", "Print what would run, with sizes and, for fit, memory and time; train and write nothing."),
+    ("--trust", "NAME", "A package, module, class or address that the recipe may name, besides those known as safe."),
+    ("--model.help", "CLASS", "The options of a class; likewise --data.help and --trainer.callbacks.help."),
+    ("-h --help", "", "Show this help and exit."),
+    ("--print_config", "", "Print all options as YAML, as they would be taken, and exit."),
+    ("--print_completion", "SHELL", "Print a script that completes options: shtab-bash, shtab-zsh (needs shtab)."),
 )
 FIRST = ("default_root_dir", "accumulate_grad_batches", "num_nodes", "logger")  # Lightning's options needed most
 
@@ -94,11 +89,26 @@ class RecipeParser(LightningArgumentParser):
         usage_error(self.prog, message)
 
     def format_help(self) -> str:
-        """The text of ``--help``."""
+        """The text of ``--help``: what runs, the trainer's options needed most, and names of the others."""
         if self.verb is None:
             return str(super().format_help())
         usage = f"{self.prog} --config RECIPE{' --ckpt_path CHECKPOINT' * (self.verb != 'fit')} [options]"
-        return page(self.prog, usage, LIGHTNING_VERBS[self.verb].capitalize(), _help_groups())
+        page = Parser(prog=self.prog, usage=usage, description=LIGHTNING_VERBS[self.verb].capitalize())
+        ours, theirs = parameter_texts(make_trainer), parameter_texts(Trainer.__init__)
+        hints = get_type_hints(Trainer.__init__) | get_type_hints(make_trainer)
+        trainer = {name: ours[name] for name in ours if name in hints and name not in ("module", "data")}
+        trainer |= {name: theirs.pop(name).partition(". ")[0] for name in FIRST}
+        rows = [
+            (f"--trainer.{name}", reader(hints[name])["metavar"] or "VALUE", text) for name, text in trainer.items()
+        ]
+        for heading, options in {"what to run": WHAT, "the trainer": rows}.items():
+            group = page.add_argument_group(heading)
+            for names, value, text in options:
+                takes: dict[str, Any] = {"metavar": value} if value else {"action": "store_true"}
+                group.add_argument(*names.split(), help=text.replace("%", "%%"), **takes)
+        further = fill(" ".join(name for name in theirs if name not in trainer), columns() - 2, break_on_hyphens=False)
+        page.add_argument_group("further options of Lightning's Trainer, as --trainer.NAME", further)
+        return page.format_help()
 
     def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **options: Any) -> list[str]:
         """Leave out make_trainer's parameters for model and data, which the command line knows already."""
@@ -107,29 +117,6 @@ class RecipeParser(LightningArgumentParser):
         made, skip = class_from_function(make_trainer), {"module", "data"}
         options = {"fail_untyped": False, "instantiate": False, "sub_configs": True, "skip": skip}
         return list(self.add_class_arguments(made, nested_key, **options))
-
-
-def _help_groups() -> dict[str, Any]:
-    """What runs; the trainer's options needed most; names of the others; where to read more."""
-    texts = parameter_texts(make_trainer)
-    theirs = parameter_texts(Trainer.__init__)
-    ours = [name for name in get_type_hints(make_trainer) if name not in ("module", "data", "kwargs", "return")]
-    trainer = [(_flag(make_trainer, name), texts[name]) for name in ours]
-    trainer += [(_flag(Trainer.__init__, name), theirs[name].partition(". ")[0]) for name in FIRST]
-    further = " ".join(name for name in theirs if name not in (*ours, *FIRST))
-    return {
-        "what to run": WHAT,
-        "the trainer": trainer,
-        "further options of Lightning's Trainer, as --trainer.NAME": further,
-    }
-
-
-def _flag(function: Callable[..., Any], name: str) -> str:
-    """An option of the trainer, and what stands for its value in the help."""
-    leaves = list(leaves_of(get_type_hints(function)[name]))
-    words = [leaf for leaf in leaves if isinstance(leaf, str)] + ["true", "false"] * (bool in leaves)
-    number = "" if str in leaves else "X" if float in leaves else "N" if int in leaves else ""
-    return f"--trainer.{name} {'|'.join(filter(None, [*words, number])) or 'VALUE'}"
 
 
 class RecipeCLI(LightningCLI):
@@ -155,14 +142,14 @@ class RecipeCLI(LightningCLI):
         """The parser, before the options of trainer, model and data are added."""
         parser = RecipeParser(prog=f"{PROGRAM} {self.verb}", parser_mode="omegaconf+", **options)
         parser.verb = self.verb
-        parser.add_argument("-c", "--config", action=RecipeFile, help=WHAT[0][1])
+        parser.add_argument("-c", "--config", action=RecipeFile)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add our own options; all verbs have all of them, so that each runs the configuration another one saved."""
-        parser.add_argument("--resume", type=str | None, default=None, help=RESUME)
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of a run of this recipe.")
-        parser.add_argument("--random_weights", type=bool, default=False, help=RANDOM)
+        parser.add_argument("--resume", type=str | None, default=None)
+        parser.add_argument("--ckpt_path", type=str | None, default=None)
+        parser.add_argument("--random_weights", type=bool, default=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse without Lightning's warning about ``sys.argv``, which here holds the same words."""
@@ -194,7 +181,7 @@ class RecipeCLI(LightningCLI):
     def checkpoint(self) -> str | None:
         """The checkpoint to continue (fit) or to run (the other verbs); None to start from the recipe's weights."""
         path, resume, model = self.config["ckpt_path"], self.config["resume"], self.config["model"]
-        # Of other modules the heads are in checkpoints alone.
+        # The heads of other modules are in checkpoints alone.
         pretrained = model["class_path"].endswith("PretrainModule") and model.get("init_args", {}).get("pretrained")
         if self.verb == "fit":
             if resume and path:
@@ -215,12 +202,11 @@ class RecipeCLI(LightningCLI):
         if not auto and not place.exists():
             raise FileNotFoundError(f"--resume {resume} does not exist; name a checkpoint or a run folder, or auto")
         newest = place if place.is_file() and not auto else find_checkpoint(self.trainer if auto else place, self.model)
-        if newest is not None:
-            return str(newest)
-        if not auto:
+        if newest is None and not auto:
             raise FileNotFoundError(f"--resume {resume}: the folder has no checkpoint; --resume auto would start a run")
-        rank_zero_info(f"--resume auto: {self.trainer.default_root_dir} has no run yet; starting one")
-        return None
+        if newest is None:
+            rank_zero_info(f"--resume auto: {self.trainer.default_root_dir} has no run yet; starting one")
+        return str(newest) if newest else None
 
 
 def run(words: Sequence[str]) -> RecipeCLI:
@@ -275,8 +261,7 @@ def write_predictions(
         for number, image in zip(rows, predictions, strict=False):
             save_png(image, folder / f"{number:06d}.png")
         return folder
-    names = list(class_names or [])
-    names += [str(number) for number in range(len(names), predictions.shape[1])]
+    names = [*(class_names or []), *map(str, range(len(class_names or []), predictions.shape[1]))]
     table: list[list[Any]] = [["row", "class", *names]]
     for row, values in zip(rows, predictions.tolist(), strict=False):
         table.append([row, names[values.index(max(values))], *(f"{value:.6f}" for value in values)])
@@ -290,6 +275,6 @@ def _write(cli: RecipeCLI, batches: Sequence[Any]) -> None:
         rank_zero_info("predictions are neither images (B, 3, S, S) nor probabilities (B, C): nothing is written")
     elif batches:
         folder = Path(cli.trainer.log_dir or cli.trainer.default_root_dir) / "predictions"
-        left_out: set[int] = getattr(cli.datamodule, "left_out_of_predictions", set)()
+        left_out = getattr(cli.datamodule, "left_out_of_predictions", set[int])()
         names = getattr(cli.model, "class_names", None)
         rank_zero_info(f"wrote {write_predictions(torch.cat([*batches]), folder, names, left_out=left_out)}")

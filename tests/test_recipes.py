@@ -4,12 +4,10 @@ The recipes run at toy size through the command line, on small stand-ins for the
 probe finds the weights of its pretraining recipe where it says that they are.
 """
 
-import contextlib
 import functools
-import io
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -25,6 +23,7 @@ from lightning_igpt.planning import train_flops_per_token
 from lightning_igpt.weights import load_pretrained
 from lightning_igpt.weights.checkpoint import STAMP, read_checkpoint
 from tests.image_files import noise, rows
+from tests.test_cli import printed
 
 RECIPES = {path.stem: path for path in sorted(recipes.folder().rglob("*.yaml"))}
 TOY = {"n_layer": 4, "n_head": 2, "n_embd": 8, "vocab_size": 16, "image_size": 8}
@@ -32,29 +31,16 @@ IMAGENET_TRAIN = 1_281_167
 LARGE = pytest.mark.slow  # their files differ little from each other's, and not at all at toy size
 
 
-@dataclass(frozen=True)
-class Paper:
-    """A row of the paper's Table 5, with sections 3.3 and 3.4."""
-
-    n_layer: int
-    n_head: int | None  # None: not published
-    n_embd: int
-    image_size: int
-    lr: float
-    objective: str = "autoregressive"
-    batch: int = 128
-    steps: int = 1_000_000
-
-
+# The paper's Table 5, with sections 3.3 and 3.4: layers, heads (0: not published), width, side, learning rate.
 PAPER = {
-    "imagenet32_s_pretrain": Paper(24, 8, 512, 32, 0.003),
-    "imagenet32_m_pretrain": Paper(36, 8, 1024, 32, 0.003),
-    "imagenet32_l_pretrain": Paper(48, 16, 1536, 32, 0.001),
-    "imagenet48_l_pretrain": Paper(48, 16, 1536, 48, 0.01),
-    "imagenet64_xl_pretrain": Paper(60, None, 3072, 64, 0.0003, batch=64, steps=2_000_000),
-    "imagenet32_s_bert": Paper(24, 8, 512, 32, 0.01, "bert"),
-    "imagenet32_m_bert": Paper(36, 8, 1024, 32, 0.003, "bert"),
-    "imagenet32_l_bert": Paper(48, 16, 1536, 32, 0.001, "bert"),
+    "imagenet32_s_pretrain": (24, 8, 512, 32, 0.003),
+    "imagenet32_m_pretrain": (36, 8, 1024, 32, 0.003),
+    "imagenet32_l_pretrain": (48, 16, 1536, 32, 0.001),
+    "imagenet48_l_pretrain": (48, 16, 1536, 48, 0.01),
+    "imagenet64_xl_pretrain": (60, 0, 3072, 64, 0.0003),
+    "imagenet32_s_bert": (24, 8, 512, 32, 0.01),
+    "imagenet32_m_bert": (36, 8, 1024, 32, 0.003),
+    "imagenet32_l_bert": (48, 16, 1536, 32, 0.001),
 }
 
 
@@ -65,15 +51,6 @@ def read(name):
 def header(name):
     lines = RECIPES[name].read_text().splitlines()
     return [line.removeprefix("#").strip() for line in lines[: lines.index("")]]
-
-
-def parsed(name):
-    """The recipe with every default, as the command line understands it; nothing is built."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", name, "--print_config"])
-    assert stop.value.code == 0
-    return yaml.safe_load(out.getvalue())
 
 
 def network_of(recipe):
@@ -192,25 +169,17 @@ def test_the_parts_fit_together(name):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_settings(name):
-    recipe, paper = parsed(name), PAPER[name]
+    recipe, (n_layer, n_head, n_embd, side, lr) = printed("--config", name), PAPER[name]
     network, options, trainer = network_of(recipe), recipe["model"]["init_args"], recipe["trainer"]
-    expected = ImageGPTConfig(
-        n_layer=paper.n_layer,
-        n_head=paper.n_head or network.n_head,
-        n_embd=paper.n_embd,
-        vocab_size=512,
-        image_size=paper.image_size,
-        objective=paper.objective,
-    )
-    assert network == expected
+    objective = "bert" if name.endswith("bert") else "autoregressive"
+    assert network == ImageGPTConfig(n_layer, n_head or network.n_head, n_embd, 512, side, objective=objective)
     assert options["palette"] == "openai"
-    assert (options["lr"], options["betas"], options["weight_decay"]) == (paper.lr, [0.9, 0.95], 0)
-    assert (images_per_step(recipe), trainer["max_steps"]) == (paper.batch, paper.steps)
-    if paper.objective == "bert":
-        assert options["mask_ratio"] == 0.15
-    assert options["warmup_steps"] is None
-    warmup = default_warmup(paper.steps, IMAGENET_TRAIN // images_per_step(recipe))
-    assert abs(warmup - IMAGENET_TRAIN / paper.batch) <= 1  # one epoch
+    assert (options["lr"], options["betas"], options["weight_decay"]) == (lr, [0.9, 0.95], 0)
+    batch, steps = (64, 2_000_000) if side == 64 else (128, 1_000_000)
+    assert (images_per_step(recipe), trainer["max_steps"]) == (batch, steps)
+    assert options["mask_ratio"] == 0.15 and options["warmup_steps"] is None
+    warmup = default_warmup(steps, IMAGENET_TRAIN // batch)
+    assert abs(warmup - IMAGENET_TRAIN / batch) <= 1  # one epoch
     assert f"here {warmup:,} steps" in RECIPES[name].read_text()
 
 

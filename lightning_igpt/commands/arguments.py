@@ -1,11 +1,13 @@
-"""How our own verbs read their arguments: an argparse parser made from a function's signature and docstring."""
+"""How our own verbs read their arguments, by signature and docstring, and check where results go before any work."""
 
 import argparse
 import inspect
+import itertools
 import os
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,8 +19,6 @@ from lightning_igpt.commands.help import PROGRAM, Parser, plain
 from lightning_igpt.files import shown
 
 SEEDS = 2**32  # NumPy's generators take seeds from 0 to one less
-TRACEBACK = "LIGHTNING_IGPT_TRACEBACK"  # set to anything to see where an error came from
-TRUTH = {"true": True, "false": False}
 CACHES = ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE")  # variables that name folders
 
 
@@ -28,15 +28,14 @@ def run_function(
     verb: str,
     *,
     positional: bool = False,
-    about: str = "",
-) -> int:
+) -> None:
     """Parse the words after a verb for a function, or for one of several by the name of its sub-verb, and call it.
 
-    ``positional`` takes required arguments without their names; ``about`` says what a verb with sub-verbs does.
+    ``positional`` takes required arguments without their names.
     """
     prog = f"{PROGRAM} {verb}"
     if isinstance(function, Mapping):
-        parser = Parser(prog=prog, description=f"{about[:1].upper()}{about[1:]}.", add_help=True)
+        parser = Parser(prog=prog, add_help=True)
         verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(function), title="verbs")
         for name, part in function.items():
             summary = docstring_parser.parse(part.__doc__ or "").short_description
@@ -49,7 +48,6 @@ def run_function(
     with one_line_errors(prog):
         check_seed("seed", options.get("seed"))
         chosen(**options)
-    return 0
 
 
 def _add(parser: argparse.ArgumentParser, function: Callable[..., Any], positional: bool) -> None:
@@ -60,7 +58,7 @@ def _add(parser: argparse.ArgumentParser, function: Callable[..., Any], position
     called = [parser.prog]
     for name, parameter in parameters.items():
         required, kind = parameter.default is inspect.Parameter.empty, hints[name]
-        options = _reader(kind) | {"help": _text(texts.get(name, ""), parameter.default)}
+        options = reader(kind) | {"help": _text(texts.get(name, ""), parameter.default)}
         if required and positional:
             action = needed.add_argument(name, **options | {"metavar": name.upper()})
             called.append(f"{action.metavar} ..." if action.nargs == "+" else str(action.metavar))
@@ -80,61 +78,83 @@ def parameter_texts(function: Callable[..., Any]) -> dict[str, str]:
 
 def _text(text: str, default: Any) -> str:
     """The description of an option, with its default where that says something."""
-    says_nothing = default in (None, False, "", inspect.Parameter.empty)
-    if not says_nothing and "efault" not in text:
+    if default not in (None, False, "", inspect.Parameter.empty) and "efault" not in text:
         text += f" Default: {' '.join(map(str, default)) if isinstance(default, tuple) else str(default).lower()}."
     return text.replace("%", "%%")
 
 
-def leaves_of(hint: Any) -> Iterator[Any]:
-    """The types, and the words of Literals, that a type hint is made of; None is left out."""
-    origin = get_origin(hint)
-    if origin is Literal:
-        yield from get_args(hint)
-    elif origin in (Union, UnionType, list, tuple):
-        for part in get_args(hint):
-            yield from leaves_of(part)
-    elif hint not in (NoneType, Ellipsis):
-        yield hint
-
-
-def _reader(hint: Any) -> dict[str, Any]:
-    """How argparse reads a parameter of a type: str, int, float, bool, words, or several of these."""
-    leaves = list(leaves_of(hint))
-    words = [leaf for leaf in leaves if isinstance(leaf, str)]
-    if leaves == [bool]:
-        return {"nargs": "?", "const": True, "type": _truth, "metavar": "true|false"}
-    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    several = {"nargs": "+"} if any(get_origin(part) in (list, tuple) for part in parts) else {}
-    if words == leaves:
-        return several | {"choices": words, "metavar": "|".join(words)}
-    (kind,) = (leaf for leaf in leaves if isinstance(leaf, type))
-    if not words:
-        return several | {"type": _filled if kind is str else kind, "metavar": {int: "N", float: "X"}.get(kind)}
+def reader(hint: Any) -> dict[str, Any]:
+    """How argparse reads a parameter of a type: str, int, float, bool, words, lists, or several of these."""
+    leaves = list(_leaves(hint))
+    values: dict[str, Any] = {leaf: leaf for leaf in leaves if isinstance(leaf, str)}
+    values |= {"true": True, "false": False} if bool in leaves else {}
+    kind = next((kind for kind in (str, float, int) if kind in leaves), None)
 
     def read(word: str) -> Any:
-        return word if word in words else kind(word)
+        if not word:
+            raise argparse.ArgumentTypeError("the value is empty; perhaps a shell variable is not set")
+        if kind is None and word.lower() not in values:
+            raise ValueError(word)
+        return values[word.lower()] if kind is None or word in values else kind(word)
 
-    read.__name__ = f"{kind.__name__} or {'|'.join(words)}"  # for argparse's message
-    return several | {"type": read, "metavar": "|".join([*words, "N"])}
+    metavar = "|".join([*values, *("X" if kind is float else "N" if kind is int else "")])
+    read.__name__ = metavar or "text"  # for argparse's message
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    several = any(get_origin(part) in (list, tuple) for part in parts)
+    amount = {"nargs": "+"} if several else {"nargs": "?", "const": True} if leaves == [bool] else {}
+    return {"type": read, "metavar": metavar or None} | amount
 
 
-def _filled(word: str) -> str:
-    if not word:
-        raise argparse.ArgumentTypeError("the value is empty; perhaps a shell variable is not set")
-    return word
-
-
-def _truth(word: str) -> bool:
-    if word.lower() not in TRUTH:
-        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
-    return TRUTH[word.lower()]
+def _leaves(hint: Any) -> Iterator[Any]:
+    """The types, and the words of Literals, that a type hint is made of; None is left out."""
+    if get_origin(hint) is Literal:
+        yield from get_args(hint)
+    elif get_origin(hint) in (Union, UnionType, list, tuple):
+        yield from itertools.chain.from_iterable(map(_leaves, get_args(hint)))
+    elif hint not in (NoneType, Ellipsis):
+        yield hint
 
 
 def check_seed(name: str, seed: Any) -> None:
     """Raise ValueError where a seed is out of range; what is no number (None, true) is left alone."""
     if isinstance(seed, int) and not 0 <= seed < SEEDS:
         raise ValueError(f"{name} is {seed}; it must be from 0 to {SEEDS - 1}")
+
+
+def check_file(path: str | Path, option: str, example: str, suffix: str = "") -> None:
+    """Raise ValueError or OSError unless a file can be written, or replaced, and its name ends in ``suffix``.
+
+    ``option`` is what names it, such as ``--out``, and ``example`` such a file's name, both for the message.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; {option} takes the name of a file, such as {path / example}")
+    if not path.name.lower().endswith(suffix):
+        raise ValueError(f"{option} is {path}; it must be a {suffix} file, such as {example}")
+    if path.is_file() and not os.access(path, os.W_OK):
+        raise PermissionError(f"{path} is not writable; change its permissions, or name another file by {option}")
+    if path.is_file() or not path.exists():  # devices and pipes are written directly
+        _check_writable(path, Path(os.path.realpath(path)).parent)
+
+
+def check_folder(path: str | Path, option: str) -> None:
+    """Raise OSError unless files can be written into a folder, which need not exist and which ``option`` names."""
+    path = Path(path)
+    if path.is_file():
+        raise NotADirectoryError(f"{path} is a file; {option} takes a folder, so name another")
+    _check_writable(path, path.absolute())
+
+
+def _check_writable(place: Path, folder: Path) -> None:
+    # Missing folders are made, but none at the root of the file system, where a new name is most likely misspelt.
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if existing == Path("/") != folder:
+        raise FileNotFoundError(f"nothing is saved in {place}: {Path(*folder.parts[:2])} does not exist; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=existing), suppress(FileNotFoundError):
+            (existing / place.name).stat()  # an OSError where the name is too long
+    except OSError as error:
+        raise OSError(f"nothing can be saved in {place}: {existing}: {error.strerror}; name another place") from error
 
 
 @contextmanager
@@ -147,7 +167,7 @@ def one_line_errors(prog: str) -> Iterator[None]:
     except (OmegaConfBaseException, ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         # Wrong paths and references of a recipe are the user's, whoever raises.
         own = error if isinstance(error, (OSError, OmegaConfBaseException)) else _own(error)
-        if os.environ.get(TRACEBACK) or own is None:
+        if os.environ.get("LIGHTNING_IGPT_TRACEBACK") or own is None:
             raise
         text = str(own)
         if isinstance(own, OSError) and own.filename:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_igpt.callbacks import captions, completion_rows
 from lightning_igpt.callbacks.completions import HIDDEN
+from lightning_igpt.commands.arguments import check_folder
 from lightning_igpt.commands.images import read_images
-from lightning_igpt.commands.places import check_folder
 from lightning_igpt.decoding import Precision
 from lightning_igpt.files import shown
 from lightning_igpt.images import BadImageError, decode

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
+from lightning_igpt.commands.arguments import check_file, check_folder
 from lightning_igpt.commands.help import row
-from lightning_igpt.commands.places import check_file, check_folder
-from lightning_igpt.planning import parameter_count
-from lightning_igpt.weights import Pretrained, load_pretrained, native, save_pretrained
+from lightning_igpt.commands.plan import shape
+from lightning_igpt.weights import load_pretrained, native, save_pretrained
 from lightning_igpt.weights.huggingface import check_logits, compare_with_transformers
 
 TOLERANCE = 1e-4  # of the largest logit; float32 in another order of operations stays far below
@@ -48,21 +48,31 @@ def convert(
         check_folder(path, "OUT")
     loaded = load_pretrained(source, palette=palette, image_size=image_size)
     logits = check_logits(loaded.network)
+    config, head = loaded.config, loaded.head
     print(row("read", loaded.origin))
-    _describe(loaded)
+    print(row("network", f"{shape(config)}, {config.objective}"))
+    print(row("images", f"{config.image_size} x {config.image_size} = {config.n_positions} tokens"))
+    print(row("palette", f"{len(loaded.palette)} colors, sha256 {loaded.palette.sha256[:12]}"))
+    if head is not None:
+        print(row("classes", f"{len(head)}: {', '.join(loaded.class_names or ['without names'])}"))
     first = " ".join(f"{value:.5f}" for value in logits[-1, :4].tolist())
     print(row("check logits", f"{first} ... of pixel {len(logits)}"))
     if check:
-        _compare(loaded)
+        peer = compare_with_transformers(loaded.network, loaded.palette, head)
+        what = f"{peer.logits:,} {'color' if head is None else 'class'} logits up to {peer.largest:.3g}"
+        print(row("transformers", f"largest difference {peer.difference:.3g} over {what}"))
+        if not peer.difference <= TOLERANCE * max(1.0, peer.largest):
+            raise ValueError(
+                f"the logits of transformers differ by up to {peer.difference:.3g}; do not use this export"
+            )
     card = loaded.card.filled(title=title, data=data, license=license)
     if to == "hf":
         names = loaded.class_names
-        save_pretrained(path, loaded.network, loaded.palette, card=card, head=loaded.head, class_names=names)
+        save_pretrained(path, loaded.network, loaded.palette, card=card, head=head, class_names=names)
     else:
-        native.save_file(path, loaded.network, loaded.palette, loaded.head, loaded.class_names, card.known())
+        native.save_file(path, loaded.network, loaded.palette, head, loaded.class_names, card.known())
     print(row("wrote", f"{path} ({to})"))
-    head = loaded.head
-    if to == "hf" and loaded.config.objective == "bert":
+    if to == "hf" and config.objective == "bert":
         print(row("note", "transformers cannot run a BERT network: no sos, no causal mask; load_pretrained can"))
     if to == "hf" and head is not None:
         print(row("note", "the color head is in lm_head.safetensors, as transformers' classifier has no place for it"))
@@ -74,21 +84,3 @@ def convert(
     print(row("read back", f"largest difference of check logits {difference:g}"))
     if difference != 0 or (head is None) != (again.head is None):
         raise ValueError(f"the network read back from {path} differs by {difference:g}; check the disk and repeat")
-
-
-def _describe(loaded: Pretrained) -> None:
-    config = loaded.config
-    print(row("network", f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, {config.objective}"))
-    print(row("images", f"{config.image_size} x {config.image_size} = {config.n_positions} tokens"))
-    print(row("parameters", f"{parameter_count(config):,}"))
-    print(row("palette", f"{len(loaded.palette)} colors, sha256 {loaded.palette.sha256[:12]}"))
-    if loaded.head is not None:
-        print(row("classes", f"{len(loaded.head)}: {', '.join(loaded.class_names or ['without names'])}"))
-
-
-def _compare(loaded: Pretrained) -> None:
-    peer = compare_with_transformers(loaded.network, loaded.palette, loaded.head)
-    logits = f"{peer.logits:,} {'color' if loaded.head is None else 'class'} logits up to {peer.largest:.3g}"
-    print(row("transformers", f"largest difference {peer.difference:.3g} over {logits}"))
-    if not peer.difference <= TOLERANCE * max(1.0, peer.largest):
-        raise ValueError(f"the logits of transformers differ by up to {peer.difference:.3g}; do not use this export")

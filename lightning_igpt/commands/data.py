@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
+from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.help import row
 from lightning_igpt.commands.images import rows_of, to_tensor
-from lightning_igpt.commands.places import check_file
 from lightning_igpt.data.sources import Source, open_source
 from lightning_igpt.files import shown
 from lightning_igpt.images import FORMATS, BadImageError, decode, resize_center_crop

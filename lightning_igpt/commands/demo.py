@@ -69,8 +69,8 @@ def demo(
 
 def load_network(pretrained: str | None) -> Pretrained:
     """The network named, or the embedded one."""
-    embedded = "embedded network of 8 x 8 digits"
-    return load_pretrained(pretrained) if pretrained else replace(load_pretrained(EMBEDDED), origin=embedded)
+    loaded = load_pretrained(pretrained or EMBEDDED)
+    return loaded if pretrained else replace(loaded, origin="embedded network of 8 x 8 digits")
 
 
 def listening(host: str, port: int) -> socket.socket:

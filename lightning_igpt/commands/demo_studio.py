@@ -55,12 +55,12 @@ class Studio:
         self.config, self.network = loaded.config, loaded.network.to(device)
         self.autoregressive = loaded.config.objective == "autoregressive"
         rgb = loaded.palette.rgb
-        self.pictures = (digits if (rgb == rgb[:, :1]).all() else photos)(self.config.image_size)
-        self._tokens = loaded.palette.quantize(torch.stack(list(self.pictures.values()))).tolist()
+        offered = examples(self.config.image_size, gray=bool((rgb == rgb[:, :1]).all()))
+        tokens = loaded.palette.quantize(torch.stack([*offered.values()])).tolist()
+        self.pictures = [{"name": name, "tokens": row} for name, row in zip(offered, tokens, strict=True)]
 
     def start(self) -> dict[str, Any]:
         """What the page has to know: the network, its colors and the pictures offered."""
-        names = zip(self.pictures, self._tokens, strict=True)
         return {
             "origin": self.loaded.origin,
             "layers": self.config.n_layer,
@@ -69,7 +69,7 @@ class Studio:
             "autoregressive": self.autoregressive,
             "colors": self.loaded.palette.rgb.tolist(),
             "scale": surprise_colors()[::15].tolist(),
-            "pictures": [{"name": name, "tokens": row} for name, row in names],
+            "pictures": self.pictures,
             "device": str(self.device),
         }
 
@@ -97,11 +97,10 @@ class Studio:
         {"seconds": s} or {"error": text}.
         """
         try:
-            if not gone.is_set():
-                emit({"begun": True})
-                started = time.monotonic()
-                self._draw(ask, emit, gone)
-                emit({"seconds": round(time.monotonic() - started, 2)})
+            emit({"begun": True})
+            started = time.monotonic()
+            self._draw(ask, emit, gone)
+            emit({"seconds": round(time.monotonic() - started, 2)})
         except ReaderGoneError:
             log.info("drawing ended: the reader is gone")
         except ValueError as error:
@@ -169,14 +168,11 @@ def _progress(known: Tensor, emit: Emit, gone: threading.Event) -> Callable[[Ten
     return progress
 
 
-def digits(size: int) -> dict[str, Tensor]:
-    """The first embedded test digits, not picked: uint8 (3, size, size) by name."""
-    pixels, _ = read_images("digits", size, limit=N_DIGITS)
-    return {f"test digit {number}": image for number, image in enumerate(pixels, 1)}
-
-
-def photos(size: int) -> dict[str, Tensor]:
-    """The photographs that come with scikit-learn: uint8 (3, size, size) by name."""
+def examples(size: int, gray: bool) -> dict[str, Tensor]:
+    """The first embedded test digits, or the photographs that come with scikit-learn: uint8 (3, size, size) by name."""
+    if gray:
+        pixels, _ = read_images("digits", size, limit=N_DIGITS)
+        return {f"test digit {number}": image for number, image in enumerate(pixels, 1)}
     from sklearn.datasets import load_sample_images
 
     samples = load_sample_images()

@@ -26,16 +26,12 @@ def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | 
     if checkpoint and Path(checkpoint).is_file():
         read_checkpoint(Path(checkpoint))
     yield row("would", f"{verb}: {type(model).__name__} on {type(data).__name__}")
-    config, counts = getattr(model, "config", None), images(data)
+    config, counts, origin = getattr(model, "config", None), images(data), getattr(model, "origin", None)
     if isinstance(config, ImageGPTConfig):
         side, size = config.image_size, getattr(data, "image_size", None) or config.image_size
         yield row("network", f"{config.objective}, {shape(config)}, {side} x {side} pixels, {config.vocab_size} colors")
         if size != side:
-            raise ValueError(
-                f"the data has image_size {size}, but the network reads images of {side} x {side}; leave out the "
-                "data's image_size"
-            )
-    origin = getattr(model, "origin", None)
+            raise ValueError(f"image_size is {size}, but the network reads images of {side} x {side}; leave it out")
     yield row("weights", checkpoint or (f"those of {origin}" if origin else "drawn at random"))
     source = name_of(data.source) if hasattr(data, "source") else type(data).__name__
     shown = ", ".join(f"{count:,} {TITLES.get(role, role)}" for role, count in counts.items())
@@ -55,10 +51,8 @@ def images(data: Any) -> dict[str, int]:
         raise ValueError("source is empty; give it a folder, Parquet files, a hub id, or digits")
     if source != "digits":
         place = Path(source).expanduser() if isinstance(source, str | Path) else None
-        if place is None or not place.exists():  # perhaps a hub id
-            return {}
-        if any(path.suffix.lower() in CONVERTED for path in (place, *place.rglob("*"))):
-            return {}
+        if not (place and place.exists()) or any(p.suffix.lower() in CONVERTED for p in (place, *place.rglob("*"))):
+            return {}  # perhaps a hub id
     data.setup("fit")
     return {role: len(part) for role, part in data.parts.items()}
 
@@ -71,7 +65,7 @@ def _fit(trainer: Trainer, model: Any, data: Any, n_images: int | None) -> Itera
         return
     if step % (world * parts):
         raise ValueError(
-            f"batch_size {step} is not a multiple of {world} devices x {parts} accumulate_grad_batches; change one"
+            f"batch_size {step} is no multiple of {world} devices x {parts} batches accumulated; change one"
         )
     if trained and n_images is not None and n_images < step:
         raise ValueError(f"batch_size {step} exceeds the {n_images} training images; lower batch_size")

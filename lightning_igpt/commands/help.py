@@ -1,7 +1,4 @@
-"""What ``--help`` prints: options in groups, within the width of the terminal, examples at the end.
-
-argparse does the layout. Not here: which options there are (``arguments.py`` and ``cli.py``).
-"""
+"""argparse with help that fits the terminal and ends with examples, and with errors of one line."""
 
 import argparse
 import re
@@ -27,10 +24,7 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     "test": ("test --config digits_tiny_pretrain --ckpt_path final.ckpt",),
     "predict": ("predict --config digits_tiny_pretrain --ckpt_path final.ckpt",),
     "quickstart": ("quickstart", "quickstart --out first-look --steps 200"),
-    "complete": (
-        "complete --pretrained runs --images photos",
-        "complete --pretrained runs --images digits",
-    ),
+    "complete": ("complete --pretrained runs --images photos", "complete --pretrained runs --images digits"),
     "demo": ("demo", "demo --pretrained final.ckpt --port 8080 --open"),
     "score": ("score --pretrained runs --images photos --limit 500",),
     "lowdata": ("lowdata --pretrained runs --source digits --out few",),
@@ -47,17 +41,17 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser with errors of one line, no abbreviations, and the examples of its verb."""
+    """argparse's parser with the examples of its verb and no abbreviations."""
 
     def __init__(self, *, prog: str, description: str = "", **options: Any) -> None:
-        options.setdefault("add_help", False)
+        lines = [f"{PROGRAM} {line}" for line in EXAMPLES.get(prog.removeprefix(f"{PROGRAM} "), ())]
         super().__init__(
             prog=prog,
             description=textwrap.fill(plain(description), columns()),
-            epilog=examples(prog.removeprefix(f"{PROGRAM} ")),
+            epilog="\n  ".join(["examples:", *lines]) if lines else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
-            **options,
+            **{"add_help": False} | options,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -85,25 +79,3 @@ def plain(text: str | None) -> str:
     """Text of a docstring on one line, without the marks of reStructuredText."""
     text = re.sub(r":\w+:`~?([^`]+)`", lambda match: match[1].rsplit(".", 1)[-1], text or "")
     return " ".join(text.replace("`", "").split())
-
-
-def examples(verb: str) -> str | None:
-    """The examples of a verb."""
-    lines = [f"{PROGRAM} {line}" for line in EXAMPLES.get(verb, ())]
-    return "\n  ".join(["examples:", *lines]) if lines else None
-
-
-def page(prog: str, usage: str, description: str, groups: Mapping[str, Sequence[tuple[str, str]] | str]) -> str:
-    """Help with a group for each heading: options and what they mean, ``("-c --config FILE", "A file.")``, or text."""
-    shown = Parser(prog=prog, usage=usage, description=description)
-    for heading, rows in groups.items():
-        if isinstance(rows, str):
-            shown.add_argument_group(heading, textwrap.fill(rows, columns() - 2, break_on_hyphens=False))
-            continue
-        group = shown.add_argument_group(heading)
-        for name, text in rows:
-            flags = [word for word in name.split() if word.startswith("-")]
-            value = " ".join(word for word in name.split() if word not in flags)
-            takes: dict[str, Any] = {"metavar": value} if value else {"action": "store_true"}
-            group.add_argument(*flags, help=plain(text).replace("%", "%%"), **takes)
-    return shown.format_help()

@@ -1,6 +1,6 @@
 """Images for the verbs: a file, a folder, or any source of the data modules."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,17 +30,24 @@ def read_images(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"asked for {limit} images; ask for at least 1")
+    path = Path(source).expanduser()
+    rows = iter([(path.name, {"path": str(path)})])
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
+        opened = open_source(source)
+        opened.need_images()
+        split = split or next((name for name in SPLITS if name in opened.splits), next(iter(opened.splits)))
+        check_split(opened, split)
+        rows = rows_of(opened, split, limit, spread=False)
     images, names, n_bad = [], [], 0
-    for name, value in _rows(source, split, limit):
+    for name, value in rows:
         try:
             images.append(to_tensor(resize_center_crop(decode(value), size)))
+            names.append(name)
         except BadImageError as error:
             if on_bad_image == "error":
                 raise ValueError(f"{name}: {error}") from error
             print(shown(f"left out {name}: {error}"))
             n_bad += 1
-        else:
-            names.append(name)
     if not images:
         raise ValueError(f"none of the {n_bad} images of {source} can be read" if n_bad else f"{source} has no images")
     return torch.stack(images), names
@@ -49,13 +56,15 @@ def read_images(
 def rows_of(source: Source, split: str, limit: int | None = None, *, spread: bool = True) -> Iterator[tuple[str, Any]]:
     """``limit`` of a split's (name, undecoded image), or all, one in memory at a time.
 
-    They are evenly spread, as many data sets are sorted by class, or else the first.
+    They are evenly spread, as many data sets are sorted by class, or else the first. A name is the end of the image's
+    path, or split and number.
     """
     rows = source.splits[split].select_columns([source.image_column])
     count = min(len(rows), limit or len(rows))
     for place in (number * len(rows) // count if spread else number for number in range(count)):
         value = rows[place][source.image_column]
-        yield name_of(value or {}, split, place), value
+        path = (value or {}).get("path")
+        yield "/".join(Path(str(path)).parts[-2:]) if path else f"{split}-{place:05d}", value
 
 
 def images_of(source: Source, split: str, limit: int | None = None) -> Iterator[Image.Image]:
@@ -76,20 +85,3 @@ def check_split(source: Source, split: str) -> None:
     """Raise unless the source has the split."""
     if split not in source.splits:
         raise ValueError(f"{source.name} has no split {split!r}; it has {', '.join(source.splits)}")
-
-
-def name_of(row: Mapping[str, Any], split: str, number: int) -> str:
-    """The end of an image's path, or its split and number."""
-    return "/".join(Path(str(row["path"])).parts[-2:]) if row.get("path") else f"{split}-{number:05d}"
-
-
-def _rows(source: str, split: str | None, limit: int | None) -> Iterator[tuple[str, Any]]:
-    """The first (name, undecoded image) of a file or a source."""
-    path = Path(source).expanduser()
-    if path.is_file() and path.suffix.lower() in SUFFIXES:
-        return iter([(path.name, {"bytes": path.read_bytes(), "path": str(path)})])
-    opened = open_source(source)
-    opened.need_images()
-    split = split or next((name for name in SPLITS if name in opened.splits), next(iter(opened.splits)))
-    check_split(opened, split)
-    return rows_of(opened, split, limit, spread=False)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_igpt import __version__
+from lightning_igpt.commands.arguments import check_folder
 from lightning_igpt.commands.complete import pick_device
-from lightning_igpt.commands.places import check_folder
 from lightning_igpt.data import ProbeDataModule
 from lightning_igpt.features import fit_logistic
 from lightning_igpt.files import shown, write_csv, write_text
@@ -83,8 +83,8 @@ def lowdata(
         raise ValueError(f"asked for the layers {asked}; this network has 0 to {config.n_layer}")
     reading: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "num_workers": num_workers}
     where: dict[str, Any] = {"config_name": config_name, "image_column": image_column, "label_column": label_column}
-    where |= {"train_split": train_split, "test_split": test_split, "val_fraction": val_fraction, "cache": "none"}
-    data: Any = ProbeDataModule(source, image_size=config.image_size, **reading, **where)
+    where |= {"train_split": train_split, "test_split": test_split, "val_fraction": val_fraction}
+    data: Any = ProbeDataModule(source, image_size=config.image_size, cache="none", **reading, **where)
     data.setup()
     train, test, names = data.train_dataloader().dataset, data.test_dataloader().dataset, data.class_names or []
     subsets = draw_subsets(train.labels, names, budgets[-1], n_subsets, seed=seed)
@@ -93,7 +93,7 @@ def lowdata(
     print(f"{source}: {len(train)} training images, of which {len(rows)} are drawn, and {len(test)} test images")
     loaded.network.to(pick_device(device)).eval()
     x = features(loaded, asked, train, rows.tolist(), **reading)
-    x_test = features(loaded, asked, test, range(len(test)), **reading)
+    x_test = features(loaded, asked, test, list(range(len(test))), **reading)
     results = [
         {"layer": asked[i], "labels_per_class": n}
         | measure(x[:, i], train.labels[rows], x_test[:, i], test.labels, places[..., :n], c)
@@ -125,13 +125,7 @@ def draw_subsets(labels: Tensor, class_names: Sequence[str], largest: int, n_sub
 
 @torch.no_grad()
 def features(
-    loaded: Pretrained,
-    layers: Sequence[int],
-    images: Any,
-    rows: Sequence[int],
-    seed: int,
-    batch_size: int,
-    num_workers: int,
+    loaded: Pretrained, layers: list[int], images: Any, rows: list[int], seed: int, batch_size: int, num_workers: int
 ) -> Tensor:
     """Features of rows of a data set in batches: float32 (len(rows), layers, D), on the CPU.
 
@@ -139,14 +133,13 @@ def features(
     """
     network, config = loaded.network, loaded.config
     draws = [[(row, row) for row in rows[i : i + batch_size]] for i in range(0, len(rows), batch_size)]
-    loader: DataLoader[Any] = DataLoader(images, batch_size=None, sampler=draws, num_workers=num_workers)
     parts = []
-    for batch in loader:
+    for batch in DataLoader(images, batch_size=None, sampler=draws, num_workers=num_workers):
         batch = {name: values.to(network.wpe.weight.device) for name, values in batch.items()}
         tokens, masked = read_batch(batch, loaded.palette, config).tokens, None
         if config.objective == "bert":
             masked = draw_mask(batch["sample"], config.n_positions, seed=seed, ratio=MASK_RATIO)
-        parts.append(network.features(tokens, list(layers), masked=masked).float().cpu())  # (B, layers, D)
+        parts.append(network.features(tokens, layers, masked=masked).float().cpu())  # (B, layers, D)
     return torch.cat(parts)
 
 
@@ -157,10 +150,9 @@ def measure(
 
     ``x`` is float (R, D), ``x_test`` (N, D), ``labels`` int64 (R,), ``test_labels`` (N,); ``subsets`` int64 (S, C, n).
     """
-    accuracies = []
-    for subset in subsets.flatten(1):
-        weight, bias = fit_logistic(x[subset], labels[subset], subsets.shape[1], c=c)
-        accuracies.append(((x_test @ weight.T + bias).argmax(1) == test_labels).double().mean().item())
+    heads = (fit_logistic(x[subset], labels[subset], subsets.shape[1], c=c) for subset in subsets.flatten(1))
+    right = [(x_test @ weight.T + bias).argmax(1) == test_labels for weight, bias in heads]
+    accuracies = [part.double().mean().item() for part in right]
     sd = statistics.stdev(accuracies) if len(accuracies) > 1 else None
     return {"accuracies": accuracies, "mean": statistics.fmean(accuracies), "sd": sd}
 

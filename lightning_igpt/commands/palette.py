@@ -1,13 +1,10 @@
 """``lightning-igpt palette``: fit the colors of a palette to images, or show one."""
 
-from collections.abc import Iterator
 from math import sqrt
 from pathlib import Path
 
-from PIL import Image
-
+from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.images import check_split, images_of, to_tensor
-from lightning_igpt.commands.places import check_file
 from lightning_igpt.data.sources import open_source
 from lightning_igpt.files import shown
 from lightning_igpt.kmeans import fit_palette
@@ -56,9 +53,12 @@ def fit(
     palette.save(path)
     save_png(swatch(palette.rgb), picture)
     n_checked = min(n_images, N_CHECKED)
-    error = mean_error(palette, images_of(opened, split, n_checked))
+    squares, n_pixels = 0.0, 0
+    for image in images_of(opened, split, n_checked):
+        size = image.width * image.height
+        squares, n_pixels = squares + palette.rmse(to_tensor(image)[None]) ** 2 * size, n_pixels + size
     print(f"K {len(palette)}, sha256 {palette.sha256}")
-    print(f"RMSE {error:.2f} of 255 per channel on {n_checked} images")
+    print(f"RMSE {sqrt(squares / n_pixels):.2f} of 255 per channel on {n_checked} images")
     print(f"wrote {path} and {picture}")
 
 
@@ -75,15 +75,6 @@ def show(palette: str = "openai", out: str = "palette.png") -> None:
     print(f"K {len(loaded)}, sha256 {loaded.sha256}")
     print(f"values {loaded.colors.min():.5f} to {loaded.colors.max():.5f}")
     print(f"wrote {out}")
-
-
-def mean_error(palette: Palette, images: Iterator[Image.Image]) -> float:
-    """Root mean square error per channel over all pixels, in 0..255, of images of any size."""
-    squares, n_pixels = 0.0, 0
-    for image in images:
-        size = image.width * image.height
-        squares, n_pixels = squares + palette.rmse(to_tensor(image)[None]) ** 2 * size, n_pixels + size
-    return sqrt(squares / n_pixels)
 
 
 VERBS = {"fit": fit, "show": show}

@@ -2,7 +2,7 @@
 
 import os
 import textwrap
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
@@ -68,9 +68,8 @@ def make_run(
 ) -> Run:
     """A run, by default in the device's usual precision and at the usual share of its peak."""
     precision = precision or ("bf16-mixed" if device.bfloat16 else "32-true")
-    run = Run(
-        config, schedule, device, devices, precision, planning.usual_mfu(config) if device.torch_name else CPU_MFU
-    )
+    mfu = planning.usual_mfu(config) if device.torch_name else CPU_MFU
+    run = Run(config, schedule, device, devices, precision, mfu)
     return replace(run, mfu=min(run.mfu, run.ceiling_mfu))  # small networks reach less
 
 
@@ -151,9 +150,4 @@ def hours(seconds: float) -> str:
 
 def _seconds(run: Callable[[], object]) -> float:
     """Of the fastest of a few calls, after one to warm up."""
-    times = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(timeit.repeat(run, number=1, repeat=REPEATS + 1)[1:])

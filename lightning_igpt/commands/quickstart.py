@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_igpt import __version__
-from lightning_igpt.commands.places import check_folder
+from lightning_igpt.commands.arguments import check_folder
 from lightning_igpt.commands.quickstart_page import picture_sections, result_rows, write_report
 from lightning_igpt.config import PRESETS
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
@@ -44,29 +44,24 @@ def quickstart(
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     check_folder(out, "--out")
-    titles = [f"1/4 pretraining without labels, {steps} steps of {BATCH_SIZE} images", "2/4 completing lower halves"]
-    titles += ["3/4 probing every layer, and the same network untrained", f"4/4 fine-tuning, {epochs} epochs"]
     started, folder = time.monotonic(), Path(out)
     torch.set_num_threads(threads)
     quiet_lightning()
     seed_everything(seed, verbose=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {}
-    print(titles[0])
-    results["pretrain"] = pretrain(folder, seed, steps)
-    print(titles[1])
+    print(f"1/4 pretraining without labels, {steps} steps of {BATCH_SIZE} images")
+    results: dict[str, Any] = {"pretrain": pretrain(folder, seed, steps)}
+    print("2/4 completing lower halves")
     module = PretrainModule.load_from_checkpoint(folder / "pretrain.ckpt", map_location="cpu")
     data = PretrainDataModule("digits", image_size=NETWORK.image_size, seed=seed)
     data.setup("test")
     pictures = picture_sections(module, whole(data.test_dataloader())["image"], folder, seed)
-    print(titles[2])
+    print("3/4 probing every layer, and the same network untrained")
     results["probe"] = probe(folder, seed)
-    print(titles[3])
+    print(f"4/4 fine-tuning, {epochs} epochs")
     results["finetune"] = finetune(folder, seed, epochs)
     results["seconds"] = round(time.monotonic() - started, 1)
-    settings = {"steps": steps, "epochs": epochs, "seed": seed, "threads": torch.get_num_threads()}
-    results["settings"] = settings | {"network": NETWORK.to_dict()}
-    results["versions"] = {"lightning_igpt": __version__, "torch": torch.__version__}
+    settings = {"steps": steps, "epochs": epochs, "seed": seed, "threads": threads, "network": NETWORK.to_dict()}
+    results |= {"settings": settings, "versions": {"lightning_igpt": __version__, "torch": torch.__version__}}
     write_text(folder / "report.json", json.dumps(results, indent=2) + "\n")
     write_report(folder, results, pictures)
     print(*(f"{what:<28}{value:<20}{note}" for what, value, note in result_rows(results)), sep="\n")
@@ -114,8 +109,7 @@ def unigram_nats(train: Tensor, val: Tensor, vocab_size: int) -> float:
 
 def whole(loader: Any) -> dict[str, Tensor]:
     """All images of a loader as one batch, each once and in the order of the rows."""
-    batch: dict[str, Tensor] = loader.dataset[[(row, row) for row in range(len(loader.dataset))]]
-    return batch
+    return loader.dataset[[(row, row) for row in range(len(loader.dataset))]]  # type: ignore[no-any-return]
 
 
 def probe(folder: Path, seed: int) -> dict[str, Any]:
@@ -124,14 +118,12 @@ def probe(folder: Path, seed: int) -> dict[str, Any]:
     for prefix, weights in (("", str(folder / "pretrain.ckpt")), ("untrained_", None)):
         # c is fixed, since choosing it takes longer.
         module = ProbeModule(weights, network=NETWORK, palette=PALETTE, c=1.0, seed=seed)
-        data: LightningDataModule = ProbeDataModule("digits", seed=seed)
+        data = ProbeDataModule("digits", seed=seed)
         runner = trainer(folder / f"probe-{'pretrained' if weights else 'untrained'}", max_epochs=1)
         runner.fit(module, data)
         test = runner.test(module, data, verbose=False)[0]
         results[f"{prefix}accuracy_by_layer"] = {str(n): value for n, value in module.accuracy_by_layer.items()}
         results |= {f"{prefix}best_layer": module.best_layer, f"{prefix}best_accuracy": test["test/accuracy"]}
-    data = ProbeDataModule("digits", image_size=NETWORK.image_size, seed=seed)
-    data.setup()
     (x, labels), (x_test, labels_test) = (
         (batch["image"][:, 0].flatten(1).float() / 255, batch["label"])
         for batch in map(whole, (data.train_dataloader(), data.test_dataloader()))
@@ -144,10 +136,8 @@ def probe(folder: Path, seed: int) -> dict[str, Any]:
 def finetune(folder: Path, seed: int, epochs: int) -> dict[str, float]:
     """Fine-tune on all training digits and test the last step; nothing is held out, since validation picks nothing."""
     options: dict[str, Any] = {"lr": 0.004, "schedule": "cosine", "warmup_steps": 20}
-    module: LightningModule = FineTuneModule(str(folder / "pretrain.ckpt"), 10, seed=seed, **options)
-    data: LightningDataModule = FineTuneDataModule(
-        "digits", batch_size=BATCH_SIZE, val_fraction=0.0, pad=0, flip=False, seed=seed
-    )
+    module = FineTuneModule(str(folder / "pretrain.ckpt"), 10, seed=seed, **options)
+    data = FineTuneDataModule("digits", batch_size=BATCH_SIZE, val_fraction=0.0, pad=0, flip=False, seed=seed)
     runner = trainer(folder / "finetune", max_epochs=epochs, limit_val_batches=0)
     runner.fit(module, data)
     test = runner.test(module, data, verbose=False)[0]

@@ -23,8 +23,9 @@ def picture_sections(module: PretrainModule, images: Tensor, out: Path, seed: in
     tokens, side = palette.quantize(images), images.shape[-1]  # (N, T)
     sheet = swatch(palette.rgb, side=8, columns=len(palette))[None, None]
     quantized = torch.stack([images[:N_PICTURES], palette.dequantize(tokens[:N_PICTURES])])
+    heads = captions(N_SAMPLES)
     rows = completion_rows(network, palette, tokens[:N_PICTURES], n_samples=N_SAMPLES, seed=seed)
-    save_png(image_grid(rows, captions=captions(N_SAMPLES), scale=10), out / "completions.png")
+    save_png(image_grid(rows, captions=heads, scale=10), out / "completions.png")
     nats = score(network, tokens, batch_size=64).cpu()
     ranked, half = nats.mean(1).argsort(), N_PICTURES // 2
     shown = torch.cat([ranked[:half], ranked[-half:]])
@@ -45,9 +46,7 @@ def picture_sections(module: PretrainModule, images: Tensor, out: Path, seed: in
             "Completions",
             "The network sees the upper half of a test digit and draws the rest pixel by pixel. Most halves allow "
             "several digits, and the samples differ accordingly.",
-            report.pixels(
-                rows, "Half, samples, truth", "The first test digits, not picked.", headings=captions(N_SAMPLES)
-            ),
+            report.pixels(rows, "Half, samples, truth", "The first test digits, not picked.", headings=heads),
         ),
         report.section(
             "Surprise",
@@ -102,10 +101,8 @@ def result_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _pretraining(out: Path, results: Mapping[str, Any], curves: Mapping[str, report.Curve]) -> str:
     density = results["pretrain"]
     names = {"val/nats_per_pixel": "validation", "train/nats_per_pixel": "training batches"}
-    plot = plot_curves(
-        {label: curves[name] for name, label in names.items() if name in curves},
-        {"per-position unigram": density["unigram_nats_per_pixel"], "uniform": density["uniform_nats_per_pixel"]},
-    )
+    levels = {"per-position unigram": density["unigram_nats_per_pixel"], "uniform": density["uniform_nats_per_pixel"]}
+    plot = plot_curves({label: curves[name] for name, label in names.items() if name in curves}, levels)
     save_png(plot.light, out / "loss.png")
     return report.section(
         "Pretraining",

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.help import columns
-from lightning_igpt.commands.places import check_file
 from lightning_igpt.files import write_text
 
 PACKAGE = Path(__file__).parents[1]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lightning_igpt import report as page
-from lightning_igpt.commands.places import check_file
+from lightning_igpt.commands.arguments import check_file
 
 
 def report(runs: list[str], out: str = "report.html") -> None:

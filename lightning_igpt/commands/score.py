@@ -8,23 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_igpt import pictures as drawing
 from lightning_igpt import sampling
+from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.commands.images import read_images
-from lightning_igpt.commands.places import check_file
 from lightning_igpt.files import shown, write_csv
 from lightning_igpt.objectives import nats_to_bits
 from lightning_igpt.palette import Palette
-from lightning_igpt.pictures import (
-    contact_sheet,
-    heading,
-    image_grid,
-    save_png,
-    stack,
-    surprise_bar,
-    surprise_limit,
-    surprise_map,
-)
 from lightning_igpt.weights import load_pretrained
 
 N_PRINTED, N_LEAST = 5, 4  # rows of the list; least surprising images on the sheet, for contrast
@@ -83,7 +74,7 @@ def score(
         print(f"{rank:>6}  {value:>14.4f}  {shown(name)}")
     print(f"wrote {path}")
     if pictures:
-        save_png(surprise_sheet(tokens, nats, names, loaded.palette, pictures=pictures), sheet)
+        drawing.save_png(surprise_sheet(tokens, nats, names, loaded.palette, pictures=pictures), sheet)
         print(f"wrote {sheet}")
 
 
@@ -106,14 +97,14 @@ def surprise_sheet(tokens: Tensor, nats: Tensor, names: Sequence[str], palette: 
     ranked = list(enumerate(per_image.argsort(descending=True, stable=True).tolist(), 1))
     most, least = ranked[:pictures], ranked[max(pictures, n - N_LEAST) :]
     indices = [index for _, index in most + least]
-    limit = surprise_limit(nats[indices], len(palette))
-    parts = [heading("surprise of each pixel in nats"), surprise_bar(limit, len(palette))]
+    limit = drawing.surprise_limit(nats[indices], len(palette))
+    parts = [drawing.heading("surprise of each pixel in nats"), drawing.surprise_bar(limit, len(palette))]
     for title, part in ((f"the most surprising of {n} images", most), ("the least surprising", least)):
         if part:
             places = [index for _, index in part]
-            maps = surprise_map(nats[places].view(-1, side, side), limit=limit)
+            maps = drawing.surprise_map(nats[places].view(-1, side, side), limit=limit)
             pairs = torch.stack([palette.dequantize(tokens[places]).cpu(), maps], 1)  # (n, 2, 3, S, S)
-            cells = torch.stack([image_grid(pair[None], gap=4) for pair in pairs])
+            cells = torch.stack([drawing.image_grid(pair[None], gap=4) for pair in pairs])
             lines = [(f"{rank}: {per_image[index]:.3f} nats per pixel", names[index]) for rank, index in part]
-            parts += [heading(title), contact_sheet(cells, lines)]
-    return stack(parts)
+            parts += [drawing.heading(title), drawing.contact_sheet(cells, lines)]
+    return drawing.stack(parts)

@@ -66,9 +66,6 @@ def test_white_is_redrawn_and_the_rest_is_kept(options, tmp_path):
 def test_masks_that_say_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"mask .*none\.png has no white pixel at 4 x 4"):
         read_mask(draw_mask(tmp_path / "none.png", white=0), 4)
-    (tmp_path / "text.png").write_text("white")
-    with pytest.raises(ValueError, match=r"mask .*text\.png: the file is not an image"):
-        read_mask(str(tmp_path / "text.png"), 4)
     with pytest.raises(ValueError, match=r"mask .*absent\.png: there is no file"):
         read_mask(str(tmp_path / "absent.png"), 4)
 

@@ -24,7 +24,7 @@ def test_every_format_of_a_classifier(tmp_path, finetuned, capsys):
     for to, out in steps:
         assert main(["convert", source, str(tmp_path / out), "--to", to, "--check"]) == 0
         text = capsys.readouterr().out
-        assert "parameters        6,752" in text and "classes           3: a, b, c" in text and "sha256" in text
+        assert " 6,752 parameters" in text and "classes           3: a, b, c" in text and "sha256" in text
         assert "largest difference of check logits 0" in text and "class logits up to" in text
         source = str(tmp_path / out)
         loaded = load_pretrained(source)

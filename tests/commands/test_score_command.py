@@ -14,12 +14,11 @@ from lightning_igpt.__main__ import main
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.score import surprise_sheet
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.data import tokenize
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.palette import Palette
 from lightning_igpt.sampling import score
 from lightning_igpt.weights import save_pretrained
-from tests.image_files import noise, rows, save_images, tiny
+from tests.image_files import noise, rows, save_images
 from tests.modules.helpers import BERT, quiet_trainer
 from tests.networks import random_network
 
@@ -63,9 +62,7 @@ def test_list_mean_and_error_are_those_of_the_images(network_folder, tmp_path, c
 def test_one_image_has_no_standard_error(network_folder, tmp_path, capsys):
     assert run(network_folder, tmp_path / "one.csv", "--limit", "1", "--pictures", "0") == 0
     said = capsys.readouterr().out
-    assert (
-        re.search(r"^1 image: \d\.\d{4} nats per pixel \(no standard error", said, re.MULTILINE) and "nan" not in said
-    )
+    assert re.search(r"^1 image: \d\.\d{4} nats per pixel \(no standard error", said, re.M) and "nan" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["one.csv"]
 
 
@@ -87,7 +84,7 @@ def test_sheet_shows_the_most_and_the_least_surprising_once(pictures, drawn):
     assert all(area(sheet, PALETTE.rgb[tokens[i, 0]]) < 1.5 for i in shown)
 
 
-def test_heat_maps_share_one_scale_from_nothing_to_beyond_chance():
+def test_heat_maps_share_one_scale():
     nats = torch.zeros(2, 64)
     nats[0, 8:12] = math.log(16)
     nats[1, :32] = 100
@@ -95,9 +92,6 @@ def test_heat_maps_share_one_scale_from_nothing_to_beyond_chance():
     black, bright = (np.array(colormaps["magma"](end, bytes=True)[:3]) for end in (0.0, 1.0))
     assert area(sheet, bright) == pytest.approx(32 / 64, abs=0.05)
     assert area(sheet, black) == pytest.approx((60 + 32) / 64, abs=0.05)  # and the text
-    sheet = surprise_sheet(torch.ones(1, 64, dtype=torch.long), nats[:1], ["a"], PALETTE, pictures=1)
-    chance = np.array(colormaps["magma"](204, bytes=True)[:3])  # at 1 / 1.25 of the scale
-    assert area(sheet, chance) == pytest.approx(4 / 64, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -129,12 +123,6 @@ def test_a_damaged_image_is_named_and_may_be_left_out(network_folder, tmp_path, 
         (photos / name).write_bytes(b"")
     with pytest.raises(SystemExit, match="none of the 3 images"):
         run(network_folder, out, *words, "--on_bad_image", "skip")
-
-
-def test_tokens_are_no_images(network_folder, tmp_path):
-    tokenize(tiny(3), "gray:16", size=8).save_to_disk(tmp_path / "tokens")
-    with pytest.raises(SystemExit, match="holds tokens"):
-        run(network_folder, tmp_path / "scores.csv", "--images", str(tmp_path / "tokens"))
 
 
 def test_a_network_that_diverged_is_told_apart_from_surprising_images(tmp_path):
