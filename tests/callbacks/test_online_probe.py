@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_igpt.callbacks import OnlineProbe
-from lightning_igpt.callbacks.online_head import OnlineHead
+from lightning_igpt.callbacks.online_probe import OnlineHead
 from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.modules import PretrainModule
 from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
