@@ -1,7 +1,6 @@
 """The result of a linear probe: accuracy against layer, as table, CSV file and picture (paper, figure 2)."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -55,16 +54,11 @@ def table_text(rows: Sequence[Row]) -> str:
     """The rows as aligned text, without empty columns; the best layer is marked."""
     columns = [name for name in COLUMNS if any(row[name] is not None for row in rows)]
     best, _ = best_row(rows)
-    cells = [[name.removesuffix("_accuracy") for name in columns] + [""]]
-    cells += [[_cell(name, row[name]) for name in columns] + ["best" if row is best else ""] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join(lines)
-
-
-def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows as CSV, unrounded; empty cells are unknown."""
-    write_csv(path, [COLUMNS, *([row[name] for name in COLUMNS] for row in rows)])
+    lines = [[name.removesuffix("_accuracy") for name in columns]]
+    for row in rows:
+        cells = ["" if row[name] is None else row[name] for name in columns]
+        lines.append([f"{cell:.4g}" if isinstance(cell, float) else cell for cell in cells] + ["best"] * (row is best))
+    return "\n".join("".join(f"{cell:>9}" for cell in line) for line in lines)
 
 
 def layer_figure(rows: Sequence[Row]) -> Any:
@@ -95,7 +89,8 @@ def layer_figure(rows: Sequence[Row]) -> Any:
 def _show(trainer: Trainer, rows: Sequence[Row]) -> None:
     if rows and trainer.is_global_zero:
         rank_zero_info(f"accuracy by layer\n{table_text(rows)}")
-        write_result(trainer, "probe_by_layer.csv", lambda path: write_rows(rows, path))
+        table = [COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]  # empty cells are unknown
+        write_result(trainer, "probe_by_layer.csv", lambda path: write_csv(path, table))
         show(trainer, "probe_by_layer.png", "probe_by_layer", render(layer_figure(rows)))
 
 
@@ -107,9 +102,3 @@ def _single(rows: Sequence[Row]) -> list[Row]:
 def _accuracy(row: Row) -> float | None:
     """On test if known, else on validation."""
     return row["val_accuracy"] if row["test_accuracy"] is None else row["test_accuracy"]  # type: ignore[no-any-return]
-
-
-def _cell(column: str, value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3f}" if column.endswith("accuracy") else f"{value:g}" if column == "c" else str(value)
