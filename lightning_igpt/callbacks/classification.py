@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from math import ceil, sqrt
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,6 @@ from lightning_igpt.files import write_csv
 from lightning_igpt.pictures import Theme, contact_sheet, draw_figure, enlarge, render
 
 _READABLE = 100  # classes; beyond that a picture holds neither counts nor every name
-_CELL = 192  # least width in pixels of a worst image, for its caption
 
 
 class _Cases(NamedTuple):
@@ -74,20 +72,16 @@ class ClassificationReport(Callback):
         counts = torch.stack([part[0] for part in parts]).sum(0)
         given = list(getattr(pl_module, "class_names", None) or [])[: len(counts)]
         names = given + [str(number) for number in range(len(given), len(counts))]
-        write_result(trainer, "confusion.csv", lambda path: write_confusion(counts, names, path))
+        table = [["true", *names], *([name, *row] for name, row in zip(names, counts.tolist(), strict=True))]
+        write_result(trainer, "confusion.csv", lambda path: write_csv(path, table))
         show(trainer, "confusion.png", "test/confusion", draw_confusion(counts, names))
         if self.n_worst:
             worst = _hardest([_Cases(*part[1:]) for part in parts], self.n_worst)
             show(trainer, "worst.png", "test/worst", _worst_grid(worst, names, pl_module.palette))
 
 
-def write_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
-    """Write a confusion matrix as CSV: counts int64 (C, C), a row for each true class, and C class names."""
-    write_csv(path, [["true", *names], *([name, *row] for name, row in zip(names, counts.tolist(), strict=True))])
-
-
 def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
-    """Draw a confusion matrix as uint8 (3, h, w): counts in the cells, colored by their share of the true class."""
+    """Draw counts int64 (C, C), a row for each true class, as uint8 (3, h, w), colored by their share of the class."""
     n, total = len(counts), int(counts.sum())
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)  # (C, C), 0..1
     side = min(12.0, max(3.0, 0.4 * n))  # inches
@@ -105,8 +99,7 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
         axes.set_yticks(ticks, labels, **style)
         axes.set(xlabel="predicted", ylabel="true")
         axes.set_title(f"accuracy {int(counts.trace()) / max(1, total):.3f} on {total:,} images", fontsize=10)
-        style = {"fontsize": font, "ha": "center", "va": "center"}
-        style["in_layout"] = False  # thousands would delay the layout
+        style = {"fontsize": font, "ha": "center", "va": "center", "in_layout": False}  # thousands would delay that
         for row, column in counts.nonzero().tolist() if n <= _READABLE else []:
             color = theme.paper if share[row, column] > 0.5 else theme.ink
             axes.text(column, row, str(int(counts[row, column])), color=color, **style)
@@ -124,7 +117,7 @@ def _hardest(parts: Sequence[_Cases], n: int) -> _Cases:
 def _worst_grid(cases: _Cases, names: Sequence[str], palette: Any) -> Tensor:
     """The images in a near-square grid, each below its caption: uint8 (3, h, w)."""
     images = palette.dequantize(cases.tokens)  # (N, 3, S, S)
-    cells = enlarge(images, ceil(_CELL / images.shape[-1]))
+    cells = enlarge(images, ceil(192 / images.shape[-1]))  # the least width in pixels that a caption needs
     rows = zip(cases.label.tolist(), cases.predicted.tolist(), cases.confidence.tolist(), strict=True)
     captions = [[f"{names[true]} -> {names[predicted]} ({p:.2f})"] for true, predicted, p in rows]
     return contact_sheet(cells, captions, columns=ceil(sqrt(len(images))))

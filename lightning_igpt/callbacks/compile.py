@@ -23,13 +23,15 @@ PAYS_FROM = {"cpu": 60, "cuda": 10}
 
 
 class Decision(NamedTuple):
-    """Whether to compile, and why."""
+    """What is done, and why."""
 
-    compile: bool
+    how: Any
     reason: str
+    name: str = "compile"
 
     def __str__(self) -> str:
-        return f"compile {'on' if self.compile else 'off'} ({self.reason})"
+        how = {True: "on", False: "off", "none": "off"}.get(self.how, self.how)
+        return f"{self.name} {how}" + (f" ({self.reason})" if self.reason else "")
 
 
 class CompileBlocks(Callback):
@@ -62,7 +64,7 @@ class CompileBlocks(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.decision = self._decide(trainer, pl_module)
         log.info("%s", self.decision)
-        blocks = [block for block in blocks_of(pl_module) if self.decision.compile and not is_frozen(block)]
+        blocks = [block for block in blocks_of(pl_module) if self.decision.how and not is_frozen(block)]
         self._compiled = {block: torch.compile(block.forward, backend=self.backend) for block in blocks}
         self._works = None
 
@@ -71,19 +73,11 @@ class CompileBlocks(Callback):
         for block in self._compiled if self._works is not False else ():
             block.forward = self._trying(block) if self._works is None else self._compiled[block]  # type: ignore[method-assign]
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._unbind()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._unbind()
-        self._compiled = {}
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._unbind()
-
-    def _unbind(self) -> None:
+    def _unbind(self, *_: Any, **__: Any) -> None:
         for block in self._compiled:
             vars(block).pop("forward", None)
+
+    on_before_backward = teardown = on_exception = _unbind
 
     def _trying(self, block: Block) -> Any:
         """A ``forward`` that tries the compiler in the first call of the run."""

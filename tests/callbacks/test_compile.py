@@ -121,7 +121,7 @@ def test_compiling_pays_in_long_runs():
     assert decide("cpu", 3e14) == Decision(False, "about 50 minutes of work at 0.1 TFLOP/s")
     assert decide("cpu", 4e14) == Decision(True, "about 67 minutes of work at 0.1 TFLOP/s")
     assert decide("cuda", 4e16) == Decision(False, "about 7 minutes of work at 100 TFLOP/s")
-    assert decide("cuda", 4e18).compile and not decide("cuda", None).compile and not decide("mps", 1e30).compile
+    assert decide("cuda", 4e18).how and not decide("cuda", None).how and not decide("mps", 1e30).how
 
 
 @pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_steps": 30}], ids=["epochs", "steps"])

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lightning_igpt.callbacks import CompileBlocks, OnlineProbe, Recompute
-from lightning_igpt.callbacks.recompute import RecomputeDecision, decide
+from lightning_igpt.callbacks.recompute import Decided, decide
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.model import ATTENTION_KERNELS
@@ -51,7 +51,7 @@ def test_a_run_ends_with_the_same_weights_and_leaves_nothing_behind(tmp_path, co
     look, callback = Look(), Recompute(how)
     module = pretrain(tmp_path, callback, OnlineProbe(num_classes=3), look, config=config)
     assert look.seen == {how} and modes(module) == {"none"}
-    assert callback.decision == RecomputeDecision(how, "as set")
+    assert callback.decision == Decided(how, "as set")
     assert same_weights(module, pretrain(tmp_path, OnlineProbe(num_classes=3), config=config))
     assert "recompute" not in str(torch.load(tmp_path / "part.ckpt", weights_only=True).keys())
     resumed = PretrainModule(config, "gray:8", lr=0.01, warmup_steps=0)
@@ -65,7 +65,7 @@ def test_auto_on_a_cpu_leaves_all_as_it_is(tmp_path):
     for by_hand, reason in (("none", ""), ("full", "as the network is set")):
         callback, look = Recompute(), Look()
         module = pretrain(tmp_path, callback, look, set_by_hand=by_hand)
-        assert callback.decision == RecomputeDecision(by_hand, reason)
+        assert callback.decision == Decided(by_hand, reason)
         assert look.seen == modes(module) == {by_hand}
 
 

@@ -101,7 +101,7 @@ def test_rates_are_those_of_the_batches_since_the_last_log(tmp_path, clock):
     )
     assert "throughput/mfu" not in trainer.logged_metrics  # the peak of a CPU is not known
     assert trainer.progress_bar_metrics["throughput/images_per_second"] == pytest.approx(rates[5])
-    assert clock.asked == 1 + len(rates)  # once to start, then when Lightning logs
+    assert clock.asked == 1 + 2 * len(rates)  # to start, then when Lightning logs
 
 
 def test_validation_and_checkpoints_do_not_count(tmp_path, clock):
