@@ -27,12 +27,8 @@ class Chosen(NamedTuple):
 class FullyShardedStrategy(ModelParallelStrategy):
     """FSDP2: of weights, gradients and optimizer each device holds a share, and a checkpoint is one file.
 
-    All devices of all nodes share the network, as its module says in ``configure_model``. Checkpoints load under every
-    other strategy, and theirs under this one.
-
-    Args:
-        devices: Number of processes of the run, over all nodes.
-        **options: As ModelParallelStrategy takes, but for the sizes.
+    All ``devices`` of all nodes share the network, as its module says in ``configure_model``. Checkpoints load under
+    every other strategy, and theirs under this one. Options are those of ModelParallelStrategy but for the sizes.
     """
 
     def __init__(self, devices: int, **options: Any) -> None:
@@ -49,8 +45,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         if weights_only is not None and not weights_only:
             return self.checkpoint_io.load_checkpoint(path, weights_only=False)
         check_intact(path)
-        checkpoint: dict[str, Any] = read_torch(path)
-        return checkpoint
+        return dict(read_torch(path))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Give each process its share of the weights."""
@@ -95,8 +90,8 @@ def choose_strategy(
 ) -> Chosen:
     """The strategy for a trainer that is given ``strategy=given`` and the other options.
 
-    ``fsdp2`` names ours, all other names Lightning's. For ``auto`` it is planned: on GPUs by their memory and by what
-    the network takes there, where ``config`` and ``batch_size``, the images of an optimizer step, are known.
+    ``auto`` is planned: on GPUs by their memory and by what the network takes there, where ``config`` and
+    ``batch_size``, the images of an optimizer step, are known.
     """
     kind = kind_of_device(accelerator)
     count = _count(kind, devices)

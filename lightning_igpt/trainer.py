@@ -79,14 +79,14 @@ def make_trainer(
         monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy or val/nats_per_pixel.
         mode: Whether the least (min) or the largest (max) value of monitor is best. Default: max for names that end in
             accuracy; min for those that end in loss, cross_entropy, nats_per_pixel or bits_per_pixel.
-        callbacks: Added to those chosen here: ModelCheckpoint, LearningRateMonitor, LayerCurve, ClassificationReport,
-            RunRecord, Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and, on CUDA, a bar that
-            reads the loss at every 20th step only. A callback of such a class replaces ours.
+        callbacks: Added to ModelCheckpoint, LearningRateMonitor, LayerCurve, ClassificationReport, RunRecord,
+            Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and, on CUDA, a bar that reads the
+            loss at every 20th step only. A callback of such a class replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         strategy: Default: DDP on several devices, and FSDP2 where the network with its optimizer does not fit on each.
             ``fsdp2`` asks for the last; other names are Lightning's, with Lightning's settings.
         module: What will be trained. With it and data, strategy and recompute follow from the memory that the network
-            takes; without, it is expected to fit on one device. The command line passes both.
+            takes; without, it is expected to fit on one device.
         data: What it will be trained on.
         **kwargs: Anything else that Trainer takes.
 
@@ -103,7 +103,7 @@ def make_trainer(
         raise ValueError("how long to train? Give max_steps (pretraining) or max_epochs (probing, fine-tuning)")
     steps = max_steps if max_steps > 0 and max_epochs is None else None  # of a run counted in steps
     val_check_interval = _interval(val_check_interval, steps, chosen, kwargs)
-    precision, why = (precision, "as given") if precision else _precision(accelerator)
+    precision, why = (precision, "as given") if precision else best_precision(accelerator)
     config, network = getattr(module, "config", None), getattr(module, "network", torch.nn.Identity())
     parallel = choose_strategy(
         strategy or "auto",
@@ -159,13 +159,8 @@ def _mode(monitor: str | None, mode: str | None) -> Any:
     return mode
 
 
-def best_precision(accelerator: str = "auto") -> str:
-    """bf16-mixed where the hardware multiplies bfloat16 fast (a CPU by AMX or AVX512-BF16), else 32-true."""
-    return _precision(accelerator)[0]
-
-
-def _precision(accelerator: str) -> tuple[str, str]:
-    """The precision that suits, and why."""
+def best_precision(accelerator: str = "auto") -> tuple[str, str]:
+    """bf16-mixed where the hardware multiplies bfloat16 fast (a CPU by AMX or AVX512-BF16), else 32-true; and why."""
     kind = kind_of_device(accelerator)
     if kind == "unknown":
         return "32-true", "on this device nothing faster was tested"

@@ -1,6 +1,7 @@
 """Compile the blocks of the network for training, where that saves time."""
 
 import logging
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -70,8 +71,8 @@ class CompileBlocks(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Bind the compiled ``forward`` to each block."""
-        for block in self._compiled if self._works is not False else ():
-            block.forward = self._trying(block) if self._works is None else self._compiled[block]  # type: ignore[method-assign]
+        for block, compiled in self._compiled.items() if self._works is not False else ():
+            block.forward = compiled if self._works else partial(self._try, block, block.forward)  # type: ignore[method-assign]
 
     def _unbind(self, *_: Any, **__: Any) -> None:
         for block in self._compiled:
@@ -79,16 +80,11 @@ class CompileBlocks(Callback):
 
     on_before_backward = teardown = on_exception = _unbind
 
-    def _trying(self, block: Block) -> Any:
+    def _try(self, block: Block, plain: Any, *args: Any, **kwargs: Any) -> Any:
         """A ``forward`` that tries the compiler in the first call of the run."""
-        plain = block.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._works is None:
-                self._works = _works(block, self._compiled[block], *args, **kwargs)
-            return (self._compiled[block] if self._works else plain)(*args, **kwargs)
-
-        return forward
+        if self._works is None:
+            self._works = _works(block, self._compiled[block], *args, **kwargs)
+        return (self._compiled[block] if self._works else plain)(*args, **kwargs)
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> Decision:
         blocks = blocks_of(pl_module)

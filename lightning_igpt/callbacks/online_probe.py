@@ -140,7 +140,6 @@ class OnlineProbe(Callback):
         """Features (B, D) and labels (B,) of a labeled batch on the module's device."""
         network, batch = pl_module.network, move_data_to_device(batch, pl_module.device)
         labeled = read_batch(batch, pl_module.palette, network.config, getattr(pl_module, "batch_keys", None))
-        labels = need_labels(labeled, len(self._head.bias))
         masked = torch.zeros_like(labeled.tokens, dtype=torch.bool) if network.config.objective == "bert" else None
         training = [part for part in network.modules() if part.training]
         network.eval()  # without dropout
@@ -148,4 +147,4 @@ class OnlineProbe(Callback):
             features = network.features(labeled.tokens, [self._layer], masked=masked)
         for part in training:
             part.training = True
-        return features[:, 0].float(), labels
+        return features[:, 0].float(), need_labels(labeled, len(self._head.bias))

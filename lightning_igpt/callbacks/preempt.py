@@ -106,7 +106,12 @@ class Preempt(Callback):
         if trainer.global_step == self._first_step:
             message += ": nothing was trained yet, so nothing is saved"
         else:
-            path = Path(trainer.strategy.broadcast(_requeue_path(trainer) if requeue else _file(trainer)))
+            path = _file(trainer)
+            if requeue:  # the next of the files from which Lightning resumes a requeued job
+                root = Path(trainer.default_root_dir)
+                numbers = [int(file.stem.rpartition("_")[2]) for file in root.glob("hpc_ckpt_*.ckpt")]
+                path = root / f"hpc_ckpt_{1 + max(numbers, default=0)}.ckpt"
+            path = trainer.strategy.broadcast(path)
             trainer.save_checkpoint(path, weights_only=False)
             message += f": saved {path}; resume with --resume auto or ckpt_path"
         if trainer.is_global_zero:
@@ -128,10 +133,3 @@ def _file(trainer: Trainer) -> Path:
     """In the folder of the run's other checkpoints."""
     named = getattr(trainer.checkpoint_callback, "dirpath", None)
     return Path(named or trainer.log_dir or trainer.default_root_dir) / "preempted.ckpt"
-
-
-def _requeue_path(trainer: Trainer) -> Path:
-    """The next of the files from which Lightning resumes a requeued job."""
-    root = Path(trainer.default_root_dir)
-    numbers = [int(path.stem.rpartition("_")[2]) for path in root.glob("hpc_ckpt_*.ckpt")]
-    return root / f"hpc_ckpt_{1 + max(numbers, default=0)}.ckpt"
