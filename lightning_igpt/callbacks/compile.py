@@ -60,14 +60,13 @@ class CompileBlocks(Callback):
             raise ValueError(f"when is {when!r}; it must be true, false or auto")
         self.when, self.backend = when, backend
         self._compiled: dict[Block, Any] = {}
-        self._works: bool | None = None  # None until the compiler was tried
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.decision = self._decide(trainer, pl_module)
         log.info("%s", self.decision)
         blocks = [block for block in blocks_of(pl_module) if self.decision.how and not is_frozen(block)]
         self._compiled = {block: torch.compile(block.forward, backend=self.backend) for block in blocks}
-        self._works = None
+        self._works: bool | None = None  # until the compiler was tried
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Bind the compiled ``forward`` to each block."""
@@ -107,8 +106,7 @@ def decide(device_type: str, flops: float | None) -> Decision:
         return Decision(False, "the length of the run is not known")
     minutes = flops / SPEED[device_type] / 60
     about = f"about {minutes:,.0f} minutes" if minutes >= 1 else "less than a minute"
-    reason = f"{about} of work at {SPEED[device_type] / 1e12:g} TFLOP/s"
-    return Decision(minutes > PAYS_FROM[device_type], reason)
+    return Decision(minutes > PAYS_FROM[device_type], f"{about} of work at {SPEED[device_type] / 1e12:g} TFLOP/s")
 
 
 def blocks_of(module: nn.Module) -> list[Block]:

@@ -62,18 +62,15 @@ class FiniteGuard(Callback):
         if trainer.world_size > 1:
             total = trainer.strategy.reduce(total.clone(), reduce_op="mean")
         if not math.isfinite(total.item()):
-            raise NonFiniteError(_message(trainer, loss.item(), None if norm is None else norm.item(), samples))
-
-
-def _message(trainer: Trainer, loss: float, norm: float | None, samples: list[Any]) -> str:
-    process = f" (process {trainer.global_rank} of {trainer.world_size})" if trainer.world_size > 1 else ""
-    gradient = "" if norm is None else f" and gradient norm {norm:.4g}"
-    numbers = [str(int(number)) for part in samples if part is not None for number in part]
-    of_samples = f", samples {', '.join(numbers)}" if numbers else ""
-    return (
-        f"optimizer step {trainer.global_step + 1}{process} has loss {loss:.4g}{gradient}{of_samples}, so it was not "
-        "taken: resume from the last checkpoint with a lower lr or gradient_clip_val, or look at these samples"
-    )
+            process = f" (process {trainer.global_rank} of {trainer.world_size})" if trainer.world_size > 1 else ""
+            gradient = "" if norm is None else f" and gradient norm {norm:.4g}"
+            numbers = [str(int(number)) for part in samples if part is not None for number in part]
+            of_samples = f", samples {', '.join(numbers)}" if numbers else ""
+            raise NonFiniteError(
+                f"optimizer step {trainer.global_step + 1}{process} has loss {loss:.4g}{gradient}{of_samples}, so it "
+                "was not taken: resume from the last checkpoint with a lower lr or gradient_clip_val, or look at these "
+                "samples"
+            )
 
 
 def _gradient_norm(optimizer: Optimizer) -> Tensor:

@@ -59,16 +59,8 @@ class Throughput(Callback):
         self._images += batch_size_of(batch)
         # A batch that ends the run may hold a probe's whole fit.
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if stepped and not trainer.should_stop and every and done % every == 0:
-            self._log(trainer, pl_module)
-
-    def _pause(self, *_: Any, **__: Any) -> None:
-        if self._since is not None:
-            self._seconds, self._since = self._seconds + perf_counter() - self._since, None
-
-    on_validation_start = on_save_checkpoint = _pause
-
-    def _log(self, trainer: Trainer, pl_module: Any) -> None:
+        if not stepped or trainer.should_stop or not every or done % every:
+            return
         self._pause()
         rate = self._images / max(self._seconds, 1e-9)  # of this process
         self._since, self._seconds, self._images = perf_counter(), 0.0, 0
@@ -80,6 +72,12 @@ class Throughput(Callback):
         for name, value in rates.items():
             on_bar = name != "tokens_per_second"
             pl_module.log(f"throughput/{name}", torch.tensor(value), prog_bar=on_bar, on_step=True, on_epoch=False)
+
+    def _pause(self, *_: Any, **__: Any) -> None:
+        if self._since is not None:
+            self._seconds, self._since = self._seconds + perf_counter() - self._since, None
+
+    on_validation_start = on_save_checkpoint = _pause
 
 
 def batch_size_of(batch: Any) -> int:
