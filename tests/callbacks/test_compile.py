@@ -93,11 +93,10 @@ def broken(*args):
     raise RuntimeError("cc1plus is not here")
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [broken, aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=broken)],
-    ids=["forward", "backward"],
-)
+BACKWARD = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=broken)
+
+
+@pytest.mark.parametrize("backend", [broken, BACKWARD], ids=["forward", "backward"])
 def test_a_broken_compiler_ends_no_run(tmp_path, backend, caplog):
     _, want = pretrain(tmp_path)
     torch._dynamo.reset()

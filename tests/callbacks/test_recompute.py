@@ -55,9 +55,8 @@ def test_a_run_ends_with_the_same_weights_and_leaves_nothing_behind(tmp_path, co
     assert same_weights(module, pretrain(tmp_path, OnlineProbe(num_classes=3), config=config))
     assert "recompute" not in str(torch.load(tmp_path / "part.ckpt", weights_only=True).keys())
     resumed = PretrainModule(config, "gray:8", lr=0.01, warmup_steps=0)
-    quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(
-        resumed, loader(24), loader(12), ckpt_path=tmp_path / "part.ckpt"
-    )
+    trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    trainer.fit(resumed, loader(24), loader(12), ckpt_path=tmp_path / "part.ckpt")
     assert same_weights(module, resumed)
 
 
@@ -81,11 +80,9 @@ def test_auto_takes_the_least_that_fits():
         nothing = decide(config, 32, needed("full", **options) - 1, **options)
         assert nothing.how == "full" and "which does not fit; 31 images at once would" in nothing.reason
     decision = decide(config, 32, 74 * GIB)
-    takes = [f"{needed(how) / GIB:.1f}" for how in ("none", "selective")]
-    assert (
-        str(decision)
-        == f"activation checkpointing: selective (about {takes[1]} of 74.0 GiB; none would take {takes[0]})"
-    )
+    none, takes = (f"{needed(how) / GIB:.1f}" for how in ("none", "selective"))
+    reason = f"about {takes} of 74.0 GiB; none would take {none}"
+    assert str(decision) == f"activation checkpointing: selective ({reason})"
     assert "not even one image does" in decide(PRESETS["igpt_xl"], 1, 74 * GIB).reason
 
 
