@@ -91,9 +91,8 @@ def test_tf32_is_for_networks_trained_in_float32(tmp_path, monkeypatch):
 
 
 def test_a_run_leaves_a_checkpoint_of_its_last_step(tmp_path):
-    trainer = make_trainer(
-        max_steps=7, checkpoint_every=3, accelerator="cpu", default_root_dir=tmp_path, enable_progress_bar=False
-    )
+    options = {"accelerator": "cpu", "default_root_dir": tmp_path, "enable_progress_bar": False}
+    trainer = make_trainer(max_steps=7, checkpoint_every=3, **options)
     trainer.fit(PretrainModule(TINY, "gray:8"), loader(64), loader())
     steps = {path.name: torch.load(path, weights_only=True)["global_step"] for path in tmp_path.rglob("*.ckpt")}
     assert steps == {"final.ckpt": 7, "step=6.ckpt": 6}
@@ -101,9 +100,8 @@ def test_a_run_leaves_a_checkpoint_of_its_last_step(tmp_path):
 
 def test_monitor_keeps_the_best(tmp_path):
     torch.manual_seed(0)
-    trainer = make_trainer(
-        max_epochs=4, monitor="val/accuracy", accelerator="cpu", default_root_dir=tmp_path, enable_progress_bar=False
-    )
+    options = {"accelerator": "cpu", "default_root_dir": tmp_path, "enable_progress_bar": False}
+    trainer = make_trainer(max_epochs=4, monitor="val/accuracy", **options)
     module = FineTuneModule(num_classes=3, network=TINY, palette="gray:8", lr=0.02)
     seen = []
     module.on_validation_end = lambda: seen.append(trainer.callback_metrics["val/accuracy"].item())
@@ -174,10 +172,9 @@ def test_intervals_of_no_batches_are_refused(name):
 def test_the_command_lines_defaults_are_no_choices(tmp_path):
     """LightningCLI passes every option of Trainer, those not given with Trainer's default."""
     given = {"logger": None, "enable_checkpointing": None, "max_time": None, "check_val_every_n_epoch": 1}
+    common = {"max_steps": 100, "accelerator": "cpu", "default_root_dir": tmp_path, "accumulate_grad_batches": 3}
     for options in ({}, given):
-        trainer = make_trainer(
-            max_steps=100, accelerator="cpu", default_root_dir=tmp_path, accumulate_grad_batches=3, **options
-        )
+        trainer = make_trainer(**common, **options)
         assert trainer.max_steps == 100 and trainer.max_epochs == -1
         assert trainer.val_check_interval == 30 and trainer.check_val_every_n_epoch is None
         assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO) and len(checkpoints(trainer)) == 2

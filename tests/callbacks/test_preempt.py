@@ -44,10 +44,12 @@ def resumes(make, options, path):
     return done
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-@pytest.mark.parametrize("at", [0, 2, 4])
-def test_the_step_and_its_validation_are_finished_saved_and_continued(name, at, tmp_path):
-    path = stopped(pretraining, ENDLESS, tmp_path, "on_train_batch_start", at, name)
+@pytest.mark.parametrize(
+    ("name", "at", "workers"),
+    [(name, at, 0) for name in ("SIGTERM", "SIGUSR1") for at in (0, 2, 4)] + [("SIGTERM", 3, 2)],
+)
+def test_the_step_and_its_validation_are_finished_saved_and_continued(name, at, workers, tmp_path):
+    path = stopped(lambda: pretraining(workers=workers), ENDLESS, tmp_path, "on_train_batch_start", at, name)
     assert resumes(pretraining, ENDLESS, path) == at + 1
 
 
@@ -81,11 +83,6 @@ def test_the_last_step_ends_the_run_as_planned(tmp_path):
     found = fit(pretraining, options, callbacks=[Scheduler("on_train_batch_start", 5), Preempt()])
     assert found[0].validations == plain[0].validations
     assert not list(tmp_path.iterdir())
-
-
-def test_with_workers(tmp_path):
-    path = stopped(lambda: pretraining(workers=2), ENDLESS, tmp_path, "on_train_batch_start", 3)
-    assert resumes(pretraining, ENDLESS, path) == 4
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])

@@ -37,10 +37,6 @@ def pretrain(folder, *callbacks, config=TINY, set_by_hand="none", **options):
     return module
 
 
-def modes(module):
-    return {block.recompute for block in module.network.blocks()}
-
-
 def same_weights(one, other):
     return all(map(torch.equal, one.network.state_dict().values(), other.network.state_dict().values()))
 
@@ -50,7 +46,7 @@ def same_weights(one, other):
 def test_a_run_ends_with_the_same_weights_and_leaves_nothing_behind(tmp_path, config, how):
     look, callback = Look(), Recompute(how)
     module = pretrain(tmp_path, callback, OnlineProbe(num_classes=3), look, config=config)
-    assert look.seen == {how} and modes(module) == {"none"}
+    assert look.seen == {how} and {block.recompute for block in module.network.blocks()} == {"none"}
     assert callback.decision == Decided(how, "as set")
     assert same_weights(module, pretrain(tmp_path, OnlineProbe(num_classes=3), config=config))
     assert "recompute" not in str(torch.load(tmp_path / "part.ckpt", weights_only=True).keys())
@@ -65,7 +61,7 @@ def test_auto_on_a_cpu_leaves_all_as_it_is(tmp_path):
         callback, look = Recompute(), Look()
         module = pretrain(tmp_path, callback, look, set_by_hand=by_hand)
         assert callback.decision == Decided(by_hand, reason)
-        assert look.seen == modes(module) == {by_hand}
+        assert look.seen == {block.recompute for block in module.network.blocks()} == {by_hand}
 
 
 def test_auto_takes_the_least_that_fits():
