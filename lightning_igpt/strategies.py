@@ -1,5 +1,6 @@
 """Which strategy a run takes, and why: one device, the whole network on each of several, or a share of it on each."""
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from itertools import chain
@@ -12,7 +13,7 @@ from lightning.pytorch.accelerators.cuda import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.planning import ACTIVATION_BYTES, Choice, choose, usable_bytes
+from lightning_igpt.planning import ACTIVATION_BYTES, choose, usable_bytes
 from lightning_igpt.weights.safety import check_intact, read_torch
 
 
@@ -26,12 +27,8 @@ class Chosen(NamedTuple):
 class FullyShardedStrategy(ModelParallelStrategy):
     """FSDP2: of weights, gradients and optimizer each device holds a share, and a checkpoint is one file.
 
-    All devices of all nodes share the network, as its module says in ``configure_model``. Checkpoints load under every
-    other strategy, and theirs under this one.
-
-    Args:
-        devices: Number of processes of the run, over all nodes.
-        **options: As ModelParallelStrategy takes, but for the sizes.
+    All ``devices`` of all nodes share the network, as its module says in ``configure_model``. Checkpoints load under
+    every other strategy, and theirs under this one. Options are those of ModelParallelStrategy but for the sizes.
     """
 
     def __init__(self, devices: int, **options: Any) -> None:
@@ -48,8 +45,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         if weights_only is not None and not weights_only:
             return self.checkpoint_io.load_checkpoint(path, weights_only=False)
         check_intact(path)
-        checkpoint: dict[str, Any] = read_torch(path)
-        return checkpoint
+        return dict(read_torch(path))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Give each process its share of the weights."""
@@ -94,10 +90,11 @@ def choose_strategy(
 ) -> Chosen:
     """The strategy for a trainer that is given ``strategy=given`` and the other options.
 
-    ``fsdp2`` names ours, all other names Lightning's. For ``auto`` it is planned: on GPUs by their memory and by what
-    the network takes there, where ``config`` and ``batch_size``, the images of an optimizer step, are known.
+    ``auto`` is planned: on GPUs by their memory and by what the network takes there, where ``config`` and
+    ``batch_size``, the images of an optimizer step, are known.
     """
-    kind, count = _devices(accelerator, devices)
+    kind = kind_of_device(accelerator)
+    count = _count(kind, devices)
     if isinstance(given, str) and given.lower() == "fsdp2":
         if count is None:
             raise ValueError(f"strategy is fsdp2 and devices is {devices!r}; set devices to a number")
@@ -106,9 +103,11 @@ def choose_strategy(
         return Chosen(given, "as given")
     if count is None:
         return Chosen("auto", "Lightning's choice for this machine")
-    total = count * num_nodes
-    images = None if batch_size is None else max(1, batch_size // (total * accumulate))
-    plan = _plan(kind, total, precision, config, images)
+    total, plan = count * num_nodes, None
+    if kind == "cuda" and config is not None and batch_size is not None and precision in ACTIVATION_BYTES:
+        smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+        images = max(1, batch_size // (total * accumulate))
+        plan = choose(config, images, total, usable_bytes(smallest), precision)
     whole = "one device" if total == 1 else f"{total} devices, each with the whole network"
     reason = plan.reason if plan else whole
     if total == 1:
@@ -119,23 +118,21 @@ def choose_strategy(
     return Chosen(DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False), reason)
 
 
-def _devices(accelerator: Any, devices: Any) -> tuple[str, int | None]:
-    """(kind of device, number of them on this machine); None where only Lightning knows."""
-    try:
-        if accelerator in ("cuda", "gpu", "auto") and torch.cuda.is_available():
-            if devices in ("auto", None):  # Lightning takes one in a notebook
-                return "cuda", 1 if hasattr(sys, "ps1") or sys.flags.interactive else torch.cuda.device_count()
-            return "cuda", len(CUDAAccelerator.parse_devices(devices) or [0])
-        if accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available()):
-            return "cpu", 1 if devices in ("auto", None) else CPUAccelerator.parse_devices(devices)
-    except Exception:  # Lightning will say what is wrong with them
-        return "unknown", None
-    return "unknown", None
+def kind_of_device(accelerator: Any) -> str:
+    """``cuda`` or ``cpu``; ``unknown`` where only Lightning knows."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "cuda"
+    is_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available())
+    return "cpu" if is_cpu else "unknown"
 
 
-def _plan(kind: str, total: int, precision: str, config: ImageGPTConfig | None, images: int | None) -> Choice | None:
-    """The plan for ``images`` per device at once; None where there is nothing to plan with, as away from CUDA."""
-    if kind != "cuda" or config is None or images is None or precision not in ACTIVATION_BYTES:
-        return None
-    smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    return choose(config, images, total, usable_bytes(smallest), precision)
+def _count(kind: str, devices: Any) -> int | None:
+    """Devices of a run on this machine; None where only Lightning knows."""
+    with contextlib.suppress(Exception):  # Lightning will say what is wrong with them
+        if kind == "cuda" and devices in ("auto", None):  # Lightning takes one in a notebook
+            return 1 if hasattr(sys, "ps1") or sys.flags.interactive else torch.cuda.device_count()
+        if kind == "cuda":
+            return len(CUDAAccelerator.parse_devices(devices) or [0])
+        if kind == "cpu":
+            return 1 if devices in ("auto", None) else CPUAccelerator.parse_devices(devices)
+    return None

@@ -7,41 +7,24 @@ from typing import Any, Literal, TypeAlias
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    GradientAccumulationScheduler,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ProgressBar,
-    TQDMProgressBar,
-)
-from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.plugins.layer_sync import LayerSync
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch import callbacks as theirs
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import CheckpointIO, LayerSync, Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_igpt.callbacks import (
-    ClassificationReport,
-    CompileBlocks,
-    DiskCheck,
-    FiniteGuard,
-    LayerCurve,
-    Preempt,
-    Recompute,
-    RunRecord,
-    Throughput,
-)
+from lightning_igpt import callbacks as ours
 from lightning_igpt.callbacks.loggers import STEADY
 from lightning_igpt.callbacks.preempt import ends_here
 from lightning_igpt.callbacks.throughput import is_frozen
 from lightning_igpt.checkpointing import AtomicCheckpointIO, SteadyCheckpoint
 from lightning_igpt.config import ImageGPTConfig, plain
 from lightning_igpt.private import multiplies_bfloat16
-from lightning_igpt.strategies import Chosen, choose_strategy
+from lightning_igpt.strategies import Chosen, choose_strategy, kind_of_device
 
 Plugin: TypeAlias = CheckpointIO | Precision | ClusterEnvironment | LayerSync
 # Each idle where it has nothing to do.
-ALWAYS = (LayerCurve, ClassificationReport, RunRecord, Throughput, DiskCheck, FiniteGuard, Preempt)
+ALWAYS = ("LayerCurve", "ClassificationReport", "RunRecord", "Throughput", "DiskCheck", "FiniteGuard", "Preempt")
 ENDS = {"max": "accuracy", "min": "(loss|cross_entropy|nats_per_pixel|bits_per_pixel)"}  # of names of metrics
 PRODUCTS = {
     "highest": "in full",
@@ -81,8 +64,8 @@ def make_trainer(
         precision: Lightning's name of a precision. Default: bf16-mixed where the device computes it fast, else 32-true.
         compile: Compile the network's blocks for training; auto does where the run is long enough to gain by it.
         matmul_precision: How float32 matrices are multiplied while this trainer runs, in the whole process: highest;
-            high for TF32 on GPUs that have it, several times faster, with 10 bits of 23; medium may use bfloat16.
-            Default: high where fit trains a network in float32 on such a GPU, else as torch is set.
+            high for TF32 on GPUs that have it, faster, with 10 bits of 23; medium may use bfloat16. Default: high where
+            fit trains a network in float32 on such a GPU, else as torch is set.
         recompute: Activation checkpointing: keep no activations of a block but its input (full), or that and the output
             of attention (selective), and compute the others again in the backward pass. auto does so only where module
             and data would not fit otherwise.
@@ -96,14 +79,14 @@ def make_trainer(
         monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy or val/nats_per_pixel.
         mode: Whether the least (min) or the largest (max) value of monitor is best. Default: max for names that end in
             accuracy; min for those that end in loss, cross_entropy, nats_per_pixel or bits_per_pixel.
-        callbacks: Added to those chosen here: ModelCheckpoint, LearningRateMonitor, LayerCurve, ClassificationReport,
-            RunRecord, Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and, on CUDA, a bar that
-            reads the loss at every 20th step only. A callback of such a class replaces ours.
+        callbacks: Added to ModelCheckpoint, LearningRateMonitor, LayerCurve, ClassificationReport, RunRecord,
+            Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and, on CUDA, a bar that reads the
+            loss at every 20th step only. A callback of such a class replaces ours.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         strategy: Default: DDP on several devices, and FSDP2 where the network with its optimizer does not fit on each.
             ``fsdp2`` asks for the last; other names are Lightning's, with Lightning's settings.
         module: What will be trained. With it and data, strategy and recompute follow from the memory that the network
-            takes; without, it is expected to fit on one device. The command line passes both.
+            takes; without, it is expected to fit on one device.
         data: What it will be trained on.
         **kwargs: Anything else that Trainer takes.
 
@@ -113,23 +96,14 @@ def make_trainer(
     """
     callbacks, plugins, devices = plain(callbacks), plain(plugins), plain(devices)
     kwargs = {name: plain(value) for name, value in kwargs.items()}
-    given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
-    if matmul_precision not in (None, *PRODUCTS):
-        raise ValueError(f"matmul_precision is {matmul_precision!r}; it must be one of {', '.join(PRODUCTS)}")
+    chosen = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+    parts: list[Any] = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
     # The command line passes every option of Trainer, those not given as None or Trainer's own default.
     if max_steps < 1 and max_epochs is None and not kwargs.get("fast_dev_run") and not kwargs.get("max_time"):
         raise ValueError("how long to train? Give max_steps (pretraining) or max_epochs (probing, fine-tuning)")
-    by_steps = max_steps > 0 and max_epochs is None
-    accumulate = kwargs.get("accumulate_grad_batches", 1)
-    for name, number in {"accumulate_grad_batches": accumulate, "val_check_interval": val_check_interval}.items():
-        if isinstance(number, int) and number < 1:
-            raise ValueError(f"{name} is {number}; it must be at least 1")
-    if by_steps and kwargs.get("check_val_every_n_epoch", 1) in (None, 1) and not isinstance(val_check_interval, float):
-        kwargs["check_val_every_n_epoch"] = None  # steps, not passes over the data, are the clock
-        schedules = [one.scheduling for one in given if isinstance(one, GradientAccumulationScheduler)]
-        most = max([accumulate, *chain.from_iterable(schedule.values() for schedule in schedules)])
-        val_check_interval = val_check_interval or -(-max_steps * most // 10)
-    precision, why = (precision, "as given") if precision else _precision(accelerator)
+    steps = max_steps if max_steps > 0 and max_epochs is None else None  # of a run counted in steps
+    val_check_interval = _interval(val_check_interval, steps, chosen, kwargs)
+    precision, why = (precision, "as given") if precision else best_precision(accelerator)
     config, network = getattr(module, "config", None), getattr(module, "network", torch.nn.Identity())
     parallel = choose_strategy(
         strategy or "auto",
@@ -139,17 +113,14 @@ def make_trainer(
         precision=str(precision),
         config=config if isinstance(config, ImageGPTConfig) and not is_frozen(network) else None,
         batch_size=getattr(data, "batch_size", None),
-        accumulate=accumulate,
+        accumulate=kwargs.get("accumulate_grad_batches", 1),
     )
-    parts: list[Any] = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
-    best = [] if monitor is None and mode is None else [ModelCheckpoint(monitor=monitor, mode=_mode(monitor, mode))]
-    chosen = _callbacks(given, max_steps if by_steps else None, checkpoint_every, best, kwargs)
-    _add(chosen, CompileBlocks(compile), Recompute(recompute))  # in this order: compiled, blocks keep less
-    if _is_cuda(accelerator) and kwargs.get("enable_progress_bar", not kwargs.get("barebones")) is not False:
-        _add(chosen, TQDMProgressBar(refresh_rate=20), of=ProgressBar)  # Lightning's waits for the loss at every step
+    savers = [] if monitor is None and mode is None else [ModelCheckpoint(monitor=monitor, mode=_mode(monitor, mode))]
+    _fill(chosen, [*savers, *_checkpoints(steps, checkpoint_every)], accelerator, kwargs)
+    _add(chosen, ours.CompileBlocks(compile), ours.Recompute(recompute))  # in this order: compiled, blocks keep less
     trainer = Trainer(
         max_steps=max_steps,
-        max_epochs=-1 if by_steps else max_epochs,
+        max_epochs=-1 if steps else max_epochs,
         precision=precision,  # type: ignore[arg-type]
         accelerator=accelerator,
         devices=devices,
@@ -164,44 +135,45 @@ def make_trainer(
     return trainer
 
 
+def _interval(given: float | None, steps: int | None, chosen: list[Callback], kwargs: dict[str, Any]) -> Any:
+    """Batches or fraction of an epoch between validations."""
+    accumulate = kwargs.get("accumulate_grad_batches", 1)
+    for name, number in {"accumulate_grad_batches": accumulate, "val_check_interval": given}.items():
+        if isinstance(number, int) and number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1")
+    if steps is None or kwargs.get("check_val_every_n_epoch", 1) not in (None, 1) or isinstance(given, float):
+        return given
+    kwargs["check_val_every_n_epoch"] = None  # steps, not passes over the data, are the clock
+    schedules = [one.scheduling for one in chosen if isinstance(one, theirs.GradientAccumulationScheduler)]
+    most = max([accumulate, *chain.from_iterable(schedule.values() for schedule in schedules)])
+    return given or -(-steps * most // 10)
+
+
 def _mode(monitor: str | None, mode: str | None) -> Any:
     """Whether the least or the largest value of a metric is best."""
-    if mode not in (None, "min", "max") or monitor is None:
-        raise ValueError(f"mode is {mode!r} and monitor {monitor!r}; mode is min or max, and needs a monitor")
-    name = re.sub(r"/dataloader_idx_\d+$", "", monitor)
+    name = re.sub(r"/dataloader_idx_\d+$", "", monitor or "neg")
     if mode is None and "neg" not in name:
         mode = next((word for word, ends in ENDS.items() if re.search(rf"(?<![a-z]){ends}$", name)), None)
-    if mode is None:
-        raise ValueError(f"monitor is {monitor!r}: set mode to min or max, whichever of its values is best")
+    if monitor is None or mode not in ("min", "max"):
+        raise ValueError(f"monitor is {monitor!r} and mode {mode!r}; monitor a metric, and set mode to min or max")
     return mode
 
 
-def best_precision(accelerator: str = "auto") -> str:
-    """bf16-mixed where the hardware multiplies bfloat16 fast (a CPU by AMX or AVX512-BF16), else 32-true."""
-    return _precision(accelerator)[0]
-
-
-def _precision(accelerator: str) -> tuple[str, str]:
-    """The precision that suits, and why."""
-    if _is_cuda(accelerator):
-        fast = multiplies_bfloat16("cuda")
-        return ("bf16-mixed", "this GPU has bfloat16") if fast else ("32-true", "this GPU has no bfloat16")
-    if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
-        fast, names = multiplies_bfloat16("cpu"), "AMX or AVX512-BF16"
-        return ("bf16-mixed", f"this CPU has {names}") if fast else ("32-true", f"this CPU has no {names}")
-    return "32-true", "on this device nothing faster was tested"
-
-
-def _is_cuda(accelerator: str) -> bool:
-    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+def best_precision(accelerator: str = "auto") -> tuple[str, str]:
+    """bf16-mixed where the hardware multiplies bfloat16 fast (a CPU by AMX or AVX512-BF16), else 32-true; and why."""
+    kind = kind_of_device(accelerator)
+    if kind == "unknown":
+        return "32-true", "on this device nothing faster was tested"
+    name, wanted = {"cuda": ("GPU", "bfloat16"), "cpu": ("CPU", "AMX or AVX512-BF16")}[kind]
+    fast = multiplies_bfloat16(kind)
+    return "bf16-mixed" if fast else "32-true", f"this {name} has {'' if fast else 'no '}{wanted}"
 
 
 class _LastValidation(Callback):
     """Validates after the last step of a run that has not validated before."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validated = False
-        self._interval = trainer.check_val_every_n_epoch
+        self._validated, self._interval = False, trainer.check_val_every_n_epoch
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validated = True
@@ -218,6 +190,8 @@ class _Speed(Callback):
     """Sets how float32 matrices are multiplied, for as long as the trainer runs; logs what was chosen for speed."""
 
     def __init__(self, parallel: Chosen, precision: str, matmul: str | None) -> None:
+        if matmul not in (None, *PRODUCTS):
+            raise ValueError(f"matmul_precision is {matmul!r}; it must be one of {', '.join(PRODUCTS)}")
         self.parallel, self.precision, self.matmul = parallel.reason, precision, matmul
         self._earlier: str | None = None
 
@@ -230,18 +204,18 @@ class _Speed(Callback):
         torch.set_float32_matmul_precision(wanted or self._earlier)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        compiles, again = ([str(one.decision) for one in _of(kind, trainer)] for kind in (CompileBlocks, Recompute))
-        rank_zero_info(", ".join([f"strategy {type(trainer.strategy).__name__} ({self.parallel})", *again]))
+        (strategy, precision), kinds = choices(trainer), (ours.Recompute, ours.CompileBlocks)
+        again, compiles = ([str(one.decision) for one in _of(kind, trainer)] for kind in kinds)
+        rank_zero_info(", ".join([strategy, *again]))
         products = f"float32 products {PRODUCTS[torch.get_float32_matmul_precision()]}"
-        rank_zero_info(", ".join([self.precision, *compiles, products]))
+        rank_zero_info(", ".join([precision, *compiles, products]))
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         if self._earlier is not None:
             torch.set_float32_matmul_precision(self._earlier)
             self._earlier = None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "")
+    on_exception = teardown
 
 
 def choices(trainer: Trainer) -> list[str]:
@@ -258,22 +232,20 @@ def _has_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _callbacks(
-    chosen: list[Callback],
-    max_steps: int | None,
-    every: int | None,
-    best: list[ModelCheckpoint],
-    kwargs: dict[str, Any],
-) -> list[Callback]:
-    if kwargs.get("barebones"):  # which allows neither checkpoints nor logs
-        return chosen
+def _fill(chosen: list[Callback], savers: list[ModelCheckpoint], accelerator: str, kwargs: dict[str, Any]) -> None:
+    """Append the default callbacks; of savers those of a metric alone where the user brings one."""
+    barebones = kwargs.get("barebones", False)  # which allows neither checkpoints nor logs
+    if kwargs.get("enable_progress_bar", not barebones) is not False and kind_of_device(accelerator) == "cuda":
+        # Lightning's waits for the loss at every step.
+        _add(chosen, theirs.TQDMProgressBar(refresh_rate=20), of=theirs.ProgressBar)
+    if barebones:
+        return
     if kwargs.get("enable_checkpointing") is not False:
         has_own = any(isinstance(one, ModelCheckpoint) for one in chosen)
-        chosen += [*best, *([] if has_own else _checkpoints(max_steps, every))]
+        chosen += [one for one in savers if one.monitor or not has_own]
     if kwargs.get("logger") is not False:
-        _add(chosen, LearningRateMonitor(logging_interval="step"))
-    _add(chosen, *(kind() for kind in ALWAYS))
-    return chosen
+        _add(chosen, theirs.LearningRateMonitor(logging_interval="step"))
+    _add(chosen, *(getattr(ours, name)() for name in ALWAYS))
 
 
 def _add(chosen: list[Callback], *defaults: Callback, of: type[Callback] | None = None) -> None:
@@ -281,7 +253,7 @@ def _add(chosen: list[Callback], *defaults: Callback, of: type[Callback] | None 
     chosen += [new for new in defaults if not any(isinstance(old, of or type(new)) for old in chosen)]
 
 
-def _checkpoints(max_steps: int | None, every: int | None) -> list[Callback]:
+def _checkpoints(max_steps: int | None, every: int | None) -> list[ModelCheckpoint]:
     # The best may be long ago, and saving by steps alone would lose what comes after the last multiple.
     final = ModelCheckpoint(filename="final", save_on_train_epoch_end=True, enable_version_counter=False)
     if max_steps is None and every is None:

@@ -21,9 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 class Kernels(TorchDispatchMode):
     """Counts attention's kernels."""
 
-    def __init__(self):
-        super().__init__()
-        self.runs = 0
+    runs = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.runs += func in ATTENTION_KERNELS

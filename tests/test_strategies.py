@@ -15,9 +15,8 @@ from tests.modules.helpers import TINY
 
 
 def choose(given="auto", accelerator="auto", devices="auto", num_nodes=1, precision="bf16-mixed", **options):
-    return choose_strategy(
-        given, accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision, **options
-    )
+    options |= {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "precision": precision}
+    return choose_strategy(given, **options)
 
 
 @pytest.fixture

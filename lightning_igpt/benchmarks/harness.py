@@ -77,7 +77,7 @@ def parse(
         parser.add_argument(f"--{option.replace('_', '-')}", help=f"{text} (default {default})", **kind)
     options = parser.parse_args(words)
     if precisions and options.precision is None:
-        usual = best_precision(options.device.split(":")[0])
+        usual = best_precision(options.device.split(":")[0])[0]
         options.precision = usual if usual in precisions else precisions[0]
     return options
 

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import ceil, sqrt
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,17 +13,6 @@ from lightning_igpt.files import write_csv
 from lightning_igpt.pictures import Theme, contact_sheet, draw_figure, enlarge, render
 
 _READABLE = 100  # classes; beyond that a picture holds neither counts nor every name
-_CELL = 192  # least width in pixels of a worst image, for its caption
-
-
-class _Cases(NamedTuple):
-    """Test images with the classes predicted for them."""
-
-    loss: Tensor  # float32 (N,), in nats
-    label: Tensor  # int64 (N,)
-    predicted: Tensor  # int64 (N,)
-    confidence: Tensor  # float32 (N,), the probability of the predicted class
-    tokens: Tensor  # int64 (N, T)
 
 
 class ClassificationReport(Callback):
@@ -42,7 +30,8 @@ class ClassificationReport(Callback):
     def __init__(self, n_worst: int = 16) -> None:
         self.n_worst = n_worst
         self._counts: Tensor | None = None  # int64 (C, C)
-        self._worst: _Cases | None = None
+        # Loss (N,) in nats, label, class predicted and its probability (N,), tokens (N, T).
+        self._worst: list[Tensor] | None = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._counts = self._worst = None
@@ -58,8 +47,8 @@ class ClassificationReport(Callback):
             self._counts = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=label.device)
         self._counts.view(-1).index_add_(0, label * n_classes + predicted, torch.ones_like(label))
         rows = torch.arange(len(label), device=label.device)
-        loss, tokens = -probabilities[rows, label].log(), pl_module.tokens_of(batch)
-        cases = _Cases(loss, label, predicted, probabilities[rows, predicted], tokens)
+        loss, confidence = -probabilities[rows, label].log(), probabilities[rows, predicted]
+        cases = [loss, label, predicted, confidence, pl_module.tokens_of(batch)]
         self._worst = _hardest([cases] if self._worst is None else [self._worst, cases], self.n_worst)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -74,20 +63,16 @@ class ClassificationReport(Callback):
         counts = torch.stack([part[0] for part in parts]).sum(0)
         given = list(getattr(pl_module, "class_names", None) or [])[: len(counts)]
         names = given + [str(number) for number in range(len(given), len(counts))]
-        write_result(trainer, "confusion.csv", lambda path: write_confusion(counts, names, path))
+        table = [["true", *names], *([name, *row] for name, row in zip(names, counts.tolist(), strict=True))]
+        write_result(trainer, "confusion.csv", lambda path: write_csv(path, table))
         show(trainer, "confusion.png", "test/confusion", draw_confusion(counts, names))
         if self.n_worst:
-            worst = _hardest([_Cases(*part[1:]) for part in parts], self.n_worst)
+            worst = _hardest([part[1:] for part in parts], self.n_worst)
             show(trainer, "worst.png", "test/worst", _worst_grid(worst, names, pl_module.palette))
 
 
-def write_confusion(counts: Tensor, names: Sequence[str], path: Path) -> None:
-    """Write a confusion matrix as CSV: counts int64 (C, C), a row for each true class, and C class names."""
-    write_csv(path, [["true", *names], *([name, *row] for name, row in zip(names, counts.tolist(), strict=True))])
-
-
 def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
-    """Draw a confusion matrix as uint8 (3, h, w): counts in the cells, colored by their share of the true class."""
+    """Draw counts int64 (C, C), a row for each true class, as uint8 (3, h, w), colored by their share of the class."""
     n, total = len(counts), int(counts.sum())
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)  # (C, C), 0..1
     side = min(12.0, max(3.0, 0.4 * n))  # inches
@@ -105,8 +90,7 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
         axes.set_yticks(ticks, labels, **style)
         axes.set(xlabel="predicted", ylabel="true")
         axes.set_title(f"accuracy {int(counts.trace()) / max(1, total):.3f} on {total:,} images", fontsize=10)
-        style = {"fontsize": font, "ha": "center", "va": "center"}
-        style["in_layout"] = False  # thousands would delay the layout
+        style = {"fontsize": font, "ha": "center", "va": "center", "in_layout": False}  # thousands would delay that
         for row, column in counts.nonzero().tolist() if n <= _READABLE else []:
             color = theme.paper if share[row, column] > 0.5 else theme.ink
             axes.text(column, row, str(int(counts[row, column])), color=color, **style)
@@ -114,17 +98,18 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
     return render(draw_figure(draw, size=(side + 2, side + 1.5)))
 
 
-def _hardest(parts: Sequence[_Cases], n: int) -> _Cases:
+def _hardest(parts: Sequence[list[Tensor]], n: int) -> list[Tensor]:
     """The n cases with the highest loss, the highest first."""
-    joined = _Cases(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-    order = joined.loss.argsort(descending=True, stable=True)[:n]
-    return _Cases(*(column[order] for column in joined))
+    joined = [torch.cat(columns) for columns in zip(*parts, strict=True)]
+    order = joined[0].argsort(descending=True, stable=True)[:n]
+    return [column[order] for column in joined]
 
 
-def _worst_grid(cases: _Cases, names: Sequence[str], palette: Any) -> Tensor:
+def _worst_grid(cases: list[Tensor], names: Sequence[str], palette: Any) -> Tensor:
     """The images in a near-square grid, each below its caption: uint8 (3, h, w)."""
-    images = palette.dequantize(cases.tokens)  # (N, 3, S, S)
-    cells = enlarge(images, ceil(_CELL / images.shape[-1]))
-    rows = zip(cases.label.tolist(), cases.predicted.tolist(), cases.confidence.tolist(), strict=True)
+    *_, label, predicted, confidence, tokens = cases
+    images = palette.dequantize(tokens)  # (N, 3, S, S)
+    cells = enlarge(images, ceil(192 / images.shape[-1]))  # the least width in pixels that a caption needs
+    rows = zip(label.tolist(), predicted.tolist(), confidence.tolist(), strict=True)
     captions = [[f"{names[true]} -> {names[predicted]} ({p:.2f})"] for true, predicted, p in rows]
     return contact_sheet(cells, captions, columns=ceil(sqrt(len(images))))

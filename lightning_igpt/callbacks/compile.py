@@ -1,6 +1,7 @@
 """Compile the blocks of the network for training, where that saves time."""
 
 import logging
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,13 +24,15 @@ PAYS_FROM = {"cpu": 60, "cuda": 10}
 
 
 class Decision(NamedTuple):
-    """Whether to compile, and why."""
+    """What is done, and why."""
 
-    compile: bool
+    how: Any
     reason: str
+    name: str = "compile"
 
     def __str__(self) -> str:
-        return f"compile {'on' if self.compile else 'off'} ({self.reason})"
+        how = {True: "on", False: "off", "none": "off"}.get(self.how, self.how)
+        return f"{self.name} {how}" + (f" ({self.reason})" if self.reason else "")
 
 
 class CompileBlocks(Callback):
@@ -57,44 +60,30 @@ class CompileBlocks(Callback):
             raise ValueError(f"when is {when!r}; it must be true, false or auto")
         self.when, self.backend = when, backend
         self._compiled: dict[Block, Any] = {}
-        self._works: bool | None = None  # None until the compiler was tried
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.decision = self._decide(trainer, pl_module)
         log.info("%s", self.decision)
-        blocks = [block for block in blocks_of(pl_module) if self.decision.compile and not is_frozen(block)]
+        blocks = [block for block in blocks_of(pl_module) if self.decision.how and not is_frozen(block)]
         self._compiled = {block: torch.compile(block.forward, backend=self.backend) for block in blocks}
-        self._works = None
+        self._works: bool | None = None  # until the compiler was tried
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Bind the compiled ``forward`` to each block."""
-        for block in self._compiled if self._works is not False else ():
-            block.forward = self._trying(block) if self._works is None else self._compiled[block]  # type: ignore[method-assign]
+        for block, compiled in self._compiled.items() if self._works is not False else ():
+            block.forward = compiled if self._works else partial(self._try, block, block.forward)  # type: ignore[method-assign]
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._unbind()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._unbind()
-        self._compiled = {}
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._unbind()
-
-    def _unbind(self) -> None:
+    def _unbind(self, *_: Any, **__: Any) -> None:
         for block in self._compiled:
             vars(block).pop("forward", None)
 
-    def _trying(self, block: Block) -> Any:
+    on_before_backward = teardown = on_exception = _unbind
+
+    def _try(self, block: Block, plain: Any, *args: Any, **kwargs: Any) -> Any:
         """A ``forward`` that tries the compiler in the first call of the run."""
-        plain = block.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._works is None:
-                self._works = _works(block, self._compiled[block], *args, **kwargs)
-            return (self._compiled[block] if self._works else plain)(*args, **kwargs)
-
-        return forward
+        if self._works is None:
+            self._works = _works(block, self._compiled[block], *args, **kwargs)
+        return (self._compiled[block] if self._works else plain)(*args, **kwargs)
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> Decision:
         blocks = blocks_of(pl_module)
@@ -117,8 +106,7 @@ def decide(device_type: str, flops: float | None) -> Decision:
         return Decision(False, "the length of the run is not known")
     minutes = flops / SPEED[device_type] / 60
     about = f"about {minutes:,.0f} minutes" if minutes >= 1 else "less than a minute"
-    reason = f"{about} of work at {SPEED[device_type] / 1e12:g} TFLOP/s"
-    return Decision(minutes > PAYS_FROM[device_type], reason)
+    return Decision(minutes > PAYS_FROM[device_type], f"{about} of work at {SPEED[device_type] / 1e12:g} TFLOP/s")
 
 
 def blocks_of(module: nn.Module) -> list[Block]:

@@ -55,17 +55,17 @@ def completion_rows(
     rows = side // 2 if keep_rows is None else keep_rows
     if not 0 <= rows < side:
         raise ValueError(f"keep_rows is {rows}; an image of {side} rows can keep 0 to {side - 1}")
-    given = rows * side
     generator = torch.Generator(tokens.device).manual_seed(seed)
     options: dict[str, Any] = {"temperature": temperature, "precision": precision, "generator": generator}
     if network.config.objective == "bert":
         if top_k is not None or top_p is not None:
             raise ValueError("top_k and top_p are for autoregressive networks; leave them out for a BERT network")
-        known = (torch.arange(side * side, device=tokens.device) < given).expand(len(tokens) * n_samples, -1)
         repeated = tokens.repeat_interleave(n_samples, 0)
+        known = (torch.arange(side * side, device=tokens.device) < rows * side).expand_as(repeated)
         samples = inpaint(network, repeated, known, **options)
     else:
-        samples = complete(network, tokens[:, :given], n_samples=n_samples, top_k=top_k, top_p=top_p, **options)
+        options |= {"n_samples": n_samples, "top_k": top_k, "top_p": top_p}
+        samples = complete(network, tokens[:, : rows * side], **options)
     samples = palette.dequantize(samples.reshape(-1, side * side)).view(len(tokens), n_samples, 3, side, side)
     truth = palette.dequantize(tokens)[:, None]  # (B, 1, 3, S, S)
     prompt = truth.clone()
@@ -103,32 +103,27 @@ class CompletionGrid(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(pl_module, "tokens_of"):
-            raise TypeError(
-                f"CompletionGrid needs a PretrainModule; {type(pl_module).__name__} has no tokens_of(batch)"
-            )
+            kind = type(pl_module).__name__
+            raise TypeError(f"CompletionGrid needs a PretrainModule; {kind} has no tokens_of(batch)")
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
-    ) -> None:
-        if batch_idx == 0 and loader == 0:
-            self._tokens = pl_module.tokens_of(batch)[: self.n_images]
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, _: Any, batch: Any, *place: int) -> None:
+        if not any(place):  # the first batch of the first loader
+            self._tokens = pl_module.tokens_of(batch)[: self.n_images].cpu()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         tokens, self._tokens = self._tokens, None
-        network: Any = pl_module.network
+        network = pl_module.network
         together = is_sharded(network)  # then all processes sample, and the first one saves
         if together:
-            mine = None if tokens is None else tokens.cpu()
-            shared = trainer.strategy.broadcast(mine)
-            tokens = None if shared is None else shared.to(pl_module.device)
+            tokens = trainer.strategy.broadcast(tokens)
         if trainer.sanity_checking or tokens is None or not (trainer.is_global_zero or together):
             return
         self._validations += 1
         if (self._validations - 1) % self.every_n_validations:
             return
-        options = {"n_samples": self.n_samples, "temperature": self.temperature, "seed": self.seed}
+        options: dict[str, Any] = {"n_samples": self.n_samples, "temperature": self.temperature, "seed": self.seed}
         try:
-            rows = completion_rows(network, pl_module.palette, tokens, **options)  # type: ignore[arg-type]
+            rows = completion_rows(network, pl_module.palette, tokens.to(pl_module.device), **options)
         except ValueError as error:  # raised by one process, it would leave the others waiting
             log.warning("no completions are drawn: %s", error)
             return

@@ -43,45 +43,34 @@ class FiniteGuard(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if not pl_module.automatic_optimization:
             return
-        loss, scaler = _whole(loss.detach()).float().reshape(()), _scaler(trainer)
+        loss, scaler = _whole(loss.detach()).float().reshape(()), getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             loss = loss / scaler.scale(torch.ones_like(loss))
         self._losses.append(loss * trainer.accumulate_grad_batches)
         self._samples.append(self._batch.get("sample") if isinstance(self._batch, Mapping) else None)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Read whether the step is finite on every process.
-
-        Raises:
-            NonFiniteError: It is not.
-        """
+        """Raise NonFiniteError where the step is not finite on one of the processes."""
         losses, samples, self._losses, self._samples = self._losses, self._samples, [], []
         if not losses:
             return
         loss, norm = torch.stack(losses).mean(), None
-        if _scaler(trainer) is None:
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
             norm = _gradient_norm(optimizer).to(loss)
         # A sum is finite where all of its terms are; so is their mean over the processes.
         total = loss if norm is None else loss + norm
         if trainer.world_size > 1:
             total = trainer.strategy.reduce(total.clone(), reduce_op="mean")
         if not math.isfinite(total.item()):
-            raise NonFiniteError(_message(trainer, loss.item(), None if norm is None else norm.item(), samples))
-
-
-def _message(trainer: Trainer, loss: float, norm: float | None, samples: list[Any]) -> str:
-    process = f" (process {trainer.global_rank} of {trainer.world_size})" if trainer.world_size > 1 else ""
-    gradient = "" if norm is None else f" and gradient norm {norm:.4g}"
-    parts = [part.tolist() if isinstance(part, Tensor) else list(part) for part in samples if part is not None]
-    numbers = f", samples {', '.join(str(number) for part in parts for number in part)}" if parts else ""
-    return (
-        f"optimizer step {trainer.global_step + 1}{process} has loss {loss:.4g}{gradient}{numbers}, so it was not "
-        "taken: resume from the last checkpoint with a lower lr or gradient_clip_val, or look at these samples"
-    )
-
-
-def _scaler(trainer: Trainer) -> Any:
-    return getattr(trainer.precision_plugin, "scaler", None)
+            process = f" (process {trainer.global_rank} of {trainer.world_size})" if trainer.world_size > 1 else ""
+            gradient = "" if norm is None else f" and gradient norm {norm:.4g}"
+            numbers = [str(int(number)) for part in samples if part is not None for number in part]
+            of_samples = f", samples {', '.join(numbers)}" if numbers else ""
+            raise NonFiniteError(
+                f"optimizer step {trainer.global_step + 1}{process} has loss {loss:.4g}{gradient}{of_samples}, so it "
+                "was not taken: resume from the last checkpoint with a lower lr or gradient_clip_val, or look at these "
+                "samples"
+            )
 
 
 def _gradient_norm(optimizer: Optimizer) -> Tensor:

@@ -1,7 +1,6 @@
 """The result of a linear probe: accuracy against layer, as table, CSV file and picture (paper, figure 2)."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,39 +8,31 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_igpt.callbacks.run_folder import show, write_result
 from lightning_igpt.files import write_csv
+from lightning_igpt.modules import ProbeModule
 from lightning_igpt.pictures import Theme, draw_figure, render
 
 COLUMNS = ("layer", "c", "val_accuracy", "test_accuracy")
 
-Row = Mapping[str, Any]
+Row = Mapping[str, Any]  # layer is an int, or a name such as "8-12" for layers that are probed together
 
 
 class LayerCurve(Callback):
     """After validation and test of a probe, show the accuracy of each layer.
 
     Prints a table, writes ``probe_by_layer.csv`` and ``probe_by_layer.png`` into the run's folder, and passes the
-    picture to loggers that take images. Reads the module's ``results``, a list of rows with the keys layer, c,
-    val_accuracy and test_accuracy. Idle for other modules.
+    picture to loggers that take images. Idle for other modules than a ``ProbeModule``.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            _show(trainer, layer_rows(pl_module))
+        rows = pl_module.results if isinstance(pl_module, ProbeModule) and trainer.is_global_zero else []
+        if trainer.sanity_checking or all(_accuracy(row) is None for row in _single(rows)):
+            return
+        rank_zero_info(f"accuracy by layer\n{table_text(rows)}")
+        table = [COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]  # empty cells are unknown
+        write_result(trainer, "probe_by_layer.csv", lambda path: write_csv(path, table))
+        show(trainer, "probe_by_layer.png", "probe_by_layer", render(layer_figure(rows)))
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _show(trainer, layer_rows(pl_module))
-
-
-def layer_rows(module: Any) -> list[Row]:
-    """The ``results`` of a module as rows with the keys of ``COLUMNS``; empty if it has none.
-
-    ``layer`` is an int, or a name such as "8-12" for layers that are probed together; None marks an unknown number.
-    """
-    rows = getattr(module, "results", None)
-    if not (isinstance(rows, list) and all(isinstance(row, Mapping) and "layer" in row for row in rows)):
-        return []
-    rows = [{name: row.get(name) for name in COLUMNS} for row in rows]
-    return rows if any(_accuracy(row) is not None for row in _single(rows)) else []
+    on_test_end = on_validation_end
 
 
 def best_row(rows: Sequence[Row]) -> tuple[Row, str]:
@@ -55,16 +46,11 @@ def table_text(rows: Sequence[Row]) -> str:
     """The rows as aligned text, without empty columns; the best layer is marked."""
     columns = [name for name in COLUMNS if any(row[name] is not None for row in rows)]
     best, _ = best_row(rows)
-    cells = [[name.removesuffix("_accuracy") for name in columns] + [""]]
-    cells += [[_cell(name, row[name]) for name in columns] + ["best" if row is best else ""] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join(lines)
-
-
-def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows as CSV, unrounded; empty cells are unknown."""
-    write_csv(path, [COLUMNS, *([row[name] for name in COLUMNS] for row in rows)])
+    lines = [[name.removesuffix("_accuracy") for name in columns]]
+    for row in rows:
+        cells = ["" if row[name] is None else row[name] for name in columns]
+        lines.append([f"{cell:.4g}" if isinstance(cell, float) else cell for cell in cells] + ["best"] * (row is best))
+    return "\n".join("".join(f"{cell:>9}" for cell in line) for line in lines)
 
 
 def layer_figure(rows: Sequence[Row]) -> Any:
@@ -92,13 +78,6 @@ def layer_figure(rows: Sequence[Row]) -> Any:
     return draw_figure(draw)
 
 
-def _show(trainer: Trainer, rows: Sequence[Row]) -> None:
-    if rows and trainer.is_global_zero:
-        rank_zero_info(f"accuracy by layer\n{table_text(rows)}")
-        write_result(trainer, "probe_by_layer.csv", lambda path: write_rows(rows, path))
-        show(trainer, "probe_by_layer.png", "probe_by_layer", render(layer_figure(rows)))
-
-
 def _single(rows: Sequence[Row]) -> list[Row]:
     """The rows of one layer each."""
     return [row for row in rows if isinstance(row["layer"], int)]
@@ -107,9 +86,3 @@ def _single(rows: Sequence[Row]) -> list[Row]:
 def _accuracy(row: Row) -> float | None:
     """On test if known, else on validation."""
     return row["val_accuracy"] if row["test_accuracy"] is None else row["test_accuracy"]  # type: ignore[no-any-return]
-
-
-def _cell(column: str, value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3f}" if column.endswith("accuracy") else f"{value:g}" if column == "c" else str(value)

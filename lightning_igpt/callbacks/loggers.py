@@ -5,7 +5,7 @@ import csv
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -38,14 +38,14 @@ class _Steady(Logger):
         return super(_Steady, copy.copy(self)).version if self._own is None else self._own  # type: ignore[safe-super]
 
     @property
-    def experiment(self) -> Any:
+    def experiment(self: Any) -> Any:
         """Lightning's; the first call makes the folder."""
-        taken, logger = None, cast("Any", self)
+        taken = None
         while self._own is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self._own = self.version
             try:
-                if "://" not in logger.log_dir:
-                    Path(logger.log_dir).mkdir(parents=True, exist_ok=self._own == taken)  # a version that was given
+                if "://" not in self.log_dir:
+                    Path(self.log_dir).mkdir(parents=True, exist_ok=self._own == taken)  # a version that was given
             except FileExistsError:
                 taken, self._own = self._own, None
         return super().experiment  # type: ignore[misc]

@@ -23,8 +23,6 @@ from lightning_igpt.files import os_error
 
 log = logging.getLogger(__name__)
 
-FILE = "preempted.ckpt"
-
 
 class Preempt(Callback):
     """On SIGTERM or SIGUSR1, finish the optimizer step, save ``preempted.ckpt`` and exit.
@@ -51,13 +49,12 @@ class Preempt(Callback):
         if not 0 < exit_status < 256:
             raise ValueError(f"exit_status is {exit_status}; it must be from 1 to 255, since 0 means success")
         self.signals, self.exit_status = signals, exit_status
-        self._asked = ""  # name of the signal that came
-        self._first_step = self._step = 0  # optimizer steps when this fit began, and at the last batch
         self._stepped = False  # whether the last batch ended with an optimizer step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Move behind all other callbacks: what they do after a step belongs into the checkpoint."""
-        self._asked, self._first_step = "", sys.maxsize  # until training starts nothing is saved
+        self._asked = ""  # name of the signal that came
+        self._first_step = sys.maxsize  # optimizer steps when this fit began; until then nothing is saved
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 
@@ -96,8 +93,8 @@ class Preempt(Callback):
         fails = os_error(exception) is not None and trainer.state.fn == TrainerFn.FITTING
         if fails and trainer.world_size == 1 and trainer.global_step > self._first_step:
             with suppress(OSError):  # no room for a checkpoint may be why the run ends
-                trainer.save_checkpoint(_folder(trainer) / FILE, weights_only=False)
-                log.warning("%s ends the run: saved %s", type(exception).__name__, _folder(trainer) / FILE)
+                trainer.save_checkpoint(_file(trainer), weights_only=False)
+                log.warning("%s ends the run: saved %s", type(exception).__name__, _file(trainer))
 
     def _leave_if_asked(self, trainer: Trainer) -> None:
         """Save and exit on all processes, if a signal came to any of them."""
@@ -109,13 +106,20 @@ class Preempt(Callback):
         if trainer.global_step == self._first_step:
             message += ": nothing was trained yet, so nothing is saved"
         else:
-            path = Path(trainer.strategy.broadcast(_requeue_path(trainer) if requeue else _folder(trainer) / FILE))
+            path = _file(trainer)
+            if requeue:  # the next of the files from which Lightning resumes a requeued job
+                root = Path(trainer.default_root_dir)
+                numbers = [int(file.stem.rpartition("_")[2]) for file in root.glob("hpc_ckpt_*.ckpt")]
+                path = root / f"hpc_ckpt_{1 + max(numbers, default=0)}.ckpt"
+            path = trainer.strategy.broadcast(path)
             trainer.save_checkpoint(path, weights_only=False)
             message += f": saved {path}; resume with --resume auto or ckpt_path"
         if trainer.is_global_zero:
             log.warning(message)
             if requeue:
-                subprocess.run(["scontrol", "requeue", _job()], check=False)
+                array = os.environ.get("SLURM_ARRAY_JOB_ID")
+                job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+                subprocess.run(["scontrol", "requeue", job], check=False)
         raise SystemExit(self.exit_status)
 
 
@@ -125,19 +129,7 @@ def ends_here(trainer: Trainer) -> bool:
     return 0 < trainer.max_steps <= trainer.global_step or (last_epoch and trainer.is_last_batch)
 
 
-def _folder(trainer: Trainer) -> Path:
-    """The folder of the run's other checkpoints."""
+def _file(trainer: Trainer) -> Path:
+    """In the folder of the run's other checkpoints."""
     named = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return Path(named or trainer.log_dir or trainer.default_root_dir)
-
-
-def _requeue_path(trainer: Trainer) -> Path:
-    """The next of the files from which Lightning resumes a requeued job."""
-    root = Path(trainer.default_root_dir)
-    numbers = [int(path.stem.rpartition("_")[2]) for path in root.glob("hpc_ckpt_*.ckpt")]
-    return root / f"hpc_ckpt_{1 + max(numbers, default=0)}.ckpt"
-
-
-def _job() -> str:
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    return Path(named or trainer.log_dir or trainer.default_root_dir) / "preempted.ckpt"

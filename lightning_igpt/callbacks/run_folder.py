@@ -34,13 +34,12 @@ def run_folder(trainer: Trainer) -> Path | None:
 def write_result(trainer: Trainer, name: str, write: Callable[[Path], None]) -> None:
     """Call ``write`` with a path in the run's folder or, where runs may share that, in a new folder ``pictures``."""
     folder = run_folder(trainer)
-    if folder is not None and not any(getattr(logger, "log_dir", None) for logger in trainer.loggers[:1]):
-        folder = folder / "pictures"
-        with sparing(folder):
-            _PICTURES[trainer] = folder = _PICTURES.get(trainer) or _new_folder(folder)
-    if folder is not None:
-        with sparing(folder / name):
-            write(folder / name)
+    if folder is None:
+        return
+    with sparing(folder / name):
+        if not any(getattr(logger, "log_dir", None) for logger in trainer.loggers[:1]):
+            folder = _PICTURES[trainer] = _PICTURES.get(trainer) or _new_folder(folder)
+        write(folder / name)
 
 
 def show(trainer: Trainer, name: str, tag: str, picture: Tensor) -> None:
@@ -74,8 +73,7 @@ def sparing(path: Path, then: Callable[[], None] | None = None) -> Iterator[None
         cause = os_error(error)
         if cause is None:
             raise
-        reason = str(cause.strerror)
-        reason = reason if str(path) in reason else f"{path} cannot be written: {reason}"
+        reason = cause.strerror if str(path) in str(cause.strerror) else f"{path} cannot be written: {cause.strerror}"
         _warn_once(str(path.parent if path.suffix == ".png" else path), f"{reason}. The run continues without it")
         if then is not None:
             with contextlib.suppress(OSError):
@@ -88,11 +86,12 @@ def _warn_once(key: str, message: str) -> None:
         rank_zero_warn(message)
 
 
-def _new_folder(path: Path) -> Path:
-    """Make a folder of this name or, where that exists, the first free one of ``<name>_1``, ``<name>_2``, ..."""
-    names = (path.with_name(f"{path.name}_{number}" if number else path.name) for number in count())
-    for folder in names:
+def _new_folder(parent: Path) -> Path:
+    """Make the first folder of ``pictures``, ``pictures_1``, ... that does not exist."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in count():
+        folder = parent / (f"pictures_{number}" if number else "pictures")
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             break
     return folder

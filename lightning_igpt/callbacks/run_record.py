@@ -19,7 +19,7 @@ from lightning_igpt.callbacks.loggers import MetricsFile
 from lightning_igpt.callbacks.run_folder import WARNED, run_folder, sparing
 from lightning_igpt.files import write_text
 
-FILE, METRICS, RECORD = "run.json", "metrics.csv", "run_record"  # the last is a key in checkpoints
+RECORD = "run_record"  # key in checkpoints
 LIBRARIES = ("lightning-igpt", "torch", "lightning", "datasets", "numpy", "pillow")
 DATA = ("batch_size", "seed", "val_fraction")  # with source and images, what decides the order
 TRAINER = ("precision", "max_steps", "max_epochs", "accumulate_grad_batches", "world_size")
@@ -32,17 +32,15 @@ class RunRecord(Callback):
     ``metrics.csv`` gets a row for each logged step; a resumed run appends.
     """
 
-    def __init__(self) -> None:
-        self.record: dict[str, Any] = {}  # of the last fit, on the first process
-        self._earlier: dict[str, Any] = {}  # in the resumed checkpoint
-        self._metrics: MetricsFile | None = None
+    _metrics: MetricsFile | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.record, self._earlier = {}, {}
+        self._now: dict[str, Any] = {}  # of this fit, on the first process
+        self._earlier: dict[str, Any] = {}  # in the resumed checkpoint
         WARNED.clear()
         folder = run_folder(trainer) if trainer.is_global_zero else None
         if folder and trainer.loggers and not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
-            self._metrics = MetricsFile(folder / METRICS)
+            self._metrics = MetricsFile(folder / "metrics.csv")
             trainer.loggers = [*trainer.loggers, self._metrics]
 
     # Not state_dict: Lightning would warn everyone who loads the checkpoint without this callback.
@@ -51,19 +49,19 @@ class RunRecord(Callback):
         self._earlier = record if isinstance(record, dict) else {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[RECORD] = comparable(self.record) if self.record else {}
+        checkpoint[RECORD] = self._now
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.record = describe(trainer, pl_module) if trainer.is_global_zero else {}
+        if not trainer.is_global_zero:
+            return
+        record, was = describe(trainer, pl_module), self._earlier
         folder = run_folder(trainer) if trainer.loggers or trainer.checkpoint_callbacks else None
-        if self.record and folder is not None:
-            path = folder / FILE
+        if folder is not None:
+            path = folder / "run.json"
             with sparing(path):
                 runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
-                write_text(path, json.dumps({"runs": [*runs, self.record]}, indent=1))
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        now, was = comparable(self.record) if self.record else {}, self._earlier
+                write_text(path, json.dumps({"runs": [*runs, record]}, indent=1))
+        now = self._now = comparable(record)
         changes = [f"{key} {was[key]!r} -> {now[key]!r}" for key in sorted(now.keys() & was) if now[key] != was[key]]
         if changes:
             rank_zero_warn(f"the resumed run differs from the run that wrote its checkpoint: {', '.join(changes)}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.planning import device_called, forward_flops_per_token
+from lightning_igpt.planning import ACTIVATION_BYTES, device_called, forward_flops_per_token
 
 
 class Throughput(Callback):
@@ -39,9 +39,10 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seconds, self._images, self._step = 0.0, 0, trainer.global_step
         self._since, self._is_warm = None, False
-        self._flops, device = flops_per_image(pl_module), trainer.strategy.root_device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self._peak = self.peak_tflops or peak_tflops(name, str(trainer.precision))
+        self._flops, root, precision = flops_per_image(pl_module), trainer.strategy.root_device, str(trainer.precision)
+        device = device_called(torch.cuda.get_device_name(root)) if root.type == "cuda" else None
+        known = device.peak(precision) if device is not None and precision in ACTIVATION_BYTES else None
+        self._peak = known if self.peak_tflops is None else self.peak_tflops * 1e12
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._is_warm and self._since is None:
@@ -58,30 +59,25 @@ class Throughput(Callback):
         self._images += batch_size_of(batch)
         # A batch that ends the run may hold a probe's whole fit.
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if stepped and not trainer.should_stop and every and done % every == 0:
-            self._log(trainer, pl_module)
-
-    def _pause(self, *_: Any, **__: Any) -> None:
-        if self._flops is not None and self._since is not None:
-            self._seconds, self._since = self._seconds + perf_counter() - self._since, None
-
-    on_validation_start = on_save_checkpoint = _pause
-
-    def _log(self, trainer: Trainer, pl_module: Any) -> None:
-        now, images = perf_counter(), self._images
-        seconds = self._seconds + (0.0 if self._since is None else now - self._since)
-        self._since, self._seconds, self._images = now, 0.0, 0
-        if not (seconds > 0 and images):
+        if not stepped or trainer.should_stop or not every or done % every:
             return
-        rate = images / seconds  # of this process
+        self._pause()
+        rate = self._images / max(self._seconds, 1e-9)  # of this process
+        self._since, self._seconds, self._images = perf_counter(), 0.0, 0
         whole = rate * trainer.world_size
         rates = {"images_per_second": whole, "tokens_per_second": whole * pl_module.config.n_positions}
         if self._peak is not None:
-            rates["mfu"] = rate * (self._flops or 0) / (self._peak * 1e12)
+            rates["mfu"] = rate * (self._flops or 0) / self._peak
         # Tensors on the host: numbers would be sent to the device, and the progress bar would wait for them there.
         for name, value in rates.items():
             on_bar = name != "tokens_per_second"
             pl_module.log(f"throughput/{name}", torch.tensor(value), prog_bar=on_bar, on_step=True, on_epoch=False)
+
+    def _pause(self, *_: Any, **__: Any) -> None:
+        if self._since is not None:
+            self._seconds, self._since = self._seconds + perf_counter() - self._since, None
+
+    on_validation_start = on_save_checkpoint = _pause
 
 
 def batch_size_of(batch: Any) -> int:
@@ -126,17 +122,3 @@ def images_at_once(trainer: Trainer) -> int | None:
 def is_frozen(part: nn.Module) -> bool:
     """Whether no parameter of it is trained."""
     return not any(parameter.requires_grad for parameter in part.parameters())
-
-
-def peak_tflops(name: str, precision: str) -> float | None:
-    """Peak of a device, by torch's name of it, in TFLOP/s for dense matrices; None where it is not known.
-
-    Products of 32 bits are TF32 where torch is allowed to use it.
-    """
-    device = device_called(name)
-    if device is None or not precision.startswith(("16", "bf16", "32")):
-        return None
-    if "16" in precision:
-        return device.tflops_16
-    allowed = torch.get_float32_matmul_precision() != "highest"
-    return (device.tflops_tf32 if allowed else None) or device.tflops_32

@@ -22,12 +22,8 @@ def test_rows_hold_prompt_samples_and_truth(config, keep_rows):
     truth, kept = PALETTE.dequantize(tokens), 2 if keep_rows is None else keep_rows
     assert rows.shape == (2, 5, 3, 4, 4) and rows.dtype == torch.uint8
     assert torch.equal(rows[:, -1], truth)
-    assert (
-        torch.equal(rows[:, 0, :, :kept], truth[:, :, :kept])
-        and (rows[:, 0, :, kept:] == torch.tensor(HIDDEN)[:, None, None]).all()
-    )
-    for sample in range(1, 4):
-        assert torch.equal(rows[:, sample, :, :kept], truth[:, :, :kept])
+    assert (rows[:, 0, :, kept:] == torch.tensor(HIDDEN)[:, None, None]).all()
+    assert all(torch.equal(rows[:, column, :, :kept], truth[:, :, :kept]) for column in range(4))
     assert not torch.equal(rows[:, 1], rows[:, 2])
     again = completion_rows(network, PALETTE, tokens, n_samples=3, keep_rows=keep_rows, seed=1)
     assert torch.equal(rows, again)

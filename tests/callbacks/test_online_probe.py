@@ -1,9 +1,3 @@
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,35 +5,13 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_igpt.callbacks import OnlineProbe
-from lightning_igpt.callbacks.online_head import OnlineHead
-from lightning_igpt.data import PretrainDataModule
+from lightning_igpt.callbacks.online_probe import OnlineHead
+from lightning_igpt.data import FineTuneDataModule, PretrainDataModule
 from lightning_igpt.modules import PretrainModule
 from tests.modules.helpers import BERT, TINY, labelled_images, loader, quiet_trainer
+from tests.processes import in_processes
 
 NAME = "online_probe/layer_1/accuracy"
-SCRIPT = """
-import json, os, sys, torch
-import lightning_igpt as igpt
-from lightning_igpt.callbacks import OnlineProbe
-
-if __name__ == "__main__":
-    devices, out = int(sys.argv[1]), sys.argv[2]
-    torch.manual_seed(0)
-    network = igpt.ImageGPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=16, image_size=8)
-    probes = [OnlineProbe(), OnlineProbe(2, data=igpt.FineTuneDataModule("digits"))]
-    trainer = igpt.make_trainer(
-        max_steps=5, default_root_dir=out, accelerator="cpu", devices=devices, logger=False, precision="32-true",
-        strategy="ddp" if devices > 1 else "auto", enable_progress_bar=False, enable_model_summary=False,
-        callbacks=probes,
-    )
-    module = igpt.PretrainModule(network, "gray:16")
-    trainer.fit(module, igpt.PretrainDataModule("digits", batch_size=32 // devices))
-    heads = [torch.cat([value.flatten().float() for value in probe.state_dict()["head"].values()]) for probe in probes]
-    everyone = trainer.strategy.all_gather(torch.stack([head.norm() for head in heads])).reshape(devices, -1)
-    results = {"head": heads[0].tolist(), "accuracy": trainer.callback_metrics["online_probe/layer_1/accuracy"].item()}
-    if trainer.is_global_zero:
-        print("RESULT " + json.dumps({**results, "same": bool((everyone == everyone[0]).all())}))
-"""
 
 
 def module(config=TINY, **options):
@@ -49,10 +21,7 @@ def module(config=TINY, **options):
 
 def state_of(probe):
     state = probe.state_dict()
-    return [
-        *state["head"].values(),
-        *(value for part in state["optimizer"]["state"].values() for value in part.values()),
-    ]
+    return [value for part in (state["head"], *state["optimizer"]["state"].values()) for value in part.values()]
 
 
 class Augmented(Dataset):
@@ -78,8 +47,7 @@ def test_it_learns_the_classes_during_pretraining(tmp_path, config):
 
 
 @pytest.mark.parametrize(
-    ("source", "precision"),
-    [("batches", "32-true"), ("batches", "bf16-mixed"), ("data", "32-true")],
+    ("source", "precision"), [("batches", "32-true"), ("batches", "bf16-mixed"), ("data", "32-true")]
 )
 def test_training_is_the_same_to_the_last_bit(tmp_path, source, precision):
     """Also where dropout and the order of the images draw from the global generator, as the labeled loader does."""
@@ -94,10 +62,7 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, source, precision):
         return losses, [*model.state_dict().items()], [part.training for part in model.modules()]
 
     labeled = Augmented()
-    options = {
-        "batches": {},
-        "data": {"data": LightningDataModule.from_datasets(labeled, labeled, batch_size=8)},
-    }[source]
+    options = {"data": LightningDataModule.from_datasets(labeled, labeled, batch_size=8)} if source == "data" else {}
     losses, weights, modes = fit([])
     other_losses, other_weights, other_modes = fit([OnlineProbe(num_classes=3, **options)])
     assert losses == other_losses and modes == other_modes
@@ -171,19 +136,23 @@ def test_a_resumed_run_ends_with_its_twins_classifier(tmp_path):
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Where the global batches are the same; and the processes agree whatever their loaders hold."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    results = []
-    for devices in ("1", "2"):
-        command = [sys.executable, "script.py", devices, str(tmp_path / devices)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        assert done.returncode == 0 and lines, done.stderr[-3000:]
-        results.append(json.loads(lines[0].removeprefix("RESULT ")))
-    one, two = results
-    assert two["same"]
-    assert two["head"] == pytest.approx(one["head"], abs=0.005)
-    assert two["accuracy"] == pytest.approx(one["accuracy"], abs=0.01)
+
+    def fit(devices, rank=0):
+        torch.manual_seed(0)
+        probes = [OnlineProbe(), OnlineProbe(2, data=FineTuneDataModule("digits"))]
+        options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "callbacks": [*probes]}
+        trainer = quiet_trainer(tmp_path, max_steps=5, val_check_interval=5, **options)
+        model = PretrainModule({**TINY.to_dict(), "vocab_size": 16, "image_size": 8}, "gray:16")
+        trainer.fit(model, PretrainDataModule("digits", batch_size=32))
+        heads = [[value.clone() for value in probe.state_dict()["head"].values()] for probe in probes]
+        torch.save([*heads, trainer.callback_metrics[NAME]], tmp_path / f"{devices}-{rank}.pt")
+
+    fit(1)
+    assert in_processes(lambda rank: fit(2, rank)) == [0, 0]
+    one, two, other = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    torch.testing.assert_close(two, other, rtol=0, atol=0)
+    torch.testing.assert_close(two[0], one[0], rtol=0, atol=0.005)
+    assert two[2].item() == pytest.approx(one[2].item(), abs=0.01)
 
 
 @pytest.mark.parametrize(

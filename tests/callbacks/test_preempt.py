@@ -5,10 +5,11 @@ import signal
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 
 import lightning_igpt as igpt
 from lightning_igpt.callbacks import Preempt
+from tests.modules.helpers import quiet_trainer
 from tests.processes import in_processes
 from tests.test_resume import CASES, ENDLESS, EPOCHS, assert_resumes, fit, pretraining
 
@@ -43,10 +44,12 @@ def resumes(make, options, path):
     return done
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-@pytest.mark.parametrize("at", [0, 2, 4])
-def test_the_step_and_its_validation_are_finished_saved_and_continued(name, at, tmp_path):
-    path = stopped(pretraining, ENDLESS, tmp_path, "on_train_batch_start", at, name)
+@pytest.mark.parametrize(
+    ("name", "at", "workers"),
+    [(name, at, 0) for name in ("SIGTERM", "SIGUSR1") for at in (0, 2, 4)] + [("SIGTERM", 3, 2)],
+)
+def test_the_step_and_its_validation_are_finished_saved_and_continued(name, at, workers, tmp_path):
+    path = stopped(lambda: pretraining(workers=workers), ENDLESS, tmp_path, "on_train_batch_start", at, name)
     assert resumes(pretraining, ENDLESS, path) == at + 1
 
 
@@ -65,18 +68,10 @@ def test_a_validation_is_finished_first(make, options, tmp_path):
 
 
 def test_features_that_lbfgs_collects_are_not_saved_for_training(tmp_path):
-    module = igpt.ProbeModule(
-        network={"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size": 8}, palette="gray:4", c=1.0
-    )
+    network = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size": 8}
+    module = igpt.ProbeModule(network=network, palette="gray:4", c=1.0)
     callbacks = [Scheduler("on_train_batch_start", 2), Preempt()]
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        callbacks=callbacks,
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-    )
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=callbacks)
     with pytest.raises(SystemExit):
         trainer.fit(module, igpt.ProbeDataModule("digits", batch_size=128))
     assert not list(tmp_path.rglob("*.ckpt"))
@@ -90,20 +85,14 @@ def test_the_last_step_ends_the_run_as_planned(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_with_workers(tmp_path):
-    path = stopped(lambda: pretraining(workers=2), ENDLESS, tmp_path, "on_train_batch_start", 3)
-    assert resumes(pretraining, ENDLESS, path) == 4
-
-
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_an_evaluation_ends_at_once(verb):
-    module, data = pretraining()
+def test_an_evaluation_ends_at_once(verb, tmp_path):
+    module, _ = pretraining()
     hook = {"validate": "validation"}.get(verb, verb)
     callbacks = [Scheduler(f"on_{hook}_batch_start"), Preempt()]
-    trainer = Trainer(accelerator="cpu", logger=False, callbacks=callbacks, enable_progress_bar=False)
     data = igpt.PretrainDataModule("digits", batch_size=4, image_size=4)
     with pytest.raises(SystemExit) as stop:
-        getattr(trainer, verb)(module, data)
+        getattr(quiet_trainer(tmp_path, callbacks=callbacks), verb)(module, data)
     assert stop.value.code == 143
 
 
@@ -119,24 +108,15 @@ def test_handlers_are_put_back(tmp_path):
         signal.signal(signal.SIGUSR1, mine)
 
 
-class FakeSlurm:
-    """What Lightning looks at to see that it runs under SLURM, and a scontrol that notes what it was called with."""
-
-    def __init__(self, folder, monkeypatch):
-        names = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "4711", "SLURM_PROCID": "0"}
-        names |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1"}
-        for name, value in names.items():
-            monkeypatch.setenv(name, value)
-        (folder / "bin").mkdir()
-        scontrol = folder / "bin" / "scontrol"
-        scontrol.write_text(f'#!/bin/sh\necho "$@" >> {folder}/requeued\n')
-        scontrol.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
-
-
 def test_slurm_requeues_the_job(tmp_path, monkeypatch):
     whole = fit(pretraining, ENDLESS)
-    FakeSlurm(tmp_path, monkeypatch)
+    names = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "4711", "SLURM_PROCID": "0"}
+    names |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1"}
+    for name, value in (names | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}).items():
+        monkeypatch.setenv(name, value)
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    scontrol.chmod(0o755)
     root = tmp_path / "run"
     root.mkdir()
     options = ENDLESS | {"default_root_dir": root}

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lightning_igpt.callbacks import CompileBlocks, OnlineProbe, Recompute
-from lightning_igpt.callbacks.recompute import RecomputeDecision, decide
+from lightning_igpt.callbacks.recompute import Decided, decide
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.model import ATTENTION_KERNELS
@@ -37,10 +37,6 @@ def pretrain(folder, *callbacks, config=TINY, set_by_hand="none", **options):
     return module
 
 
-def modes(module):
-    return {block.recompute for block in module.network.blocks()}
-
-
 def same_weights(one, other):
     return all(map(torch.equal, one.network.state_dict().values(), other.network.state_dict().values()))
 
@@ -50,14 +46,13 @@ def same_weights(one, other):
 def test_a_run_ends_with_the_same_weights_and_leaves_nothing_behind(tmp_path, config, how):
     look, callback = Look(), Recompute(how)
     module = pretrain(tmp_path, callback, OnlineProbe(num_classes=3), look, config=config)
-    assert look.seen == {how} and modes(module) == {"none"}
-    assert callback.decision == RecomputeDecision(how, "as set")
+    assert look.seen == {how} and {block.recompute for block in module.network.blocks()} == {"none"}
+    assert callback.decision == Decided(how, "as set")
     assert same_weights(module, pretrain(tmp_path, OnlineProbe(num_classes=3), config=config))
     assert "recompute" not in str(torch.load(tmp_path / "part.ckpt", weights_only=True).keys())
     resumed = PretrainModule(config, "gray:8", lr=0.01, warmup_steps=0)
-    quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(
-        resumed, loader(24), loader(12), ckpt_path=tmp_path / "part.ckpt"
-    )
+    trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    trainer.fit(resumed, loader(24), loader(12), ckpt_path=tmp_path / "part.ckpt")
     assert same_weights(module, resumed)
 
 
@@ -65,8 +60,8 @@ def test_auto_on_a_cpu_leaves_all_as_it_is(tmp_path):
     for by_hand, reason in (("none", ""), ("full", "as the network is set")):
         callback, look = Recompute(), Look()
         module = pretrain(tmp_path, callback, look, set_by_hand=by_hand)
-        assert callback.decision == RecomputeDecision(by_hand, reason)
-        assert look.seen == modes(module) == {by_hand}
+        assert callback.decision == Decided(by_hand, reason)
+        assert look.seen == {block.recompute for block in module.network.blocks()} == {by_hand}
 
 
 def test_auto_takes_the_least_that_fits():
@@ -81,11 +76,9 @@ def test_auto_takes_the_least_that_fits():
         nothing = decide(config, 32, needed("full", **options) - 1, **options)
         assert nothing.how == "full" and "which does not fit; 31 images at once would" in nothing.reason
     decision = decide(config, 32, 74 * GIB)
-    takes = [f"{needed(how) / GIB:.1f}" for how in ("none", "selective")]
-    assert (
-        str(decision)
-        == f"activation checkpointing: selective (about {takes[1]} of 74.0 GiB; none would take {takes[0]})"
-    )
+    none, takes = (f"{needed(how) / GIB:.1f}" for how in ("none", "selective"))
+    reason = f"about {takes} of 74.0 GiB; none would take {none}"
+    assert str(decision) == f"activation checkpointing: selective ({reason})"
     assert "not even one image does" in decide(PRESETS["igpt_xl"], 1, 74 * GIB).reason
 
 

@@ -51,10 +51,8 @@ class Images(Logger):
 def test_pictures_reach_a_folder_of_their_run_and_the_logger(tmp_path, kind, version):
     for _ in range(2):
         logger = Images(kind, version) if isinstance(kind, str) else kind and kind(tmp_path)
-        options = {"max_steps": 1, "limit_val_batches": 1, "log_every_n_steps": 1, "logger": logger}
-        trainer = quiet_trainer(
-            tmp_path, val_check_interval=1, callbacks=[CompletionGrid(2, 1), RunRecord()], **options
-        )
+        options = {"max_steps": 1, "limit_val_batches": 1, "log_every_n_steps": 1, "val_check_interval": 1}
+        trainer = quiet_trainer(tmp_path, logger=logger, callbacks=[CompletionGrid(2, 1), RunRecord()], **options)
         trainer.fit(PretrainModule(TINY, "gray:8"), loader(), loader())
         if isinstance(logger, Images):
             assert [(key, step) for key, _, step in logger.seen] == [("completions", 1)] and logger.seen[0][1][0] > 128

@@ -22,17 +22,6 @@ class Clock:
         return self.now
 
 
-class SlowDisk(TorchCheckpointIO):
-    """Takes 500 seconds to write a checkpoint."""
-
-    def __init__(self, clock):
-        self.clock = clock
-
-    def save_checkpoint(self, *args, **kwargs):
-        super().save_checkpoint(*args, **kwargs)
-        self.clock.now += 500
-
-
 class Batches(lightning.pytorch.Callback):
     """Makes the k-th batch of training take k + 1 seconds and one of validation 1000, and notes what was trained on."""
 
@@ -55,8 +44,7 @@ class Recorder(Logger):
         super().__init__()
         self.rows = []
 
-    def log_hyperparams(self, *args, **kwargs):
-        pass
+    def log_hyperparams(self, *args, **kwargs): ...
 
     def log_metrics(self, metrics, step=None):
         self.rows.append({"step": step, **metrics})
@@ -85,10 +73,8 @@ def fit(folder, clock, module=None, batches=None, callback=None, **options):
 def expected(passed, ends):
     """Images per second of windows that end after these batches; the first batch, which warms up, is in none."""
     starts = [1, *ends[:-1]]
-    return [
-        sum(passed.images[start:end]) / sum(passed.seconds[start:end])
-        for start, end in zip(starts, ends, strict=True)
-    ]  # fmt: skip
+    windows = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+    return [sum(passed.images[window]) / sum(passed.seconds[window]) for window in windows]
 
 
 def test_rates_are_those_of_the_batches_since_the_last_log(tmp_path, clock):
@@ -96,17 +82,21 @@ def test_rates_are_those_of_the_batches_since_the_last_log(tmp_path, clock):
     rates = log.of("throughput/images_per_second")
     assert list(rates) == [2, 5]
     assert list(rates.values()) == pytest.approx(expected(passed, [3, 6]))
-    assert list(log.of("throughput/tokens_per_second").values()) == pytest.approx(
-        [16 * rate for rate in rates.values()]
-    )
+    tokens = log.of("throughput/tokens_per_second").values()
+    assert list(tokens) == pytest.approx([16 * rate for rate in rates.values()])
     assert "throughput/mfu" not in trainer.logged_metrics  # the peak of a CPU is not known
     assert trainer.progress_bar_metrics["throughput/images_per_second"] == pytest.approx(rates[5])
-    assert clock.asked == 1 + len(rates)  # once to start, then when Lightning logs
+    assert clock.asked == 1 + 2 * len(rates)  # to start, then when Lightning logs
 
 
 def test_validation_and_checkpoints_do_not_count(tmp_path, clock):
+    class SlowDisk(TorchCheckpointIO):
+        def save_checkpoint(self, *args, **kwargs):
+            super().save_checkpoint(*args, **kwargs)
+            clock.now += 500
+
     _, log, passed = fit(
-        tmp_path, clock, log_every_n_steps=3, limit_val_batches=1, val_check_interval=2, plugins=SlowDisk(clock),
+        tmp_path, clock, log_every_n_steps=3, limit_val_batches=1, val_check_interval=2, plugins=SlowDisk(),
         enable_checkpointing=True, callbacks=[ModelCheckpoint(every_n_train_steps=1, save_top_k=-1)],
     )  # fmt: skip
     assert clock.now > 8 * 500 + 4 * 1000

@@ -12,28 +12,14 @@ import yaml
 from tests import fresh
 
 ROOT = Path(__file__).parents[2]
+NETWORK = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 16, "image_size": 8, "dropout": 0.1}
+LENGTHS = {"max_steps": 30, "checkpoint_every": 5, "val_check_interval": 10, "limit_val_batches": 4}
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "callbacks": ["drill.Slow"]}
+PLACE = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "default_root_dir": "run"}
 RECIPE = {
-    "model": {
-        "class_path": "PretrainModule",
-        "init_args": {
-            "network": {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 16, "image_size": 8, "dropout": 0.1},
-            "palette": "gray:16",
-        },
-    },
+    "model": {"class_path": "PretrainModule", "init_args": {"network": NETWORK, "palette": "gray:16"}},
     "data": {"class_path": "PretrainDataModule", "init_args": {"source": "digits", "batch_size": 8}},
-    "trainer": {
-        "max_steps": 30,
-        "checkpoint_every": 5,
-        "val_check_interval": 10,
-        "limit_val_batches": 4,
-        "accelerator": "cpu",
-        "devices": 1,
-        "precision": "32-true",
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": "run",
-        "callbacks": ["drill.Slow"],
-    },
+    "trainer": LENGTHS | QUIET | PLACE,
 }
 SLOW = """
 import os, time
@@ -68,10 +54,7 @@ class Run:
     def finish_as_users_do(self):
         """Run to the end, in a process that nothing has prepared."""
         command = [sys.executable, "-m", "lightning_igpt", "fit", "--config", "recipe.yaml", "--trust", "drill"]
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder)]),
-        }
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{self.folder}"}
         subprocess.run(command, cwd=self.folder, env=environment, timeout=240, check=True)
 
     def checkpoints(self):

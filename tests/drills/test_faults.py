@@ -26,11 +26,6 @@ def twin(tmp_path_factory):
     return run
 
 
-def children(process):
-    """Process numbers of the loader's workers."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
 def test_killed_twice(tmp_path, twin):
     run = Run(tmp_path)
     for name in ("step=10.ckpt", "step=20.ckpt"):
@@ -62,8 +57,7 @@ def test_the_disk_is_full(tmp_path, twin):
     process.kill()
     process.communicate()
     (saved,) = run.checkpoints()
-    limit = saved.stat().st_size - 1000
-    limits = {resource.RLIMIT_FSIZE: limit}
+    limits = {resource.RLIMIT_FSIZE: saved.stat().st_size - 1000}
     out = run.finish("--resume", "auto", "--trainer.logger", "false", status=1, limits=limits)
     assert re.search(r"step=\d+.ckpt could not be saved.*: [\d,]+ bytes of it were written, [\d,]+ are free", out)
     assert find_checkpoint(tmp_path / "run") == saved
@@ -76,7 +70,8 @@ def test_a_worker_is_killed(tmp_path, twin):
     run = Run(tmp_path)
     process = run.start("--data.init_args.num_workers", "2", pace=0.05)
     run.wait_for("step=5.ckpt", process)
-    os.kill(children(process)[-1], signal.SIGKILL)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
     out, _ = process.communicate(timeout=120)
     # torch tells of the signal, unless the kill comes while it waits for the worker's answer
     assert process.returncode not in (0, None) and ("killed by signal" in out or "Connection reset by peer" in out)
