@@ -170,7 +170,7 @@ def test_logits_equal_transformers(dtype, tolerance, n_inner, biased):
                 if name.endswith("bias"):
                     parameter.normal_(std=0.2)
     # The loader reads float32; in float64 the same values are compared at higher precision.
-    ours = huggingface.from_state_dict(theirs.state_dict(), theirs.config.to_dict()).to(dtype).eval()
+    ours = huggingface.from_state_dict(theirs.state_dict(), theirs.config.to_dict(), "theirs").to(dtype).eval()
     theirs.load_state_dict({key: value.float().to(dtype) for key, value in theirs.state_dict().items()})
     assert ours.config.bias is biased
     tokens = random_tokens()
@@ -183,7 +183,7 @@ def test_logits_equal_transformers(dtype, tolerance, n_inner, biased):
 def test_taps_equal_transformers_normed_hidden_states():
     theirs = their_model(torch.float64)
     theirs.load_state_dict({key: value.float().double() for key, value in theirs.state_dict().items()})
-    ours = huggingface.from_state_dict(theirs.state_dict(), theirs.config.to_dict()).double().eval()
+    ours = huggingface.from_state_dict(theirs.state_dict(), theirs.config.to_dict(), "theirs").double().eval()
     tokens = random_tokens()
     states = theirs(
         torch.cat([torch.full((2, 1), 20), tokens[:, :-1]], 1), output_hidden_states=True

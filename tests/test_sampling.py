@@ -33,7 +33,7 @@ def test_cached_completion_equals_the_naive_one(given, options):
 
 def test_greedy_completion_equals_transformers_generate():
     theirs = their_model(torch.float32)
-    ours = huggingface.from_state_dict(theirs.state_dict(), theirs.config.to_dict()).eval()
+    ours = huggingface.from_state_dict(theirs.state_dict(), theirs.config.to_dict(), "theirs").eval()
     prompt = random_tokens()[:, :6]
     with_sos = torch.cat([torch.full((2, 1), 20), prompt], 1)
     expected = theirs.generate(with_sos, max_length=17, do_sample=False, pad_token_id=0)[:, 1:]
