@@ -11,6 +11,7 @@ import os
 import pickle
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -167,7 +168,8 @@ def make_plain(checkpoint: dict[str, Any]) -> dict[str, Any]:
     for owner in (LightningModule, LightningDataModule):  # the class of OmegaConf's hyperparameters
         if isinstance(checkpoint.get(owner.CHECKPOINT_HYPER_PARAMS_TYPE), type):
             del checkpoint[owner.CHECKPOINT_HYPER_PARAMS_TYPE]
-    checkpoint.update(plain(checkpoint, _warn))
+    with suppress(RecursionError):  # a state that contains itself stays as it is
+        checkpoint.update(plain(checkpoint, _warn))
     return checkpoint
 
 

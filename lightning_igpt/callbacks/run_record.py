@@ -49,7 +49,7 @@ class RunRecord(Callback):
         self._earlier = record if isinstance(record, dict) else {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[RECORD] = self._now
+        checkpoint[RECORD] = getattr(self, "_now", {})  # saved before any fit, there is no record
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:

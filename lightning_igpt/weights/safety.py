@@ -1,5 +1,6 @@
 """Files by strangers are opened so that nothing in them runs, and damage names the file."""
 
+import datetime
 import errno
 import json
 import operator
@@ -11,11 +12,14 @@ from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import lru_cache
+from numbers import Integral, Number
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import safetensors.torch
@@ -56,7 +60,11 @@ PLAINER: tuple[tuple[Any, Callable[[Any], Any]], ...] = (  # of the kinds that a
     ((np.generic, np.ndarray), lambda value: value.tolist()),
     (os.PathLike, os.fspath),
     ((Namespace, SimpleNamespace), vars),
-    (str, str),
+    ((datetime.date, datetime.time), lambda value: value.isoformat()),
+    (datetime.timedelta, lambda value: value.total_seconds()),
+    ((str, UUID), str),
+    (Integral, int),
+    (Number, float),
     (Mapping, dict),
     ((tuple, Set), tuple),  # named tuples and frozen sets may be keys
     (Sequence, list),
@@ -80,6 +88,8 @@ def plain(value: Any, report: Callable[[str, Any], Any], key: str = "") -> Any:
         return kind(plain(item, report, f"{key}.{number}") for number, item in enumerate(value))
     simpler = value
     with suppress(Exception):  # OmegaConf's configs may lack values
+        if is_dataclass(value):
+            value = {field.name: getattr(value, field.name) for field in fields(value)}
         simpler = next((convert(value) for known, convert in PLAINER if isinstance(value, known)), value)
     return report(key, value) if type(simpler) is kind else plain(simpler, report, key)
 
