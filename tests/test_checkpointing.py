@@ -7,6 +7,9 @@ import resource
 import time
 from argparse import Namespace
 from collections import UserDict, UserList
+from dataclasses import dataclass
+from datetime import date, timedelta
+from decimal import Decimal
 from enum import Enum
 from pathlib import Path
 
@@ -197,6 +200,11 @@ class Color(Enum):
     RED = "red"
 
 
+@dataclass
+class Size:
+    where: Path
+
+
 class Settings(igpt.PretrainDataModule):
     def __init__(self, extra=None):
         super().__init__(tiny(26), batch_size=4)
@@ -210,6 +218,8 @@ VALUES = [
     (Namespace(a=Namespace(b=Path("c"))), {"a": {"b": "c"}}),
     (UserDict({np.int64(1): UserList([Color.RED])}), {1: ["red"]}),
     ({frozenset({Color.RED}): range(2)}, {("red",): [0, 1]}),
+    ([timedelta(minutes=1), date(2026, 1, 2), Decimal("0.5")], [60.0, "2026-01-02", 0.5]),
+    (Size(Path("a")), {"where": "a"}),
 ]
 
 
