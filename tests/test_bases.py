@@ -57,6 +57,15 @@ def test_both_trainers_do_the_same(kind, tmp_path):
     assert results == other_results and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
+def test_callbacks_and_checkpoints_of_the_other_trainer(tmp_path):
+    module, changing = ours()[0], other.callbacks.GradientAccumulationScheduler({0: 1, 1: 3})
+    runs = trainer(other, tmp_path, max_steps=-1, max_epochs=2, callbacks=[changing])
+    runs.fit(module, Images())
+    assert runs.global_step == 4 and runs.optimizers[0].param_groups[0]["lr"] == 0.0
+    assert module.example_input_array is not None  # so that its summary counts operations
+    assert str(igpt.find_checkpoint(runs)) == runs.checkpoint_callback.best_model_path
+
+
 @pytest.mark.parametrize("first, second", [(lightning, other), (other, lightning)])
 def test_the_other_trainer_resumes(first, second, tmp_path):
     module, data = ours()

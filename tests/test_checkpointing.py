@@ -63,7 +63,7 @@ def test_the_newest_is_taken(run, monkeypatch):
         train(run, every_step(run / "b"), steps=5, resume=run / "a" / "step=2.ckpt")
         train(run, every_step(run / "c"), steps=4, resume=run / "b" / "step=3.ckpt")  # back to an earlier step
     os.utime(run / "a" / "step=4.ckpt")
-    assert find_checkpoint(run) == run / "c" / "step=4.ckpt"
+    assert find_checkpoint(run) == find_checkpoint(run / "c" / "step=4.ckpt") == run / "c" / "step=4.ckpt"
     train(run, every_step(run / "new"), steps=2)
     assert find_checkpoint(run) == run / "new" / "step=2.ckpt"
 
@@ -112,6 +112,8 @@ def test_another_network_or_class_does_not_fit(run):
 def test_no_checkpoint_is_no_error(tmp_path):
     assert find_checkpoint(tmp_path) is None
     assert find_checkpoint(tmp_path / "not there") is None
+    with pytest.raises(ValueError, match="is no folder or file"):
+        find_checkpoint("")
     (tmp_path / ".step=1.ckpt.tmp.host.1").write_bytes(b"half")
     (tmp_path / ".step=1.ckpt").write_bytes(b"half")
     (tmp_path / "gone.ckpt").symlink_to(tmp_path / "nothing.ckpt")
@@ -177,9 +179,14 @@ def test_a_trainer_tells_where_it_saves(tmp_path):
 
 
 NAMED = {"named": lambda root: CSVLogger(root, name="mine"), "none": lambda root: False, "default": lambda root: None}
+NAMED["below"] = lambda root: CSVLogger(root / "logs", name="mine")
+NAMED["slash"] = lambda root: CSVLogger(root, name="my/own")
 
 
-@pytest.mark.parametrize(("first", "then"), [("named", "none"), ("none", "named"), ("default", "named")])
+CHANGES = [("named", "none"), ("none", "named"), ("default", "named"), ("below", "none"), ("slash", "default")]
+
+
+@pytest.mark.parametrize(("first", "then"), CHANGES)
 def test_a_run_is_resumed_under_another_logger(first, then, tmp_path):
     """From what it wrote in its root, as far as that is its own, and not from an older state under the own logger."""
 
