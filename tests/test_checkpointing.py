@@ -171,22 +171,16 @@ def test_a_trainer_tells_where_it_saves(tmp_path):
     for number, more in enumerate([{}, {"logger": False}, {"callbacks": told}, {"logger": logger}]):
         trainer(**more).fit(module(), igpt.PretrainDataModule(tiny(26), batch_size=4))
         found = find_checkpoint(trainer(**more), module())
-        assert found is not None and found.stat().st_mtime >= max(
-            path.stat().st_mtime for path in tmp_path.rglob("*.ckpt")
-        ), number
+        newest = max(path.stat().st_mtime for path in tmp_path.rglob("*.ckpt"))
+        assert found is not None and found.stat().st_mtime >= newest, number
     trainer().fit(module(), igpt.PretrainDataModule(tiny(26), batch_size=4))
     assert find_checkpoint(trainer(logger=logger)) == found  # not the newer one of another logger
 
 
-NAMED = {"named": lambda root: CSVLogger(root, name="mine"), "none": lambda root: False, "default": lambda root: None}
-NAMED["below"] = lambda root: CSVLogger(root / "logs", name="mine")
-NAMED["slash"] = lambda root: CSVLogger(root, name="my/own")
+NAMED = {"named": lambda root: CSVLogger(root, name="my/own"), "none": lambda root: False, "default": lambda root: None}
 
 
-CHANGES = [("named", "none"), ("none", "named"), ("default", "named"), ("below", "none"), ("slash", "default")]
-
-
-@pytest.mark.parametrize(("first", "then"), CHANGES)
+@pytest.mark.parametrize(("first", "then"), [("named", "none"), ("none", "named"), ("default", "named")])
 def test_a_run_is_resumed_under_another_logger(first, then, tmp_path):
     """From what it wrote in its root, as far as that is its own, and not from an older state under the own logger."""
 
