@@ -186,8 +186,11 @@ def _warn(key: str, value: Any) -> Any:
 
 def _candidates(where: str | Path | Trainer) -> list[Path]:
     """What may be continued, newest first; under other loggers only checkpoints of this root, and of no older run."""
-    if not isinstance(where, Trainer):
-        return list(newest_first(checkpoints_in(Path(where).expanduser())))
+    if isinstance(where, (str, os.PathLike)):
+        if not str(where).strip() or "://" in str(where):
+            raise ValueError(f"{str(where)!r} is no folder or file here; name one, or give ckpt_path instead")
+        place = Path(where).expanduser()
+        return [place] if place.is_file() else list(newest_first(checkpoints_in(place)))
     root = Path(where.default_root_dir).absolute()
     logs = [(Path(logger.save_dir or root).absolute(), str(logger.name or "")) for logger in where.loggers]
     named = [getattr(callback, "dirpath", None) for callback in where.checkpoint_callbacks]
@@ -196,6 +199,7 @@ def _candidates(where: str | Path | Trainer) -> list[Path]:
     own = {path for folder in folders for path in checkpoints_in(folder)} | set(checkpoints_in(root, "*.ckpt"))
     patterns = [f"{levels}{inner}*.ckpt" for levels in ("*/", "*/*/") for inner in ("", "checkpoints/**/")]
     places = {root, *(place for place, _ in logs)}
+    patterns.append("*/*/*/checkpoints/**/*.ckpt")  # of a logger's folder below the root, or a name with a slash
     others = {path for place in places for pattern in patterns for path in checkpoints_in(place, pattern)}
     moments = newest_first(own | others)
     runs = {moments[path].started for path in own} - {math.inf}

@@ -103,7 +103,9 @@ class ImageGPTConfig:
 
 
 def plain(value: Any) -> Any:
-    """Lists and dicts in place of OmegaConf's, which Hydra passes; all else as it is."""
+    """Lists and dicts in place of OmegaConf's, which Hydra passes, and of NumPy's; all else as it is."""
+    if type(value).__module__ == "numpy":
+        return value.tolist()
     if not type(value).__module__.startswith("omegaconf."):
         return value
     from omegaconf import OmegaConf

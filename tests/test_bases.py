@@ -51,10 +51,18 @@ def test_both_trainers_do_the_same(kind, tmp_path):
     for package in (lightning, other):
         (module, data), runs = ours(kind), trainer(package, tmp_path)
         runs.fit(module, data)
+        assert module.example_input_array is not None and igpt.find_checkpoint(runs)
         test = runs.test(module, data, verbose=False)
         ends.append((module.state_dict(), test, [len(batch) for batch in runs.predict(module, data)]))
     (weights, *results), (others, *other_results) = ends
     assert results == other_results and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_schedules_follow_callbacks_of_the_other_package(tmp_path):
+    changing = other.callbacks.GradientAccumulationScheduler({0: 1, 1: 3})
+    runs = trainer(other, tmp_path, max_steps=-1, max_epochs=2, callbacks=[changing])
+    runs.fit(ours()[0], Images())
+    assert runs.global_step == 4 and runs.optimizers[0].param_groups[0]["lr"] == 0.0
 
 
 @pytest.mark.parametrize("first, second", [(lightning, other), (other, lightning)])

@@ -63,7 +63,7 @@ def test_the_newest_is_taken(run, monkeypatch):
         train(run, every_step(run / "b"), steps=5, resume=run / "a" / "step=2.ckpt")
         train(run, every_step(run / "c"), steps=4, resume=run / "b" / "step=3.ckpt")  # back to an earlier step
     os.utime(run / "a" / "step=4.ckpt")
-    assert find_checkpoint(run) == run / "c" / "step=4.ckpt"
+    assert find_checkpoint(run) == find_checkpoint(run / "c" / "step=4.ckpt") == run / "c" / "step=4.ckpt"
     train(run, every_step(run / "new"), steps=2)
     assert find_checkpoint(run) == run / "new" / "step=2.ckpt"
 
@@ -112,6 +112,8 @@ def test_another_network_or_class_does_not_fit(run):
 def test_no_checkpoint_is_no_error(tmp_path):
     assert find_checkpoint(tmp_path) is None
     assert find_checkpoint(tmp_path / "not there") is None
+    with pytest.raises(ValueError, match="is no folder or file"):
+        find_checkpoint("")
     (tmp_path / ".step=1.ckpt.tmp.host.1").write_bytes(b"half")
     (tmp_path / ".step=1.ckpt").write_bytes(b"half")
     (tmp_path / "gone.ckpt").symlink_to(tmp_path / "nothing.ckpt")
@@ -169,14 +171,13 @@ def test_a_trainer_tells_where_it_saves(tmp_path):
     for number, more in enumerate([{}, {"logger": False}, {"callbacks": told}, {"logger": logger}]):
         trainer(**more).fit(module(), igpt.PretrainDataModule(tiny(26), batch_size=4))
         found = find_checkpoint(trainer(**more), module())
-        assert found is not None and found.stat().st_mtime >= max(
-            path.stat().st_mtime for path in tmp_path.rglob("*.ckpt")
-        ), number
+        newest = max(path.stat().st_mtime for path in tmp_path.rglob("*.ckpt"))
+        assert found is not None and found.stat().st_mtime >= newest, number
     trainer().fit(module(), igpt.PretrainDataModule(tiny(26), batch_size=4))
     assert find_checkpoint(trainer(logger=logger)) == found  # not the newer one of another logger
 
 
-NAMED = {"named": lambda root: CSVLogger(root, name="mine"), "none": lambda root: False, "default": lambda root: None}
+NAMED = {"named": lambda root: CSVLogger(root, name="my/own"), "none": lambda root: False, "default": lambda root: None}
 
 
 @pytest.mark.parametrize(("first", "then"), [("named", "none"), ("none", "named"), ("default", "named")])

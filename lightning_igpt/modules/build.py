@@ -1,5 +1,6 @@
 """What the modules share: a network with its palette, evaluations, checkpoints that describe themselves, settings."""
 
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,8 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, WeightAveraging
-from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -21,7 +21,7 @@ from lightning_igpt.decoding import is_sharded
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules import resume
 from lightning_igpt.modules.batches import Batch, Keys, check_keys, read_batch
-from lightning_igpt.modules.resume import is_evaluating, is_own, trainer_of
+from lightning_igpt.modules.resume import is_evaluating, trainer_of
 from lightning_igpt.palette import Palette
 from lightning_igpt.private import current_datamodule
 from lightning_igpt.weights import load_pretrained
@@ -106,7 +106,11 @@ class IGPTModule(LightningModule):
         self.example = self.example_input_array = torch.zeros(1, 3, side, side, dtype=torch.uint8, device="cpu")
         self.register_buffer(COLORS, torch.tensor(colors, dtype=torch.float32, device="cpu"))  # (K, 3)
         named = {"network": self.config.to_dict(), "palette": self.palette.spec, "keys": self.batch_keys}
-        self.save_hyperparameters(named | {name: getattr(self, name) for name in names} | others)
+        named |= {name: getattr(self, name) for name in names} | others
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_back is not None:  # else Lightning compares arguments, which may be arrays
+            frame = frame.f_back
+        self.save_hyperparameters(named, frame=frame)
 
     @property
     def config(self) -> ImageGPTConfig:
@@ -117,7 +121,8 @@ class IGPTModule(LightningModule):
     def hparams_initial(self) -> Any:
         """For loggers; Lightning stops where a data module has another value of a name."""
         mine, data = super().hparams_initial, getattr(trainer_of(self), "datamodule", None)
-        theirs = {} if data is None or is_own(data) else data.hparams_initial
+        silent = type(data).__module__.startswith("lightning_igpt.")  # a user's subclass may log its own
+        theirs = {} if data is None or silent else data.hparams_initial
         for name in mine.keys() & theirs.keys():
             mine[f"model/{name}"] = mine.pop(name)
         return mine
@@ -135,7 +140,8 @@ class IGPTModule(LightningModule):
 
     def on_fit_start(self) -> None:
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, BatchSizeFinder) for callback in callbacks):  # it has run, and changed the steps
+        kinds = {kind.__name__ for callback in callbacks for kind in type(callback).__mro__}  # of both packages
+        if kinds & {"BatchSizeFinder", "LearningRateFinder"}:  # they have run, and changed the steps or the rate
             self.trainer.strategy.setup_optimizers(self.trainer)
 
     def on_train_start(self) -> None:
@@ -215,7 +221,8 @@ class IGPTModule(LightningModule):
         checkpoint["state_dict"][COLORS] = self.palette.colors  # exact, whereas bfloat16 rounds the buffer
         described = {"network": self.config.to_dict(), "palette": self.palette.spec}
         if settings := checkpoint.get("hyper_parameters"):
-            settings |= described  # a subclass that calls save_hyperparameters stores what it was given
+            settings |= described  # what a subclass that calls save_hyperparameters was given; and rates set later
+            settings |= {name: getattr(self, name) for name in ("lr", "weight_decay")}
             if settings.get("pretrained"):
                 settings["pretrained"] = described  # its file may be gone
         checkpoint[STAMP] = {
@@ -244,7 +251,8 @@ def check_example(module: Any, trainer: Trainer) -> None:
     """Drop the example input where a user's hook or ``forward`` may expect whole batches; summaries call them."""
     users = [type(one) for one in (module, current_datamodule(trainer)) if one is not None]
     hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    changed = any(getattr(kind, hook) is not getattr(DataHooks, hook) for kind in users for hook in hooks)
+    modules = {getattr(kind, hook).__module__ for kind in users for hook in hooks}
+    changed = modules - {"lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks"}
     if module.example_input_array is module.example and (changed or type(module).forward.__module__ not in MODULES):
         module.example_input_array = None
 
@@ -316,11 +324,11 @@ def check_settings(
     *, above_zero: dict[str, Any], betas: tuple[float, ...] = (0, 0), **not_below_zero: float | None
 ) -> None:
     """Raise ValueError where a number is out of its range; None is in each."""
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    if len(betas) != 2 or not all(not isinstance(beta, str) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas is {betas}; it must be two numbers from 0 to below 1")
     for name, value in (above_zero | not_below_zero).items():
-        if value is not None and not (value > 0 or (value == 0 and name in not_below_zero)):
-            raise ValueError(f"{name} is {value}; it must be {'0 or more' if name in not_below_zero else 'above 0'}")
+        if isinstance(value, str) or not (value is None or value > 0 or (value == 0 and name in not_below_zero)):
+            raise ValueError(f"{name} is {value!r}; it must be {'0 or more' if name in not_below_zero else 'above 0'}")
 
 
 def check_masks(config: ImageGPTConfig, ratio: float, mask_inputs: bool = True, n_masks: int = 1) -> None:

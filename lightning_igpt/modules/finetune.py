@@ -1,6 +1,7 @@
 """Fine-tuning to a classifier with the joint loss L_gen + L_clf (paper, sections 2.3 and 4.5)."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -167,6 +168,13 @@ class FineTuneModule(IGPTModule):
         else:
             scheduler = warmup_constant(optimizer, warmup_steps=self.warmup_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        super().check_checkpoint(checkpoint)
+        count, names = len(checkpoint["state_dict"]["head.weight"]), checkpoint["hyper_parameters"].get("class_names")
+        if count != self.num_classes:
+            what = f"num_classes is {self.num_classes}, but the checkpoint has {count} classes, {names}"
+            raise ValueError(f"{what}; set num_classes={count}, or start a new run from its weights with pretrained=")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

@@ -249,8 +249,9 @@ def adopt_class_names(module: Any) -> None:
     """Take the data's class names where training has set none; ValueError where the data has more classes."""
     count, names = classes_of_data(module.trainer)
     count = module.num_classes if count is None or module.trainer.predicting else count
-    if count > module.num_classes:
-        raise ValueError(f"num_classes is {module.num_classes} but the data has {count}; set num_classes={count}")
+    if count > module.num_classes and not module.trained_classes:  # else match_classes names both
+        cure = f"set num_classes={count}, or take away the classes that a trained network does not know"
+        raise ValueError(f"num_classes is {module.num_classes} but the data has {count}, {names}; {cure}")
     if count < module.num_classes:
         log.warning("num_classes is %d but the data has only %d classes", module.num_classes, count)
     if names is not None and not (module.names_given or module.trained_classes):

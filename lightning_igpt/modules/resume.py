@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -109,7 +108,7 @@ def total_steps(module: Any) -> tuple[int, int | None]:
             raise ValueError("without a Trainer nothing says how long the run is: set module.total_steps first")
         return module.total_steps, None
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    changing = [one for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
+    changing = [one for one in callbacks if hasattr(one, "get_accumulate_grad_batches")]  # of both Lightnings
     accumulate = [one.get_accumulate_grad_batches for one in changing] or [
         lambda epoch: trainer.accumulate_grad_batches
     ]

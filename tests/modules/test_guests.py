@@ -104,6 +104,17 @@ def test_schedules_follow_accumulation_that_changes(tmp_path):
     assert found == pytest.approx([0.0015 * (1 + np.cos(np.pi * step / 7)) for step in range(7)])
 
 
+def test_a_rate_that_is_set_later_counts(tmp_path):
+    finder = lightning.pytorch.callbacks.LearningRateFinder(1e-4, 0.9, 40, early_stop_threshold=None)
+    found, _ = rates_of(tmp_path, module := pretrain(), loader(320), max_epochs=1, callbacks=[finder])
+    assert max(found) == module.lr != 0.003
+    module.lr = 0.01
+    _, trainer = rates_of(tmp_path / "set", module, loader(8), max_steps=1)
+    trainer.fit_loop.epoch_loop.max_steps = 2
+    trainer.fit(pretrain(lr=0.02), loader(8), ckpt_path=trainer.checkpoint_callback.best_model_path)
+    assert trainer.lr_scheduler_configs[0].scheduler.base_lrs == [0.02, 0.02]
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         yield from labelled_images(16)[0]
@@ -208,10 +219,13 @@ def test_subclasses_exchange_checkpoints_with_their_base(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("make", [pretrain, finetune, partial(probe, solver="sgd")])
 def test_hyperparameters_of_a_users_data_are_logged_with_ours(tmp_path, make):
-    logger = CSVLogger(tmp_path)
-    quiet_trainer(tmp_path, max_steps=1, logger=logger).fit(make(), Foreign())
-    logged = logger.experiment.hparams
-    assert logged["seed"] == 42 and logged["model/seed"] == 0 and logged["model/lr"] != 1.0
+    subclass = type("Subclass", (ProbeDataModule,), {})(tiny(40), batch_size=8, seed=42)
+    subclass.save_hyperparameters({"seed": 42, "lr": 5.0})
+    for data in (Foreign(), subclass):
+        logger = CSVLogger(tmp_path)
+        quiet_trainer(tmp_path, max_steps=1, logger=logger).fit(make(), data)
+        logged = logger.experiment.hparams
+        assert logged["seed"] == 42 and logged["model/seed"] == 0 and logged["model/lr"] < logged["lr"]
 
 
 def test_omegaconf_lists_and_dicts_are_plain(tmp_path):
@@ -220,9 +234,9 @@ def test_omegaconf_lists_and_dicts_are_plain(tmp_path):
     made = [
         PretrainModule(network, colors, betas=given.betas, keys=given["keys"]),
         FineTuneModule(network=network, palette=colors, num_classes=3, betas=given.betas, class_names=given.names),
-        ProbeModule(network=network, palette=colors, layers=given.layers, c=given.betas, class_names=given.names),
+        ProbeModule(network=network, palette=colors, layers=given.layers, c=np.array([2, 1]), class_names=given.names),
     ]
-    assert made[2].layers == [0, 2] and made[0].batch_keys == {"image": "photo"}
+    assert made[2].hparams["c"] == [2, 1] and made[2].layers == [0, 2] and made[0].batch_keys == {"image": "photo"}
     assert made[0].tokens_of({"photo": labelled_images(4)[0], "image": ["a.png"] * 4}).shape == (4, 16)
     for module in made:
         options = {"default_root_dir": tmp_path, "logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
@@ -347,10 +361,10 @@ def test_classes_are_matched_by_name(tmp_path, make, kind, options):
             (found,) = quiet_trainer(tmp_path).validate(module, animals(kind, names), ckpt_path=ckpt, verbose=False)
             assert found["val/accuracy"] == 1.0 and module.class_names == NAMES
         assert len(quiet_trainer(tmp_path).predict(make(), animals(kind, names), ckpt_path=path))
-    for names in (["cat", "dog", "fox"], ["fox", "dog"]):
+    for names in (["cat", "dog", "fox"], ["fox", "dog"], [*NAMES, "fox"]):
         message = rf"trained on the classes {re.escape(str(NAMES))}, but the data has {re.escape(str(names))}"
         with pytest.raises(ValueError, match=message):
-            quiet_trainer(tmp_path).validate(make(), animals(kind, names), ckpt_path=path, verbose=False)
+            quiet_trainer(tmp_path).validate(type(make()).load_from_checkpoint(path), animals(kind, names))
 
 
 def test_a_resumed_run_and_the_users_order_of_classes(tmp_path):
@@ -367,6 +381,8 @@ def test_a_resumed_run_and_the_users_order_of_classes(tmp_path):
 
     with pytest.raises(ValueError, match=r"but the data has .*'fox'"):
         resumed(["fox", "dog", "eel"])
+    with pytest.raises(ValueError, match=r"num_classes is 4, but the checkpoint has 3 classes, \['cat'"):
+        resumed(NAMES, num_classes=4)
     assert resumed(["eel", "dog"]).label_places.tolist() == [2, 1] and seen
     own = make(class_names=["eel", "cat", "dog"])
     quiet_trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(own, animals(kind, NAMES))

@@ -170,7 +170,7 @@ def test_the_cosine_ends_with_the_run(tmp_path, options, end):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.0}, "lr is 0.0; it must be above 0"),
+        ({"lr": "1e-3"}, "lr is '1e-3'; it must be above 0"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
         ({"warmup_steps": -5}, "warmup_steps is -5"),
         ({"betas": (0.9,)}, r"betas is \(0.9,\)"),
