@@ -95,7 +95,7 @@ def decode(
         elif isinstance(value, Mapping) and _DEEP.fullmatch(rawmode):
             image = _deep(image, rawmode, _open(value))
         elif rawmode in _GRAYS and isinstance(key := image.info.get("transparency"), int):
-            image.info["transparency"] = key * _GRAYS[rawmode] % 256  # in the file it is a step, not a brightness
+            image.info["transparency"] = key * _GRAYS[rawmode] % (255 + _GRAYS[rawmode])  # in the file a step
         return to_rgb(image, background=background)
     except BadImageError:
         raise
@@ -104,7 +104,7 @@ def decode(
         if isinstance(error, Image.DecompressionBombError):
             reason = f"the image is far too large: {error}"
         elif isinstance(error, UnidentifiedImageError):
-            reason = f"the file is not an image of a known format ({', '.join(FORMATS)}) or its header is damaged"
+            reason = f"the file is not an image of a known format ({', '.join(FORMATS)}) and depth, or it is damaged"
         raise BadImageError(reason) from error
 
 

@@ -276,6 +276,7 @@ def samples_of(bits, channels):
 
 
 DEPTHS = [("png", bits, 1, {"key": True}) for bits in (1, 2, 4, 8, 16)] + [("png", 16, 3, {"key": True})]
+DEPTHS += [("png", bits, 1, {"key": True, "ignored": 16}) for bits in (2, 4)]  # bits of the key beyond the depth
 DEPTHS += [("png", bits, channels, {}) for bits in (8, 16) for channels in (1, 2, 3, 4)]
 DEPTHS += [("tiff", bits, 1, {"photometric": kind}) for bits in (1, 2, 4, 8, 16) for kind in (0, 1)]
 DEPTHS += [("tiff", 12, 1, {}), ("tiff", 12, 1, {"compression": 8})]
@@ -287,7 +288,8 @@ DEPTHS += [("tiff", 16, channels, {"order": order, "compression": compression})
 def test_every_depth_is_rounded_to_8_bits(format, bits, channels, options):
     samples = samples_of(bits, channels)
     key = samples[0][:channels] if options.get("key") else None
-    content = png_of(samples, bits, channels, key) if format == "png" else tiff_of(samples, bits, channels, **options)
+    raw = key and [value + options.get("ignored", 0) for value in key]
+    content = png_of(samples, bits, channels, raw) if format == "png" else tiff_of(samples, bits, channels, **options)
     pixels = np.asarray(decode(row(content)))
     assert (pixels == expected(samples, bits, channels, key, options.get("photometric") == 0)).all()
 
@@ -296,3 +298,5 @@ def test_planes_of_16_bits_are_refused():
     """Pillow would read them as 8 bits."""
     with pytest.raises(BadImageError, match="a plane of 16 bits for each channel"):
         decode(row(tiff_of(samples_of(16, 3), 16, 3, planes=2)))
+    with pytest.raises(BadImageError, match=r"not an image of a known format .* and depth"):
+        decode(row(tiff_of(samples_of(14, 1), 14, 1)))

@@ -117,6 +117,8 @@ def find_label_column(features: datasets.Features, wanted: str | None, *, needed
         return None
     if labels:
         raise ValueError(f"{where} has several columns of labels ({_listed(labels)}); set label_column to one of them")
+    if known:  # of a type that says which are labels
+        return find_label_column(features, known[0], needed=needed, where=where)
     raise ValueError(
         f"{where} has no labels: no ClassLabel column and none called 'label'. Set label_column, or for a folder "
         f"of images put each class into a sub-folder (two or more). Its columns: {_listed(features)}"

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa  # type: ignore[import-untyped]
+from datasets.exceptions import DatasetGenerationError
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_igpt.bases import LightningDataModule
 from lightning_igpt.config import plain
 from lightning_igpt.data import loaders, readers, streams
+from lightning_igpt.data.folders import DamagedDataError
 from lightning_igpt.data.loaders import Loader, make_loader, matching_palette, place_of
 from lightning_igpt.data.options import Cache, check
 from lightning_igpt.data.order import EndlessOrder, EvalOrder
@@ -16,7 +18,7 @@ from lightning_igpt.data.readers import ImageBatches, OnBadImage
 from lightning_igpt.data.sources import ImageSource, Source, name_of, open_source
 from lightning_igpt.data.splits import Division, Part, divide, make_parts
 from lightning_igpt.data.streams import StreamBatches, StreamPart, StreamReader
-from lightning_igpt.data.tokens import DamagedDataError, TokenReader, cached_tokens
+from lightning_igpt.data.tokens import TokenReader, cached_tokens
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
 from lightning_igpt.files import write_csv
 
@@ -118,12 +120,14 @@ class ImageDataModule(LightningDataModule):
         self.save_hyperparameters(ignore=["source", "palette"], logger=False)
         # A data set itself would make checkpoints large, and unreadable with weights_only=True.
         self.hparams["source"] = name_of(self.source)
+        self.recorded = dict(self.hparams)  # as they were when an attribute was last set
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = getattr(self, name, None)
         super().__setattr__(name, value)
         if name in self.hparams and before != value:
             self.hparams[name] = name_of(value) if name == "source" else value
+            self.__dict__.setdefault("recorded", {})[name] = self.hparams[name]
             if name in _DIVIDING:
                 self._opened, self.division, self.parts = None, None, {}
 
@@ -134,11 +138,11 @@ class ImageDataModule(LightningDataModule):
             options = {name: getattr(self, name) for name in _OPENING} | {"need_labels": self.needs_labels}
             try:
                 self._opened = open_source(self.source, name=self.config_name, **options)
-            except (pa.ArrowException, OSError) as error:
-                if isinstance(error, OSError) and (error.errno or error.filename):
+            except (pa.ArrowException, OSError, DatasetGenerationError) as error:
+                if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno):
                     raise
-                where = name_of(self.source)  # pyarrow names no place
-                raise DamagedDataError(f"{where} is damaged; restore it, or make it again. {error}") from error
+                where, reason = name_of(self.source), error.__cause__ or error  # pyarrow names no place
+                raise DamagedDataError(f"{where} is damaged; restore it, or make it again. {reason}") from error
             self.class_names = self._opened.class_names
             self.num_classes = None if self.class_names is None else len(self.class_names)
         if self._opened.streaming and self.cache == "disk":

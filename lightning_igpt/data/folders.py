@@ -10,11 +10,12 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_igpt.data.columns import LABEL_NAMES
@@ -24,6 +25,7 @@ from lightning_igpt.images import SUFFIXES
 # Words that mean a split, and what the split is called: one of the names ``splits.py`` looks for.
 SPLIT_NAMES = {name: name for name in ("train", "validation", "valid", "val", "dev", "test")}
 SPLIT_NAMES |= {"training": "train", "eval": "validation", "evaluation": "validation", "testing": "test"}
+SPLIT_NAMES |= {"trn": "train", "validate": "validation", "tst": "test"}
 _PLAIN = "set|data(?:set)?|images?|imgs?|photos?|pictures?|samples?|split"  # words that say nothing
 _SPLIT = re.compile(rf"(?<![^\W\d_])({'|'.join(SPLIT_NAMES)})(?:{_PLAIN})?(?![^\W\d_])")
 _NOTHING = re.compile(rf"(?<![^\W\d_])(?:{_PLAIN})(?![^\W\d_])|[\W\d_]")
@@ -34,6 +36,20 @@ TABLES = {".parquet": "Parquet", ".arrow": "Arrow", ".tar": "WebDataset"}
 _KINDS = dict.fromkeys(SUFFIXES, "image") | dict.fromkeys(UNREADABLE, "unreadable") | TABLES
 _KINDS |= dict.fromkeys((".json", ".csv", ".jsonl"), "other")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+class DamagedDataError(ValueError):
+    """Data are not those that were written."""
+
+
+def check_files(files: Sequence[str]) -> None:
+    """Raise DamagedDataError where a file of Arrow's stream format ends early, which pyarrow takes for its end."""
+    for file in files:
+        with pa.memory_map(file) as data:
+            for _ in pa.ipc.open_stream(data):
+                pass
+            if data.tell() != data.size():
+                raise DamagedDataError(f"{file} is damaged: it ends at byte {data.tell()} of {data.size()}; restore it")
 
 
 @contextlib.contextmanager
@@ -54,7 +70,7 @@ def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -
     suffix = path.suffix.lower()
     if path.is_file() and suffix in TABLES:
         return datasets.load_dataset(TABLES[suffix].lower(), data_files=[_literal(path)], streaming=streaming)
-    if path.is_file():
+    if not path.is_dir():
         kind = "a single image" if suffix in SUFFIXES | UNREADABLE else "no Parquet file, Arrow file or WebDataset tar"
         raise ValueError(f"{shown(path)} is {kind}; give the folder that holds your images, as JPEG or PNG")
     files: dict[str, list[Path]] = defaultdict(list)
@@ -66,6 +82,8 @@ def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -
         place for place, name in names if name == "dataset_dict.json"
         or (name == "state.json" and (place, "dataset_info.json") in names)
     }:  # fmt: skip
+        if left := [file for group in files.values() for file in group if not saved & set(file.parents)]:
+            rank_zero_warn(f"{shown(path)} holds data sets written by save_to_disk, and {_listed(left)}, left out")
         return _open_saved(path, saved)
     if files.keys() & {"image", "WebDataset"}:  # next to which Parquet may hold metadata, by img2dataset for each tar
         tables = files.pop("Parquet", [])
@@ -94,6 +112,7 @@ def _open_saved(path: Path, saved: set[Path]) -> Any:
     """What ``save_to_disk`` wrote into ``path``, or into folders of it that are named after splits."""
     _literal(path)
     tops = {place for place in saved if not saved & set(place.parents)}  # those within are splits of a DatasetDict
+    check_files([str(file) for place in saved for file in (path / place).glob("data-*.arrow")])
     if len(tops) == 1:
         return datasets.load_from_disk(str(path / tops.pop()))
     splits = splits_of({place.as_posix() for place in tops}, path)
@@ -122,14 +141,14 @@ def _open_tables(path: Path, files: list[Path], name: str | None, streaming: boo
         others = [file for file, found in words.items() if len(found) != 1]
         if others and set().union(*words.values()) - {"train"}:
             raise ValueError(
-                f"{shown(path)} has files named after splits ({_listed(words.keys() - set(others))}) and others "
-                f"({_listed(others)}); give every file the name of its split, as in train-0.parquet, or move it away"
+                f"{shown(path)} has files named after splits ({_listed(words.keys() - set(others)) or 'none'}) and "
+                f"others ({_listed(others)}); name every file after its split, as train-0.parquet, or move it away"
             )
         splits = {file: min(found, default="train") for file, found in words.items()}
     data_files: dict[str, list[str]] = defaultdict(list)
     for file, split in splits.items():
         data_files[split].append(_literal(path / file))
-    return datasets.load_dataset(str(path), data_files=data_files, streaming=streaming)
+    return datasets.load_dataset(TABLES[files[0].suffix.lower()].lower(), data_files=data_files, streaming=streaming)
 
 
 def _literal(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Ranges of the options of a data module."""
 
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from lightning_igpt.data.readers import OnBadImage
@@ -10,10 +11,16 @@ _LEAST |= dict.fromkeys(("num_workers", "pad", "seed"), 0)
 
 
 def check(data: Any) -> None:
-    """Raise ValueError where an option of a data module is out of range."""
+    """Take over what was set in ``hparams``; raise ValueError where an option of a data module is out of range."""
+    for name, value in getattr(data, "recorded", {}).items():
+        if data.hparams[name] != value:
+            setattr(data, name, data.hparams[name])
     for name, least in _LEAST.items():
-        if (value := getattr(data, name, None)) is not None and value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
+        integer = isinstance(value := getattr(data, name, least), Integral)
+        if (value is not None or name != "image_size") and (not integer or value < least):
+            raise ValueError(f"{name} is {value!r}; it must be {'' if integer else 'an integer and '}at least {least}")
+        if integer and type(value) is not int:  # NumPy's, which torch refuses
+            setattr(data, name, int(value))
     if not 0 <= data.val_fraction < 1:
         raise ValueError(f"val_fraction is {data.val_fraction}; it must be at least 0 and below 1")
     if not 0 <= data.max_bad_share <= 1:

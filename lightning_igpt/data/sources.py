@@ -138,11 +138,11 @@ def _open(source: Any, name: str | None, revision: str | None, streaming: bool) 
         path = Path(source).expanduser()
         if source == "digits":
             source = load_digits()
-        elif path.exists():
+        elif path.exists() and str(source).strip():
             source = open_path(path, name, streaming=streaming)
         elif isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix not in TABLES:
             source = _open_hub(source, name, revision, streaming)
-        elif isinstance(source, str) and re.fullmatch(r"[\w-]+", source):
+        elif isinstance(source, str) and re.fullmatch(r"[\w-]+|\s*", source):
             raise ValueError(
                 f"source is {source!r}: no file or folder of that name is here, and data sets on the Hugging Face hub "
                 "are called 'owner/name'. The only embedded data are 'digits'"

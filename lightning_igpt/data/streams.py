@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from lightning_igpt.data.columns import mode_of
+from lightning_igpt.data.folders import DamagedDataError
 from lightning_igpt.data.order import Draw
 from lightning_igpt.data.readers import MAX_STAND_INS, BadImage, OnBadImage, check_draws, make_batch
 from lightning_igpt.data.sources import Source
 from lightning_igpt.data.splits import Part
+from lightning_igpt.data.tokens import CHECKSUM_COLUMN
 from lightning_igpt.data.transforms import Augment, Resize, square
 from lightning_igpt.files import shown
 from lightning_igpt.images import BadImageError, decode, fetch
@@ -66,7 +68,12 @@ class StreamPart:
                 raise ValueError(f"{self.where} holds tokens of two palettes, {mine[:12]} and {mark[:12]}; use one")
             if len(value) != resize.size**2:
                 raise ValueError(f"{self.where}, draw {sample}: {len(value)} tokens, not {resize.size}^2")
-            return np.asarray(value, np.int16).reshape(1, resize.size, resize.size)
+            tokens = np.asarray(value, "<i2")
+            if row.get(CHECKSUM_COLUMN, checksum := zlib.crc32(tokens.tobytes())) != checksum:
+                raise DamagedDataError(
+                    f"{self.where}, draw {sample}: tokens differ from their checksum; tokenize again"
+                )
+            return tokens.astype(np.int16).reshape(1, resize.size, resize.size)
         try:
             mode = mode_of(self.rows, self.source.image_column)
             return square(resize, decode(value, mode=mode, remote=self.source.remote), sample)
@@ -221,7 +228,7 @@ def open_part(
     if source.class_names is None or not has_labels or not with_labels:
         source = replace(source, label_column=None)
     if rows.features is not None:
-        wanted = [source.image_column, source.label_column, PALETTE_COLUMN if source.tokens else None]
+        wanted = [source.image_column, source.label_column, PALETTE_COLUMN, CHECKSUM_COLUMN]
         own_names = getattr(rows.features.get(source.label_column), "names", None)
         rows = rows.select_columns([name for name in wanted if name in rows.features])
     if fraction > 0:

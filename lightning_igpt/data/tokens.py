@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from lightning_igpt.data.columns import TOKENS_COLUMN, find_image_column, is_tokenized, mode_of
-from lightning_igpt.data.folders import quiet
+from lightning_igpt.data.folders import DamagedDataError, check_files, quiet
 from lightning_igpt.data.readers import REPAIR, BadImage
 from lightning_igpt.data.sources import Rows
 from lightning_igpt.data.splits import Part
@@ -239,21 +239,6 @@ def _state_of_files(images: datasets.Dataset, column: str) -> str:
     return digest.hexdigest()
 
 
-class DamagedDataError(ValueError):
-    """Data are not those that were written."""
-
-
-def _check_files(files: Sequence[str]) -> None:
-    """Raise DamagedDataError where a file of Arrow's stream format ends early, which pyarrow takes for its end."""
-    for file in files:
-        with pa.memory_map(file) as source:
-            for _ in pa.ipc.open_stream(source):
-                pass
-            if source.tell() != source.size():
-                text = f"{file} is damaged: its rows end at byte {source.tell()} of {source.size()}"
-                raise DamagedDataError(f"{text}; restore it, or tokenize the images again")
-
-
 class TokenReader:
     """Reads a column of tokens in place, over the chunks of its Arrow table.
 
@@ -279,7 +264,7 @@ class TokenReader:
         self._made_of = (part, dataset, column, size, n_crops, bad, True)
         files = [str(file["filename"]) for file in dataset.cache_files]
         if not checked:
-            _check_files(files)
+            check_files(files)
         self._views: list[NDArray[Any]] = []  # the chunks, (rows, n_crops * S * S) each
         (chunked,) = dataset.select_columns([column]).with_format("arrow")[:].columns
         length, self._ends = n_crops * size**2, np.cumsum([len(chunk) for chunk in chunked.chunks])

@@ -68,7 +68,7 @@ def test_unclear_labels_matter_only_when_needed():
     assert label(two, needed=False) is None and label(none, needed=False) is None
     with pytest.raises(ValueError, match=r"several columns of labels \('fine', 'coarse'\); set label_column"):
         label(two)
-    with pytest.raises(ValueError, match=r"no labels: .*Set label_column.*'label'"):
+    with pytest.raises(ValueError, match=r"column 'label' .*float32.*; labels are"):
         label(none)
 
 

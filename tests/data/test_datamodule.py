@@ -11,6 +11,7 @@ from lightning.pytorch.tuner import Tuner
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
 from lightning_igpt.data.datamodule import ImageDataModule
+from lightning_igpt.data.folders import DamagedDataError
 from lightning_igpt.data.order import EndlessOrder
 from lightning_igpt.modules import PretrainModule
 from tests.image_files import noise, picture, rows, tiny
@@ -197,7 +198,7 @@ class Lines(Callback):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-@pytest.mark.parametrize("how", ["attribute", "tuner", "finder"])
+@pytest.mark.parametrize("how", ["attribute", "hparams", "tuner", "finder"])
 def test_a_batch_size_set_later_is_that_of_loader_and_schedule(how, tmp_path):
     config = ImageGPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=4, image_size=4)
     module = PretrainModule(network=config, palette="gray:4", warmup_steps=0)
@@ -207,6 +208,8 @@ def test_a_batch_size_set_later_is_that_of_loader_and_schedule(how, tmp_path):
     run = trainer(**options, callbacks=[*finder, lines])
     if how == "attribute":
         data.batch_size = wanted
+    elif how == "hparams":
+        data.hparams["batch_size"] = torch.tensor(wanted).numpy()[()]
     else:  # doubles until all images are in a batch
         wanted = 30
         if how == "tuner":
@@ -220,9 +223,10 @@ def test_a_batch_size_set_later_is_that_of_loader_and_schedule(how, tmp_path):
 def test_options_that_divide_the_rows_need_another_setup():
     data = ready(PretrainDataModule, tiny(30), batch_size=4, image_size=4)
     before = column(data.val_dataloader(), "image")
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        data.batch_size = 0
-        data.train_dataloader()
+    for value, message in ((0, "at least 1"), ("16", "an integer"), (None, "an integer")):
+        with pytest.raises(ValueError, match=f"batch_size is {value!r}; it must be {message}"):
+            data.batch_size = value
+            data.train_dataloader()
     data.batch_size, data.seed, data.val_fraction = 5, 1, 0.5
     with pytest.raises(RuntimeError, match=r"call setup\(\) before .*, also after a change of what it divides"):
         data.train_dataloader()
@@ -232,6 +236,16 @@ def test_options_that_divide_the_rows_need_another_setup():
         images = [column(getattr(each, name)(), "image") for each in (data, other)]
         assert torch.equal(*images)
     assert len(images[0]) == 15 != len(before) and data.hparams == other.hparams
+
+
+def test_what_cannot_be_opened_is_damaged_or_missing(tmp_path):
+    tiny(9).to_parquet(tmp_path / "train.parquet")
+    content = (tmp_path / "train.parquet").read_bytes()
+    (tmp_path / "train.parquet").write_bytes(content[:4] + bytes(96) + content[100:])
+    with pytest.raises(DamagedDataError, match=r"is damaged; .* again\. Couldn't deserialize"):
+        PretrainDataModule(tmp_path).prepare_data()
+    with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*no$"):
+        PretrainDataModule(tmp_path / "no").prepare_data()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -81,6 +81,7 @@ def test_formats_that_are_not_read(tmp_path):
          {"train": "ab", "test": "ab"}),
         (["tt/Training/1.png", "tt/TESTING/2.png", "tt/Evaluation/3.png", "tt/dev/4.png"],
          {"train": "", "test": "", "validation": "", "dev": ""}),
+        (["trn/1.png", "validate/2.png", "tst/3.png"], {"train": "", "validation": "", "test": ""}),
         (["my_training_photos/a/1.png", "my_training_photos/b/2.png"], {"train": "ab"}),
         (["crash test/1.png", "car/2.png"], {"train": ["car", "crash test"]}),
         (["bullet train/1.png", "test tube/1.png", "car/2.png"], {"train": ["bullet train", "car", "test tube"]}),

@@ -65,6 +65,8 @@ def test_other_sources_that_are_nothing(tmp_path):
         (tmp_path / "one/a.JPG", ValueError, r"a\.JPG is a single image; give the folder"),
         (tmp_path / "phone", ValueError, r"phone holds 1 images in formats that are not read \(\.heic\)"),
         (tmp_path / "both", ValueError, r"2 image files and 1 Parquet files"),
+        ("/dev/null", ValueError, r"/dev/null is no Parquet file"),
+        ("", ValueError, r"source is '': no file or folder of that name is here"),
         ([1, 2], TypeError, r"source is a list"),
         (datasets.DatasetDict(), ValueError, r"no splits"),
         (True, TypeError, r"source is True, .*quote it, as in source: '007'"),
@@ -167,10 +169,11 @@ def test_streams_of_unknown_columns_are_asked_for_a_row():
             r"named after splits \(test-0.*, train-0.*\) and others \(extra",
         ),
         (["photos_test", "photos"], r"named after splits \(photos_test\.\w+\) and others \(photos\.\w+\)"),
+        (["train/test-0"], r"named after splits \(none\) and others \(train/test-0"),
         (["train/test-0", "train/1"], r"named after splits \(train/1\.\w+\) and others \(train/test-0"),
     ],
 )
-@pytest.mark.parametrize("kind, place", [("parquet", "set [1]"), ("arrow", "a*b"), ("tar", "a?b")])
+@pytest.mark.parametrize("kind, place", [("parquet", "set [1]"), ("PARQUET", "b"), ("arrow", "a*b"), ("tar", "a?b")])
 def test_every_file_is_read_or_named(place, kind, names, splits, tmp_path):
     (tmp_path / "set 1").mkdir()
     tiny(9).to_parquet(tmp_path / "set 1/train.parquet")  # what the name of another folder means as a pattern
@@ -179,7 +182,7 @@ def test_every_file_is_read_or_named(place, kind, names, splits, tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         if kind == "tar":
             write_tar(file, [number])
-        elif kind == "parquet":
+        elif kind.lower() == "parquet":
             tiny(4).select([number]).to_parquet(file)
         else:
             tiny(4).select([number]).save_to_disk(tmp_path / "saved")
@@ -209,7 +212,9 @@ def test_saved_data_sets_in_folders_of_splits(tmp_path):
     for split, n in (("train", 4), ("val", 2)):
         tiny(n).save_to_disk(tmp_path / "root" / split)
     assert shape(open_source(tmp_path / "root")) == {"train": 4, "val": 2}
-    assert open_source(tmp_path / "root", streaming=True).splits.keys() == {"train", "val"}
+    save_images(tmp_path / "root", ["train.png"])
+    with pytest.warns(UserWarning, match=r"root holds data sets written by save_to_disk, and train\.png, left out"):
+        assert open_source(tmp_path / "root", streaming=True).splits.keys() == {"train", "val"}
     tiny(1).save_to_disk(tmp_path / "root/more")
     with pytest.raises(ValueError, match=r"named after splits \(train, val\) and other .*\(more/\)"):
         open_source(tmp_path / "root")

@@ -254,8 +254,9 @@ def test_damage_is_noticed(tmp_path, damage, n):
     whole = seen("images", **cached)
     assert torch.equal(seen("kept"), whole)
     spoil(tmp_path / "kept" / "data-00000-of-00001.arrow")
-    with pytest.raises(DamagedDataError, match=r"kept.*(restore|tokenize)"):
-        seen("kept")
+    for streaming in (False, True):
+        with pytest.raises(DamagedDataError, match=r"kept.*(restore|tokenize)"):
+            seen("kept", streaming=streaming)
     (file,) = (tmp_path / "images").glob("cache-*.arrow")
     spoil(file)
     with pytest.warns(UserWarning, match="the token cache is made again: "):
