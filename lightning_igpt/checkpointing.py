@@ -186,7 +186,7 @@ def _warn(key: str, value: Any) -> Any:
 
 def _candidates(where: str | Path | Trainer) -> list[Path]:
     """What may be continued, newest first; under other loggers only checkpoints of this root, and of no older run."""
-    if not isinstance(where, Trainer):
+    if isinstance(where, (str, os.PathLike)):
         return list(newest_first(checkpoints_in(Path(where).expanduser())))
     root = Path(where.default_root_dir).absolute()
     logs = [(Path(logger.save_dir or root).absolute(), str(logger.name or "")) for logger in where.loggers]

@@ -62,7 +62,7 @@ def test_the_other_trainer_resumes(first, second, tmp_path):
     module, data = ours()
     trainer(first, tmp_path, max_steps=2).fit(module, data)
     runs = trainer(second, tmp_path, max_steps=3)
-    runs.fit(*ours(), ckpt_path=igpt.find_checkpoint(tmp_path))
+    runs.fit(*ours(), ckpt_path=igpt.find_checkpoint(runs))
     assert runs.global_step == 3
 
 

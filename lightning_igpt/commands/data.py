@@ -14,7 +14,7 @@ from lightning_igpt.commands.help import row
 from lightning_igpt.commands.images import rows_of, to_tensor
 from lightning_igpt.data.sources import Source, open_source
 from lightning_igpt.files import shown
-from lightning_igpt.images import FORMATS, BadImageError, decode, resize_center_crop
+from lightning_igpt.images import FORMATS, BadImageError, decode, fetch, resize_center_crop
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import CELL, enlarge, heading, image_grid, save_png, stack
 
@@ -103,7 +103,7 @@ def class_lines(source: Source) -> Iterator[str]:
 
 def file_mode(value: Any) -> str:
     """The Pillow mode of an undecoded image that can be read."""
-    with Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"], formats=FORMATS) as file:
+    with Image.open(io.BytesIO(fetch(value)["bytes"]), formats=FORMATS) as file:
         return str(file.mode)
 
 
