@@ -1,5 +1,7 @@
 """Modules and data modules under the Trainer of the other package called PyTorch Lightning, ours and theirs."""
 
+import runpy
+
 import lightning.pytorch as lightning
 import pytest
 import torch
@@ -76,6 +78,7 @@ def test_their_data_trains_our_module(package, data, tmp_path):
 @pytest.mark.parametrize("package", [lightning, other])
 def test_their_module_runs_under_both(package, tmp_path):
     runs = trainer(package, tmp_path, max_steps=2)
+    assert issubclass(runpy.run_path(igpt.bases.__file__)["LightningModule"], package.LightningModule)
     runs.fit(OurBoringModel())
     assert runs.global_step == 2
 

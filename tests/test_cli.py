@@ -193,17 +193,12 @@ class TestErrors:
             ("trainer.precision", "int8", "trainer: Precision 'int8' is invalid"),
             ("trainer.strategy", "quick", "trainer: You selected an invalid strategy name"),
             ("seed_everything", "-1", "seed_everything is -1; it must be from 0 to"),
-            ("data.init_args.source", "pipe", "pipe: Not a directory"),
+            ("data.init_args.source", "/dev/null", "/dev/null: Not a directory"),
+            ("trainer", "{max_steps: -1, max_epochs: 1, val_check_interval: 999}", "(999) must be less than or equal"),
         ],
     )
     def test_a_users_mistake_is_told_in_one_line(self, flag, value, told, tmp_path):
-        os.mkfifo(tmp_path / "pipe")
         assert told in refusal(["fit", "--config", write(tmp_path / "recipe.yaml"), f"--{flag}", value])
-
-    def test_so_is_one_about_an_interval(self, tmp_path):
-        trainer = {"max_steps": -1, "max_epochs": 1, "val_check_interval": 999}
-        recipe = write(tmp_path / "recipe.yaml", trainer=trainer)
-        assert "(999) must be less than or equal to" in refusal(["fit", "--config", recipe])
 
     def test_the_variable_brings_the_traceback_back(self, monkeypatch):
         monkeypatch.setenv("LIGHTNING_IGPT_TRACEBACK", "1")
