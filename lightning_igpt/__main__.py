@@ -21,7 +21,7 @@ OWN_VERBS = {
     "score": "measure how surprising images are to a network, in nats per pixel",
     "lowdata": "classify with a few labels per class: linear probes on random subsets",
     "report": "gather runs on one HTML page: curves, layers, completions, settings",
-    "data": "look at a data set: splits, classes, bad images, palette error, a contact sheet",
+    "data": "look at a dataset: splits, classes, bad images, palette error, a contact sheet",
     "palette": "fit a palette to images, or look at one",
     "convert": "write weights for transformers or as safetensors, and check them",
     "plan": "parameters, FLOPs, memory and time of a network",

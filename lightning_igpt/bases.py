@@ -36,6 +36,10 @@ def _inherit(cls: type, trainer: Any = None) -> None:
         ours.__bases__ = (_Both, *bases)
 
 
+for _kind in (LightningModule, LightningDataModule):
+    _inherit(_kind)  # for LightningCLI, which looks at classes
+
+
 def is_model_parallel(strategy: Any) -> bool:
     """Whether a strategy is the ModelParallelStrategy of one of the packages."""
     return "ModelParallelStrategy" in [kind.__name__ for kind in type(strategy).__mro__]

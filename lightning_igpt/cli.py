@@ -231,7 +231,10 @@ def run(words: Sequence[str]) -> RecipeCLI:
         if verb == "predict" and cli.trainer.world_size > 1:
             raise ValueError("predict writes one file in the order of the images: pass --trainer.devices 1")
         method = getattr(cli.trainer, verb)
-        result = method(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        try:
+            result = method(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        except MisconfigurationException as error:
+            raise ValueError(f"trainer: {error}") from error
         if verb == "predict":
             _write(cli, result or [])
     return cli

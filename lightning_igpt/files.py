@@ -46,7 +46,8 @@ def replacing(path: str | Path, temporary: Path | None = None) -> Iterator[Path]
             raise
         raise _explained(cause, target, temporary) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:

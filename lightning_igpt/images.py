@@ -31,7 +31,7 @@ _UNPREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 _DEEP = re.compile("(LA|RGB|RGBX|RGBA|CMYK);16[BLN]")  # what Pillow calls 16 bits per sample, of which it keeps 8
 _SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}  # byte orders
 _GRAYS = {"L;2": 85, "L;4": 17}  # brightness of one step
-# Protocols that are read from any data set: those that stay on this machine, and hf of the Hugging Face hub.
+# Protocols that are read from any dataset: those that stay on this machine, and hf of the Hugging Face hub.
 _NEAR = {"file", "local", "memory", "zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4", "hf"}
 
 _UPRIGHT = {
@@ -129,7 +129,7 @@ def fetch(value: Any, *, remote: bool = False) -> Any:
         if not remote and (far := protocols - _NEAR):
             raise BadImageError(
                 f"the row holds no image but an address ({shown(far.pop())}://); addresses are read only from a column "
-                "that image_column names, and that is one of strings or of a data set opened in Python"
+                "that image_column names, and that is one of strings or of a dataset opened in Python"
             )
         with fsspec.open(path, "rb") as file:
             return {"bytes": file.read(), "path": path}

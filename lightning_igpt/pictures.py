@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lightning_igpt.files import replacing
+from lightning_igpt.files import replacing, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,7 +120,7 @@ def contact_sheet(cells: Tensor, captions: Sequence[Sequence[str]], *, columns: 
     Each is below its own lines of text, of which all have the same number; a line too long shows its end.
     """
     width = cells.shape[3]
-    above = [torch.cat([_caption(_end_of(line, width), width) for line in lines], 1) for lines in captions]
+    above = [torch.cat([_caption(_end_of(shown(line), width), width) for line in lines], 1) for lines in captions]
     titled = torch.cat([torch.stack(above), cells.cpu()], 2)  # (N, 3, lines + h, w)
     spaced = F.pad(titled, (0, _GAP, 0, _GAP), value=255)
     return stack([torch.cat(list(row), 2) for row in torch.split(spaced, columns)])

@@ -102,7 +102,7 @@ def make_trainer(
     if max_steps < 1 and max_epochs is None and not kwargs.get("fast_dev_run") and not kwargs.get("max_time"):
         raise ValueError("how long to train? Give max_steps (pretraining) or max_epochs (probing, fine-tuning)")
     steps = max_steps if max_steps > 0 and max_epochs is None else None  # of a run counted in steps
-    val_check_interval = _interval(val_check_interval, steps, chosen, kwargs)
+    val_check_interval = _interval(val_check_interval, checkpoint_every, steps, chosen, kwargs)
     precision, why = (precision, "as given") if precision else best_precision(accelerator)
     config, network = getattr(module, "config", None), getattr(module, "network", torch.nn.Identity())
     parallel = choose_strategy(
@@ -135,12 +135,15 @@ def make_trainer(
     return trainer
 
 
-def _interval(given: float | None, steps: int | None, chosen: list[Callback], kwargs: dict[str, Any]) -> Any:
+def _interval(
+    given: float | None, every: int | None, steps: int | None, chosen: list[Callback], kwargs: dict[str, Any]
+) -> Any:
     """Batches or fraction of an epoch between validations."""
     accumulate = kwargs.get("accumulate_grad_batches", 1)
-    for name, number in {"accumulate_grad_batches": accumulate, "val_check_interval": given}.items():
-        if isinstance(number, int) and number < 1:
-            raise ValueError(f"{name} is {number}; it must be at least 1")
+    numbers = {"val_check_interval": given, "check_val_every_n_epoch": kwargs.get("check_val_every_n_epoch")}
+    for name, number in {"accumulate_grad_batches": accumulate, "checkpoint_every": every, **numbers}.items():
+        if (isinstance(number, int) and number < 1) or (number is accumulate and not isinstance(number, int)):
+            raise ValueError(f"{name} is {number!r}; it must be a whole number from 1 on")
     if steps is None or kwargs.get("check_val_every_n_epoch", 1) not in (None, 1) or isinstance(given, float):
         return given
     kwargs["check_val_every_n_epoch"] = None  # steps, not passes over the data, are the clock
@@ -255,7 +258,7 @@ def _add(chosen: list[Callback], *defaults: Callback, of: type[Callback] | None 
 
 def _checkpoints(max_steps: int | None, every: int | None) -> list[ModelCheckpoint]:
     # The best may be long ago, and saving by steps alone would lose what comes after the last multiple.
-    final = ModelCheckpoint(filename="final", save_on_train_epoch_end=True, enable_version_counter=False)
+    final = ModelCheckpoint(filename="final", save_on_train_epoch_end=True)  # final-v1 after another run's
     if max_steps is None and every is None:
         return [final]
     every = every or min(1000, max(1, (max_steps or 10_000) // 10))

@@ -92,6 +92,6 @@ def asked_once():
 
 
 def once(load):
-    """A function that returns new mappings of the same data sets."""
+    """A function that returns new mappings of the same datasets."""
     loaded = functools.cache(load)
     return lambda: type(loaded())(loaded())

@@ -1,4 +1,4 @@
-"""Small images and data sets whose every pixel is known."""
+"""Small images and datasets whose every pixel is known."""
 
 import io
 

@@ -1,5 +1,7 @@
 """Modules and data modules under the Trainer of the other package called PyTorch Lightning, ours and theirs."""
 
+import runpy
+
 import lightning.pytorch as lightning
 import pytest
 import torch
@@ -70,7 +72,7 @@ def test_the_other_trainer_resumes(first, second, tmp_path):
     module, data = ours()
     trainer(first, tmp_path, max_steps=2).fit(module, data)
     runs = trainer(second, tmp_path, max_steps=3)
-    runs.fit(*ours(), ckpt_path=igpt.find_checkpoint(tmp_path))
+    runs.fit(*ours(), ckpt_path=igpt.find_checkpoint(runs))
     assert runs.global_step == 3
 
 
@@ -84,6 +86,7 @@ def test_their_data_trains_our_module(package, data, tmp_path):
 @pytest.mark.parametrize("package", [lightning, other])
 def test_their_module_runs_under_both(package, tmp_path):
     runs = trainer(package, tmp_path, max_steps=2)
+    assert issubclass(runpy.run_path(igpt.bases.__file__)["LightningModule"], package.LightningModule)
     runs.fit(OurBoringModel())
     assert runs.global_step == 2
 

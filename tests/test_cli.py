@@ -188,9 +188,13 @@ class TestErrors:
             ("model.init_args.network", "igpt_z", "igpt_z"),
             ("data.init_args.batch_size", "0", "batch_size is 0; it must be at least 1"),
             ("data.init_args.source", "nowhere", "no file or folder of that name is here"),
+            ("data.init_args.source", " ", "source is empty"),
+            ("model.init_args.palette", "", "palette is empty"),
             ("trainer.precision", "int8", "trainer: Precision 'int8' is invalid"),
             ("trainer.strategy", "quick", "trainer: You selected an invalid strategy name"),
             ("seed_everything", "-1", "seed_everything is -1; it must be from 0 to"),
+            ("data.init_args.source", "/dev/null", "/dev/null: Not a directory"),
+            ("trainer", "{max_steps: -1, max_epochs: 1, val_check_interval: 999}", "(999) must be less than or equal"),
         ],
     )
     def test_a_users_mistake_is_told_in_one_line(self, flag, value, told, tmp_path):
@@ -386,6 +390,7 @@ def test_addresses_that_are_typed_or_trusted(tmp_path):
     recipe = write(tmp_path / "recipe.yaml", trainer={"default_root_dir": "memory://runs"})
     words = ["fit", "--config", recipe, "--dry_run"]
     assert "--trust memory://runs" in refusal([*words, "--trust", "memory://run"])
+    assert "--trust memory://runs" in refusal([*words, "--data.source", "memory://runs/photos"])
     for trust in (["--trust", "memory://"], ["--trust", "memory://runs"], ["--trainer.default_root_dir", "memory://x"]):
         assert main([*words, *trust]) == 0
     assert "nothing can be saved" in refusal([*words, "--trainer.default_root_dir", "http://127.0.0.1/x"])

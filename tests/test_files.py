@@ -53,6 +53,8 @@ def test_links_long_names_and_pipes(tmp_path):
     write_text(tmp_path / "pipe", "text")
     thread.join()
     assert read == ["text"] and (tmp_path / "pipe").is_fifo()
+    with pytest.raises(OSError, match=r"below could not be saved\. Not a directory"):
+        write_text(tmp_path / "target" / "folder" / "below", "text")
 
 
 def test_an_error_of_the_writer_passes_unchanged(tmp_path):

@@ -1,6 +1,6 @@
 """Every shipped recipe says what it does, holds the paper's settings where it claims to, and runs.
 
-The recipes run at toy size through the command line, on small stand-ins for their data sets, in one working folder: a
+The recipes run at toy size through the command line, on small stand-ins for their datasets, in one working folder: a
 probe finds the weights of its pretraining recipe where it says that they are.
 """
 
@@ -65,7 +65,7 @@ def images_per_step(recipe):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Small data sets with the columns, splits and labels of the ones on the hub."""
+    """Small datasets with the columns, splits and labels of the ones on the hub."""
     folder = tmp_path_factory.mktemp("sources")
 
     def write(split, n, *, hidden=False):

@@ -98,6 +98,14 @@ def test_a_run_leaves_a_checkpoint_of_its_last_step(tmp_path):
     assert steps == {"final.ckpt": 7, "step=6.ckpt": 6}
 
 
+def test_runs_without_a_logger_keep_the_checkpoints_of_others(tmp_path):
+    options = {"accelerator": "cpu", "default_root_dir": tmp_path, "enable_progress_bar": False, "logger": False}
+    for steps, path in ((1, None), (2, None), (3, tmp_path / "checkpoints" / "final-v1.ckpt")):  # the last one resumes
+        make_trainer(max_steps=steps, **options).fit(PretrainModule(TINY, "gray:8"), loader(64), ckpt_path=path)
+    steps = {path.name: torch.load(path, weights_only=True)["global_step"] for path in tmp_path.rglob("final*")}
+    assert steps == {"final.ckpt": 1, "final-v1.ckpt": 3}
+
+
 def test_monitor_keeps_the_best(tmp_path):
     torch.manual_seed(0)
     options = {"accelerator": "cpu", "default_root_dir": tmp_path, "enable_progress_bar": False}
@@ -163,10 +171,13 @@ def test_a_run_validates_when_asked_and_at_least_once(tmp_path, options, steps):
     assert seen.steps == steps
 
 
-@pytest.mark.parametrize("name", ["accumulate_grad_batches", "val_check_interval"])
-def test_intervals_of_no_batches_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
-        make_trainer(max_steps=3, **{name: 0})
+INTERVALS = ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch", "checkpoint_every")
+
+
+@pytest.mark.parametrize(("name", "value"), [*((name, 0) for name in INTERVALS), (INTERVALS[0], "2")])
+def test_intervals_of_no_batches_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; it must be a whole number from 1 on"):
+        make_trainer(max_steps=3, **{name: value})
 
 
 def test_the_command_lines_defaults_are_no_choices(tmp_path):

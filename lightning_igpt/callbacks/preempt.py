@@ -50,11 +50,12 @@ class Preempt(Callback):
             raise ValueError(f"exit_status is {exit_status}; it must be from 1 to 255, since 0 means success")
         self.signals, self.exit_status = signals, exit_status
         self._stepped = False  # whether the last batch ended with an optimizer step
+        self._first_step = sys.maxsize  # optimizer steps when this fit began; until then nothing is saved
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Move behind all other callbacks: what they do after a step belongs into the checkpoint."""
         self._asked = ""  # name of the signal that came
-        self._first_step = sys.maxsize  # optimizer steps when this fit began; until then nothing is saved
+        self._first_step = sys.maxsize
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 

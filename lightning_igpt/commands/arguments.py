@@ -173,7 +173,7 @@ def one_line_errors(prog: str) -> Iterator[None]:
         if isinstance(own, OSError) and own.filename:
             text = f"{own.filename}: {own.strerror}{_cure(Path(os.fsdecode(own.filename)))}"
         elif isinstance(own, OmegaConfBaseException):
-            text += "; a reference is ${name}, and \\${ stands for these characters themselves"
+            text += "; a reference is ${name}, to a value of the recipe, or ${oc.env:NAME}, to one of the environment"
         raise SystemExit(f"{prog}: {shown(' '.join(text.split()))}") from error
 
 
@@ -182,15 +182,15 @@ def _cure(path: Path) -> str:
     for variable in CACHES:
         place = Path(os.environ.get(variable) or "~/.cache/huggingface").expanduser().absolute()
         if place.is_relative_to(path) or path.is_relative_to(place):
-            return f". Converted data sets and downloads are kept there; set {variable} to a folder that can be written"
+            return f". Converted datasets and downloads are kept there; set {variable} to a folder that can be written"
     return ""
 
 
 def _own(error: BaseException | None) -> BaseException | None:
-    """The error that this package raised: ``error``, or its cause, since jsonargparse wraps those of constructors."""
+    """The error that this package, or Lightning about its intervals, raised: ``error``, or its cause if wrapped."""
     while error is not None:
         frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if frames and frames[-1].startswith("lightning_igpt"):
+        if frames and frames[-1].startswith(("lightning_igpt", "lightning.pytorch.loops.fit_loop")):
             return error
         error = error.__cause__
     return None

@@ -57,7 +57,7 @@ def complete(
         precision: Of the steps: full; half, which is 16 bits per weight; int8, on CPUs only. Default: half on CUDA,
             else full.
         seed: Of the draws.
-        split: Split of a data set; default test, else validation, else train.
+        split: Split of a dataset; default test, else validation, else train.
         device: cpu, cuda, mps, or auto.
         palette: That of the training, where the source holds none: openai, gray:16, a .npy file, a folder or hub id.
     """

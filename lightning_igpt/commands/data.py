@@ -1,4 +1,4 @@
-"""``lightning-igpt data``: look at a data set before training on it."""
+"""``lightning-igpt data``: look at a dataset before training on it."""
 
 import io
 from collections import Counter
@@ -14,7 +14,7 @@ from lightning_igpt.commands.help import row
 from lightning_igpt.commands.images import rows_of, to_tensor
 from lightning_igpt.data.sources import Source, open_source
 from lightning_igpt.files import shown
-from lightning_igpt.images import FORMATS, BadImageError, decode, resize_center_crop
+from lightning_igpt.images import FORMATS, BadImageError, decode, fetch, resize_center_crop
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import CELL, enlarge, heading, image_grid, save_png, stack
 
@@ -42,7 +42,7 @@ def show(
         out: The contact sheet to write. Missing folders are made.
         limit: Images to open per split, evenly spread; 0 means all.
         n_images: Rows of the contact sheet.
-        config_name: Configuration of a hub data set that has several.
+        config_name: Configuration of a hub dataset that has several.
         image_column: Column of images. Default: the only column of type Image.
         label_column: Column of labels. Default: the only ClassLabel, or integers called label or labels.
     """
@@ -103,7 +103,7 @@ def class_lines(source: Source) -> Iterator[str]:
 
 def file_mode(value: Any) -> str:
     """The Pillow mode of an undecoded image that can be read."""
-    with Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"], formats=FORMATS) as file:
+    with Image.open(io.BytesIO(fetch(value)["bytes"]), formats=FORMATS) as file:
         return str(file.mode)
 
 

@@ -56,7 +56,7 @@ def read_images(
 def rows_of(source: Source, split: str, limit: int | None = None, *, spread: bool = True) -> Iterator[tuple[str, Any]]:
     """``limit`` of a split's (name, undecoded image), or all, one in memory at a time.
 
-    They are evenly spread, as many data sets are sorted by class, or else the first. A name is the end of the image's
+    They are evenly spread, as many datasets are sorted by class, or else the first. A name is the end of the image's
     path, or split and number.
     """
     rows = source.splits[split].select_columns([source.image_column])

@@ -64,7 +64,7 @@ def lowdata(
         num_workers: Processes that read and decode; 0 reads in the main process.
         device: cpu, cuda, mps, or auto.
         val_fraction: Share of the training split to leave out, as a run with this seed and share held it out.
-        config_name: Configuration of a hub data set that has several.
+        config_name: Configuration of a hub dataset that has several.
         image_column: Column of images. Default: the only column of type Image.
         label_column: Column of labels. Default: the only ClassLabel, or integers called label or labels.
         train_split: Split to draw from. Default: train.
@@ -127,7 +127,7 @@ def draw_subsets(labels: Tensor, class_names: Sequence[str], largest: int, n_sub
 def features(
     loaded: Pretrained, layers: list[int], images: Any, rows: list[int], seed: int, batch_size: int, num_workers: int
 ) -> Tensor:
-    """Features of rows of a data set in batches: float32 (len(rows), layers, D), on the CPU.
+    """Features of rows of a dataset in batches: float32 (len(rows), layers, D), on the CPU.
 
     A BERT network sees each image under one mask, a pure function of the seed and the image's row.
     """

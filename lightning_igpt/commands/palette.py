@@ -32,7 +32,7 @@ def fit(
         out: The .npy file to write; name it as ``palette`` in a recipe. Missing folders are made.
         n_colors: Colors of the palette, which become the network's vocab_size.
         seed: Decides the start of k-means.
-        split: Split of a data set.
+        split: Split of a dataset.
         limit: Use so many images at most, evenly spread over the split.
         image_column: Column of images; needed where not exactly one column has the type Image.
         overwrite: Replace existing files.

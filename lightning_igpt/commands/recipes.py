@@ -1,6 +1,7 @@
 """``lightning-igpt recipes``: the YAML recipes that come with the package; what no recipe may say."""
 
 import difflib
+import re
 import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,13 +41,14 @@ def check_texts(config: Namespace, typed: Sequence[str], trusted: Sequence[str])
     Loggers and checkpoints of Lightning would open it, and could send what the recipe reads.
     """
     for name, text in _texts("", config):
+        whole = rf"(?<![^\s=,\"'\[{{]){re.escape(text)}(?![^\s,\"'\]}}])"  # not a part of another address
         known = any(f"{text}/".startswith(f"{address.rstrip('/')}/") for address in trusted)
-        if "://" in text.removeprefix("file://") and not known and not any(text in word for word in typed):
+        if "://" in text.removeprefix("file://") and not known and not any(re.search(whole, word) for word in typed):
             cure = f"a recipe may not have addresses opened. If you trust it, add --trust {text}"
             raise ValueError(f"{name} is the address {text}; {cure}")
         if "http" in text.partition("://")[0] and "://" in text and name.endswith(("root_dir", "save_dir", "dirpath")):
             raise ValueError(f"{name} is {text}, where nothing can be saved; name a folder")
-        if not text and name.endswith(("resume", "ckpt_path", "root_dir", "pretrained", "source")):
+        if not text.strip() and name.endswith(("resume", "ckpt_path", "root_dir", "pretrained", "source", "palette")):
             raise ValueError(f"{name} is empty; give it a value (perhaps a shell variable is not set)")
 
 

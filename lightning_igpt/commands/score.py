@@ -43,7 +43,7 @@ def score(
         pictures: How many of the most surprising images to draw with their heat maps, in a PNG file next to the CSV
             file, scores_surprise.png for scores.csv; 0 draws none.
         limit: How many images, from the first on; default all.
-        split: Split of a data set; default test, else validation, else train.
+        split: Split of a dataset; default test, else validation, else train.
         batch_size: Images per forward pass.
         device: cpu, cuda, mps, or auto.
         on_bad_image: What to do with an image that cannot be read: error stops; skip names it and leaves it out.

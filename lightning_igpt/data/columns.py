@@ -21,7 +21,7 @@ MAX_CLASSES = 1_000_000  # beyond this a column of integers holds ids of somethi
 
 
 class TokenMark(NamedTuple):
-    """What the ids of a data set mean."""
+    """What the ids of a dataset mean."""
 
     sha256: str  # of the palette
     image_size: int  # side of the pictures in pixels
@@ -34,14 +34,14 @@ def is_tokenized(features: Mapping[str, Any]) -> bool:
 
 
 def marked_palette(rows: datasets.Dataset) -> TokenMark:
-    """Read which palette and picture size the ids of a data set belong to."""
+    """Read which palette and picture size the ids of a dataset belong to."""
     if not is_tokenized(rows.features):
         raise ValueError(f"there is no column {TOKENS_COLUMN!r} of integers; the columns are {_listed(rows.features)}")
     feature = rows.features.get(PALETTE_COLUMN)
     if feature is None:
         raise ValueError(
             f"nothing says which palette the column {TOKENS_COLUMN!r} belongs to: there is no column "
-            f"{PALETTE_COLUMN!r} that names it. Make the data set with lightning_igpt.tokenize, or by "
+            f"{PALETTE_COLUMN!r} that names it. Make the dataset with lightning_igpt.tokenize, or by "
             "map(palette.transform(), batched=True), which both write it"
         )
     named = isinstance(feature, datasets.ClassLabel)
@@ -50,7 +50,7 @@ def marked_palette(rows: datasets.Dataset) -> TokenMark:
         raise ValueError(f"the column {PALETTE_COLUMN!r} should hold the SHA-256 of a palette; it holds {wrong[0]!r}")
     if len(hashes) != 1:
         listed = ", ".join(value[:12] for value in hashes)
-        raise ValueError(f"tokens of {len(hashes)} palettes ({listed}) are in one data set; tokenize it with one")
+        raise ValueError(f"tokens of {len(hashes)} palettes ({listed}) are in one dataset; tokenize it with one")
     length = getattr(rows.features[TOKENS_COLUMN], "length", -1)
     if length < 0:
         length = len(rows.with_format(None)[0][TOKENS_COLUMN]) if len(rows) else 0

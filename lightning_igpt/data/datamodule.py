@@ -50,8 +50,8 @@ class ImageDataModule(LightningDataModule):
         seed: Decides the order, the hold-out, crops and augmentation. A run that resumes with another seed continues
             with that seed's, after a warning of ``RunRecord``: its hold-out has images that the run was trained on.
         val_fraction: Share of the training split held out where the source has no validation split; 0 holds out none.
-        config_name: Configuration of a hub data set that has several.
-        revision: Branch, tag or commit of a hub data set.
+        config_name: Configuration of a hub dataset that has several.
+        revision: Branch, tag or commit of a hub dataset.
         image_column: Column of images. Default: the only column of type Image.
         label_column: Column of labels. Default: the only ClassLabel, or integers called label, labels or cls.
         train_split: Split to train on, or a slice such as train[:10%] or train+unlabeled. Default: train.
@@ -118,7 +118,7 @@ class ImageDataModule(LightningDataModule):
         self._stream_states: list[list[str]] = []  # of a checkpoint: of each process, of each worker
         # Not logged: Lightning stops where module and data module have different values of one name, such as seed.
         self.save_hyperparameters(ignore=["source", "palette"], logger=False)
-        # A data set itself would make checkpoints large, and unreadable with weights_only=True.
+        # A dataset itself would make checkpoints large, and unreadable with weights_only=True.
         self.hparams["source"] = name_of(self.source)
         self.recorded = dict(self.hparams)  # as they were when an attribute was last set
 

@@ -1,4 +1,4 @@
-"""What a path holds: image files by folder names, Parquet, Arrow, WebDataset shards, or a saved data set.
+"""What a path holds: image files by folder names, Parquet, Arrow, WebDataset shards, or a saved dataset.
 
 ``datasets`` has a loader for folders of images too. It makes a split of any folder or file called "train" or "test",
 also where that is a class, and then leaves the other images out silently; so such folders are read here.
@@ -83,7 +83,7 @@ def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -
         or (name == "state.json" and (place, "dataset_info.json") in names)
     }:  # fmt: skip
         if left := [file for group in files.values() for file in group if not saved & set(file.parents)]:
-            rank_zero_warn(f"{shown(path)} holds data sets written by save_to_disk, and {_listed(left)}, left out")
+            rank_zero_warn(f"{shown(path)} holds datasets written by save_to_disk, and {_listed(left)}, left out")
         return _open_saved(path, saved)
     if files.keys() & {"image", "WebDataset"}:  # next to which Parquet may hold metadata, by img2dataset for each tar
         tables = files.pop("Parquet", [])
@@ -104,7 +104,7 @@ def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -
         raise ValueError(f"{shown(path)} holds {problem}; convert them to JPEG or PNG")
     raise ValueError(
         f"{shown(path)} holds no images ({' '.join(sorted(SUFFIXES))}), no Parquet, Arrow or WebDataset (.tar) files, "
-        "and no data set written by save_to_disk, at any depth"
+        "and no dataset written by save_to_disk, at any depth"
     )
 
 
@@ -118,7 +118,7 @@ def _open_saved(path: Path, saved: set[Path]) -> Any:
     splits = splits_of({place.as_posix() for place in tops}, path)
     parts = {split: datasets.load_from_disk(str(path / place)) for place, split in splits.items()}
     if not parts or any(isinstance(part, datasets.DatasetDict) for part in parts.values()):
-        raise ValueError(f"{shown(path)} holds several data sets written by save_to_disk ({_listed(tops)}); give one")
+        raise ValueError(f"{shown(path)} holds several datasets written by save_to_disk ({_listed(tops)}); give one")
     return datasets.DatasetDict(parts)
 
 
@@ -285,7 +285,7 @@ def _to_datasets(
             features = datasets.Dataset.from_dict(columns).features
         except Exception as error:  # of pyarrow, several
             raise ValueError(f"the metadata of {shown(folder)} mixes types in a column: {shown(error)}") from error
-        # A data set holds UTF-8 only, an address escapes other bytes.
+        # A dataset holds UTF-8 only, an address escapes other bytes.
         columns["image"] = [str(path) if _is_utf8(str(path)) else path.absolute().as_uri() for path, _ in images]
         features["image"] = datasets.Image(decode=False)
         if split in labeled and len(classes) > 1 and not names.keys() & set(LABEL_NAMES):

@@ -23,7 +23,7 @@ from lightning_igpt.images import BadImageError, decode
 OnBadImage: TypeAlias = Literal["error", "skip"]
 
 BAD = "bad_images"  # key of a batch: what was left out; the loader removes it
-MAX_STAND_INS = 100  # tried for one image before the data set itself is called bad
+MAX_STAND_INS = 100  # tried for one image before the dataset itself is called bad
 REPAIR = "Repair or remove it; on_bad_image=skip leaves such images out"
 _SHOWN = 10  # warnings of single images; the list has them all
 
@@ -162,7 +162,7 @@ def check_draws(draws: Any) -> None:
     """Raise TypeError unless these are draws of one of this package's orders."""
     if not isinstance(draws, list) or not isinstance(draws[0], tuple):
         raise TypeError(
-            "this data set is read in its own order; overfit_batches and other samplers do not work with it. To "
+            "this dataset is read in its own order; overfit_batches and other samplers do not work with it. To "
             "overfit, give a small source and limit_train_batches"
         )
 

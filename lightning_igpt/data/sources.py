@@ -39,7 +39,7 @@ else:
     ImageSource: TypeAlias = str | int | float | bool
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-_STREAM_SHARDS = 64  # of data sets that are stored here as a whole
+_STREAM_SHARDS = 64  # of datasets that are stored here as a whole
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _open(source: Any, name: str | None, revision: str | None, streaming: bool) 
             source = _open_hub(source, name, revision, streaming)
         elif isinstance(source, str) and re.fullmatch(r"[\w-]+|\s*", source):
             raise ValueError(
-                f"source is {source!r}: no file or folder of that name is here, and data sets on the Hugging Face hub "
+                f"source is {source!r}: no file or folder of that name is here, and datasets on the Hugging Face hub "
                 "are called 'owner/name'. The only embedded data are 'digits'"
             )
         else:
@@ -170,8 +170,8 @@ def _open_hub(source: str, name: str | None, revision: str | None, streaming: bo
         return datasets.load_dataset(source, name, revision=revision, streaming=streaming)
     except Exception as error:  # missing, gated, offline, unknown configuration: each has its own class
         raise ValueError(
-            f"cannot open {source!r}: no such folder here, and as a data set on the Hugging Face hub it failed with "
-            f"{type(error).__name__}: {error}\nCheck the name and the connection; a private or gated data set needs "
+            f"cannot open {source!r}: no such folder here, and as a dataset on the Hugging Face hub it failed with "
+            f"{type(error).__name__}: {error}\nCheck the name and the connection; a private or gated dataset needs "
             "a login, one with several configurations needs config_name. HF_HUB_OFFLINE=1 uses earlier downloads only"
         ) from error
 

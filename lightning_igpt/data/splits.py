@@ -39,7 +39,7 @@ class Part:
         return list(places) if self.rows is None else self.rows[list(places)].tolist()
 
     def describe(self, row: int, path: str | None = None) -> str:
-        """Where a row of the data set comes from, for messages."""
+        """Where a row of the dataset comes from, for messages."""
         return f"{self.source}, split {self.split!r}, row {row}" + (f" ({shown(path)})" if path else "")
 
     def labels(self, source: Source) -> Tensor:

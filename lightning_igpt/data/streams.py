@@ -144,7 +144,7 @@ class StreamReader:
 class StreamBatches(Dataset[dict[str, Any]]):
     """Endless batches of a stream, asked for by draws, whose samples alone count.
 
-    A map-style data set, so that torch knows a length and gives the draws to the workers in turn.
+    A map-style dataset, so that torch knows a length and gives the draws to the workers in turn.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ def begin(saved: Sequence[Sequence[str]], rank: int, world_size: int, n_readers:
 
 
 def keep(part: StreamPart, n_images: int) -> Part:
-    """The first rows of a part, undecoded, as a data set in memory."""
+    """The first rows of a part, undecoded, as a dataset in memory."""
     kept = list(part.rows.take(n_images))
     if not kept:
         raise ValueError(

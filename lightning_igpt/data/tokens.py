@@ -1,4 +1,4 @@
-"""Data sets of palette ids: made once from images by ``Dataset.map``, stored as Arrow, read without a copy.
+"""Datasets of palette ids: made once from images by ``Dataset.map``, stored as Arrow, read without a copy.
 
 The column ``tokens`` holds a picture's ids, ``crc32`` their checksum; ``palette`` names the colors by their SHA-256.
 ``tokenize`` makes them for users, ``cached_tokens`` for ``cache=disk``, both in the cache of ``datasets``.
@@ -53,7 +53,7 @@ def tokenize(
     num_proc: int | None = None,
     batch_size: int = 1000,
 ) -> DataSets:
-    """Replace the images of a data set by palette ids.
+    """Replace the images of a dataset by palette ids.
 
     The middle square of each image is resized and quantized. Every other column stays. ``datasets`` keeps the result in
     its cache, from which a second call reads it; ``save_to_disk``, ``to_parquet`` and ``push_to_hub`` keep it for good.
@@ -67,20 +67,20 @@ def tokenize(
         batch_size: Images that a process reads at a time.
 
     Returns:
-        A data set of the same kind. In place of the images it has ``tokens``, size * size integers of 16 bits in raster
+        A dataset of the same kind. In place of the images it has ``tokens``, size * size integers of 16 bits in raster
         order, ``crc32``, their checksum, which this package's data modules compare before they train, and ``palette``,
         a ClassLabel whose one name is the SHA-256 of the colors; rows of a stream hold the name itself.
 
     Raises:
         BadImageError: An image cannot be used; the message names its row and path.
-        TypeError: Not a data set.
+        TypeError: Not a dataset.
         ValueError: There is no column of images, the data are tokenized already, or an option is out of range.
     """
     palette = Palette.load(palette)
     palette.quantize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))  # builds its table, else each process would
     options = (palette, size, image_column, num_proc, batch_size)
     if not isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
-        return _tokenize(dataset, "the data set", *options)
+        return _tokenize(dataset, "the dataset", *options)
     splits = dataset.items()
     return type(dataset)({name: _tokenize(part, f"the split {name!r}", *options) for name, part in splits})
 
@@ -91,7 +91,7 @@ def _tokenize(
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise TypeError(
             f"tokenize takes a Dataset or a DatasetDict, not a {type(dataset).__name__}; datasets.load_dataset opens "
-            "files, folders and data sets of the hub"
+            "files, folders and datasets of the hub"
         )
     features = dataset.features
     if features is None:
@@ -142,7 +142,7 @@ class TokenSquares:
     resize: Resize
     n_crops: int
     skip: bool  # write what is wrong with an image into the column "error" instead of raising
-    files: str  # changes when image files outside of the data set do, and so what the cache is made of
+    files: str  # changes when image files outside of the dataset do, and so what the cache is made of
     mode: str | None = None  # as datasets.Image(mode=...) asks for
     remote: bool = False  # whether rows may name images by their addresses
 
@@ -244,7 +244,7 @@ class TokenReader:
 
     Args:
         part: The rows.
-        dataset: The data set of the part, or tokens made of it row by row.
+        dataset: The dataset of the part, or tokens made of it row by row.
         column: Column of lists of n_crops * size * size tokens, of whose squares every pass over the part takes one.
         bad: By row, the images that could not be read when the tokens were made; their tokens mean nothing.
         checked: The checksums of the rows were compared before.

@@ -1,5 +1,6 @@
 """``lightning-igpt data show``: every number is counted a second time, and the picture is read back."""
 
+import os
 import re
 
 import datasets
@@ -62,6 +63,9 @@ def test_every_kind_of_file_is_counted(photos, capsys):
     images = [decode({"path": str(path)}) for path in sorted(photos.iterdir()) if path.name != "e.jpg"]
     squares = torch.stack([tensor(resize_center_crop(image, 16)) for image in images])
     assert f"RMSE {Palette.load('gray:4').rmse(squares):.2f} of 255" in said["palette"]
+    (photos / os.fsdecode(b"\xe9")).mkdir()
+    (photos / "g.png").rename(photos / os.fsdecode(b"\xe9") / "g.png")  # of which datasets makes a file:// address
+    assert shown(capsys, photos, "--palette", "gray:4")[1]["images"] == said["images"]
 
 
 def test_the_sheet_shows_what_the_network_reads(photos, capsys):

@@ -153,6 +153,6 @@ def test_one_encoded_image_is_in_memory_at_a_time(tmp_path):
 
 
 def test_names_are_shown_escaped(network_folder, tmp_path, capsys):
-    save_images(tmp_path / "photos", ["a\x1b[31mb.png"])
+    save_images(tmp_path / "photos", ["a\x1b[31mb.png", "c\nd.png"])
     assert run(network_folder, tmp_path / "x.csv", "--images", str(tmp_path / "photos")) == 0
-    assert r"a\x1b[31mb.png" in capsys.readouterr().out
+    assert r"a\x1b[31mb.png" in (out := capsys.readouterr().out) and r"c\nd.png" in out

@@ -47,7 +47,7 @@ def test_a_batch_holds_the_images_in_order():
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB", "CMYK"])
 def test_the_mode_of_a_column_is_honored_as_by_datasets(mode):
-    """In every way from a data set to tokens: by data modules, streams, caches, tokenize and with_transform."""
+    """In every way from a dataset to tokens: by data modules, streams, caches, tokenize and with_transform."""
     pictures = [noise((4, 4), seed).convert("RGBA") for seed in range(4)]
     pictures[0].putalpha(9)
     palette, dataset = Palette.load("openai"), rows(pictures).cast_column("image", datasets.Image(mode=mode))

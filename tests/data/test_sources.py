@@ -29,7 +29,7 @@ def test_in_memory():
     assert "6 rows" in source.name and source.labels("train").tolist() == [0, 1, 0, 1, 0, 1]
     both = open_source(datasets.DatasetDict(train=dataset, test=dataset.select([1])))
     assert shape(both) == {"train": 6, "test": 1} and first_bytes(both, "test") == encoded(picture(1))
-    assert dataset.features["image"].decode  # the caller's data set is as it was
+    assert dataset.features["image"].decode  # the caller's dataset is as it was
 
 
 def test_image_folder_with_metadata(tmp_path):
@@ -213,7 +213,7 @@ def test_saved_data_sets_in_folders_of_splits(tmp_path):
         tiny(n).save_to_disk(tmp_path / "root" / split)
     assert shape(open_source(tmp_path / "root")) == {"train": 4, "val": 2}
     save_images(tmp_path / "root", ["train.png"])
-    with pytest.warns(UserWarning, match=r"root holds data sets written by save_to_disk, and train\.png, left out"):
+    with pytest.warns(UserWarning, match=r"root holds datasets written by save_to_disk, and train\.png, left out"):
         assert open_source(tmp_path / "root", streaming=True).splits.keys() == {"train", "val"}
     tiny(1).save_to_disk(tmp_path / "root/more")
     with pytest.raises(ValueError, match=r"named after splits \(train, val\) and other .*\(more/\)"):

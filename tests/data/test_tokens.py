@@ -99,9 +99,9 @@ def test_a_bad_image_is_named_by_its_row(num_proc):
 def test_wrong_data_are_explained(dataset, tokenized):
     with pytest.raises(ValueError, match=r"the split 'train' is tokenized already: .* label, text, tokens, palette"):
         tokenize(datasets.DatasetDict(train=tokenized), CORNERS)
-    with pytest.raises(ValueError, match="the data set has a column 'palette' of its own"):
+    with pytest.raises(ValueError, match="the dataset has a column 'palette' of its own"):
         tokenize(dataset.rename_column("text", "palette"), CORNERS)
-    with pytest.raises(ValueError, match="the data set has no column of type Image; set image_column"):
+    with pytest.raises(ValueError, match="the dataset has no column of type Image; set image_column"):
         tokenize(dataset.remove_columns("image"), CORNERS)
     with pytest.raises(ValueError, match=r"image_column is 'img',"):
         tokenize(dataset, CORNERS, image_column="img")
@@ -109,7 +109,7 @@ def test_wrong_data_are_explained(dataset, tokenized):
         tokenize(dataset, CORNERS, size=0)
     with pytest.raises(TypeError, match=r"not a str; datasets.load_dataset opens"):
         tokenize("owner/name", CORNERS)
-    with pytest.raises(ValueError, match="num_proc is 2, but the data set is a stream"):
+    with pytest.raises(ValueError, match="num_proc is 2, but the dataset is a stream"):
         tokenize(dataset.to_iterable_dataset(), CORNERS, num_proc=2)
     with pytest.raises(ValueError, match="unknown columns"):
         tokenize(datasets.IterableDataset.from_generator(lambda: iter([{"image": None}])), CORNERS)

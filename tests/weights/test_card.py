@@ -28,7 +28,7 @@ def test_the_card_states_what_is_known(tmp_path):
 
 
 def test_the_hub_reads_what_was_measured(tmp_path):
-    """With the hub's own reader: data, metrics and results, as far as they are known and of a data set on the hub."""
+    """With the hub's own reader: data, metrics and results, as far as they are known and of a dataset on the hub."""
     palette, head = Palette.load("gray:20"), torch.ones(3, 32)
     known = {"data": "me/cats", "nats_per_pixel": 2.5, "accuracy": 0.75, "license": "mit"}
     for card, expected in [
