@@ -193,7 +193,7 @@ class TestErrors:
             ("trainer.precision", "int8", "trainer: Precision 'int8' is invalid"),
             ("trainer.strategy", "quick", "trainer: You selected an invalid strategy name"),
             ("seed_everything", "-1", "seed_everything is -1; it must be from 0 to"),
-            ("data.init_args.source", "/dev/null", "/dev/null: Not a directory"),
+            ("data.init_args.source", "/dev/null", "/dev/null is no Parquet file"),
             ("trainer", "{max_steps: -1, max_epochs: 1, val_check_interval: 999}", "(999) must be less than or equal"),
         ],
     )
