@@ -136,7 +136,7 @@ def fetch(value: Any, *, remote: bool = False) -> Any:
     except BadImageError:
         raise
     except Exception as error:  # each file system raises its own
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, (FileNotFoundError, KeyError)):  # the latter from archives, by older fsspec
             raise BadImageError("there is no file of this name") from error
         raise BadImageError(f"the file cannot be read: {error}") from error
 
