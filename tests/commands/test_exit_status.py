@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,8 @@ def test_wrong_usage_of_a_recipe_is_one_line_that_names_it(words, named, capsys)
 def test_a_run_that_is_stopped(signal_number, status):
     words = ["fit", "--config", "digits_tiny_pretrain", "--trainer.enable_progress_bar", "false"]
     command = [sys.executable, "-m", "lightning_igpt", *words, "--trainer.accelerator", "cpu"]
-    program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    obey = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, preexec_fn=obey)
     for line in program.stderr:
         if line.startswith("precision"):  # training starts
             program.send_signal(signal_number)
