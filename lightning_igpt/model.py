@@ -29,6 +29,32 @@ Recomputing = Literal["none", "selective", "full"]
 ATTENTION_KERNELS = attention_kernels()
 
 
+class Normed(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * gain; saves x and one number per row for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+        scale = _row_scale(x)  # (..., 1)
+        ctx.save_for_backward(x, gain, scale)
+        return (x * scale).mul_(gain)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, gain, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative, to which the scale contributes
+            scale = _row_scale(x)
+        product = grad * x
+        with torch.autocast(x.device.type, enabled=False):
+            inner = (product @ gain)[..., None]  # a row's sum in one pass
+        grad_x = (grad * gain).mul_(scale).addcmul_(x, inner * scale**3, value=-1 / x.shape[-1])
+        return grad_x, (product * scale).flatten(0, -2).sum(0)
+
+
+def _row_scale(x: Tensor) -> Tensor:
+    mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+    return (mean + NORM_EPS).rsqrt()
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * gain: no centering, no bias."""
 
@@ -37,6 +63,11 @@ class RMSNorm(nn.Module):
         self.weight: nn.Parameter = nn.Parameter(torch.ones(n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
+        # Where torch has no fused kernel: its norm and the gradient are some thirty operations, each a pass over memory.
+        eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if eager and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+            apply: Any = Normed.apply  # typed in torch from 2.14 on
+            return apply(x, self.weight)  # type: ignore[no-any-return]
         # Sharded in bf16-mixed, the gain is bfloat16 and x float32; the fused kernel needs one dtype.
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), NORM_EPS)
 
@@ -71,7 +102,7 @@ class QuickGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return F.silu(x * GELU_SLOPE).mul_(1 / GELU_SLOPE)
+        return F.silu(x * GELU_SLOPE, inplace=True).mul_(1 / GELU_SLOPE)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import ImageGPTConfig as TheirConfig
 from transformers import ImageGPTForCausalImageModeling
 
 from lightning_igpt.config import PRESETS, ImageGPTConfig
-from lightning_igpt.model import ImageGPT, KVCache, QuickGELU, RMSNorm
+from lightning_igpt.model import ImageGPT, KVCache, Normed, QuickGELU, RMSNorm
 from lightning_igpt.objectives import masked_pixel_loss, next_pixel_loss
 from lightning_igpt.weights import huggingface, openai
 from tests.networks import SMALL, SMALL_BERT, random_network, random_tokens
@@ -229,6 +229,23 @@ def test_quick_gelu_and_its_gradient():
     before = x.detach().clone()
     QuickGELU.apply(x)
     assert torch.equal(x, before)
+
+
+def test_the_norm_in_training_and_its_gradients():
+    """Normed against autograd through torch's own norm, also where backward runs inside autocast."""
+    x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    gain = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(Normed.apply(x, gain), F.rms_norm(x, (5,), gain, 1e-5), rtol=0, atol=1e-14)
+    assert torch.autograd.gradcheck(Normed.apply, (x, gain))
+    assert torch.autograd.gradgradcheck(Normed.apply, (x, gain))
+    x, norm = torch.randn(2, 1000, 96, requires_grad=True), RMSNorm(96)
+    weights = torch.randn_like(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad((norm(x) * weights).sum(), (x, norm.weight))
+    exact = (x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_())
+    expected = torch.autograd.grad((F.rms_norm(exact[0], (96,), exact[1], 1e-5) * weights).sum(), exact)
+    for gradient, value in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient.double(), value, rtol=1e-5, atol=1e-5)
 
 
 def test_no_attention_matrix_is_kept_for_backward():
