@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 from sklearn.datasets import load_digits as load_from_sklearn
 
-from lightning_igpt.data.sources import load_digits
+from lightning_igpt.data.embedded import load_digits
 
 
 def as_rows(split):
