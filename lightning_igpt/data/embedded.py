@@ -10,8 +10,9 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from PIL import Image
 
+from lightning_igpt.data.columns import VARIANTS_COLUMN
+
 _EMOJI = Path(__file__).parents[1] / "assets" / "emoji_data.parquet"
-VARIANTS_COLUMN = "variants_of"  # rows of equal values are near-copies; a hold-out keeps them together
 
 
 @cache
