@@ -38,7 +38,7 @@ _EMPTY_PASSES = 100  # a reader may get shards without rows in some passes, but 
 
 
 def belongs(row: Mapping[str, Any], column: str, fraction: float, held_out: bool, remote: bool = False) -> bool:
-    """For ``filter``: divides rows by a hash of content or ``variants_of``, so that copies of an image stay together."""
+    """For ``filter``: divides by a hash of content or ``variants_of``, so that copies of an image stay together."""
     value = row[column]
     with suppress(BadImageError):  # reported when it is read
         value = fetch(value, remote=remote)
