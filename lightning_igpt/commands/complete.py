@@ -43,7 +43,7 @@ def complete(
 
     Args:
         pretrained: The network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint.
-        images: An image file, a folder of images, Parquet, a hub id, or digits.
+        images: An image file, a folder of images, Parquet, a hub id, digits or emoji.
         out: Folder for completions.png and one PNG per sample. Missing folders are made.
         n_images: How many images, from the first on.
         n_samples: Completions of each.

@@ -38,7 +38,7 @@ def score(
     Args:
         pretrained: An autoregressive network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI
             checkpoint.
-        images: An image file, a folder of images, Parquet, a hub id, or digits.
+        images: An image file, a folder of images, Parquet, a hub id, digits or emoji.
         out: The CSV file, most surprising image first. Missing folders are made.
         pictures: How many of the most surprising images to draw with their heat maps, in a PNG file next to the CSV
             file, scores_surprise.png for scores.csv; 0 draws none.
