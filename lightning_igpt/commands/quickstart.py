@@ -1,11 +1,10 @@
-"""``lightning-igpt quickstart``: the whole pipeline on the embedded digits, with baselines and a report."""
+"""``lightning-igpt quickstart``: the whole pipeline on the embedded emoji, with baselines and a report."""
 
 import json
 import logging
 import math
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,56 +15,54 @@ from torch import Tensor
 
 from lightning_igpt import __version__
 from lightning_igpt.commands.arguments import check_folder
+from lightning_igpt.commands.lowdata import draw_subsets, features, measure
 from lightning_igpt.commands.quickstart_page import picture_sections, result_rows, write_report
-from lightning_igpt.config import PRESETS
+from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
-from lightning_igpt.features import fit_logistic
 from lightning_igpt.files import write_text
+from lightning_igpt.kmeans import fit_palette
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
+from lightning_igpt.palette import Palette
 from lightning_igpt.trainer import make_trainer
+from lightning_igpt.weights import Pretrained, load_pretrained
 
-NETWORK = replace(PRESETS["igpt_tiny"], vocab_size=16, image_size=8)
-PALETTE, BATCH_SIZE = "gray:16", 16
+NETWORK = ImageGPTConfig(n_layer=6, n_head=2, n_embd=96, vocab_size=64, image_size=16)
+BATCH_SIZE, FINETUNE_STEPS, FEW, SUBSETS = 16, 150, 10, 5
 
 
-def quickstart(
-    out: str = "igpt-quickstart", steps: int = 800, epochs: int = 8, seed: int = 0, threads: int = 1
-) -> None:
-    """Pretrain a small network on 8 x 8 digits, complete, probe and fine-tune it, and write report.html.
+def quickstart(out: str = "igpt-quickstart", steps: int = 500, seed: int = 0) -> None:
+    """Pretrain a small network on emoji of 16 x 16 pixels, complete, probe and fine-tune it, and write report.html.
 
     Args:
         out: Folder for the report, its pictures, the checkpoints and the TensorBoard logs. Missing folders are made.
         steps: Optimizer steps of pretraining.
-        epochs: Passes over the labeled digits in fine-tuning.
-        seed: Of weights, order and samples.
-        threads: Of the CPU. For matrices this small more are hardly faster, and much slower next to other programs.
+        seed: Seed of weights, order and samples.
     """
-    for name, value in {"steps": steps, "epochs": epochs, "threads": threads}.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1")
     check_folder(out, "--out")
     started, folder = time.monotonic(), Path(out)
-    torch.set_num_threads(threads)
     quiet_lightning()
     seed_everything(seed, verbose=False)
     print(f"1/4 pretraining without labels, {steps} steps of {BATCH_SIZE} images")
     results: dict[str, Any] = {"pretrain": pretrain(folder, seed, steps)}
-    print("2/4 completing lower halves")
-    module = PretrainModule.load_from_checkpoint(folder / "pretrain.ckpt", map_location="cpu")
-    data = PretrainDataModule("digits", image_size=NETWORK.image_size, seed=seed)
-    data.setup("test")
-    pictures = picture_sections(module, whole(data.test_dataloader())["image"], folder, seed)
+    print("2/4 completing test images")
+    loaded = load_pretrained(str(folder / "pretrain.ckpt"))
+    labeled = ProbeDataModule("emoji", image_size=NETWORK.image_size, val_fraction=0.0)
+    labeled.setup()
+    pictures = picture_sections(loaded, whole(labeled.test_dataloader())["image"], folder, seed)
     print("3/4 probing every layer, and the same network untrained")
-    results["probe"] = probe(folder, seed)
-    print(f"4/4 fine-tuning, {epochs} epochs")
-    results["finetune"] = finetune(folder, seed, epochs)
+    results["probe"] = probe(folder, loaded.palette, seed)
+    results["few_labels"] = few_labels(loaded, labeled, seed)
+    print(f"4/4 fine-tuning, {FINETUNE_STEPS} steps, and the same from scratch")
+    results["finetune"] = finetune(folder, loaded.palette, seed)
     results["seconds"] = round(time.monotonic() - started, 1)
-    settings = {"steps": steps, "epochs": epochs, "seed": seed, "threads": threads, "network": NETWORK.to_dict()}
+    settings = {"steps": steps, "seed": seed, "threads": torch.get_num_threads(), "network": NETWORK.to_dict()}
     results |= {"settings": settings, "versions": {"lightning_igpt": __version__, "torch": torch.__version__}}
     write_text(folder / "report.json", json.dumps(results, indent=2) + "\n")
     write_report(folder, results, pictures)
-    print(*(f"{what:<28}{value:<20}{note}" for what, value, note in result_rows(results)), sep="\n")
-    print(f"open {folder / 'report.html'}")
+    print(*(f"{what:<34}{value:<20}{note}" for what, value, note in result_rows(results)), sep="\n")
+    print(f"open {(folder / 'report.html').resolve().as_uri()}")
 
 
 def quiet_lightning() -> None:
@@ -85,15 +82,18 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 
 def pretrain(folder: Path, seed: int, steps: int) -> dict[str, float]:
     """Pretrain, save pretrain.ckpt, and compare nats per pixel with the baselines."""
-    module = PretrainModule(NETWORK, PALETTE, lr=0.003, seed=seed)
-    data = PretrainDataModule("digits", batch_size=BATCH_SIZE, seed=seed)
+    options: dict[str, Any] = {"image_size": NETWORK.image_size, "random_crop": False, "seed": seed}
+    data = PretrainDataModule("emoji", batch_size=BATCH_SIZE, train_split="train+variants", **options)
+    data.setup("fit")
+    images, held_out = (whole(part)["image"] for part in (data.train_dataloader(), data.val_dataloader()))
+    palette = fit_palette(images, n_colors=NETWORK.vocab_size)
+    module = PretrainModule(NETWORK, palette, optimizer="muon", lr=0.03, seed=seed)
     runner = trainer(folder / "pretrain", max_steps=steps)
     runner.fit(module, data)
     runner.save_checkpoint(folder / "pretrain.ckpt")
     val = runner.validate(module, data, verbose=False)[0]["val/nats_per_pixel"]
-    train, held_out = (module.tokens_of(whole(part)) for part in (data.train_dataloader(), data.val_dataloader()))
-    n_colors = NETWORK.vocab_size
-    nats = {"val": val, "uniform": math.log(n_colors), "unigram": unigram_nats(train, held_out, n_colors)}
+    unigram = unigram_nats(palette.quantize(images), palette.quantize(held_out), NETWORK.vocab_size)
+    nats = {"val": val, "uniform": math.log(NETWORK.vocab_size), "unigram": unigram}
     return {f"{name}_nats_per_pixel": value for name, value in nats.items()}
 
 
@@ -112,33 +112,43 @@ def whole(loader: Any) -> dict[str, Tensor]:
     return loader.dataset[[(row, row) for row in range(len(loader.dataset))]]  # type: ignore[no-any-return]
 
 
-def probe(folder: Path, seed: int) -> dict[str, Any]:
+def probe(folder: Path, palette: Palette, seed: int) -> dict[str, Any]:
     """Probe the pretrained and an untrained network, and classify raw pixels, on the same split."""
     results: dict[str, Any] = {}
     for prefix, weights in (("", str(folder / "pretrain.ckpt")), ("untrained_", None)):
         # c is fixed, since choosing it takes longer.
-        module = ProbeModule(weights, network=NETWORK, palette=PALETTE, c=1.0, seed=seed)
-        data = ProbeDataModule("digits", seed=seed)
+        module = ProbeModule(weights, network=NETWORK, palette=palette, c=1.0, seed=seed)
+        data = ProbeDataModule("emoji", seed=seed)
         runner = trainer(folder / f"probe-{'pretrained' if weights else 'untrained'}", max_epochs=1)
         runner.fit(module, data)
         test = runner.test(module, data, verbose=False)[0]
         results[f"{prefix}accuracy_by_layer"] = {str(n): value for n, value in module.accuracy_by_layer.items()}
         results |= {f"{prefix}best_layer": module.best_layer, f"{prefix}best_accuracy": test["test/accuracy"]}
-    (x, labels), (x_test, labels_test) = (
-        (batch["image"][:, 0].flatten(1).float() / 255, batch["label"])
-        for batch in map(whole, (data.train_dataloader(), data.test_dataloader()))
-    )
-    weight, bias = fit_logistic(x, labels, 10)
-    right = (x_test @ weight.T + bias).argmax(1) == labels_test
-    return results | {"raw_pixels_accuracy": float(right.float().mean())}
+    (x, labels), (x_test, test_labels) = (pixels(part) for part in (data.train_dataloader(), data.test_dataloader()))
+    subset = torch.arange(len(x))[None, None].expand(1, len(data.class_names or []), -1)
+    return results | {"raw_pixels_accuracy": measure(x, labels, x_test, test_labels, subset[:, :1], 1.0)["mean"]}
 
 
-def finetune(folder: Path, seed: int, epochs: int) -> dict[str, float]:
-    """Fine-tune on all training digits and test the last step; nothing is held out, since validation picks nothing."""
-    options: dict[str, Any] = {"lr": 0.004, "schedule": "cosine", "warmup_steps": 20}
-    module = FineTuneModule(str(folder / "pretrain.ckpt"), 10, seed=seed, **options)
-    data = FineTuneDataModule("digits", batch_size=BATCH_SIZE, val_fraction=0.0, pad=0, flip=False, seed=seed)
-    runner = trainer(folder / "finetune", max_epochs=epochs, limit_val_batches=0)
-    runner.fit(module, data)
-    test = runner.test(module, data, verbose=False)[0]
-    return {"accuracy": test["test/accuracy"], "cross_entropy": test["test/cross_entropy"]}
+def pixels(loader: Any) -> tuple[Tensor, Tensor]:
+    """Raw pixels of a loader's images, float32 (N, 3 S^2) in 0..1, and their classes, int64 (N,)."""
+    batch = whole(loader)
+    return batch["image"].flatten(1).float() / 255, batch["label"]
+
+
+def few_labels(loaded: Pretrained, data: ProbeDataModule, seed: int) -> dict[str, Any]:
+    """Test accuracy of logistic regressions on few labels: of the middle layer, of the same untrained, of raw pixels."""
+
+
+def finetune(folder: Path, palette: Palette, seed: int) -> dict[str, float]:
+    """Fine-tune on the labeled images, pretrained and from scratch, and test the last step; nothing is held out."""
+    results: dict[str, float] = {}
+    for prefix, weights in (("", str(folder / "pretrain.ckpt")), ("scratch_", None)):
+        options: dict[str, Any] = {"lr": 0.003, "schedule": "cosine", "warmup_steps": 20, "seed": seed}
+        module = FineTuneModule(weights, 9, network=NETWORK, palette=palette, **options)
+        data = FineTuneDataModule("emoji", batch_size=BATCH_SIZE, val_fraction=0.0, pad=1, seed=seed)
+        name = f"finetune-{'pretrained' if weights else 'scratch'}"
+        runner = trainer(folder / name, max_steps=FINETUNE_STEPS, limit_val_batches=0)
+        runner.fit(module, data)
+        test = runner.test(module, data, verbose=False)[0]
+        results |= {f"{prefix}accuracy": test["test/accuracy"], f"{prefix}cross_entropy": test["test/cross_entropy"]}
+    return results
