@@ -102,10 +102,8 @@ def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None 
         else:
             return path
     if errors:
-        raise ValueError(
-            f"none of the {len(errors)} checkpoints there can be continued, such as {errors[0]}. To start a new run, "
-            "use another folder (default_root_dir) or remove them"
-        )
+        text = f"none of the {len(errors)} checkpoints there can be continued, such as {errors[0]}"
+        raise ValueError(f"{text}. To start a new run, use another folder (default_root_dir) or remove them")
     return None
 
 

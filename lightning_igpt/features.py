@@ -122,11 +122,8 @@ def usable_grid(grid: Sequence[float], n_rows: int) -> Sequence[float]:
     if len(grid) == 1 or n_held >= SELECT_LEAST:
         return grid
     nearest = min(grid, key=lambda c: abs(math.log(c)))
-    log.warning(
-        "%d training images leave %d to choose c on, fewer than %d: c is %g, the value of the grid nearest to 1; "
-        "set c= to use another",
-        *(n_rows, n_held, SELECT_LEAST, nearest),
-    )
+    text = f"{n_rows} training images leave {n_held} to choose c on, fewer than {SELECT_LEAST}: c is {nearest:g}"
+    log.warning("%s, the value of the grid nearest to 1; set c= to use another", text)
     return (nearest,)
 
 

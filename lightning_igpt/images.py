@@ -4,7 +4,6 @@ import io
 import os
 import re
 import stat
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from urllib.parse import unquote_to_bytes
 
 import fsspec  # type: ignore[import-untyped]
 import numpy as np
-from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lightning_igpt.files import shown
@@ -28,21 +26,11 @@ _JPEG = b"\xff\xd8"
 _SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")  # marker, length and components of a scan
 _STRIP = 1 << 20  # pixels converted at a time
 _UNPREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
-_DEEP = re.compile("(LA|RGB|RGBX|RGBA|CMYK);16[BLN]")  # what Pillow calls 16 bits per sample, of which it keeps 8
-_SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}  # byte orders
-_GRAYS = {"L;2": 85, "L;4": 17}  # brightness of one step
 # Protocols that are read from any dataset: those that stay on this machine, and hf of the Hugging Face hub.
 _NEAR = {"file", "local", "memory", "zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4", "hf"}
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+_UPRIGHT = {orientation: Image.Transpose[name] for orientation, name in enumerate(_TURNS, 2)}
 
 
 class BadImageError(ValueError):
@@ -77,26 +65,18 @@ def decode(
         image = value if isinstance(value, Image.Image) else _open(value)
         width, height = image.size
         if width * height > max_pixels:
-            raise BadImageError(
-                f"the image has {width} x {height} = {width * height:,} pixels, more than the limit of {max_pixels:,}; "
-                "shrink or remove it"
-            )
-        tile, bits = getattr(image, "tile", None), getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, ())
-        rawmode = str(tile[0].args if isinstance(tile[0].args, str) else tile[0].args[0]) if tile else ""
-        if len(rawmode) == 1 and len(bits) > 1 and max(bits) > 8:
+            text = f"the image has {width} x {height} = {width * height:,} pixels"
+            raise BadImageError(f"{text}, more than the limit of {max_pixels:,}; shrink or remove it")
+        tags = getattr(image, "tag_v2", {})
+        bits, planes = tags.get(ExifTags.Base.BitsPerSample, ()), tags.get(ExifTags.Base.PlanarConfiguration)
+        if planes == 2 and len(bits) > 1 and max(bits) > 8:  # Pillow would read them as 8 bits
             raise BadImageError("TIFF files with a plane of 16 bits for each channel are not read; save it as PNG")
         image.load()
         # Pillow puts all metadata of a PNG into info; searching for a tag where there is none takes a tenth of the
         # time of a small image. The tag of a PIL image may have been set by hand.
         if image is value or image.format != "PNG" or image.info:
             image = _upright(image)
-        if mode:
-            image = image if image.mode == mode else image.convert(mode)
-        elif isinstance(value, Mapping) and _DEEP.fullmatch(rawmode):
-            image = _deep(image, rawmode, _open(value))
-        elif rawmode in _GRAYS and isinstance(key := image.info.get("transparency"), int):
-            image.info["transparency"] = key * _GRAYS[rawmode] % (255 + _GRAYS[rawmode])  # in the file a step
-        return to_rgb(image, background=background)
+        return to_rgb(image.convert(mode) if mode and image.mode != mode else image, background=background)
     except BadImageError:
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
@@ -127,10 +107,10 @@ def fetch(value: Any, *, remote: bool = False) -> Any:
             return {"bytes": file.read_bytes(), "path": path}
         protocols = {link.partition("://")[0] for link in path.split("::") if "://" in link}
         if not remote and (far := protocols - _NEAR):
-            raise BadImageError(
-                f"the row holds no image but an address ({shown(far.pop())}://); addresses are read only from a column "
-                "that image_column names, and that is one of strings or of a dataset opened in Python"
+            text = (
+                f"the row holds no image but an address ({shown(far.pop())}://); addresses are read only from a column"
             )
+            raise BadImageError(f"{text} of strings that image_column names, or of a dataset opened in Python")
         with fsspec.open(path, "rb") as file:
             return {"bytes": file.read(), "path": path}
     except BadImageError:
@@ -147,9 +127,7 @@ def decode_form(value: Any, where: str) -> Image.Image:
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.shape[2:] in ((), (3,)):
         value = Image.fromarray(value)
     elif not (value is None or isinstance(value, Mapping | Image.Image | bytes | str | Path)):
-        raise TypeError(
-            f"{where} is a {type(value).__name__}, not an image, bytes, a path or a uint8 array (H, W[, 3])"
-        )
+        raise TypeError(f"{where} is a {type(value).__name__}, not an image, bytes, path or uint8 array (H, W[, 3])")
     try:
         return decode(value)
     except BadImageError as error:
@@ -162,16 +140,12 @@ def _open(value: Mapping[str, Any] | None) -> Image.Image:
         raise BadImageError("the image is missing" if content is None else "the image file is empty (0 bytes)")
     # Pillow joins the parts of a JPEG's EXIF data one by one; a million parts would take hours.
     if len(content) > _LARGE and content.startswith(_JPEG) and content.count(b"Exif\0\0") > MAX_EXIF_PARTS:
-        raise BadImageError(
-            f"the image has more than {MAX_EXIF_PARTS:,} parts of EXIF data; save it again or remove it"
-        )
+        raise BadImageError(f"the image has more than {MAX_EXIF_PARTS:,} parts of EXIF data; save it again")
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     # Each scan of a progressive JPEG visits every pixel, and a scan can be as short as a hundred bytes.
     scans = len(_SCAN.findall(content)) if image.info.get("progressive") else 0
     if scans * image.width * image.height > MAX_SCANNED:
-        raise BadImageError(
-            f"the image has {scans:,} scans of {image.width} x {image.height} pixels each; save it again or remove it"
-        )
+        raise BadImageError(f"the image has {scans:,} scans of {image.width} x {image.height} pixels; save it again")
     return image
 
 
@@ -188,7 +162,8 @@ def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> I
     """A new RGB image, transparent pixels over ``background``; the first matching row decides, others raise ValueError.
 
     - ``RGB``: unchanged, unless it has a color key
-    - ``I;16*``, ``I``: 16-bit gray in any byte order, ``round(v / 257)``; TIFF's 12 bits, ``round(255 v / 4095)``
+    - ``I;16*``, ``I``: 16-bit gray in any byte order, ``round(v / 257)``; TIFF's 12 bits, ``round(255 v / 4095)``; of
+      other channels of 16 bits Pillow reads the upper 8
     - ``F``: an error, as the range of floats is unknown
     - ``LA``, ``RGBA``, ``PA``, ``La``, ``RGBa``, and a transparent index or color key: composited over ``background``
     - ``P`` is looked up in its palette; ``L``, and ``1`` as 0 or 255, are repeated three times
@@ -198,11 +173,9 @@ def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> I
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode == "F":
-        raise ValueError(
-            "images of mode F (floats) have no known range; scale yours to 0..255 and convert it to mode L"
-        )
+        raise ValueError("images of mode F (floats) have no known range; scale to 0..255 and convert to mode L")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bits(image, background)
+        return _from_16_bits(image)
     if image.has_transparency_data:
         return _composited(image, background)
     return image.convert("RGB")
@@ -217,42 +190,20 @@ def _composited(image: Image.Image, background: tuple[int, int, int]) -> Image.I
     return result
 
 
-def _from_16_bits(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)  # (H, W)
     low, high = int(values.min(initial=0)), int(values.max(initial=0))
     if low < 0 or high > 65535:
-        raise ValueError(
-            f"an image of mode {image.mode} holds values {low}..{high}, but 16 bits end at 65535; "
-            "scale yours to 0..255 and convert it to mode L"
-        )
+        cure = "scale to 0..255 and convert to mode L"
+        raise ValueError(f"an image of mode {image.mode} holds {low}..{high}, but 16 bits end at 65535; {cure}")
     tags = getattr(image, "tag_v2", {})
     top = 4095 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 65535
     values = top - values if tags.get(ExifTags.Base.PhotometricInterpretation) == 0 else values  # 0: white is zero
-    return to_rgb(_rounded(values[..., None], "L", image.info.get("transparency"), top), background=background)
-
-
-def _rounded(values: NDArray[Any], mode: str, key: Any = None, top: int = 65535) -> Image.Image:
-    """Samples 0..``top`` (H, W, C) as 8 bits; pixels that equal the color key become transparent."""
-    image = Image.new(mode, values.shape[1::-1])
+    result = Image.new("L", image.size)
     for start, end in _strips(image):
         part = ((values[start:end].astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
-        image.paste(Image.frombytes(mode, (image.width, end - start), part.tobytes()), (0, start))
-    if key is not None:
-        image.putalpha(Image.fromarray((values != key).any(axis=-1)))
-    return image
-
-
-def _deep(image: Image.Image, rawmode: str, twin: Any) -> Image.Image:
-    """``image``, of which Pillow reads the upper bytes, with the lower bytes: ``twin`` in the opposite byte order."""
-    gray = rawmode == "LA;16B"  # the bytes of its two samples are as many as those of RGBA
-    other = "RGBA" if gray else rawmode[:-1] + _SWAPPED[rawmode[-1]]
-    twin.tile = [
-        part._replace(args=other if isinstance(part.args, str) else (other, *part.args[1:])) for part in twin.tile
-    ]
-    twin.load()
-    low = np.asarray(_upright(twin))
-    values = low.view(">u2") if gray else np.asarray(image).astype(np.uint16) * 256 + low  # (H, W, C)
-    return _rounded(values, "LA" if gray else image.mode, image.info.get("transparency"))
+        result.paste(Image.fromarray(part), (0, start))
+    return result.convert("RGB")
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, int]]:

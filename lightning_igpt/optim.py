@@ -87,10 +87,8 @@ class MuonAdam(torch.optim.Optimizer):
                 by_parts.setdefault(parts, []).append(matrix)
         if not by_parts:
             raise ValueError("there is no matrix for Muon: all are frozen or wrapped by a strategy; use adam")
-        groups = [
-            {"params": chosen, "parts": parts, "lr_scale": 1.0, "decayed": True}
-            for parts, chosen in sorted(by_parts.items())
-        ]
+        marks = {"lr_scale": 1.0, "decayed": True}
+        groups = [{"params": chosen, "parts": parts} | marks for parts, chosen in sorted(by_parts.items())]
         # This optimizer shares the groups of these two, which fill in their defaults.
         self._muon = torch.optim.Muon(groups, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self._adam = make_adam(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
@@ -130,10 +128,8 @@ class MuonAdam(torch.optim.Optimizer):
 
 def _check_matrix(matrix: nn.Parameter, parts: int) -> None:
     if matrix.ndim != 2 or not isinstance(matrix, nn.Parameter) or hasattr(matrix, "full_tensor"):  # a DTensor
-        raise ValueError(
-            f"Muon needs whole matrices, not a {type(matrix).__name__} of shape {tuple(matrix.shape)}; use adam, or a "
-            "strategy that does not shard the weights, such as ddp"
-        )
+        text = f"Muon needs whole matrices, not a {type(matrix).__name__} of shape {tuple(matrix.shape)}"
+        raise ValueError(f"{text}; use adam, or a strategy that does not shard the weights, such as ddp")
     if len(matrix) % parts:
         raise ValueError(f"a matrix of {len(matrix)} rows cannot be split into {parts} matrices of equal height")
 
@@ -153,9 +149,8 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_
         ValueError: The warm-up is longer than the run.
     """
     if warmup_steps > total_steps:
-        raise ValueError(
-            f"warmup_steps is {warmup_steps} but the run has {total_steps} steps; lower warmup_steps or train longer"
-        )
+        cure = "lower warmup_steps or train longer"
+        raise ValueError(f"warmup_steps is {warmup_steps} but the run has {total_steps} steps; {cure}")
 
     def factor(step: int) -> float:
         if step < warmup_steps:

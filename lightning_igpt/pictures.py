@@ -50,14 +50,9 @@ class Theme(NamedTuple):
     others: tuple[str, ...]
 
 
-LIGHT = Theme(
-    *("#ffffff", "#1c1f24", "#e4e7eb", "#0b6bcb", "#868e98", "#c65102"),
-    others=("#7b4fb5", "#1f8a5b", "#8d5a2b", "#c13584", "#0f8a9a"),
-)
-DARK = Theme(
-    *("#131416", "#e8eaed", "#363c45", "#6cb2f5", "#9099a4", "#f59a52"),
-    others=("#c4a4f2", "#6fd3a6", "#d6ab7d", "#f28cc4", "#6fd0dc"),
-)
+_BRIGHT, _PALE = "#7b4fb5 #1f8a5b #8d5a2b #c13584 #0f8a9a", "#c4a4f2 #6fd3a6 #d6ab7d #f28cc4 #6fd0dc"
+LIGHT = Theme("#ffffff", "#1c1f24", "#e4e7eb", "#0b6bcb", "#868e98", "#c65102", tuple(_BRIGHT.split()))
+DARK = Theme("#131416", "#e8eaed", "#363c45", "#6cb2f5", "#9099a4", "#f59a52", tuple(_PALE.split()))
 
 
 class Plot(NamedTuple):
@@ -222,16 +217,12 @@ def draw_figure(draw: Callable[[Axes, Theme], None], theme: Theme = LIGHT, size:
     import matplotlib
     import matplotlib.figure
 
-    style: dict[Any, Any] = {
-        **dict.fromkeys(("axes.axisbelow", "axes.grid"), True),
-        **dict.fromkeys(("axes.spines.right", "axes.spines.top"), False),
-        "font.size": 10,
-        "grid.color": theme.grid,
-        "legend.frameon": False,
-        "lines.linewidth": 1.6,
-        **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), theme.paper),
-        **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), theme.ink),
-    }
+    style: dict[Any, Any] = {"font.size": 10, "grid.color": theme.grid, "lines.linewidth": 1.6}
+    style |= dict.fromkeys(("axes.axisbelow", "axes.grid"), True)
+    style |= dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False)
+    style |= dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), theme.paper)
+    inked = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
+    style |= dict.fromkeys(inked, theme.ink)
     with matplotlib.rc_context(style):
         figure = matplotlib.figure.Figure(figsize=size, dpi=_DPI, layout="constrained")
         axes = figure.subplots()

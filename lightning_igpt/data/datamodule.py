@@ -120,14 +120,12 @@ class ImageDataModule(LightningDataModule):
         self.save_hyperparameters(ignore=["source", "palette"], logger=False)
         # A dataset itself would make checkpoints large, and unreadable with weights_only=True.
         self.hparams["source"] = name_of(self.source)
-        self.recorded = dict(self.hparams)  # as they were when an attribute was last set
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = getattr(self, name, None)
         super().__setattr__(name, value)
         if name in self.hparams and before != value:
             self.hparams[name] = name_of(value) if name == "source" else value
-            self.__dict__.setdefault("recorded", {})[name] = self.hparams[name]
             if name in _DIVIDING:
                 self._opened, self.division, self.parts = None, None, {}
 
@@ -258,10 +256,8 @@ class ImageDataModule(LightningDataModule):
             rows = self._stream_part(role, need_labels)
             if role != "val":
                 if place.world_size > 1:
-                    raise ValueError(
-                        f"{rows.where} is a stream; {place.world_size} devices cannot divide it so that each image "
-                        "comes once. Use one device (--trainer.devices 1), or streaming=False"
-                    )
+                    text = f"{rows.where} is a stream; {place.world_size} devices cannot divide it without repeats"
+                    raise ValueError(f"{text}. Use one device (--trainer.devices 1), or streaming=False")
                 once = streams.StreamOnce(StreamReader(rows, resize, None, self.on_bad_image), at_once)
                 return make_loader(once, None, self._log(role), None, min(self.num_workers, 1))
             if "val" not in self.parts:
@@ -314,10 +310,10 @@ class ImageDataModule(LightningDataModule):
             reader = readers.ImageReader(part, source.image_column, resize)
         else:
             assert palette is not None
-            reader = cached_tokens(
-                self.trainer, part, source.image_column, palette, resize, skip=self.on_bad_image == "skip",
-                n_crops=self.n_crops if role == "train" else 1, num_workers=self.num_workers,
-            )  # fmt: skip
+            kept, column = self.n_crops if role == "train" else 1, source.image_column
+            made: dict[str, Any] = {"skip": self.on_bad_image == "skip", "n_crops": kept}
+            made |= {"num_workers": self.num_workers}
+            reader = cached_tokens(self.trainer, part, column, palette, resize, **made)
         return ImageBatches(reader, on_bad_image=self.on_bad_image, seed=self.seed, labels=labels, **options)
 
     def _stream_part(self, role: str, need_labels: bool) -> StreamPart:
@@ -342,6 +338,5 @@ class ImageDataModule(LightningDataModule):
         if self.division is None:
             raise RuntimeError("call setup() before asking for a loader, also after a change of what it divides")
         if role not in self.roles():
-            raise ValueError(
-                f"{self.opened.name} has no {role} split; set {role}_split to one of: {', '.join(self.opened.splits)}"
-            )
+            splits = ", ".join(self.opened.splits)
+            raise ValueError(f"{self.opened.name} has no {role} split; set {role}_split to one of: {splits}")

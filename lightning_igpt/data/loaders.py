@@ -118,10 +118,8 @@ def step_of(trainer: Trainer | None, place: Place) -> int | None:
     """The optimizer step that a loader made for ``place`` has reached; None where no trainer counts them."""
     trainer, now = unfinished(trainer), place_of(None).world_size
     if trainer is None and now != place.world_size:
-        raise RuntimeError(
-            f"this loader was made for {place.world_size} process{'' if place.world_size == 1 else 'es'} but runs in "
-            f"{now}, which would read the same images; give fit the data module instead"
-        )
+        text = f"this loader was made for {place.world_size} processes but runs in {now}"
+        raise RuntimeError(f"{text}, which would read the same images; give fit the data module instead")
     return None if trainer is None else trainer.global_step
 
 
@@ -147,16 +145,12 @@ def n_steps(trainer: Trainer | None, per_pass: int | None, source: str) -> int:
         return trainer.max_steps
     limit = trainer.limit_train_batches
     if per_pass is None and isinstance(limit, float):
-        raise ValueError(
-            f"{source} is a stream of unknown length, so this loader has no length: set max_steps or "
-            "limit_train_batches; without the latter give the trainer max_steps, and not max_epochs"
-        )
+        text = f"{source} is a stream of unknown length, so this loader has no length"
+        raise ValueError(f"{text}: give the trainer max_steps, and not max_epochs, or limit_train_batches")
     per_pass = per_pass or max(1, -(-int(limit or 1) // trainer.accumulate_grad_batches))
     if trainer.max_steps > 0 and not fast:
-        rank_zero_warn(
-            "max_steps and max_epochs are both set: a run that resumes from a checkpoint made at the end of an epoch "
-            "will stop too early (Lightning then miscounts epochs). Set only one of them"
-        )
+        text = "max_steps and max_epochs are both set: a run that resumes at the end of an epoch stops too early"
+        rank_zero_warn(f"{text} (Lightning then miscounts epochs); set only one of them")
     return per_pass
 
 
@@ -176,9 +170,7 @@ def matching_size(trainer: Trainer | None, source: Source, wanted: int | None) -
         rank_zero_info(f"no network says its image_size; images are {DEFAULT_IMAGE_SIZE} x {DEFAULT_IMAGE_SIZE}")
         return DEFAULT_IMAGE_SIZE
     if own not in (None, size):
-        raise ValueError(
-            f"image_size is {size}, but {source.name} holds tokens of {own} x {own} images; set it to {own}"
-        )
+        raise ValueError(f"image_size is {size}, but {source.name} holds tokens of {own} x {own} images; set {own}")
     return size
 
 
@@ -190,10 +182,8 @@ def matching_palette(trainer: Trainer | None, source: Source, wanted: str | None
         known = {name: palette.sha256[:12] for name, palette in palettes.items() if palette is not None}
         if len(set(known.values())) > 1:
             listed = ", ".join(f"{sha256} of {name}" for name, sha256 in known.items())
-            raise ValueError(
-                f"{source.name} is to be read with several palettes ({listed}): every token would mean another color. "
-                "Use one for all"
-            )
+            text = f"{source.name} is to be read with several palettes ({listed})"
+            raise ValueError(f"{text}: every token would mean another color; use one for all")
         if not known:
             raise ValueError("cache=disk keeps tokens: give palette, or use it with a trainer whose module has one")
     return mine or network

@@ -45,18 +45,14 @@ class EndlessOrder(DistributedSampler[Draw]):
     ) -> None:
         parts = world_size * accumulate
         if batch_size % parts:
-            less, more = batch_size // parts * parts, -(-batch_size // parts) * parts
-            raise ValueError(
-                f"batch_size {batch_size}, the images of an optimizer step, cannot be divided among {world_size} "
-                f"devices x accumulate_grad_batches {accumulate}; set batch_size to {f'{less} or ' if less else ''}"
-                f"{more}, or change one of the other two"
-            )
+            sizes = [str(size) for size in (batch_size // parts * parts, -(-batch_size // parts) * parts) if size]
+            text = f"batch_size {batch_size}, the images of an optimizer step, cannot be divided among {world_size}"
+            cure = f"set batch_size to {' or '.join(sizes)}, or change one of the other two"
+            raise ValueError(f"{text} devices x accumulate_grad_batches {accumulate}; {cure}")
         self.at_once = batch_size // parts  # what one device computes: its part of a micro-batch
         if n_images < batch_size:
-            raise ValueError(
-                f"batch_size {batch_size} exceeds the {n_images} training images; lower batch_size or set "
-                "val_fraction=0"
-            )
+            text = f"batch_size {batch_size} exceeds the {n_images} training images"
+            raise ValueError(f"{text}; lower batch_size or set val_fraction=0")
         super().__init__(range(n_images), num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]
         self.n_images, self.batch_size, self.n_steps = n_images, batch_size, n_steps
         self.accumulate, self.first_step = accumulate, first_step

@@ -64,10 +64,9 @@ class BadImages:
         total, n_bad = self.n_images or self.n_read, len(self.reasons)
         if bad and n_bad > self.max_share * total and (self.n_images or self.n_read >= 1000):
             first, reason = next(iter(self.reasons.items()))
-            raise BadImageError(
-                f"{n_bad} of {total} images cannot be read, more than max_bad_share={self.max_share:g} allows; the "
-                f"first is {first}: {reason}. Repair or remove them, or set max_bad_share"
-            )
+            text = f"{n_bad} of {total} images cannot be read, more than max_bad_share={self.max_share:g} allows"
+            cure = "Repair or remove them, or set max_bad_share"
+            raise BadImageError(f"{text}; the first is {first}: {reason}. {cure}")
 
 
 class Reader(Protocol):
@@ -161,10 +160,8 @@ class ImageBatches(Dataset[dict[str, Any]]):
 def check_draws(draws: Any) -> None:
     """Raise TypeError unless these are draws of one of this package's orders."""
     if not isinstance(draws, list) or not isinstance(draws[0], tuple):
-        raise TypeError(
-            "this dataset is read in its own order; overfit_batches and other samplers do not work with it. To "
-            "overfit, give a small source and limit_train_batches"
-        )
+        text = "this dataset is read in its own order; overfit_batches and other samplers do not work with it"
+        raise TypeError(f"{text}. To overfit, give a small source and limit_train_batches")
 
 
 def make_batch(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from lightning_igpt.data.columns import mode_of
+from lightning_igpt.data.columns import HIDDEN, mode_of
 from lightning_igpt.data.folders import DamagedDataError
 from lightning_igpt.data.order import Draw
 from lightning_igpt.data.readers import MAX_STAND_INS, BadImage, OnBadImage, check_draws, make_batch
@@ -70,9 +70,7 @@ class StreamPart:
                 raise ValueError(f"{self.where}, draw {sample}: {len(value)} tokens, not {resize.size}^2")
             tokens = np.asarray(value, "<i2")
             if row.get(CHECKSUM_COLUMN, checksum := zlib.crc32(tokens.tobytes())) != checksum:
-                raise DamagedDataError(
-                    f"{self.where}, draw {sample}: tokens differ from their checksum; tokenize again"
-                )
+                raise DamagedDataError(f"{self.where}, draw {sample}: tokens and checksum differ; tokenize again")
             return tokens.astype(np.int16).reshape(1, resize.size, resize.size)
         try:
             mode = mode_of(self.rows, self.source.image_column)
@@ -95,7 +93,7 @@ class StreamPart:
             return -1
         if name is not None:
             raise ValueError(f"{self.where} has the class {name!r}, which the training split does not have")
-        hint = "; -1 marks the hidden labels of a benchmark's test split" if label == -1 else ""
+        hint = HIDDEN if label == -1 else ""
         raise ValueError(f"{self.where}: a label is {label!r}, outside 0..{len(names) - 1}{hint}")
 
     def labels(self, rows: datasets.Dataset) -> Tensor | None:
@@ -195,10 +193,8 @@ def _endless(
             yield {name: value[0] for name, value in row.items()}
         empty = empty + 1 if n_rows == 0 else 0
         if empty == _EMPTY_PASSES:
-            raise ValueError(
-                f"{part.where} gave no rows to reader {index} of {count} in {empty} passes; it is empty, or all of it "
-                "is held out (val_fraction)"
-            )
+            text = f"{part.where} gave no rows to reader {index} of {count} in {empty} passes"
+            raise ValueError(f"{text}; it is empty, or all of it is held out (val_fraction)")
 
 
 class StreamOnce(torch.utils.data.IterableDataset[dict[str, Any]]):
@@ -242,10 +238,8 @@ def n_readers(part: StreamPart, num_workers: int, world_size: int) -> int:
     shards = part.rows.num_shards or 1
     used = min(num_workers, max(1, shards // world_size))
     if used < num_workers:
-        rank_zero_info(
-            f"{part.where} has {shards} shards for {world_size} devices, so {used} of {num_workers} workers read it. "
-            "More shards: several files, stream.reshard(), or to_iterable_dataset(num_shards=...)"
-        )
+        text = f"{part.where} has {shards} shards for {world_size} devices, so {used} of {num_workers} workers read it"
+        rank_zero_info(f"{text}. More shards: several files, stream.reshard(), or to_iterable_dataset(num_shards=...)")
     return used
 
 
@@ -261,8 +255,7 @@ def begin(saved: Sequence[Sequence[str]], rank: int, world_size: int, n_readers:
         number = 1 + max(json.loads(state)["pass"] for states in saved for state in states)
         rank_zero_warn(
             f"the checkpoint was made by {len(before)} processes with {before[0]} stream readers each, this run has "
-            f"{world_size} with {n_readers}: the stream begins its next pass (number {number}). To continue where it "
-            "stopped, use as many devices and num_workers as before"
+            f"{world_size} with {n_readers}: the stream begins its next pass (number {number}). Use as many as before"
         )
     return [json.dumps({"pass": number, "stream": None})] * n_readers
 
@@ -271,10 +264,8 @@ def keep(part: StreamPart, n_images: int) -> Part:
     """The first rows of a part, undecoded, as a dataset in memory."""
     kept = list(part.rows.take(n_images))
     if not kept:
-        raise ValueError(
-            f"{part.where} has no rows to validate on; set val_split or another val_fraction, or val_fraction=0 for no "
-            "validation"
-        )
+        cure = "set val_split or another val_fraction, or val_fraction=0 for no validation"
+        raise ValueError(f"{part.where} has no rows to validate on; {cure}")
     column = part.source.image_column
     if part.source.tokens is None:
         for row in kept:

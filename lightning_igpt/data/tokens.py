@@ -89,10 +89,8 @@ def _tokenize(
     dataset: Rows, where: str, palette: Palette, size: int, wanted: str | None, num_proc: int | None, batch_size: int
 ) -> Rows:
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
-        raise TypeError(
-            f"tokenize takes a Dataset or a DatasetDict, not a {type(dataset).__name__}; datasets.load_dataset opens "
-            "files, folders and datasets of the hub"
-        )
+        text = f"tokenize takes a Dataset or a DatasetDict, not a {type(dataset).__name__}"
+        raise TypeError(f"{text}; datasets.load_dataset opens files, folders and datasets of the hub")
     features = dataset.features
     if features is None:
         raise ValueError(f"{where} is a stream of unknown columns; name them by stream.cast(features)")
@@ -116,10 +114,10 @@ def _tokenize(
     processes = {} if num_proc is None else {"num_proc": num_proc}  # a stream has no such option
     options = {"batch_size": batch_size, "with_indices": True, "remove_columns": [column], "features": features}
     result = dataset.map(partial(_with_checksum, transform), batched=True, **options, **processes)
-    result.info.description = (
-        f"Pictures of {size} x {size} pixels as ids 0..{len(palette) - 1} of an Image GPT palette of {len(palette)} "
-        f"colors, in raster order. SHA-256 of the palette: {palette.sha256}"
+    text = (
+        f"Pictures of {size} x {size} pixels as ids of an Image GPT palette of {len(palette)} colors, in raster order"
     )
+    result.info.description = f"{text}. SHA-256 of the palette: {palette.sha256}"
     return result
 
 

@@ -93,10 +93,9 @@ def _parts(batch: Any, keys: Mapping[str, str | int]) -> dict[str, Any]:
     if tensors and all(item.ndim < 3 for item in items[1:]):  # more would be another image
         return dict(zip(("image", "label"), items, strict=False))
     what = ", ".join(f"{type(item).__name__} {tuple(getattr(item, 'shape', ()))}" for item in items)
-    raise TypeError(
-        f"a batch must be a mapping with 'image', an (image, label) pair, or images; got {type(batch).__name__}"
-        + (f" of {what}: train on one view and one loader, or name places by keys={{'image': 0}}" if items else "")
-    )
+    got = f" of {what}: train on one view and one loader, or name places by keys={{'image': 0}}" if items else ""
+    text = "a batch must be a mapping with 'image', an (image, label) pair, or images"
+    raise TypeError(f"{text}; got {type(batch).__name__}{got}")
 
 
 def need_labels(batch: Batch, num_classes: int, places: Tensor | None = None, *, soft: bool = False) -> Tensor:
@@ -107,7 +106,7 @@ def need_labels(batch: Batch, num_classes: int, places: Tensor | None = None, *,
     """
     labels = batch.labels
     if not num_classes:
-        raise ValueError("num_classes is unknown: nothing names the classes, so set num_classes=")
+        raise ValueError("cannot infer num_classes from the data; set num_classes=")
     if labels is None:
         looked = f"its keys are {sorted(map(str, batch.names))}; " if batch.names else ""
         cure = f"name them {' or '.join(NAMES['label'])}, or say keys={{'label': ...}}"
@@ -207,10 +206,8 @@ def _check_palette_column(column: Any, palette: Palette) -> None:
     """Rows of ``palette.transform`` and ``lightning_igpt.tokenize`` name their palette by its SHA-256, as text."""
     for name in [column] if isinstance(column, str) else column if isinstance(column, (list, tuple)) else ():
         if isinstance(name, str) and name != palette.sha256:
-            raise ValueError(
-                f"the tokens of this batch have the palette {name[:12]}, but the network's is {palette.sha256[:12]}: "
-                "every token would mean another color. Make the tokens with the network's palette"
-            )
+            text = f"the tokens of this batch have the palette {name[:12]}, but the network's is {palette.sha256[:12]}"
+            raise ValueError(f"{text}: every token would mean another color. Make them with the network's palette")
     if isinstance(column, Tensor):  # the class number of a ClassLabel, whose name a loader of tensors leaves out
         text = "this batch gives a number for the palette of its tokens: check that its name is"
         warnings.warn(f"{text} {palette.sha256}, or use this package's data modules", stacklevel=2)

@@ -58,10 +58,8 @@ def build_network(
         config = _changed(config, objective=objective, image_size=image_size)
         colors = Palette.load("openai" if palette is None else palette)
         if len(colors) != config.vocab_size:
-            raise ValueError(
-                f"the palette has {len(colors)} colors but the network's vocab_size is {config.vocab_size}; "
-                f"set vocab_size={len(colors)}, or fit a palette by palette fit --n_colors {config.vocab_size}"
-            )
+            cure = f"set vocab_size={len(colors)}, or fit a palette by palette fit --n_colors {config.vocab_size}"
+            raise ValueError(f"the palette has {len(colors)} colors but vocab_size is {config.vocab_size}; {cure}")
         return ImageGPT(config), colors, None, None
     with torch.device("cpu"):
         loaded = load_pretrained(pretrained, palette=palette)
@@ -73,10 +71,8 @@ def build_network(
     if image_size is not None or isinstance(network, (ImageGPTConfig, Mapping)):  # a preset's size is no request
         fixed = replace(fixed, image_size=loaded.config.image_size)
     if fixed != loaded.config:
-        raise ValueError(
-            f"pretrained={pretrained!r} is a network of {_differences(loaded.config, fixed)}; "
-            "leave out network and objective to take the loaded network's"
-        )
+        cure = "leave out network and objective to take the loaded network's"
+        raise ValueError(f"pretrained={pretrained!r} is a network of {_differences(loaded.config, fixed)}; {cure}")
     loaded = loaded.adapted(wanted)
     log.info("weights and palette from %s", loaded.origin)
     return loaded.network, loaded.palette, loaded.lineage, loaded.path
@@ -201,11 +197,9 @@ class IGPTModule(LightningModule):
         config = ImageGPTConfig.resolve(other["network"])
         if config != self.config:
             raise ValueError(f"the checkpoint holds a network of {_differences(config, self.config)}")
-        if other["palette_sha256"] != self.palette.sha256:
-            raise ValueError(
-                f"the checkpoint uses the palette {other['palette_sha256'][:12]}, but the palette given is "
-                f"{self.palette.sha256[:12]}; leave out palette to take the right one"
-            )
+        if (theirs := other["palette_sha256"]) != self.palette.sha256:
+            text = f"the checkpoint uses the palette {theirs[:12]}, but the palette given is {self.palette.sha256[:12]}"
+            raise ValueError(f"{text}; leave out palette to take the right one")
         for name, before in ({} if is_evaluating(self) else self.lasting).items():
             mine, saved = getattr(self, name), checkpoint.get("hyper_parameters", {}).get(name, before)
             if mine != saved:

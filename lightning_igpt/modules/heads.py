@@ -230,10 +230,8 @@ def check_class_names(names: Any, num_classes: int | None) -> None:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"class_names is {names!r}; it must be a list of texts")
     if not len(set(names)) == len(names) == (num_classes or len(names)):
-        raise ValueError(
-            f"class_names has {len(names)} names, {len(set(names))} of them different; there are "
-            f"{num_classes or 'as many'} classes, and each needs a name of its own"
-        )
+        text = f"class_names has {len(names)} names, {len(set(names))} of them different; give each of"
+        raise ValueError(f"{text} the {num_classes or len(names)} classes a name of its own")
 
 
 def classes_of_data(trainer: Trainer) -> tuple[int | None, list[str] | None]:
@@ -276,10 +274,8 @@ def match_classes(module: Any) -> None:
         if places != list(range(len(names))):
             module.label_places = torch.tensor(places, device=module.device)
     elif module.trained_classes is not None:
-        raise ValueError(
-            f"the network was trained on the classes {known}, but the data has {list(names)}: give the classes the "
-            "names of training, or start a new run from the weights with pretrained="
-        )
+        cure = "use the names of training, or start a new run from the weights with pretrained="
+        raise ValueError(f"the network was trained on the classes {known}, but the data has {list(names)}: {cure}")
     else:
         log.warning("class_names are %s, the data's %s: the former name the latter, in this order", known, names)
         known = list(names)

@@ -140,7 +140,7 @@ class ProbeModule(IGPTModule):
             raise ValueError("a probe's network is frozen and is not sharded; use strategy='ddp', or one device")
         if not self.num_classes:
             if (count := heads.classes_of_data(self.trainer)[0]) is None:
-                raise ValueError("num_classes is unknown: the data does not name its classes, so set num_classes=")
+                raise ValueError("cannot infer num_classes from the data; set num_classes=")
             self.set_classes(count)
         if stage == "fit" and self.solver == "lbfgs":
             self.trained_classes = None  # a fit begins from zero, unless a checkpoint is loaded now

@@ -109,9 +109,8 @@ def total_steps(module: Any) -> tuple[int, int | None]:
         return module.total_steps, None
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     changing = [one for one in callbacks if hasattr(one, "get_accumulate_grad_batches")]  # of both Lightnings
-    accumulate = [one.get_accumulate_grad_batches for one in changing] or [
-        lambda epoch: trainer.accumulate_grad_batches
-    ]
+    constant = [lambda epoch: trainer.accumulate_grad_batches]
+    accumulate = [one.get_accumulate_grad_batches for one in changing] or constant
     total = trainer.max_steps if trainer.max_steps > 0 else math.inf
     if trainer.max_epochs not in (None, -1):
         trainer.fit_loop.setup_data()  # as trainer.estimated_stepping_batches does

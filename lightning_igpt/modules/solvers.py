@@ -55,10 +55,9 @@ class FeatureStore:
             for file, rows in zip(self._columns, columns, strict=True):
                 file.write(rows.numpy().tobytes())
         except OSError as error:
-            raise OSError(
-                f"the features of {len(self)} images do not fit into {tempfile.gettempdir()} ({error}); set TMPDIR to "
-                "a folder with more room, probe fewer layers, or use solver=sgd, which keeps none"
-            ) from error
+            text = f"the features of {len(self)} images do not fit into {tempfile.gettempdir()} ({error})"
+            cure = "set TMPDIR to a folder with more room, probe fewer layers, or use solver=sgd, which keeps none"
+            raise OSError(f"{text}; {cure}") from error
 
     def column(self, index: int) -> Tensor:
         """One layer's features of all rows, contiguous float32 (N, D) on the CPU."""
@@ -167,10 +166,8 @@ class Lbfgs:
         if trainer is None:
             raise ValueError("solver='lbfgs' fits at the end of a Trainer's pass; without a Trainer use solver='sgd'")
         if batch_idx and not len(self.training):
-            raise ValueError(
-                f"this run was cut off after {batch_idx} batches, before the fit, and a checkpoint does not hold the "
-                "features; start again without ckpt_path"
-            )
+            text = f"this run was cut off after {batch_idx} batches, before the fit, and a checkpoint holds no features"
+            raise ValueError(f"{text}; start again without ckpt_path")
         if not isinstance(samples, Tensor):  # as torch's DistributedSampler deals them out
             row = torch.arange(len(self.training), len(self.training) + len(labels))
             samples = row * trainer.world_size + trainer.global_rank

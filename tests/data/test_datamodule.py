@@ -198,7 +198,7 @@ class Lines(Callback):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-@pytest.mark.parametrize("how", ["attribute", "hparams", "tuner", "finder"])
+@pytest.mark.parametrize("how", ["attribute", "tuner", "finder"])
 def test_a_batch_size_set_later_is_that_of_loader_and_schedule(how, tmp_path):
     config = ImageGPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=4, image_size=4)
     module = PretrainModule(network=config, palette="gray:4", warmup_steps=0)
@@ -207,9 +207,7 @@ def test_a_batch_size_set_later_is_that_of_loader_and_schedule(how, tmp_path):
     options = {"max_epochs": 4, "accumulate_grad_batches": 2, "default_root_dir": tmp_path}
     run = trainer(**options, callbacks=[*finder, lines])
     if how == "attribute":
-        data.batch_size = wanted
-    elif how == "hparams":
-        data.hparams["batch_size"] = torch.tensor(wanted).numpy()[()]
+        data.batch_size = torch.tensor(wanted).numpy()[()]
     else:  # doubles until all images are in a batch
         wanted = 30
         if how == "tuner":

@@ -102,7 +102,7 @@ def test_words_in_the_names_of_folders(tmp_path, names, splits):
         (["train/1.png", "training/2.png", "test/3.png"], r"folders for one split \(test, train, training\); merge"),
         (["train2014/1.png", "train2017/2.png", "val2017/3.png"], r"several folders for one split"),
         (["cat/train/1.png", "cat/test/2.png", "dog/train/3.png"], r"inside other folders \(cat, dog\).*outermost"),
-        (["train/1.png", "test/2.png", "extra/3.png"], r"\(test, train\) and other images next to them \(extra/\)"),
+        (["train/1.png", "test/2.png", "extra/3.png"], r"\(test, train\) and others \(extra/\)"),
         (["1.png", "2.png", "test/3.png"], r"\(test\) and .* \(1.png, 2.png\).*move the other images into train/"),
         (["Eval/1.png", "car/2.png", "dog/3.png"], r"\(car/, dog/\). Where Eval .*class, rename it or give a Dataset"),
         (["set/val/1.png", *(f"set/{i}/1.png" for i in range(8))], r"set has .*\(0/, 1/, 2/, 3/, 4/ and 3 more\)"),

@@ -141,7 +141,7 @@ def test_tokens_are_a_source(tmp_path):
             source = open_source(given, streaming=streaming, need_labels=True)
             assert source.tokens == (palette.sha256, 4) and source.image_column == "tokens"
             assert source.label_column == "label" and source.class_names == ["a", "b"]
-    with pytest.raises(ValueError, match=r"nothing says which palette .*lightning_igpt.tokenize"):
+    with pytest.raises(ValueError, match=r"no column .palette. that names the palette .*lightning_igpt.tokenize"):
         open_source(mapped.remove_columns("palette"))
     with pytest.raises(ValueError, match="has no labels"):
         open_source(mapped.remove_columns("label"), need_labels=True)  # the palette is none
