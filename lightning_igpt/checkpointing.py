@@ -122,10 +122,7 @@ def check_resumable(path: Path, module: LightningModule | None = None) -> None:
 
 
 class SteadyCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint by optimizer steps, which lets a validation that is due at the same step run first.
-
-    A run that resumes from a checkpoint then owes no validation, and a checkpoint knows the metrics of its weights.
-    """
+    """ModelCheckpoint that lets a validation due at the same step run first, so that a resumed run owes none."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -92,10 +92,7 @@ def reads_float16() -> bool:
 
 
 def make_product(linear: nn.Module, rows: int, precision: Precision) -> Product:
-    """A linear layer for few rows, on a CPU: (rows, in) to (rows, out) in the dtype of the input.
-
-    A subclass of nn.Linear, such as a layer with an adapter, is called unchanged.
-    """
+    """A linear layer for few rows, on a CPU: (rows, in) to (rows, out); adapters are called unchanged."""
     if type(linear) is not nn.Linear:
         return linear
     weight, bias = linear.weight.detach(), linear.bias
@@ -186,11 +183,7 @@ def _norm(x: Tensor, doubled_gain: Tensor) -> Tensor:
 
 
 class CapturedSteps:
-    """Steps as CUDA graphs: one launch instead of hundreds, which would take longer than the work.
-
-    There is one graph for each of a few windows of the cache. If capturing fails, steps are launched one kernel at a
-    time, after a warning.
-    """
+    """Steps as CUDA graphs, one per window of the cache: one launch instead of hundreds, which would take longer."""
 
     def __init__(self, network: ImageGPT, cache: KVCache) -> None:
         self.network, self.cache = network, cache

@@ -1,7 +1,4 @@
-"""Logistic regression on pooled features, the linear probe of the paper (sections 2.4 and 3.4).
-
-The features are those of ``ImageGPT.features``.
-"""
+"""Logistic regression on the features of ``ImageGPT.features``: the paper's linear probe (sections 2.4 and 3.4)."""
 
 import logging
 import math
@@ -37,25 +34,12 @@ def fit_logistic(
     max_iter: int = 1000,
     tolerance: float = 1e-4,
 ) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression with an L2 penalty, minimized by L-BFGS.
+    """Multinomial logistic regression by L-BFGS: weight (C, D) and bias (C,) for raw ``features``, float (N, D).
 
-    The objective is scikit-learn's: mean cross-entropy + |weight|^2 / (2 c N); the bias is not penalized.
-
-    Args:
-        features: Float (N, D).
-        labels: int64 (N,), 0 to num_classes - 1.
-        num_classes: C.
-        c: Inverse strength of the penalty.
-        standardize: Scale each feature to mean 0 and variance 1 first. Weight and bias include the scaling.
-        max_iter: Upper bound on L-BFGS steps.
-        tolerance: Stop when no entry of the gradient exceeds it.
-
-    Returns:
-        Weight (C, D) and bias (C,), so that ``features @ weight.T + bias`` are the logits of raw features.
-
-    Raises:
-        ValueError: c is not above 0, features are not (N, D) or not finite, or labels are not N integers from 0 to
-            num_classes - 1.
+    The objective is scikit-learn's: mean cross-entropy + |weight|^2 / (2 c N); the bias is not penalized. It stops
+    when no entry of the gradient exceeds ``tolerance``. ``standardize`` scales each feature to mean 0 and variance 1
+    first; weight and bias include the scaling. ValueError where features are not finite, or labels are not int64 (N,)
+    from 0 to C - 1.
     """
     _check(features, labels, num_classes, [c])
     features, mean, scale = _scaled(features, standardize)
@@ -77,11 +61,9 @@ def choose_c(
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> float:
-    """The value of c that classifies held-out training rows best; of equally good values the smallest.
+    """The value of c that classifies a held-out tenth of the rows best; of equally good values the smallest.
 
-    Every value of ``grid`` is fitted to the rows that ``split_rows`` keeps (by which ``standardize`` scales) and
-    evaluated on those that it holds out, as ``seed`` selects them. With too few rows ``usable_grid`` leaves one value.
-    The other arguments and errors are those of fit_logistic.
+    With too few rows ``usable_grid`` leaves one value. The other arguments and errors are those of fit_logistic.
     """
     _check(features, labels, num_classes, grid)
     grid = usable_grid(grid, len(features))

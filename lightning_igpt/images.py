@@ -91,8 +91,7 @@ def decode(
 def fetch(value: Any, *, remote: bool = False) -> Any:
     """An image that is only named, by a path or an address, with the bytes of its file; others as they are.
 
-    Addresses are those of local archives (``zip://a.png::/data/set.zip``) and of the Hugging Face hub, whose streams
-    name their files, and with ``remote`` any other.
+    Without ``remote`` only addresses of local archives (``zip://a.png::set.zip``) and of the Hugging Face hub are read.
     """
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
@@ -223,10 +222,7 @@ def resize_center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def cut(image: Image.Image, corner: tuple[float, float], *, side: float, size: int) -> Image.Image:
-    """The square of ``side`` pixels at ``corner`` (left, top), resampled once to ``size``.
-
-    The paper does not name the filter; this is Pillow's antialiased bilinear.
-    """
+    """The square of ``side`` pixels at ``corner`` (left, top), resampled bilinearly to ``size``."""
     left, top = corner
     box = (left, top, min(left + side, image.width), min(top + side, image.height))
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)

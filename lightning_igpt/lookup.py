@@ -123,20 +123,14 @@ def _distances(levels: Floats, centers: Floats) -> Floats:
 
 
 def cache_folder() -> Path:
-    """``$LIGHTNING_IGPT_CACHE``, else ``$XDG_CACHE_HOME/lightning_igpt``, else ``~/.cache/lightning_igpt``.
-
-    RuntimeError where none of them exists: no variable is set and the user has no home folder.
-    """
+    """``$LIGHTNING_IGPT_CACHE``, else ``$XDG_CACHE_HOME/lightning_igpt``, else ``~/.cache/lightning_igpt``."""
     if own := os.environ.get("LIGHTNING_IGPT_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lightning_igpt")
 
 
 def cached_table(colors: NDArray[np.float32], sha256: str) -> NDArray[np.int16]:
-    """:func:`build_table` of centers with this digest, read from the cache folder or stored there.
-
-    A damaged file is replaced with a warning. A folder that cannot be used is a warning, never an error.
-    """
+    """:func:`build_table` of centers with this digest, kept in the cache folder, whose faults are warnings."""
     table = None
     try:
         path = cache_folder() / "palettes" / f"{sha256}.{_FORMAT}.npy"

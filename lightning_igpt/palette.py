@@ -273,13 +273,12 @@ class PaletteTransform:
         if self.size < 1:
             raise ValueError(f"size is {self.size}; an image has a side of at least 1 pixel")
 
-    def __call__(self, batch: Mapping[str, Any], rows: Sequence[int] | None = None) -> dict[str, Any]:
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Tokenize one batch: lists of equal length by column.
 
         A ``dict`` (from ``with_transform`` and streams) is changed in place and returned: the new columns replace the
         images. For any other mapping (from ``Dataset.map``) only the new columns are returned, which ``map`` adds:
         ``tokens``, uint16 array (B, size * size) in raster order; ``palette``, for each row the palette's SHA-256.
-        ``rows`` are row numbers for messages, as ``map(with_indices=True)`` passes them.
 
         Raises:
             BadImageError, TypeError: An image cannot be used; the message names its position and path.
@@ -295,8 +294,7 @@ class PaletteTransform:
             raise TypeError(f"column {self.image_column!r} holds one image, not a batch; use map(..., batched=True)")
         pixels = np.empty((len(images), self.size, self.size, 3), dtype=np.uint8)
         for place, value in enumerate(images):
-            where = f"image {place} of the batch" if rows is None else f"the image in row {rows[place]}"
-            pixels[place] = np.asarray(resize_center_crop(decode_form(value, where), self.size))
+            pixels[place] = np.asarray(resize_center_crop(decode_form(value, f"image {place} of the batch"), self.size))
         tokens = quantize_in_one_thread(self.palette, pixels.transpose(0, 3, 1, 2)).view(np.uint16)
         columns = {self.tokens_column: tokens, PALETTE_COLUMN: [self.palette.sha256] * len(pixels)}
         if not isinstance(batch, dict):

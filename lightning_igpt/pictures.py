@@ -70,20 +70,10 @@ def image_grid(
     background: tuple[int, int, int] = _WHITE,
     captions: Sequence[str] | None = None,
 ) -> Tensor:
-    """Images side by side, every pixel enlarged to a square.
+    """Images side by side, every pixel enlarged to a square: uint8 (3,h,w) on the CPU.
 
-    Args:
-        rows: uint8 (R,C,3,H,W), or R tensors (C,3,H,W).
-        scale: Side of the square that shows one pixel; by default images become about 128 pixels high.
-        gap: Pixels around every image.
-        background: Color of the gaps, (R, G, B) in 0..255.
-        captions: One heading per column, clipped to the column's width.
-
-    Returns:
-        uint8 (3,h,w) on the CPU.
-
-    Raises:
-        ValueError: The rows are not uint8, differ in shape, or the captions do not match the columns.
+    ``rows`` are uint8 (R,C,3,H,W), or R tensors (C,3,H,W). By default images become about 128 pixels high. ``captions``
+    are headings of the columns, clipped to their width. ValueError where shapes or captions do not match.
     """
     shapes = sorted({tuple(row.shape) for row in rows})
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] != 3 or any(row.dtype != torch.uint8 for row in rows):
@@ -110,10 +100,7 @@ def enlarge(images: Tensor, scale: int) -> Tensor:
 
 
 def contact_sheet(cells: Tensor, captions: Sequence[Sequence[str]], *, columns: int = 4) -> Tensor:
-    """Pictures, uint8 (N,3,h,w), in rows on white: uint8 (3,H,W) on the CPU.
-
-    Each is below its own lines of text, of which all have the same number; a line too long shows its end.
-    """
+    """Pictures, uint8 (N,3,h,w), in rows on white, each below its lines of text: uint8 (3,H,W) on the CPU."""
     width = cells.shape[3]
     above = [torch.cat([_caption(_end_of(shown(line), width), width) for line in lines], 1) for lines in captions]
     titled = torch.cat([torch.stack(above), cells.cpu()], 2)  # (N, 3, lines + h, w)
@@ -140,10 +127,7 @@ def surprise_colors() -> Tensor:
 
 
 def surprise_limit(nats: Tensor, n_colors: int) -> float:
-    """Where the scale of ``nats``, of all pixels that share it, ends.
-
-    It passes ln ``n_colors``, the surprise of a uniform guess, and one in a hundred of the pixels lies above it.
-    """
+    """Where the scale of ``nats`` ends: beyond a uniform guess, with one in a hundred of the pixels above it."""
     return max(1.25 * math.log(n_colors), float(np.quantile(nats.cpu().numpy(), 0.99)))
 
 
@@ -169,11 +153,7 @@ def surprise_bar(limit: float, n_colors: int, *, width: int = 512) -> Tensor:
 
 
 def swatch(colors: Tensor, *, side: int = 24, columns: int | None = None) -> Tensor:
-    """All colors of a palette as squares: grays first from dark to light, then rows of like hue, dark to light.
-
-    ``colors`` are uint8 (K,3), the result is uint8 (3,h,w), by default about twice as wide as high; ``side`` is that of
-    a square in pixels.
-    """
+    """All colors uint8 (K,3) as squares: grays first from dark to light, then rows of like hue: uint8 (3,h,w)."""
     columns = columns or math.ceil(math.sqrt(2 * len(colors)))
     values = colors.cpu().numpy() / 255  # (K, 3)
     hue, saturation = np.array([colorsys.rgb_to_hsv(*row)[:2] for row in values]).T
@@ -192,10 +172,7 @@ def plot_curves(
     xlabel: str = "optimizer steps",
     ylabel: str = "nats per pixel",
 ) -> Plot:
-    """Curves (x, y) over steps or layers, of which the first is emphasized; ``levels`` are baselines, as dashed lines.
-
-    Of a long curve the extremes of each stretch are drawn.
-    """
+    """Curves (x, y), the first of which is emphasized; ``levels`` are baselines, drawn as dashed lines."""
 
     def draw(axes: Axes, theme: Theme) -> None:
         from matplotlib.ticker import MaxNLocator

@@ -59,10 +59,7 @@ def marked_palette(rows: datasets.Dataset) -> TokenMark:
 
 
 def find_image_column(features: datasets.Features, wanted: str | None, *, where: str) -> str:
-    """Name the column of images: ``wanted``, the only one of type Image, or of several the first of ``IMAGE_NAMES``.
-
-    Without any of type Image, the first of ``IMAGE_NAMES`` that can hold encoded images.
-    """
+    """Name the column of images: ``wanted``, the only one of type Image, or the first of ``IMAGE_NAMES`` that fits."""
     if wanted is not None:
         _check_column(features, wanted, "image_column", where)
         if not (isinstance(features[wanted], datasets.Image) or _can_hold_images(features[wanted])):
@@ -123,10 +120,7 @@ def _check_column(features: datasets.Features, name: str, option: str, where: st
 
 
 def class_names_of(dataset: datasets.Dataset | datasets.IterableDataset, column: str) -> list[str]:
-    """The classes of a split, in the order of their numbers.
-
-    Names of a ClassLabel; sorted distinct strings; for plain integers "0" to the largest.
-    """
+    """Classes of a split by number: a ClassLabel's names, sorted strings, or "0" to the largest number."""
     feature = (dataset.features or {}).get(column)
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
@@ -143,9 +137,9 @@ def class_names_of(dataset: datasets.Dataset | datasets.IterableDataset, column:
 
 
 def encode_labels(dataset: datasets.Dataset, column: str, class_names: Sequence[str], *, where: str) -> Tensor:
-    """Read a column of labels as numbers into ``class_names``, the training split's: int64 (rows,).
+    """Labels as numbers into the training split's ``class_names``, int64 (rows,), matched by name.
 
-    ClassLabels and strings are matched by name, because a split that lacks a class may number the others differently.
+    A split that lacks a class may number the others differently.
     """
     values = _read(dataset, column)
     if values.null_count:

@@ -17,7 +17,7 @@ from lightning_igpt.data.order import EndlessOrder, EvalOrder
 from lightning_igpt.data.readers import ImageBatches, OnBadImage
 from lightning_igpt.data.sources import ImageSource, Source, name_of, open_source
 from lightning_igpt.data.splits import Division, Part, divide, make_parts
-from lightning_igpt.data.streams import StreamBatches, StreamPart, StreamReader
+from lightning_igpt.data.streams import StreamBatches, StreamPart
 from lightning_igpt.data.tokens import TokenReader, cached_tokens
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
 from lightning_igpt.files import write_csv
@@ -219,13 +219,12 @@ class ImageDataModule(LightningDataModule):
         if not streaming:
             images = self._images("train", resize, self.needs_labels, replace=True, augment=augment)
             return make_loader(images, order, self._log("train"), order.at_once, self.num_workers)
-        rows = self._stream_part("train", self.needs_labels)
+        rows = self._stream_part("train", self.needs_labels, resize, augment)
         workers = streams.n_readers(rows, self.num_workers, place.world_size)
         states = streams.begin(self._stream_states, place.rank, place.world_size, max(1, workers))
         if (last := self._stream) and len(last.states) == len(states) and (not trainer or trainer.global_step):
             states = last.states  # another loader of the same run
-        reader = StreamReader(rows, resize, augment, self.on_bad_image)
-        batches = StreamBatches(reader, place.rank, place.world_size, self.seed, self.shuffle_buffer, states)
+        batches = StreamBatches(rows, place.rank, place.world_size, self.seed, self.shuffle_buffer, states)
         self._stream = make_loader(batches, order, self._log("train"), order.at_once, workers)
         return self._stream
 
@@ -253,12 +252,12 @@ class ImageDataModule(LightningDataModule):
         at_once = -(-self.batch_size // (place.world_size * place.accumulate))
         labels = None
         if self.opened.streaming:
-            rows = self._stream_part(role, need_labels)
+            rows = self._stream_part(role, need_labels, resize)
             if role != "val":
                 if place.world_size > 1:
                     text = f"{rows.where} is a stream; {place.world_size} devices cannot divide it without repeats"
                     raise ValueError(f"{text}. Use one device (--trainer.devices 1), or streaming=False")
-                once = streams.StreamOnce(StreamReader(rows, resize, None, self.on_bad_image), at_once)
+                once = streams.StreamOnce(rows, at_once)
                 return make_loader(once, None, self._log(role), None, min(self.num_workers, 1))
             if "val" not in self.parts:
                 self.parts["val"] = streams.keep(rows, self.val_images)
@@ -316,14 +315,15 @@ class ImageDataModule(LightningDataModule):
             reader = cached_tokens(self.trainer, part, column, palette, resize, **made)
         return ImageBatches(reader, on_bad_image=self.on_bad_image, seed=self.seed, labels=labels, **options)
 
-    def _stream_part(self, role: str, need_labels: bool) -> StreamPart:
+    def _stream_part(self, role: str, need_labels: bool, resize: Resize, augment: Augment | None = None) -> StreamPart:
         assert self.division is not None
         matching_palette(self.trainer, self.opened, self.palette, cache=False)
         splits = self.division.splits
         fraction = self.val_fraction if "val" not in splits and role != "test" else 0.0
         # Hidden labels of a test split do not concern a prediction.
         labels, split = need_labels or role != "test", splits.get(role, splits["train"])
-        return streams.open_part(self.opened, split, need_labels, labels, fraction=fraction, held_out=role == "val")
+        rows = streams.open_part(self.opened, split, need_labels, labels, fraction, held_out=role == "val")
+        return StreamPart(*rows, need_labels, resize, augment, self.on_bad_image)
 
     def _log(self, role: str) -> readers.BadImages:
         n_images = None if role not in self.parts or self.opened.streaming else len(self.parts[role].dataset)

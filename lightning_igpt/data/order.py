@@ -23,12 +23,8 @@ class EndlessOrder(DistributedSampler[Draw]):
     Accumulated micro-batches and, within them, ranks take consecutive slices of a step, so neither changes the order.
     A stream, which decides itself what is read next, takes only the samples of passes of one step.
 
-    Args:
-        n_images: Number of rows.
-        batch_size: Rows per optimizer step, over all ranks and ``accumulate`` micro-batches.
-        n_steps: Optimizer steps in one iteration. The loop that resumes in the middle of one stops earlier.
-        first_step: Called whenever an iteration begins, which then starts at that step. Where it returns None,
-            iterations follow each other, or begin with the epoch that ``set_epoch`` names.
+    An iteration has ``n_steps`` steps of ``batch_size`` rows and begins at ``first_step()``; where that is None,
+    iterations follow each other, or begin with the epoch that ``set_epoch`` names.
     """
 
     def __init__(
@@ -82,10 +78,9 @@ class EndlessOrder(DistributedSampler[Draw]):
 
 
 class EvalOrder(DistributedSampler[list[Draw]]):
-    """Every row exactly once, in order, never padded with repeats; yields whole batches.
+    """Every row exactly once, in order, in batches of nearly equal size.
 
-    Each rank reads a contiguous share in batches of nearly equal size. All ranks have the same number of batches,
-    so that collective calls inside a step cannot hang.
+    All ranks have the same number of batches, so that collective calls inside a step cannot hang.
     """
 
     def __init__(self, n_images: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:

@@ -1,7 +1,4 @@
-"""From places in a part to whole batches: decoding, images that cannot be read, augmentation, labels.
-
-Not here: columns of tokens (``tokens.py``), streams (``streams.py``).
-"""
+"""From places in a part to whole batches: decoding, images that cannot be read, augmentation, labels."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -104,10 +101,7 @@ class ImageReader:
 
 
 class ImageBatches(Dataset[dict[str, Any]]):
-    """Indexed by a list of (place, sample) pairs; gives a finished batch.
-
-    ``replace``: where an image is left out, another one of the part is read, chosen by ``seed`` and place alone.
-    """
+    """Batches by lists of (place, sample); with ``replace`` another image of the part stands in for one left out."""
 
     def __init__(
         self,

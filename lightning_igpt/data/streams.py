@@ -51,17 +51,20 @@ def belongs(row: Mapping[str, Any], column: str, fraction: float, held_out: bool
 
 @dataclass(frozen=True)
 class StreamPart:
-    """Rows of one split of a stream."""
+    """Rows of one split of a stream, and how they become batches."""
 
     source: Source
     split: str
     rows: datasets.IterableDataset
-    own_names: Sequence[str] | None = None  # the classes as this split numbers them
-    need_labels: bool = True  # a label that is missing or no class is an error; else it is -1
+    own_names: Sequence[str] | None  # the classes as this split numbers them
+    need_labels: bool  # a label that is missing or no class is an error; else it is -1
+    resize: Resize
+    augment: Augment | None
+    on_bad_image: OnBadImage
 
-    def read(self, row: Mapping[str, Any], resize: Resize, sample: int) -> NDArray[Any] | BadImage:
+    def read(self, row: Mapping[str, Any], sample: int) -> NDArray[Any] | BadImage:
         """One row as a grid, uint8 (3, S, S) or int16 (1, S, S), or what is wrong with it."""
-        value = row[self.source.image_column]
+        value, resize = row[self.source.image_column], self.resize
         if self.source.tokens is not None:
             mine, mark = self.source.tokens.sha256, row.get(PALETTE_COLUMN)
             if isinstance(mark, str) and mark != mine:
@@ -106,26 +109,16 @@ class StreamPart:
         """Source and split, for messages."""
         return f"{self.source.name}, split {self.split!r}"
 
-
-@dataclass(frozen=True)
-class StreamReader:
-    """Turns rows into batches."""
-
-    part: StreamPart
-    resize: Resize
-    augment: Augment | None
-    on_bad_image: OnBadImage
-
     def batch(self, rows: Iterator[Mapping[str, Any]], samples: Sequence[int]) -> dict[str, Any]:
         """The next ``len(samples)`` rows that can be read; fewer where the rows end."""
         grids: list[NDArray[Any]] = []
         labels: list[int] = []
         bad: list[BadImage] = []
         while len(grids) < len(samples) and (row := next(rows, None)) is not None:
-            grid = self.part.read(row, self.resize, samples[len(grids)])
+            grid = self.read(row, samples[len(grids)])
             if not isinstance(grid, BadImage):
                 grids.append(grid)
-                labels.append(self.part.label(row) if self.part.source.label_column else -1)
+                labels.append(self.label(row) if self.source.label_column else -1)
                 continue
             bad.append(grid)
             if self.on_bad_image == "error":
@@ -135,20 +128,17 @@ class StreamReader:
                 raise BadImageError(f"{share} cannot be read; the last is {grid.place}: {grid.reason}")
         if not grids:
             return {}
-        classes = torch.tensor(labels, device="cpu") if self.part.source.label_column else None
+        classes = torch.tensor(labels, device="cpu") if self.source.label_column else None
         return make_batch(np.stack(grids), samples[: len(grids)], classes, bad, self.augment)
 
 
 class StreamBatches(Dataset[dict[str, Any]]):
-    """Endless batches of a stream, asked for by draws, whose samples alone count.
-
-    A map-style dataset, so that torch knows a length and gives the draws to the workers in turn.
-    """
+    """Endless batches of a stream, a map-style dataset, so that torch knows a length and deals draws out to workers."""
 
     def __init__(
-        self, reader: StreamReader, rank: int, world_size: int, seed: int, buffer: int, states: Sequence[str]
+        self, part: StreamPart, rank: int, world_size: int, seed: int, buffer: int, states: Sequence[str]
     ) -> None:
-        self.reader, self.rank, self.world_size, self.seed, self.buffer = reader, rank, world_size, seed, buffer
+        self.part, self.rank, self.world_size, self.seed, self.buffer = part, rank, world_size, seed, buffer
         self.states = states  # where each worker of this process begins, as STATE reports it
         self._rows: Iterator[Mapping[str, Any]] | None = None  # of each worker process its own
         self._place: dict[str, Any] = {}  # the pass of this worker, and the stream of that pass
@@ -161,8 +151,8 @@ class StreamBatches(Dataset[dict[str, Any]]):
         if self._rows is None:
             index, count = self.rank * n_workers + worker, self.world_size * n_workers
             seed, begin = self.seed * 1_000_003, json.loads(self.states[worker])
-            self._rows = _endless(self.reader.part, index, count, seed, self.buffer, begin, self._place)
-        batch = self.reader.batch(self._rows, [sample for _, sample in draws])
+            self._rows = _endless(self.part, index, count, seed, self.buffer, begin, self._place)
+        batch = self.part.batch(self._rows, [sample for _, sample in draws])
         state = {"pass": self._place["pass"], "stream": self._place["stream"].state_dict()}
         batch[STATE] = (worker, json.dumps(state))
         return batch
@@ -200,21 +190,21 @@ def _endless(
 class StreamOnce(torch.utils.data.IterableDataset[dict[str, Any]]):
     """Every row of a stream once, in its own order, for one process without workers or with one."""
 
-    def __init__(self, reader: StreamReader, batch_size: int) -> None:
-        self.reader, self.batch_size = reader, batch_size
+    def __init__(self, part: StreamPart, batch_size: int) -> None:
+        self.part, self.batch_size = part, batch_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows = iter(self.reader.part.rows)
+        rows = iter(self.part.rows)
         for start in itertools.count(0, self.batch_size):
-            batch = self.reader.batch(rows, range(start, start + self.batch_size))
+            batch = self.part.batch(rows, range(start, start + self.batch_size))
             if not batch:
                 return
             yield batch
 
 
 def open_part(
-    source: Source, split: str, need_labels: bool, with_labels: bool, *, fraction: float = 0.0, held_out: bool = False
-) -> StreamPart:
+    source: Source, split: str, need_labels: bool, with_labels: bool, fraction: float, *, held_out: bool
+) -> tuple[Source, str, datasets.IterableDataset, Sequence[str] | None]:
     """The rows of a split, or those of a hold-out of it, or the others, without the columns that nobody reads."""
     rows, own_names = source.splits[split], None
     assert isinstance(rows, datasets.IterableDataset)
@@ -230,7 +220,7 @@ def open_part(
     if fraction > 0:
         options = {"column": source.image_column, "fraction": fraction, "held_out": held_out, "remote": source.remote}
         rows = rows.filter(belongs, fn_kwargs=options)
-    return StreamPart(source, split, rows, own_names, need_labels)
+    return source, split, rows, own_names
 
 
 def n_readers(part: StreamPart, num_workers: int, world_size: int) -> int:

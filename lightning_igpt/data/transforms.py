@@ -80,14 +80,9 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class PadCropFlip:
-    """The paper's fine-tuning augmentation for CIFAR: pad by reflection, cut, maybe mirror left to right.
+    """The paper's fine-tuning augmentation for CIFAR: pad by reflection, cut anywhere, mirror half of the images.
 
-    All cuts are equally likely, half of the images are mirrored.
-
-    Args:
-        pad: Pixels added on every side; below S.
-        flip: Whether to mirror.
-        seed: Any integer; the draws differ from those of masks with this seed and the same numbers.
+    ``pad`` pixels, below S, are added on every side. The draws differ from those of masks with the same seed.
     """
 
     pad: int = 4

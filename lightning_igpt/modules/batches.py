@@ -38,10 +38,7 @@ class Batch(NamedTuple):
 
 
 def read_batch(batch: Any, palette: Palette, config: ImageGPTConfig, keys: Keys = None) -> Batch:
-    """Tokens, labels and sample numbers of a batch; TypeError or ValueError says what of it cannot be read.
-
-    ``keys`` says where a batch has its image, label, sample or tokens: under which name, or in which place.
-    """
+    """A batch by ``keys``, its names or places; TypeError or ValueError says what of it cannot be read."""
     parts = _parts(batch, keys or {})
     labels, samples, names = parts.get("label"), parts.get("sample"), parts.get("names", ())
     if "tokens" in parts:
@@ -99,10 +96,9 @@ def _parts(batch: Any, keys: Mapping[str, str | int]) -> dict[str, Any]:
 
 
 def need_labels(batch: Batch, num_classes: int, places: Tensor | None = None, *, soft: bool = False) -> Tensor:
-    """The labels of a batch, int64 (B,); ValueError where there are none, or one is outside 0 .. num_classes - 1.
+    """The labels of a batch, int64 (B,); with ``soft`` also probabilities, float32 (B, C); ValueError for others.
 
-    ``places`` are the classes that the data's labels stand for, int64 (data's classes,). With ``soft``, probabilities
-    are labels too, as MixUp gives them: float32 (B, num_classes).
+    ``places`` are the classes that the data's labels stand for, int64 (data's classes,).
     """
     labels = batch.labels
     if not num_classes:
@@ -151,10 +147,9 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def masks_for(module: Any, batch: Batch, batch_idx: int, count: int = 1) -> list[Tensor | None]:
-    """``count`` of BERT's masks, bool (B, T), by sample numbers; one that hides nothing without ``mask_inputs``.
+    """``count`` of BERT's masks, bool (B, T), by sample numbers; ``[None]`` for autoregressive networks.
 
-    ``[None]`` for autoregressive networks. The paper hides pixels in evaluation too, and lets five masks vote (section
-    4.6).
+    The paper hides pixels in evaluation too, and lets five masks vote (section 4.6).
     """
     if module.config.objective == "autoregressive":
         return [None]

@@ -22,10 +22,7 @@ EPS = 1e-6  # added to the variance, as in the probes of MAE
 
 
 class RunningScale(nn.Module):
-    """Batch normalization of each feature of each layer, without gain and bias, over all processes.
-
-    Evaluation scales by the means of the statistics over all training batches, since frozen features do not drift.
-    """
+    """Batch normalization of each feature over all processes; evaluation takes the means over all training batches."""
 
     mean: Tensor
     variance: Tensor
@@ -137,10 +134,7 @@ class ConcatHead(nn.Module):
 
     @property
     def places(self) -> list[int]:
-        """Places in ``layers`` of the ``count`` layers nearest in depth to the center, from shallow to deep.
-
-        At the ends the window is moved, not cut: of layers 0 to 12, five around 11 are 8 to 12.
-        """
+        """Places in ``layers`` of the ``count`` nearest in depth to the center; at the ends the window is moved."""
         by_depth = sorted(range(len(self.layers)), key=self.layers.__getitem__)
         start = by_depth.index(int(self.center)) - self.count // 2
         start = min(max(0, start), len(self.layers) - self.count)
@@ -163,10 +157,7 @@ class ConcatHead(nn.Module):
 
 
 def vote(logits: Tensor, samples: Tensor, *, seed: int) -> Tensor:
-    """The classes that most masks of float ``logits`` (M, B, n, C) name, for each of n classifiers, int64 (B, n).
-
-    The paper, section 4.6. Sample numbers, int64 (B,), and ``seed`` decide ties.
-    """
+    """The class that most masks of ``logits`` (M, B, n, C) name, int64 (B, n); samples and ``seed`` decide ties."""
     votes = logits.argmax(-1)  # (M, B, n)
     if len(votes) == 1:
         return votes[0]
@@ -258,12 +249,9 @@ def adopt_class_names(module: Any) -> None:
 
 
 def match_classes(module: Any) -> None:
-    """Match the data's classes with those that a module was trained on, by name; for each start of training and test.
+    """Match the data's classes by name with those of training; ValueError where the module was not trained on one.
 
     ``label_places`` becomes the class of each of the data's labels, None where they are the same.
-
-    Raises:
-        ValueError: The data has a class that the module was not trained on.
     """
     trainer, module.label_places = trainer_of(module), None
     if trainer is None or trainer.predicting or (names := classes_of_data(trainer)[1]) is None:

@@ -18,10 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class FeatureStore:
-    """Rows of features that grow by batches and are read by columns, one layer at a time.
-
-    Beyond ``max_bytes`` they move from memory to temporary files without names, in TMPDIR.
-    """
+    """Rows of features, read by columns; beyond ``max_bytes`` they move to temporary files without names, in TMPDIR."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -116,11 +113,7 @@ def fit_heads(
     device: torch.device,
     world_size: int = 1,
 ) -> list[Head]:
-    """Fit a classifier to each group of columns, concatenated, on all processes' rows; every process fits all.
-
-    Rows count once each, in the order of their numbers, whatever the number of processes; ValueError where all have
-    the same label.
-    """
+    """Fit a classifier to each group of columns, concatenated, on all processes' rows, which count once each."""
     labels, numbers = (_gather(rows.to(device), world_size) for rows in (store.labels, store.numbers))
     _, first = np.unique(numbers.cpu().numpy(), return_index=True)
     order = torch.from_numpy(first).to(device)
