@@ -1,7 +1,7 @@
-"""Checkpoint files that are whole or absent, and the choice of the one that an interrupted run continues from.
+"""Checkpoint files that are whole or absent, and the choice of the checkpoint that an interrupted run continues from.
 
-Lightning 2.6 writes a checkpoint to the folder for temporary files and moves it from there. Where that folder is on
-another file system, a kill during the move destroys the previous checkpoint too.
+Lightning 2.6 writes to the folder for temporary files and moves the file from there: where that is on another file
+system, a kill during the move destroys the previous checkpoint too.
 """
 
 import errno

@@ -1,7 +1,6 @@
 """One step of cached sampling: the network processes the prompt, a lighter form of it one pixel at a time.
 
-A step reads all weights and the whole cache and computes little with them. So its time depends on the bytes it reads
-(16 bits per value instead of 32, or 8 per weight) and on the number of operations.
+A step reads all weights and the whole cache and computes little with them, so its time depends on the bytes it reads.
 """
 
 import logging

@@ -40,7 +40,6 @@ class BadImageError(ValueError):
 def decode(
     value: Any,
     *,
-    max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = WHITE,
     mode: str | None = None,
     remote: bool = False,
@@ -52,7 +51,6 @@ def decode(
     Args:
         value: A row's ``{"bytes": ..., "path": ...}`` as ``datasets.Image(decode=False)`` returns it, a PIL image, the
             bytes of a file, or its path or address.
-        max_pixels: Largest accepted width times height.
         background: Color behind transparent pixels, (R, G, B) in 0..255.
         mode: Pillow's mode that ``datasets.Image(mode=...)`` asks for; the image is converted to it first.
         remote: Whether a path may be an address on the network.
@@ -64,9 +62,9 @@ def decode(
         value = fetch(value, remote=remote)
         image = value if isinstance(value, Image.Image) else _open(value)
         width, height = image.size
-        if width * height > max_pixels:
+        if width * height > MAX_PIXELS:
             text = f"the image has {width} x {height} = {width * height:,} pixels"
-            raise BadImageError(f"{text}, more than the limit of {max_pixels:,}; shrink or remove it")
+            raise BadImageError(f"{text}, more than the limit of {MAX_PIXELS:,}; shrink or remove it")
         tags = getattr(image, "tag_v2", {})
         bits, planes = tags.get(ExifTags.Base.BitsPerSample, ()), tags.get(ExifTags.Base.PlanarConfiguration)
         if planes == 2 and len(bits) > 1 and max(bits) > 8:  # Pillow would read them as 8 bits

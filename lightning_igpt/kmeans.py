@@ -1,9 +1,7 @@
 """Fit a palette to images: k-means on the histogram of their 24-bit colors, by scikit-learn.
 
-The histogram makes the result independent of the order, batching and number of images that hold the same pixels.
-
-Source: Chen et al., "Generative Pretraining from Pixels" (ICML 2020), section 3.2: k-means with k = 512 on RGB values.
-The paper says nothing about initialization or sample; those are this project's.
+The histogram makes the result independent of order and batching. Source: Chen et al., "Generative Pretraining from
+Pixels" (ICML 2020), section 3.2: k-means with k = 512 on RGB values; initialization and sample are this project's.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,4 @@
-"""The paper's optimizer and schedule (sections 3.4 and A.1): Adam, linear warm-up, cosine to zero.
-
-Not in the paper: layer-wise decay of the learning rate for fine-tuning; Muon for the matrices.
-"""
+"""Adam, warm-up and cosine as in the paper (sections 3.4 and A.1); not in it are layer-wise decay and Muon."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -261,13 +261,11 @@ class PaletteTransform:
         image_column: Column of images. Each is a PIL image, ``{"bytes", "path"}`` as ``Image(decode=False)`` returns
             it, the bytes of an image file, a path, or a uint8 array (H,W) or (H,W,3).
         size: Side of the images in pixels, at least 1; others are cropped to their center square and resized.
-        tokens_column: Name of the new column of ids.
     """
 
     palette: Palette
     image_column: str = "image"
     size: int = 32
-    tokens_column: str = "tokens"
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -284,7 +282,7 @@ class PaletteTransform:
             BadImageError, TypeError: An image cannot be used; the message names its position and path.
             ValueError: The image column is missing, or the batch is already tokenized.
         """
-        if taken := {self.tokens_column, PALETTE_COLUMN} & set(batch):
+        if taken := {"tokens", PALETTE_COLUMN} & set(batch):
             raise ValueError(f"the batch already has the columns {sorted(taken)}; rename them or omit this transform")
         if self.image_column not in batch:
             raise ValueError(f"there is no image column {self.image_column!r}; the batch has {list(batch)}")
@@ -296,7 +294,7 @@ class PaletteTransform:
         for place, value in enumerate(images):
             pixels[place] = np.asarray(resize_center_crop(decode_form(value, f"image {place} of the batch"), self.size))
         tokens = quantize_in_one_thread(self.palette, pixels.transpose(0, 3, 1, 2)).view(np.uint16)
-        columns = {self.tokens_column: tokens, PALETTE_COLUMN: [self.palette.sha256] * len(pixels)}
+        columns = {"tokens": tokens, PALETTE_COLUMN: [self.palette.sha256] * len(pixels)}
         if not isinstance(batch, dict):
             return columns
         del batch[self.image_column]

@@ -1,8 +1,4 @@
-"""Every picture that the package draws, in one style: images in grids, maps of surprise, colors of a palette, curves.
-
-Pixel pictures are uint8 tensors (3,h,w) that :func:`save_png` writes; curves are matplotlib figures, drawn once for
-light pages and once for dark ones.
-"""
+"""Every picture that the package draws, in one style: uint8 tensors (3,h,w), and matplotlib figures, light and dark."""
 
 from __future__ import annotations
 

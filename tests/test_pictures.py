@@ -14,7 +14,6 @@ from lightning_igpt.pictures import (
     image_grid,
     plot_curves,
     save_png,
-    stack,
     surprise_bar,
     surprise_colors,
     surprise_limit,
@@ -108,14 +107,6 @@ def test_the_legend_of_surprise_has_its_marks_in_place():
     assert torch.equal(bar[:, 0, margin : margin + 256], surprise_colors().T)
     marks = (bar[:, 10] == 0).all(0).nonzero().flatten() - margin
     assert marks.tolist() == [0, round(0.5 * 255), 255]
-
-
-def test_stacked_parts_are_flush_left_on_white():
-    one, two = torch.zeros(3, 2, 4, dtype=torch.uint8), torch.full((3, 1, 6), 9, dtype=torch.uint8)
-    stacked = stack([one, two])
-    assert stacked.shape == (3, 3, 6)
-    assert torch.equal(stacked[:, :2, :4], one) and torch.equal(stacked[:, 2:], two)
-    assert (stacked[:, :2, 4:] == 255).all()
 
 
 def contrast(one, other):

@@ -177,10 +177,9 @@ def _read_name(name: str) -> tuple[set[str], str]:
 
 
 def splits_of(names: Collection[str], folder: Path, loose: Collection[str] = ()) -> dict[str, str]:
-    """Which split each folder's name means; empty where they are not names of splits.
+    """Which split each folder's name means (``training_set``, ``val2017``); empty where they are not names of splits.
 
-    A name is a split's where it holds one of ``SPLIT_NAMES`` and no words of its own (``training_set``, ``val2017``),
-    or where another one differs from it in that word only (``seg_train``, ``seg_test``).
+    ``seg_train`` and ``seg_test`` are such names because they differ in that word only.
     """
     read = {name: (min(found), rest) for name in names for found, rest in [_read_name(name)] if len(found) == 1}
     groups = defaultdict(set)
@@ -202,7 +201,7 @@ def splits_of(names: Collection[str], folder: Path, loose: Collection[str] = ())
 
 
 def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """Files below ``folder`` with one of ``suffixes``, relative to it and sorted; hidden ones are left out.
+    """Visible files below ``folder`` with one of ``suffixes``, relative and sorted.
 
     Links are followed, but no folder is read twice, so a link to a parent folder does not multiply the files.
     """

@@ -133,10 +133,9 @@ def possible_batch_size(wanted: int, n_images: int, place: Place) -> int:
 
 
 def n_steps(trainer: Trainer | None, per_pass: int | None, source: str) -> int:
-    """Optimizer steps in one Lightning epoch.
+    """Optimizer steps in one Lightning epoch: the whole run with ``max_steps`` and no ``max_epochs``, else one pass.
 
-    With ``max_steps`` and no ``max_epochs`` it is the whole run: Lightning resumes in the middle of an epoch exactly,
-    but not at the end of one when ``max_steps`` is set. Otherwise it is one pass over the data.
+    Lightning resumes in the middle of an epoch exactly, but not at the end of one when ``max_steps`` is set.
     """
     if trainer is None:
         return per_pass or 2**31

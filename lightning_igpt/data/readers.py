@@ -38,10 +38,7 @@ class BadImage(NamedTuple):
 
 
 class BadImages:
-    """The images left out so far, each once: at most ``max_share`` of ``n_images``.
-
-    Where the number of all is unknown, ``n_images`` is None and a share of those read counts, of 1,000 or more.
-    """
+    """The images left out so far, each once: at most ``max_share`` of ``n_images``; of unknown numbers, of those read."""
 
     def __init__(self, max_share: float, n_images: int | None = None) -> None:
         self.max_share, self.n_images = max_share, n_images

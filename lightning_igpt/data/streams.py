@@ -1,7 +1,6 @@
 """Streams: rows that arrive in their own order, shuffled, shared and resumed as ``datasets`` does it.
 
-Each worker of each device reads shards of its own, shuffled again in every pass, through a shuffle buffer. A resumed
-reader continues at the shard and row that ``datasets`` reports; the rows that were in its buffer are skipped.
+A resumed reader continues at the shard and row that ``datasets`` reports, and skips the rows that its buffer held.
 """
 
 import itertools

@@ -1,6 +1,5 @@
 """Datasets of palette ids: made once from images by ``Dataset.map``, stored as Arrow, read without a copy.
 
-The column ``tokens`` holds a picture's ids, ``crc32`` their checksum; ``palette`` names the colors by their SHA-256.
 ``tokenize`` makes them for users, ``cached_tokens`` for ``cache=disk``, both in the cache of ``datasets``.
 """
 

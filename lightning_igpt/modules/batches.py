@@ -1,8 +1,7 @@
 """What a batch may contain, and the masks of its samples.
 
 A batch is a mapping with ``image`` (and ``label``) or other names in ``NAMES``, an ``(image, label)`` pair, images
-alone, or a mapping with ``tokens``, whose ``palette`` is checked if present. Images are uint8 (B, 3, S, S), other
-integers from 0 to 255, or floats in [0, 1], which are rounded to bytes.
+alone, or a mapping with ``tokens``. Images are uint8 (B, 3, S, S), other integers from 0 to 255, or floats in [0, 1].
 """
 
 import warnings

@@ -1,7 +1,4 @@
-"""What a resumed run restores beyond Lightning's own state: random numbers, and the recipe's rates and schedule.
-
-Exact for checkpoints written between two optimizer steps. The order of the images is the data module's concern.
-"""
+"""What a resumed run restores beyond Lightning's own state: random numbers, and the recipe's rates and schedule."""
 
 import logging
 import math
@@ -150,8 +147,7 @@ def _draws(module: Any) -> bool:
 def _keep_rates(module: Any, checkpoint: Mapping[str, Any]) -> None:
     """Let a resumed run train with the module's learning rate, betas and weight decay, not the checkpoint's.
 
-    Groups that this package made note their scale of the rate (layer-wise decay) and whether they are decayed. Those
-    that did not start from the checkpoint's hyperparameters are of a user's ``configure_optimizers``, and stay.
+    Groups that did not start from the checkpoint's hyperparameters are of a user's ``configure_optimizers``, and stay.
     """
     rates: list[float] = []
     saved = {"lr": math.nan, "weight_decay": math.nan, "betas": ()} | checkpoint.get("hyper_parameters", {})
@@ -204,11 +200,7 @@ def count_micro_batches(module: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def _forget_foreign_files(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Drop the state of a ModelCheckpoint that names files outside of its folder.
-
-    ModelCheckpoint removes its older files, and Lightning 2.6 would remove any file that a checkpoint names by an
-    address such as ``local://``. A run that resumes in another folder keeps none of this state anyway.
-    """
+    """Drop the state of a ModelCheckpoint that names files outside of its folder, which Lightning 2.6 would remove."""
     states = checkpoint.get("callbacks") or {}
     for callback in trainer.checkpoint_callbacks:
         state, inside = states.get(callback.state_key) or {}, f"{getattr(callback, 'dirpath', None)}{os.sep}"

@@ -299,16 +299,11 @@ def test_hyperparameters_are_plain_values(tmp_path):
     assert (again.batch_size, again.pad) == (9, 2)
 
 
-@pytest.mark.parametrize("cls", ALL)
-def test_the_command_line_builds_it(cls):
+def test_a_source_in_a_recipe_is_text():
+    """A class there would let a file import any module."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(ImageDataModule, "data")
-    name = f"lightning_igpt.data.{cls.__name__}"
-    config = parser.parse_args(
-        [f"--data={name}", "--data.init_args.source=owner/name", "--data.init_args.batch_size=7"]
-    )
-    data = parser.instantiate(config).data
-    assert type(data) is cls and (data.source, data.batch_size, data.cache) == ("owner/name", 7, "none")
-    # A source is a string there: a class would let a config file import any module.
+    name = ["--data=lightning_igpt.data.PretrainDataModule"]
+    assert parser.parse_args([*name, "--data.init_args.source=owner/name"]).data.init_args.source == "owner/name"
     with pytest.raises(Exception, match=r"source"):
-        parser.parse_args([f"--data={name}", '--data.init_args.source={"class_path": "pdb.Pdb"}'])
+        parser.parse_args([*name, '--data.init_args.source={"class_path": "pdb.Pdb"}'])

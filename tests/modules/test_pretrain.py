@@ -107,21 +107,8 @@ def test_pretrained_starts_from_the_weights_and_palette(tmp_path):
 
 
 def test_palette_and_network_must_agree():
-    with pytest.raises(ValueError, match=r"palette has 16 colors but the network's vocab_size is 512"):
+    with pytest.raises(ValueError, match=r"palette has 16 colors but vocab_size is 512"):
         PretrainModule("igpt_tiny", "gray:16")
-
-
-def test_resuming_with_another_palette_or_network_is_refused(tmp_path):
-    trainer = quiet_trainer(tmp_path, max_steps=1)
-    trainer.fit(module(), loader())
-    path = trainer.checkpoint_callback.best_model_path
-    permuted = Palette(Palette.load("gray:8").colors.flip(0))  # the same colours under other numbers
-    for other, message in [
-        (PretrainModule(TINY, permuted), "uses the palette"),
-        (PretrainModule({**TINY.to_dict(), "n_layer": 3}, "gray:8"), "n_layer 2"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            quiet_trainer(tmp_path, max_steps=2).fit(other, loader(), ckpt_path=path)
 
 
 @pytest.mark.parametrize("config", [TINY, BERT])
