@@ -38,10 +38,8 @@ def fit_logistic(
 
     The objective is scikit-learn's: mean cross-entropy + |weight|^2 / (2 c N); the bias is not penalized. It stops
     when no entry of the gradient exceeds ``tolerance``. ``standardize`` scales each feature to mean 0 and variance 1
-    first; weight and bias include the scaling. ValueError where features are not finite, or labels are not int64 (N,)
-    from 0 to C - 1.
+    first; weight and bias include the scaling. Labels are int64 (N,); ValueError where features are not finite.
     """
-    _check(features, labels, num_classes, [c])
     features, mean, scale = _scaled(features, standardize)
     start = features.new_zeros(num_classes, features.shape[1] + 1)
     weight, bias = _parts(_minimize(features, labels, start, c=c, max_iter=max_iter, tolerance=tolerance))
@@ -65,7 +63,6 @@ def choose_c(
 
     With too few rows ``usable_grid`` leaves one value. The other arguments and errors are those of fit_logistic.
     """
-    _check(features, labels, num_classes, grid)
     grid = usable_grid(grid, len(features))
     if len(grid) == 1:
         return grid[0]
@@ -82,20 +79,6 @@ def choose_c(
         if correct > most_correct:
             best, most_correct = c, correct
     return best
-
-
-def _check(features: Tensor, labels: Tensor, num_classes: int, grid: Sequence[float]) -> None:
-    if not grid or not all(0 < c < math.inf for c in grid):
-        raise ValueError(f"c is {list(grid)}; it must be one or more numbers above 0")
-    if features.ndim != 2 or not features.numel():
-        raise ValueError(f"features must be (N, D) with rows and columns; got {tuple(features.shape)}")
-    if labels.shape != features.shape[:1]:
-        raise ValueError(f"labels {tuple(labels.shape)} for features {tuple(features.shape)}; each row needs one")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64; got {labels.dtype}")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"labels run from {low} to {high}, but there are {num_classes} classes from 0 on")
 
 
 def usable_grid(grid: Sequence[float], n_rows: int) -> Sequence[float]:

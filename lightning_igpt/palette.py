@@ -254,13 +254,9 @@ def check_images(images: object) -> None:
 class PaletteTransform:
     """Batches of images to palette ids, for ``with_transform``, ``set_transform`` and ``map(batched=True)``.
 
+    Each image is a PIL image, ``{"bytes", "path"}`` as ``Image(decode=False)`` returns it, the bytes of an image file,
+    a path, or a uint8 array (H,W) or (H,W,3); its center square is resized to ``size`` pixels a side, at least 1.
     Equal transforms have equal pickles, by which the cache of ``map`` recognizes them.
-
-    Args:
-        palette: Quantizes the pixels.
-        image_column: Column of images. Each is a PIL image, ``{"bytes", "path"}`` as ``Image(decode=False)`` returns
-            it, the bytes of an image file, a path, or a uint8 array (H,W) or (H,W,3).
-        size: Side of the images in pixels, at least 1; others are cropped to their center square and resized.
     """
 
     palette: Palette
@@ -277,10 +273,7 @@ class PaletteTransform:
         A ``dict`` (from ``with_transform`` and streams) is changed in place and returned: the new columns replace the
         images. For any other mapping (from ``Dataset.map``) only the new columns are returned, which ``map`` adds:
         ``tokens``, uint16 array (B, size * size) in raster order; ``palette``, for each row the palette's SHA-256.
-
-        Raises:
-            BadImageError, TypeError: An image cannot be used; the message names its position and path.
-            ValueError: The image column is missing, or the batch is already tokenized.
+        BadImageError, TypeError or ValueError name the image or the column that cannot be used.
         """
         if taken := {"tokens", PALETTE_COLUMN} & set(batch):
             raise ValueError(f"the batch already has the columns {sorted(taken)}; rename them or omit this transform")

@@ -31,13 +31,11 @@ class ImageDataModule(LightningDataModule):
 
     Every batch is ``{"image": uint8 (B, 3, S, S), "sample": int64 (B,), "label": int64 (B,)}``; ``sample`` numbers
     the draws of a run in training and the rows in evaluation, ``label`` is there when the source has labels. Sources
-    of tokens, and ``cache="disk"``, give ``tokens`` int16 (B, S * S) instead of ``image``.
+    of tokens, and ``cache="disk"``, give ``tokens`` int16 (B, S * S) instead of ``image``. After ``setup`` there are
+    ``num_classes`` and ``class_names`` (None without labels), ``batches_per_epoch``, and ``bad_images`` left out.
 
     Options can be set later, as attributes: new loaders use them, and ``hparams`` has them. Those that decide which
     rows there are (source, splits, columns, ``seed``, ``val_fraction``) need another ``setup``, as ``fit`` calls it.
-
-    After ``setup``, ``num_classes`` and ``class_names`` (None without labels) and ``batches_per_epoch`` tell modules
-    what they train on; ``bad_images`` says which images were left out.
 
     Args:
         source: "digits" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, or of
@@ -47,8 +45,8 @@ class ImageDataModule(LightningDataModule):
         image_size: Side S of the square images in pixels. Default: the network's, or 32 without a network.
         batch_size: Images per optimizer step, over all devices and accumulated micro-batches together.
         num_workers: Processes that read and decode; 0 reads in the main process.
-        seed: Decides the order, the hold-out, crops and augmentation. A run that resumes with another seed continues
-            with that seed's, after a warning of ``RunRecord``: its hold-out has images that the run was trained on.
+        seed: Seed of the order, the hold-out, crops and augmentation. With another seed, of which ``RunRecord`` warns,
+            a resumed run validates on images that it was trained on.
         val_fraction: Share of the training split held out where the source has no validation split; 0 holds out none.
         config_name: Configuration of a hub dataset that has several.
         revision: Branch, tag or commit of a hub dataset.
@@ -62,7 +60,7 @@ class ImageDataModule(LightningDataModule):
         shuffle_buffer: Streams: rows of the shuffle buffer; every worker holds one, undecoded.
         val_images: Streams: images to validate on, read once and held in memory undecoded.
         cache: disk keeps tokens of all images, 2 S^2 bytes each, in the cache of datasets, for all runs with the same
-            images, size and palette. none keeps nothing, and auto and memory, of earlier versions, mean the same.
+            images, size and palette. none, like auto and memory of earlier versions, keeps nothing.
         palette: Of a token cache; as for the modules. Default: the network's.
         on_bad_image: What to do with an image that cannot be read: error stops the run and names it; skip leaves it
             out, trains on another one instead, and lists it in bad_images.csv.

@@ -38,7 +38,7 @@ class BadImage(NamedTuple):
 
 
 class BadImages:
-    """The images left out so far, each once: at most ``max_share`` of ``n_images``; of unknown numbers, of those read."""
+    """The images left out so far, each once: at most ``max_share`` of ``n_images``, or of those read where None."""
 
     def __init__(self, max_share: float, n_images: int | None = None) -> None:
         self.max_share, self.n_images = max_share, n_images

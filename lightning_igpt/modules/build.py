@@ -91,7 +91,7 @@ class IGPTModule(LightningModule):
     batches_seen = 0
 
     def register(self, built: Built, *names: str, keys: Keys, **others: Any) -> None:
-        """Attach network and palette; keep attributes and values as hyperparameters, in place of the weights' source."""
+        """Attach network and palette; keep attributes and values as hyperparameters, so that checkpoints open alone."""
         self.metrics: dict[int, dict[str, Any]] = {}  # of each loader in the evaluation that runs
         self.batch_keys = check_keys(keys)
         self.network, self.palette, self.origin, self.origin_path = built

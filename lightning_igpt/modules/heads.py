@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.metric import jit_distributed_available
 
 from lightning_igpt.modules.build import check_settings
 from lightning_igpt.modules.resume import own_data, trainer_of
@@ -37,7 +38,7 @@ class RunningScale(nn.Module):
         flat = features.reshape(-1, len(self.mean))
         mean, variance = self.mean.float(), self.variance.float()
         rows = 0 if batches is None else len(flat)
-        if rows and _are_several():  # else the device need not be asked
+        if rows and jit_distributed_available():  # else the device need not be asked
             rows = int(_of_all_processes(torch.tensor(rows, device=flat.device)))
         if batches is not None and rows > 1:  # a single row has no variance
             mean = _of_all_processes(flat.sum(0)) / rows
@@ -50,13 +51,9 @@ class RunningScale(nn.Module):
 
 def _of_all_processes(value: Tensor) -> Tensor:
     """The sum over all processes, in place; all must call it together."""
-    if _are_several():
+    if jit_distributed_available():
         torch.distributed.all_reduce(value)
     return value
-
-
-def _are_several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Correct(Metric):

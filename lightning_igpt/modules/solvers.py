@@ -27,22 +27,12 @@ class FeatureStore:
         self.close()
 
     def __len__(self) -> int:
-        return sum(map(len, self._labels))
-
-    @property
-    def labels(self) -> Tensor:
-        """The labels of all rows, int64 (N,)."""
-        return torch.cat(self._labels)
-
-    @property
-    def numbers(self) -> Tensor:
-        """The sample numbers of all rows, int64 (N,)."""
-        return torch.cat(self._numbers)
+        return sum(map(len, self.labels))
 
     def add(self, features: Tensor, labels: Tensor, numbers: Tensor) -> None:
         """Append rows: float features (B, K, D) for K columns, kept as float32; labels and numbers, int64 (B,)."""
-        self._labels.append(labels.cpu())
-        self._numbers.append(numbers.cpu())
+        self.labels.append(labels.cpu())
+        self.numbers.append(numbers.cpu())
         columns = features.detach().float().cpu().transpose(0, 1).contiguous()  # (K, B, D)
         self._width = columns.shape[-1]
         if not self._columns:
@@ -66,8 +56,8 @@ class FeatureStore:
         """Forget all rows and free memory and files; columns in use stay valid."""
         for file in self._columns:
             file.close()
-        self._labels: list[Tensor] = []
-        self._numbers: list[Tensor] = []
+        self.labels: list[Tensor] = []  # and sample numbers, int64 (B,) each
+        self.numbers: list[Tensor] = []
         self._columns = []
 
 
@@ -130,7 +120,7 @@ class Lbfgs:
         probe.scores.put("c", [c], together)
         probe.log("probe/concat/c", c, sync_dist=True)
         for loader, kept in self.validation.items():
-            labels, samples = kept.labels.to(device), kept.numbers.to(device)  # (N,)
+            labels, samples = torch.cat(kept.labels).to(device), torch.cat(kept.numbers).to(device)  # (N,)
             logits = head(lambda place, kept=kept: kept.column(place).to(device))  # (N * M, C)
             logits = logits.unflatten(0, (len(labels), -1)).transpose(0, 1).unsqueeze(2)  # (M, N, 1, C)
             counts[loader].update(vote(logits, samples, seed=probe.seed), labels, first=together)
@@ -168,7 +158,7 @@ class Lbfgs:
 
         # A line search is lost in bfloat16, and in validation Lightning forbids gradients.
         with torch.autocast(probe.device.type, enabled=False), torch.inference_mode(False):
-            labels, numbers, fitted = gather(store.labels), gather(store.numbers), []
+            labels, numbers, fitted = gather(torch.cat(store.labels)), gather(torch.cat(store.numbers)), []
             order = torch.from_numpy(np.unique(numbers.cpu().numpy(), return_index=True)[1]).to(probe.device)
             if more := len(numbers) - len(order):
                 log.warning("%d of %d training images came before and are left out", more, len(numbers))
