@@ -99,7 +99,7 @@ def fetch(value: Any, *, remote: bool = False) -> Any:
     try:
         if "://" not in path or path.startswith("file:///"):
             file = Path(os.fsdecode(unquote_to_bytes(path.removeprefix("file://"))) if "://" in path else path)
-            if not stat.S_ISREG(file.stat().st_mode):  # reading from a pipe or a device would wait, maybe for ever
+            if not stat.S_ISREG(file.stat().st_mode):  # reading from a pipe or a device could block forever
                 raise BadImageError("this is a folder, a pipe or a device, not a regular file")
             return {"bytes": file.read_bytes(), "path": path}
         protocols = {link.partition("://")[0] for link in path.split("::") if "://" in link}

@@ -298,7 +298,7 @@ class PaletteTransform:
 def quantize_in_one_thread(palette: Palette, pixels: NDArray[np.uint8]) -> NDArray[np.int16]:
     """The ids (B, H*W) of uint8 pixels (B,3,H,W), part by part, in a process that ``map`` may have forked.
 
-    OpenMP's thread pool does not survive a fork: a parallel loop in the child would wait forever for threads that only
+    OpenMP's thread pool does not survive a fork: a parallel loop in the child would block on threads that only
     the parent has.
     """
     threads = torch.get_num_threads()

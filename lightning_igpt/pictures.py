@@ -123,7 +123,7 @@ def surprise_colors() -> Tensor:
 
 
 def surprise_limit(nats: Tensor, n_colors: int) -> float:
-    """Where the scale of ``nats`` ends: beyond a uniform guess, with one in a hundred of the pixels above it."""
+    """Where the scale of ``nats`` ends: beyond a uniform guess, with 1 % of the pixels above it."""
     return max(1.25 * math.log(n_colors), float(np.quantile(nats.cpu().numpy(), 0.99)))
 
 

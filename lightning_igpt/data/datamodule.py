@@ -291,7 +291,7 @@ class ImageDataModule(LightningDataModule):
         return None
 
     def _images(self, role: str, resize: Resize, need_labels: bool, labels: Any = None, **options: Any) -> ImageBatches:
-        """A stored part as batches; labels that nobody needs may be absent or unusable."""
+        """A stored part as batches; labels that are not needed may be absent or unusable."""
         part, source = self.parts[role], self.opened
         if labels is None and not source.streaming:
             try:

@@ -1,4 +1,4 @@
-"""Labelled images to fine-tune on."""
+"""Labeled images to fine-tune on."""
 
 from typing import Any
 

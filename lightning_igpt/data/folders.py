@@ -43,7 +43,7 @@ class DamagedDataError(ValueError):
 
 
 def check_files(files: Sequence[str]) -> None:
-    """Raise DamagedDataError where a file of Arrow's stream format ends early, which pyarrow takes for its end."""
+    """Raise DamagedDataError where a file of Arrow's stream format ends early, which pyarrow does not report."""
     for file in files:
         with pa.memory_map(file) as data:
             for _ in pa.ipc.open_stream(data):
@@ -136,12 +136,12 @@ def _open_tables(path: Path, files: list[Path], name: str | None, streaming: boo
         splits = {file: shard[1] for file, shard in zip(files, shards, strict=True) if shard}
     else:
         words = {file: _read_name(file.with_suffix("").as_posix())[0] for file in files}
-        others = [file for file, found in words.items() if len(found) != 1]
+        others = [file for file, named in words.items() if len(named) != 1]
         if others and set().union(*words.values()) - {"train"}:
             text = f"{shown(path)} has files named after splits ({_listed(words.keys() - set(others)) or 'none'})"
             cure = "name every file after its split, as train-0.parquet, or move it away"
             raise ValueError(f"{text} and others ({_listed(others)}); {cure}")
-        splits = {file: min(found, default="train") for file, found in words.items()}
+        splits = {file: min(named, default="train") for file, named in words.items()}
     data_files: dict[str, list[str]] = defaultdict(list)
     for file, split in splits.items():
         data_files[split].append(_literal(path / file))
@@ -181,7 +181,7 @@ def splits_of(names: Collection[str], folder: Path, loose: Collection[str] = ())
 
     ``seg_train`` and ``seg_test`` are such names because they differ in that word only.
     """
-    read = {name: (min(found), rest) for name in names for found, rest in [_read_name(name)] if len(found) == 1}
+    read = {name: (min(named), rest) for name in names for named, rest in [_read_name(name)] if len(named) == 1}
     groups = defaultdict(set)
     for split, rest in read.values():
         groups[rest].add(split)
@@ -244,7 +244,7 @@ def open_image_folder(folder: Path, files: list[Path], metadata: Collection[Path
         below = {path: inner.relative_to(inner.parts[0]) for path, inner in below.items()}
     if not named:
         inside = [_read_name(name) for name in {inner.parts[1] for inner in below.values() if len(inner.parts) > 2}]
-        if {"train"} < set().union(*(found for found, rest in inside if len(found) == 1 and not rest)):
+        if {"train"} < set().union(*(named for named, rest in inside if len(named) == 1 and not rest)):
             cure = "put the splits outermost, as in train/cat/, or its test images would be trained on"
             raise ValueError(f"{shown(folder)} has splits inside other folders ({_listed(top)}); {cure}")
         return _to_datasets(folder, {"train": list(below.items())}, rows)

@@ -174,7 +174,7 @@ def matching_size(trainer: Trainer | None, source: Source, wanted: int | None) -
 
 
 def matching_palette(trainer: Trainer | None, source: Source, wanted: str | None, *, cache: bool) -> Palette | None:
-    """The palette of tokens: as ``wanted``, or the network's; None where nobody says."""
+    """The palette of tokens: as ``wanted``, or the network's; None where neither is given."""
     mine, network = None if wanted is None else Palette.load(wanted), network_of(trainer)[1]
     if cache or source.tokens is not None:
         palettes = {"its tokens": source.tokens, "palette": mine, "the network": network}

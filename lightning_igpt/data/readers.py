@@ -98,7 +98,7 @@ class ImageReader:
 
 
 class ImageBatches(Dataset[dict[str, Any]]):
-    """Batches by lists of (place, sample); with ``replace`` another image of the part stands in for one left out."""
+    """Batches by lists of (place, sample); with ``replace`` another image of the part replaces an unreadable image."""
 
     def __init__(
         self,

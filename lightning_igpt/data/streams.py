@@ -204,7 +204,7 @@ class StreamOnce(torch.utils.data.IterableDataset[dict[str, Any]]):
 def open_part(
     source: Source, split: str, need_labels: bool, with_labels: bool, fraction: float, *, held_out: bool
 ) -> tuple[Source, str, datasets.IterableDataset, Sequence[str] | None]:
-    """The rows of a split, or those of a hold-out of it, or the others, without the columns that nobody reads."""
+    """The rows of a split, or those of a hold-out of it, or the others, without unused columns."""
     rows, own_names = source.splits[split], None
     assert isinstance(rows, datasets.IterableDataset)
     has_labels = rows.features is None or source.label_column in rows.features

@@ -97,7 +97,7 @@ def _parts(batch: Any, keys: Mapping[str, str | int]) -> dict[str, Any]:
 def need_labels(batch: Batch, num_classes: int, places: Tensor | None = None, *, soft: bool = False) -> Tensor:
     """The labels of a batch, int64 (B,); with ``soft`` also probabilities, float32 (B, C); ValueError for others.
 
-    ``places`` are the classes that the data's labels stand for, int64 (data's classes,).
+    ``places`` gives the class of each of the data's labels, int64 (data's classes,).
     """
     labels = batch.labels
     if not num_classes:

@@ -149,7 +149,7 @@ class IGPTModule(LightningModule):
         raise NotImplementedError
 
     def begin_evaluation(self) -> None:
-        """Start counting for every loader of an evaluation, without what is left of an earlier one that broke off."""
+        """Start counting for every loader of an evaluation; counts of an interrupted evaluation are dropped."""
         self.metrics = {}
         if (trainer := trainer_of(self)) is not None:
             sizes = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
@@ -240,7 +240,7 @@ class IGPTModule(LightningModule):
 
 def check_example(module: Any, trainer: Trainer) -> None:
     """Drop the example input where a user's hook or ``forward`` may expect whole batches; summaries call them."""
-    users = [type(one) for one in (module, current_datamodule(trainer)) if one is not None]
+    users = [type(user) for user in (module, current_datamodule(trainer)) if user is not None]
     hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     modules = {getattr(kind, hook).__module__ for kind in users for hook in hooks}
     changed = modules - {"lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks"}

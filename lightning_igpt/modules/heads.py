@@ -164,7 +164,7 @@ def vote(logits: Tensor, samples: Tensor, *, seed: int) -> Tensor:
 
 
 def choose_layers(layers: Any, n_layer: int) -> list[int]:
-    """The layer numbers that ``layers`` stands for: ``all``, or some from 0 to ``n_layer``; ValueError for others."""
+    """Layer numbers from ``all`` or a list of numbers from 0 to ``n_layer``; ValueError for other values."""
     chosen = range(n_layer + 1) if layers == "all" else layers
     if not isinstance(chosen, (list, tuple, range)) or not chosen or not set(chosen) <= set(range(n_layer + 1)):
         raise ValueError(f"layers is {layers!r}; it must be 'all', or a list of one or more from 0 to {n_layer}")

@@ -62,7 +62,7 @@ def save_random_states(module: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def load_run_state(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Prepare a checkpoint for a run that continues it: the recipe's rates win, and random states wait for training."""
+    """Prepare a checkpoint for a run that continues it: the recipe's rates replace those of the checkpoint."""
     if trainer_of(module) is None or is_evaluating(module):
         return
     run_of(module.trainer, checkpoint)
@@ -105,9 +105,11 @@ def total_steps(module: Any) -> tuple[int, int | None]:
             raise ValueError("without a Trainer nothing says how long the run is: set module.total_steps first")
         return module.total_steps, None
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    changing = [one for one in callbacks if hasattr(one, "get_accumulate_grad_batches")]  # of both Lightnings
+    changing = [
+        callback for callback in callbacks if hasattr(callback, "get_accumulate_grad_batches")
+    ]  # of both Lightnings
     constant = [lambda epoch: trainer.accumulate_grad_batches]
-    accumulate = [one.get_accumulate_grad_batches for one in changing] or constant
+    accumulate = [each.get_accumulate_grad_batches for each in changing] or constant
     total = trainer.max_steps if trainer.max_steps > 0 else math.inf
     if trainer.max_epochs not in (None, -1):
         trainer.fit_loop.setup_data()  # as trainer.estimated_stepping_batches does
@@ -208,4 +210,4 @@ def _forget_foreign_files(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         named += state.get("best_k_models") or {}
         if not all(str(path).startswith(inside) and ".." not in str(path) for path in named if path):
             del states[callback.state_key]
-            log.info("%s starts without its old state: that names files outside of %s", callback, inside)
+            log.info("%s ignores its saved state, which names files outside of %s", callback, inside)

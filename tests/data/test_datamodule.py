@@ -122,16 +122,6 @@ def test_image_size_is_the_networks():
     assert next(iter(ready(PretrainDataModule, tiny(30), batch_size=9).train_dataloader()))["image"].shape[-1] == 32
 
 
-def test_a_trainer_validates_tests_and_predicts():
-    module, data = Looker(), ProbeDataModule("digits", batch_size=64)
-    run = trainer()
-    run.validate(module, data, verbose=False)
-    run.test(module, data, verbose=False)
-    assert column(module.seen["val"]).tolist() == list(range(144))
-    assert column(module.seen["test"]).tolist() == list(range(360))
-    assert torch.cat(run.predict(module, data)).tolist() == list(range(360))
-
-
 def test_pretraining_needs_no_labels():
     bare = ready(PretrainDataModule, rows([picture(i) for i in range(9)]), batch_size=2, image_size=4)
     assert "label" not in next(iter(bare.train_dataloader())) and bare.num_classes is None
