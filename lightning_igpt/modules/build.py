@@ -59,7 +59,8 @@ def build_network(
         colors = Palette.load("openai" if palette is None else palette)
         if len(colors) != config.vocab_size:
             cure = f"set vocab_size={len(colors)}, or fit a palette by palette fit --n_colors {config.vocab_size}"
-            raise ValueError(f"the palette has {len(colors)} colors but vocab_size is {config.vocab_size}; {cure}")
+            text = f"the palette has {len(colors)} colors but the network's vocab_size is {config.vocab_size}"
+            raise ValueError(f"{text}; {cure}")
         return ImageGPT(config), colors, None, None
     with torch.device("cpu"):
         loaded = load_pretrained(pretrained, palette=palette)

@@ -105,9 +105,7 @@ def total_steps(module: Any) -> tuple[int, int | None]:
             raise ValueError("without a Trainer nothing says how long the run is: set module.total_steps first")
         return module.total_steps, None
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    changing = [
-        callback for callback in callbacks if hasattr(callback, "get_accumulate_grad_batches")
-    ]  # of both Lightnings
+    changing = [each for each in callbacks if hasattr(each, "get_accumulate_grad_batches")]  # of both Lightnings
     constant = [lambda epoch: trainer.accumulate_grad_batches]
     accumulate = [each.get_accumulate_grad_batches for each in changing] or constant
     total = trainer.max_steps if trainer.max_steps > 0 else math.inf

@@ -107,7 +107,7 @@ def test_pretrained_starts_from_the_weights_and_palette(tmp_path):
 
 
 def test_palette_and_network_must_agree():
-    with pytest.raises(ValueError, match=r"palette has 16 colors but vocab_size is 512"):
+    with pytest.raises(ValueError, match=r"palette has 16 colors but the network's vocab_size is 512"):
         PretrainModule("igpt_tiny", "gray:16")
 
 
