@@ -26,6 +26,7 @@ _JPEG = b"\xff\xd8"
 _SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")  # marker, length and components of a scan
 _STRIP = 1 << 20  # pixels converted at a time
 _UNPREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+_GRAYS = {"L;2": 85, "L;4": 17}  # brightness of one step
 # Protocols that are read from any dataset: those that stay on this machine, and hf of the Hugging Face hub.
 _NEAR = {"file", "local", "memory", "zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4", "hf"}
 
@@ -69,7 +70,10 @@ def decode(
         bits, planes = tags.get(ExifTags.Base.BitsPerSample, ()), tags.get(ExifTags.Base.PlanarConfiguration)
         if planes == 2 and len(bits) > 1 and max(bits) > 8:  # Pillow would read them as 8 bits
             raise BadImageError("TIFF files with a plane of 16 bits for each channel are not read; save it as PNG")
+        step = _GRAYS.get(str(tile[0].args)) if (tile := getattr(image, "tile", None)) else None
         image.load()
+        if step and isinstance(key := image.info.get("transparency"), int):
+            image.info["transparency"] = key * step % (255 + step)  # in the file a step
         # Pillow puts all metadata of a PNG into info; searching for a tag where there is none takes a tenth of the
         # time of a small image. The tag of a PIL image may have been set by hand.
         if image is value or image.format != "PNG" or image.info:

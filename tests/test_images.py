@@ -271,6 +271,14 @@ def test_every_depth_becomes_8_bits(make, bits, channels):
         assert (pixels == expected.reshape(5, 6, channels)).all()
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_gray_color_key_is_transparent(bits):
+    content = png_of([[0, 1]], bits, 1)
+    at = content.index(b"IDAT") - 4
+    content = content[:at] + chunk(b"tRNS", struct.pack(">H", 1)) + content[at:]
+    assert np.asarray(decode(row(content))).tolist() == [[[0] * 3, [255] * 3]]
+
+
 def test_planes_of_16_bits_are_refused():
     """Pillow would read them as 8 bits."""
     with pytest.raises(BadImageError, match="a plane of 16 bits for each channel"):

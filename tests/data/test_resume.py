@@ -184,7 +184,6 @@ def of_both(seen):
 TWO = {"devices": 2, "strategy": "ddp"}
 
 
-@pytest.mark.slow
 def test_devices_share_a_token_cache():
     options = {"batch_size": 8, "image_size": 5, "cache": "disk", "palette": "gray:16"}
 
@@ -200,7 +199,6 @@ def shards_of(sizes):
             yield {"image": picture(i, (4, 4))}
 
 
-@pytest.mark.slow
 def test_a_stream_of_unequal_shards_under_two_devices(tmp_path):
     """16 steps of 8 images are about five passes over the 25 that train."""
     stream = IterableDataset.from_generator(shards_of, gen_kwargs={"sizes": [(0, 17), (50, 5), (100, 9)]})
