@@ -4,6 +4,7 @@ import io
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from urllib.parse import unquote_to_bytes
 
 import fsspec  # type: ignore[import-untyped]
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lightning_igpt.files import shown
@@ -26,6 +28,8 @@ _JPEG = b"\xff\xd8"
 _SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")  # marker, length and components of a scan
 _STRIP = 1 << 20  # pixels converted at a time
 _UNPREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+_DEEP = re.compile("(LA|RGB|RGBX|RGBA|CMYK);16[BLN]")  # what Pillow calls 16 bits per sample, of which it keeps 8
+_SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}  # byte orders
 _GRAYS = {"L;2": 85, "L;4": 17}  # brightness of one step
 # Protocols that are read from any dataset: those that stay on this machine, and hf of the Hugging Face hub.
 _NEAR = {"file", "local", "memory", "zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4", "hf"}
@@ -45,19 +49,12 @@ def decode(
     mode: str | None = None,
     remote: bool = False,
 ) -> Image.Image:
-    """Decode one image: first frame, upright by its EXIF orientation, RGB.
+    """Decode one image: first frame, upright by its EXIF orientation, RGB, transparent pixels over ``background``.
 
-    The size is read from the header, and an image that is too large is refused before any pixel is decoded.
-
-    Args:
-        value: A row's ``{"bytes": ..., "path": ...}`` as ``datasets.Image(decode=False)`` returns it, a PIL image, the
-            bytes of a file, or its path or address.
-        background: Color behind transparent pixels, (R, G, B) in 0..255.
-        mode: Pillow's mode that ``datasets.Image(mode=...)`` asks for; the image is converted to it first.
-        remote: Whether a path may be an address on the network.
-
-    Raises:
-        BadImageError: The image is missing, empty, damaged, too large, or not in one of ``FORMATS``.
+    ``value`` is a row's ``{"bytes": ..., "path": ...}`` as ``datasets.Image(decode=False)`` returns it, a PIL image,
+    the bytes of a file, or its path; with ``remote``, a path may be an address on the network. ``mode`` is Pillow's
+    mode that ``datasets.Image(mode=...)`` asks for. An image that is too large, by its header, is refused before any
+    pixel is decoded. BadImageError where it is missing, empty, damaged, too large, or not in one of ``FORMATS``.
     """
     try:
         value = fetch(value, remote=remote)
@@ -70,15 +67,20 @@ def decode(
         bits, planes = tags.get(ExifTags.Base.BitsPerSample, ()), tags.get(ExifTags.Base.PlanarConfiguration)
         if planes == 2 and len(bits) > 1 and max(bits) > 8:  # Pillow would read them as 8 bits
             raise BadImageError("TIFF files with a plane of 16 bits for each channel are not read; save it as PNG")
-        step = _GRAYS.get(str(tile[0].args)) if (tile := getattr(image, "tile", None)) else None
+        args = tile[0].args if (tile := getattr(image, "tile", None)) else ""
+        rawmode = args if isinstance(args, str) else str(args[0])
         image.load()
-        if step and isinstance(key := image.info.get("transparency"), int):
-            image.info["transparency"] = key * step % (255 + step)  # in the file a step
         # Pillow puts all metadata of a PNG into info; searching for a tag where there is none takes a tenth of the
         # time of a small image. The tag of a PIL image may have been set by hand.
         if image is value or image.format != "PNG" or image.info:
             image = _upright(image)
-        return to_rgb(image.convert(mode) if mode and image.mode != mode else image, background=background)
+        if mode:
+            image = image if image.mode == mode else image.convert(mode)
+        elif isinstance(value, Mapping) and _DEEP.fullmatch(rawmode):
+            image = _deep(image, rawmode, _open(value))
+        elif rawmode in _GRAYS and isinstance(key := image.info.get("transparency"), int):
+            image.info["transparency"] = key * _GRAYS[rawmode] % (255 + _GRAYS[rawmode])  # in the file a step
+        return to_rgb(image, background=background)
     except BadImageError:
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
@@ -163,8 +165,7 @@ def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> I
     """A new RGB image, transparent pixels over ``background``; the first matching row decides, others raise ValueError.
 
     - ``RGB``: unchanged, unless it has a color key
-    - ``I;16*``, ``I``: 16-bit gray in any byte order, ``round(v / 257)``; TIFF's 12 bits, ``round(255 v / 4095)``; of
-      other channels of 16 bits Pillow reads the upper 8
+    - ``I;16*``, ``I``: 16-bit gray in any byte order, ``round(v / 257)``; TIFF's 12 bits, ``round(255 v / 4095)``
     - ``F``: an error, as the range of floats is unknown
     - ``LA``, ``RGBA``, ``PA``, ``La``, ``RGBa``, and a transparent index or color key: composited over ``background``
     - ``P`` is looked up in its palette; ``L``, and ``1`` as 0 or 255, are repeated three times
@@ -176,7 +177,7 @@ def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> I
     if image.mode == "F":
         raise ValueError("images of mode F (floats) have no known range; scale to 0..255 and convert to mode L")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bits(image)
+        return _from_16_bits(image, background)
     if image.has_transparency_data:
         return _composited(image, background)
     return image.convert("RGB")
@@ -191,7 +192,7 @@ def _composited(image: Image.Image, background: tuple[int, int, int]) -> Image.I
     return result
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
+def _from_16_bits(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     values = np.asarray(image)  # (H, W)
     low, high = int(values.min(initial=0)), int(values.max(initial=0))
     if low < 0 or high > 65535:
@@ -200,11 +201,30 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     tags = getattr(image, "tag_v2", {})
     top = 4095 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 65535
     values = top - values if tags.get(ExifTags.Base.PhotometricInterpretation) == 0 else values  # 0: white is zero
-    result = Image.new("L", image.size)
+    return to_rgb(_rounded(values[..., None], "L", image.info.get("transparency"), top), background=background)
+
+
+def _rounded(values: NDArray[Any], mode: str, key: Any = None, top: int = 65535) -> Image.Image:
+    """Samples 0..``top`` (H, W, C) as 8 bits; pixels that equal the color key become transparent."""
+    image = Image.new(mode, values.shape[1::-1])
     for start, end in _strips(image):
         part = ((values[start:end].astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
-        result.paste(Image.fromarray(part), (0, start))
-    return result.convert("RGB")
+        image.paste(Image.frombytes(mode, (image.width, end - start), part.tobytes()), (0, start))
+    if key is not None:
+        image.putalpha(Image.fromarray((values != key).any(axis=-1)))
+    return image
+
+
+def _deep(image: Image.Image, rawmode: str, twin: Any) -> Image.Image:
+    """``image``, of which Pillow reads the upper bytes, with the lower bytes: ``twin`` in the opposite byte order."""
+    gray = rawmode == "LA;16B"  # the bytes of its two samples are as many as those of RGBA
+    other = "RGBA" if gray else rawmode[:-1] + _SWAPPED[rawmode[-1]]
+    replaced = [(part, other if isinstance(part.args, str) else (other, *part.args[1:])) for part in twin.tile]
+    twin.tile = [part._replace(args=args) for part, args in replaced]
+    twin.load()
+    low = np.asarray(_upright(twin))
+    values = low.view(">u2") if gray else np.asarray(image).astype(np.uint16) * 256 + low  # (H, W, C)
+    return _rounded(values, "LA" if gray else image.mode, image.info.get("transparency"))
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, int]]:

@@ -48,16 +48,10 @@ class _Cells(NamedTuple):
 
 
 def build_table(colors: NDArray[np.float32]) -> NDArray[np.int16]:
-    """The nearest center of every 24-bit color, by the rule of ``Palette.quantize``.
+    """The nearest center of every 24-bit color, by the rule of ``Palette.quantize``, indexed by R << 16 | G << 8 | B.
 
     With v = byte / 127.5 - 1, all in float64, the distance is ``((vr-cr)**2 + (vg-cg)**2) + (vb-cb)**2``; the
-    lowest id wins a tie.
-
-    Args:
-        colors: (K,3) centers in [-1,1], K at most 32,768.
-
-    Returns:
-        (2^24,) ids, indexed by ``red << 16 | green << 8 | blue``.
+    lowest id wins a tie. ``colors`` are (K,3) centers in [-1,1], K at most 32,768.
     """
     centers = np.ascontiguousarray(colors.T, dtype=np.float64)  # (3, K)
     table = np.empty(N_COLORS, dtype=np.int16)

@@ -223,7 +223,7 @@ def test_values_beyond_16_bits_are_refused(value):
 
 
 # Depths: files written by hand, so that every expected byte is arithmetic
-def packed(samples, bits, order):
+def packed(samples, bits, order=">"):
     """Rows of samples (H, W * C) as a file holds them."""
     if bits == 16:
         return [np.array(row, f"{order}u2").tobytes() for row in samples]
@@ -231,52 +231,63 @@ def packed(samples, bits, order):
     return [int(text.ljust(-len(text) // 8 * -8, "0"), 2).to_bytes(-(-len(text) // 8), "big") for text in texts]
 
 
-def png_of(samples, bits, channels):
-    kind = {1: 0, 3: 2}[channels]
+def png_of(samples, bits, channels, key=None):
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     header = struct.pack(">IIBBBBB", len(samples[0]) // channels, len(samples), bits, kind, 0, 0, 0)
-    pixels = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in packed(samples, bits, ">"))))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+    transparent = b"" if key is None else chunk(b"tRNS", struct.pack(f">{channels}H", *key))
+    pixels = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in packed(samples, bits))))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + transparent + pixels + chunk(b"IEND", b"")
 
 
-def tiff_of(samples, bits, channels, photometric=None, planes=1):
-    data, n_bits = b"".join(packed(samples, bits, "<")) + b"\0", struct.pack("<4H", *[bits] * 4)
+def tiff_of(samples, bits, channels, photometric=None, order="<", compression=1, planes=1):
+    data = b"".join(packed(samples, bits, order))
+    data, n_bits = (zlib.compress(data) if compression == 8 else data) + b"\0", struct.pack(f"{order}4H", *[bits] * 4)
     height, kind = len(samples), (1 if channels == 1 else 2) if photometric is None else photometric
-    tags = [(256, len(samples[0]) // channels), (257, height), (258, bits), (259, 1), (262, kind), (273, 16)]
-    tags += [(277, channels), (278, height), (279, len(data) - 1), (284, planes)]
-    entries = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in tags)
+    tags = [(256, len(samples[0]) // channels), (257, height), (258, bits), (259, compression), (262, kind), (273, 16)]
+    tags += [(277, channels), (278, height), (279, len(data) - 1), (284, planes)] + [(338, 2)] * (channels == 4)
+    entries = b"".join(struct.pack(f"{order}HHL", tag, 4, 1) + struct.pack(f"{order}L", value) for tag, value in tags)
     if channels > 1:
-        entries = entries.replace(struct.pack("<HHLL", 258, 4, 1, bits), struct.pack("<HHLL", 258, 3, channels, 8))
-    return (
-        b"II*\0" + struct.pack("<L", 16 + len(data)) + n_bits + data + struct.pack("<H", len(tags)) + entries + bytes(4)
-    )
+        bits_at = struct.pack(f"{order}HHLL", 258, 3, channels, 8)
+        entries = entries.replace(struct.pack(f"{order}HHLL", 258, 4, 1, bits), bits_at)
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}L", 16 + len(data)) + n_bits
+    return start + data + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+
+
+def expected(samples, bits, channels, key=None, inverted=False):
+    """Rounded to 8 bits, white where a pixel equals the key or is not opaque."""
+    pixels, top = np.array(samples).reshape(len(samples), -1, channels), 2**bits - 1
+    hidden = (pixels == key).all(-1) if key else pixels[..., -1] == 0 if channels % 2 == 0 else np.zeros(1, bool)
+    colors = pixels[..., :3] if channels > 2 else pixels[..., :1].repeat(3, -1)
+    colors = np.floor((top - colors if inverted else colors) * 255 / top + 0.5)
+    return np.where(np.broadcast_to(hidden, pixels.shape[:2])[..., None], 255, colors)
 
 
 def samples_of(bits, channels):
-    return np.random.default_rng(bits).integers(0, 2**bits, (5, 6 * channels)).tolist()
+    pixels = np.random.default_rng(bits).integers(0, 2**bits, (5, 6, channels))
+    if channels % 2 == 0:
+        pixels[..., -1] = np.where(np.arange(6) % 2, 2**bits - 1, 0)
+    pixels[1] = pixels[0]
+    pixels[1, :, 0] ^= 1  # nearly the colors above
+    return pixels.reshape(5, -1).tolist()
 
 
-@pytest.mark.parametrize(
-    "make, bits, channels",
-    [(png_of, bits, 1) for bits in (1, 2, 4, 8, 16)] + [(tiff_of, bits, 1) for bits in (1, 2, 4, 8, 12, 16)]
-    + [(png_of, 8, 3), (png_of, 16, 3), (tiff_of, 16, 3)],
-)  # fmt: skip
-def test_every_depth_becomes_8_bits(make, bits, channels):
-    """Gray is rounded; of 16 bits in a channel of color Pillow keeps the upper 8."""
-    samples, top = samples_of(bits, channels), 2**bits - 1
-    for inverted in (False, True) if make is tiff_of and channels == 1 and bits != 12 else (False,):
-        options = {"photometric": 0} if inverted else {}
-        values = np.array(samples) if not inverted else top - np.array(samples)
-        expected = values >> 8 if channels == 3 and bits == 16 else np.floor(values * 255 / top + 0.5)
-        pixels = np.asarray(decode(row(make(samples, bits, channels, **options))))
-        assert (pixels == expected.reshape(5, 6, channels)).all()
+DEPTHS = [("png", bits, 1, {"key": True}) for bits in (1, 2, 4, 8, 16)] + [("png", 16, 3, {"key": True})]
+DEPTHS += [("png", bits, 1, {"key": True, "ignored": 16}) for bits in (2, 4)]  # bits of the key beyond the depth
+DEPTHS += [("png", bits, channels, {}) for bits in (8, 16) for channels in (1, 2, 3, 4)]
+DEPTHS += [("tiff", bits, 1, {"photometric": kind}) for bits in (1, 2, 4, 8, 16) for kind in (0, 1)]
+DEPTHS += [("tiff", 12, 1, {}), ("tiff", 12, 1, {"compression": 8})]
+DEPTHS += [("tiff", 16, channels, {"order": order, "compression": compression})
+           for channels in (3, 4) for order in "<>" for compression in (1, 8)]  # fmt: skip
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_a_gray_color_key_is_transparent(bits):
-    content = png_of([[0, 1]], bits, 1)
-    at = content.index(b"IDAT") - 4
-    content = content[:at] + chunk(b"tRNS", struct.pack(">H", 1)) + content[at:]
-    assert np.asarray(decode(row(content))).tolist() == [[[0] * 3, [255] * 3]]
+@pytest.mark.parametrize("format, bits, channels, options", DEPTHS)
+def test_every_depth_is_rounded_to_8_bits(format, bits, channels, options):
+    samples = samples_of(bits, channels)
+    key = samples[0][:channels] if options.get("key") else None
+    raw = key and [value + options.get("ignored", 0) for value in key]
+    content = png_of(samples, bits, channels, raw) if format == "png" else tiff_of(samples, bits, channels, **options)
+    pixels = np.asarray(decode(row(content)))
+    assert (pixels == expected(samples, bits, channels, key, options.get("photometric") == 0)).all()
 
 
 def test_planes_of_16_bits_are_refused():

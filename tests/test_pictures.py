@@ -38,11 +38,6 @@ def test_grid_puts_every_pixel_where_it_belongs():
     assert (grid[covered == 0] == 0).all()
 
 
-def test_small_images_become_visible():
-    assert image_grid(torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8), gap=0).shape == (3, 128, 128)
-    assert image_grid(torch.zeros(1, 1, 3, 200, 200, dtype=torch.uint8), gap=0).shape == (3, 200, 200)
-
-
 def test_captions_stand_above_their_columns():
     rows = [torch.zeros(2, 3, 8, 8, dtype=torch.uint8)]
     plain, headed = image_grid(rows), image_grid(rows, captions=["", "truth"])

@@ -144,8 +144,8 @@ def n_steps(trainer: Trainer | None, per_pass: int | None, source: str) -> int:
         return trainer.max_steps
     limit = trainer.limit_train_batches
     if per_pass is None and isinstance(limit, float):
-        text = f"{source} is a stream of unknown length, so this loader has no length"
-        raise ValueError(f"{text}: give the trainer max_steps, and not max_epochs, or limit_train_batches")
+        text = f"{source} is a stream, so this loader has no length: set max_steps or limit_train_batches"
+        raise ValueError(f"{text}; without the latter give the trainer max_steps, and not max_epochs")
     per_pass = per_pass or max(1, -(-int(limit or 1) // trainer.accumulate_grad_batches))
     if trainer.max_steps > 0 and not fast:
         text = "max_steps and max_epochs are both set: a run that resumes at the end of an epoch stops too early"

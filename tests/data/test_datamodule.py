@@ -76,13 +76,6 @@ def test_batches_of_every_protocol(cls):
         assert column(loader).tolist() == list(range(n))
 
 
-def test_probe_reads_every_training_image_once_and_plain():
-    data = ready(ProbeDataModule, tiny(26), batch_size=4, image_size=4)
-    loader = data.train_dataloader()
-    assert column(loader).tolist() == list(range(23))
-    assert column(loader, "label").tolist() == (column(loader, "image")[:, 0, 0, 0] % 2).tolist()
-
-
 def test_training_and_validation_share_no_image_and_labels_follow():
     for cls in ALL:
         data = ready(cls, tiny(30), batch_size=3, image_size=8)

@@ -372,7 +372,7 @@ def test_lengths(tmp_path, caplog):
     trainer(**options).fit(limited, PretrainDataModule(iterable(None, 9, 3), batch_size=2))
     assert len(limited.seen["train"]) == 6
     for options in ({"max_epochs": 2}, {"max_epochs": 2, "max_steps": 3}, {"max_epochs": -1}):
-        with pytest.raises(ValueError, match=r"this loader has no length: give the trainer max_steps"):
+        with pytest.raises(ValueError, match=r"this loader has no length: set max_steps or limit_train_batches"):
             trainer(**options).fit(Looker(4), PretrainDataModule(iterable(None, 9, 3), batch_size=2))
     with caplog.at_level("INFO"):
         loader = stream_of(generator(None, 9, 1), num_workers=3, val_fraction=0).train_dataloader()
