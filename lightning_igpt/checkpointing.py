@@ -1,7 +1,7 @@
-"""Checkpoint files that are whole or absent, and the choice of the one that an interrupted run continues from.
+"""Checkpoint files that are whole or absent, and the choice of the checkpoint that an interrupted run continues from.
 
-Lightning 2.6 writes a checkpoint to the folder for temporary files and moves it from there. Where that folder is on
-another file system, a kill during the move destroys the previous checkpoint too.
+Lightning 2.6 writes to the folder for temporary files and moves the file from there: where that is on another file
+system, a kill during the move destroys the previous checkpoint too.
 """
 
 import errno
@@ -102,10 +102,8 @@ def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None 
         else:
             return path
     if errors:
-        raise ValueError(
-            f"none of the {len(errors)} checkpoints there can be continued, such as {errors[0]}. To start a new run, "
-            "use another folder (default_root_dir) or remove them"
-        )
+        text = f"none of the {len(errors)} checkpoints there can be continued, such as {errors[0]}"
+        raise ValueError(f"{text}. To start a new run, use another folder (default_root_dir) or remove them")
     return None
 
 
@@ -124,10 +122,7 @@ def check_resumable(path: Path, module: LightningModule | None = None) -> None:
 
 
 class SteadyCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint by optimizer steps, which lets a validation that is due at the same step run first.
-
-    A run that resumes from a checkpoint then owes no validation, and a checkpoint knows the metrics of its weights.
-    """
+    """ModelCheckpoint that lets a validation due at the same step run first, so that a resumed run owes none."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

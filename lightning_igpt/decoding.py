@@ -1,7 +1,6 @@
 """One step of cached sampling: the network processes the prompt, a lighter form of it one pixel at a time.
 
-A step reads all weights and the whole cache and computes little with them. So its time depends on the bytes it reads
-(16 bits per value instead of 32, or 8 per weight) and on the number of operations.
+A step reads all weights and the whole cache and computes little with them, so its time depends on the bytes it reads.
 """
 
 import logging
@@ -92,10 +91,7 @@ def reads_float16() -> bool:
 
 
 def make_product(linear: nn.Module, rows: int, precision: Precision) -> Product:
-    """A linear layer for few rows, on a CPU: (rows, in) to (rows, out) in the dtype of the input.
-
-    A subclass of nn.Linear, such as a layer with an adapter, is called unchanged.
-    """
+    """A linear layer for few rows, on a CPU: (rows, in) to (rows, out); adapters are called unchanged."""
     if type(linear) is not nn.Linear:
         return linear
     weight, bias = linear.weight.detach(), linear.bias
@@ -186,11 +182,7 @@ def _norm(x: Tensor, doubled_gain: Tensor) -> Tensor:
 
 
 class CapturedSteps:
-    """Steps as CUDA graphs: one launch instead of hundreds, which would take longer than the work.
-
-    There is one graph for each of a few windows of the cache. If capturing fails, steps are launched one kernel at a
-    time, after a warning.
-    """
+    """Steps as CUDA graphs, one per window of the cache: one launch instead of hundreds, which would take longer."""
 
     def __init__(self, network: ImageGPT, cache: KVCache) -> None:
         self.network, self.cache = network, cache

@@ -1,7 +1,4 @@
-"""Logistic regression on pooled features, the linear probe of the paper (sections 2.4 and 3.4).
-
-The features are those of ``ImageGPT.features``.
-"""
+"""Logistic regression on the features of ``ImageGPT.features``: the paper's linear probe (sections 2.4 and 3.4)."""
 
 import logging
 import math
@@ -37,27 +34,12 @@ def fit_logistic(
     max_iter: int = 1000,
     tolerance: float = 1e-4,
 ) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression with an L2 penalty, minimized by L-BFGS.
+    """Multinomial logistic regression by L-BFGS: weight (C, D) and bias (C,) for raw ``features``, float (N, D).
 
-    The objective is scikit-learn's: mean cross-entropy + |weight|^2 / (2 c N); the bias is not penalized.
-
-    Args:
-        features: Float (N, D).
-        labels: int64 (N,), 0 to num_classes - 1.
-        num_classes: C.
-        c: Inverse strength of the penalty.
-        standardize: Scale each feature to mean 0 and variance 1 first. Weight and bias include the scaling.
-        max_iter: Upper bound on L-BFGS steps.
-        tolerance: Stop when no entry of the gradient exceeds it.
-
-    Returns:
-        Weight (C, D) and bias (C,), so that ``features @ weight.T + bias`` are the logits of raw features.
-
-    Raises:
-        ValueError: c is not above 0, features are not (N, D) or not finite, or labels are not N integers from 0 to
-            num_classes - 1.
+    The objective is scikit-learn's: mean cross-entropy + |weight|^2 / (2 c N); the bias is not penalized. It stops
+    when no entry of the gradient exceeds ``tolerance``. ``standardize`` scales each feature to mean 0 and variance 1
+    first; weight and bias include the scaling. Labels are int64 (N,); ValueError where features are not finite.
     """
-    _check(features, labels, num_classes, [c])
     features, mean, scale = _scaled(features, standardize)
     start = features.new_zeros(num_classes, features.shape[1] + 1)
     weight, bias = _parts(_minimize(features, labels, start, c=c, max_iter=max_iter, tolerance=tolerance))
@@ -77,13 +59,10 @@ def choose_c(
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> float:
-    """The value of c that classifies held-out training rows best; of equally good values the smallest.
+    """The value of c that classifies a held-out tenth of the rows best; of equally good values the smallest.
 
-    Every value of ``grid`` is fitted to the rows that ``split_rows`` keeps (by which ``standardize`` scales) and
-    evaluated on those that it holds out, as ``seed`` selects them. With too few rows ``usable_grid`` leaves one value.
-    The other arguments and errors are those of fit_logistic.
+    With too few rows ``usable_grid`` leaves one value. The other arguments and errors are those of fit_logistic.
     """
-    _check(features, labels, num_classes, grid)
     grid = usable_grid(grid, len(features))
     if len(grid) == 1:
         return grid[0]
@@ -102,31 +81,14 @@ def choose_c(
     return best
 
 
-def _check(features: Tensor, labels: Tensor, num_classes: int, grid: Sequence[float]) -> None:
-    if not grid or not all(0 < c < math.inf for c in grid):
-        raise ValueError(f"c is {list(grid)}; it must be one or more numbers above 0")
-    if features.ndim != 2 or not features.numel():
-        raise ValueError(f"features must be (N, D) with rows and columns; got {tuple(features.shape)}")
-    if labels.shape != features.shape[:1]:
-        raise ValueError(f"labels {tuple(labels.shape)} for features {tuple(features.shape)}; each row needs one")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64; got {labels.dtype}")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"labels run from {low} to {high}, but there are {num_classes} classes from 0 on")
-
-
 def usable_grid(grid: Sequence[float], n_rows: int) -> Sequence[float]:
     """The grid; with a warning only its value nearest to 1, where fewer than SELECT_LEAST rows would be held out."""
     n_held = n_rows // SELECT_PART
     if len(grid) == 1 or n_held >= SELECT_LEAST:
         return grid
     nearest = min(grid, key=lambda c: abs(math.log(c)))
-    log.warning(
-        "%d training images leave %d to choose c on, fewer than %d: c is %g, the value of the grid nearest to 1; "
-        "set c= to use another",
-        *(n_rows, n_held, SELECT_LEAST, nearest),
-    )
+    text = f"{n_rows} training images leave {n_held} to choose c on, fewer than {SELECT_LEAST}: c is {nearest:g}"
+    log.warning("%s, the value of the grid nearest to 1; set c= to use another", text)
     return (nearest,)
 
 

@@ -15,17 +15,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def replacing(path: str | Path, temporary: Path | None = None) -> Iterator[Path]:
-    """A temporary file in the folder of ``path``, renamed to ``path`` once it is written.
+    """A temporary file in the folder of ``path``, which is made, renamed to ``path`` once it is written.
 
-    A pipe or a device such as ``/dev/stdout`` is written directly.
-
-    Args:
-        path: The file to replace; its folder is created if necessary. A link keeps its place.
-        temporary: Default: a name that no other process chooses.
-
-    Raises:
-        OSError: The file could not be written; it is as it was. On a full disk the message has the bytes written and
-            those free.
+    A pipe or a device such as ``/dev/stdout`` is written directly; a link keeps its place. OSError says why the file
+    is as it was; on a full disk the message has the bytes written and those free.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file() and not target.is_dir():

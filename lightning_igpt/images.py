@@ -34,15 +34,8 @@ _GRAYS = {"L;2": 85, "L;4": 17}  # brightness of one step
 # Protocols that are read from any dataset: those that stay on this machine, and hf of the Hugging Face hub.
 _NEAR = {"file", "local", "memory", "zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4", "hf"}
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+_UPRIGHT = {orientation: Image.Transpose[name] for orientation, name in enumerate(_TURNS, 2)}
 
 
 class BadImageError(ValueError):
@@ -52,39 +45,30 @@ class BadImageError(ValueError):
 def decode(
     value: Any,
     *,
-    max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = WHITE,
     mode: str | None = None,
     remote: bool = False,
 ) -> Image.Image:
-    """Decode one image: first frame, upright by its EXIF orientation, RGB.
+    """Decode one image: first frame, upright by its EXIF orientation, RGB, transparent pixels over ``background``.
 
-    The size is read from the header, and an image that is too large is refused before any pixel is decoded.
-
-    Args:
-        value: A row's ``{"bytes": ..., "path": ...}`` as ``datasets.Image(decode=False)`` returns it, a PIL image, the
-            bytes of a file, or its path or address.
-        max_pixels: Largest accepted width times height.
-        background: Color behind transparent pixels, (R, G, B) in 0..255.
-        mode: Pillow's mode that ``datasets.Image(mode=...)`` asks for; the image is converted to it first.
-        remote: Whether a path may be an address on the network.
-
-    Raises:
-        BadImageError: The image is missing, empty, damaged, too large, or not in one of ``FORMATS``.
+    ``value`` is a row's ``{"bytes": ..., "path": ...}`` as ``datasets.Image(decode=False)`` returns it, a PIL image,
+    the bytes of a file, or its path; with ``remote``, a path may be an address on the network. ``mode`` is Pillow's
+    mode that ``datasets.Image(mode=...)`` asks for. An image that is too large, by its header, is refused before any
+    pixel is decoded. BadImageError where it is missing, empty, damaged, too large, or not in one of ``FORMATS``.
     """
     try:
         value = fetch(value, remote=remote)
         image = value if isinstance(value, Image.Image) else _open(value)
         width, height = image.size
-        if width * height > max_pixels:
-            raise BadImageError(
-                f"the image has {width} x {height} = {width * height:,} pixels, more than the limit of {max_pixels:,}; "
-                "shrink or remove it"
-            )
-        tile, bits = getattr(image, "tile", None), getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, ())
-        rawmode = str(tile[0].args if isinstance(tile[0].args, str) else tile[0].args[0]) if tile else ""
-        if len(rawmode) == 1 and len(bits) > 1 and max(bits) > 8:
+        if width * height > MAX_PIXELS:
+            text = f"the image has {width} x {height} = {width * height:,} pixels"
+            raise BadImageError(f"{text}, more than the limit of {MAX_PIXELS:,}; shrink or remove it")
+        tags = getattr(image, "tag_v2", {})
+        bits, planes = tags.get(ExifTags.Base.BitsPerSample, ()), tags.get(ExifTags.Base.PlanarConfiguration)
+        if planes == 2 and len(bits) > 1 and max(bits) > 8:  # Pillow would read them as 8 bits
             raise BadImageError("TIFF files with a plane of 16 bits for each channel are not read; save it as PNG")
+        args = tile[0].args if (tile := getattr(image, "tile", None)) else ""
+        rawmode = args if isinstance(args, str) else str(args[0])
         image.load()
         # Pillow puts all metadata of a PNG into info; searching for a tag where there is none takes a tenth of the
         # time of a small image. The tag of a PIL image may have been set by hand.
@@ -111,8 +95,7 @@ def decode(
 def fetch(value: Any, *, remote: bool = False) -> Any:
     """An image that is only named, by a path or an address, with the bytes of its file; others as they are.
 
-    Addresses are those of local archives (``zip://a.png::/data/set.zip``) and of the Hugging Face hub, whose streams
-    name their files, and with ``remote`` any other.
+    Without ``remote`` only addresses of local archives (``zip://a.png::set.zip``) and of the Hugging Face hub are read.
     """
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
@@ -122,15 +105,15 @@ def fetch(value: Any, *, remote: bool = False) -> Any:
     try:
         if "://" not in path or path.startswith("file:///"):
             file = Path(os.fsdecode(unquote_to_bytes(path.removeprefix("file://"))) if "://" in path else path)
-            if not stat.S_ISREG(file.stat().st_mode):  # reading from a pipe or a device would wait, maybe for ever
+            if not stat.S_ISREG(file.stat().st_mode):  # reading from a pipe or a device could block forever
                 raise BadImageError("this is a folder, a pipe or a device, not a regular file")
             return {"bytes": file.read_bytes(), "path": path}
         protocols = {link.partition("://")[0] for link in path.split("::") if "://" in link}
         if not remote and (far := protocols - _NEAR):
-            raise BadImageError(
-                f"the row holds no image but an address ({shown(far.pop())}://); addresses are read only from a column "
-                "that image_column names, and that is one of strings or of a dataset opened in Python"
+            text = (
+                f"the row holds no image but an address ({shown(far.pop())}://); addresses are read only from a column"
             )
+            raise BadImageError(f"{text} of strings that image_column names, or of a dataset opened in Python")
         with fsspec.open(path, "rb") as file:
             return {"bytes": file.read(), "path": path}
     except BadImageError:
@@ -147,9 +130,7 @@ def decode_form(value: Any, where: str) -> Image.Image:
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.shape[2:] in ((), (3,)):
         value = Image.fromarray(value)
     elif not (value is None or isinstance(value, Mapping | Image.Image | bytes | str | Path)):
-        raise TypeError(
-            f"{where} is a {type(value).__name__}, not an image, bytes, a path or a uint8 array (H, W[, 3])"
-        )
+        raise TypeError(f"{where} is a {type(value).__name__}, not an image, bytes, path or uint8 array (H, W[, 3])")
     try:
         return decode(value)
     except BadImageError as error:
@@ -162,16 +143,12 @@ def _open(value: Mapping[str, Any] | None) -> Image.Image:
         raise BadImageError("the image is missing" if content is None else "the image file is empty (0 bytes)")
     # Pillow joins the parts of a JPEG's EXIF data one by one; a million parts would take hours.
     if len(content) > _LARGE and content.startswith(_JPEG) and content.count(b"Exif\0\0") > MAX_EXIF_PARTS:
-        raise BadImageError(
-            f"the image has more than {MAX_EXIF_PARTS:,} parts of EXIF data; save it again or remove it"
-        )
+        raise BadImageError(f"the image has more than {MAX_EXIF_PARTS:,} parts of EXIF data; save it again")
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     # Each scan of a progressive JPEG visits every pixel, and a scan can be as short as a hundred bytes.
     scans = len(_SCAN.findall(content)) if image.info.get("progressive") else 0
     if scans * image.width * image.height > MAX_SCANNED:
-        raise BadImageError(
-            f"the image has {scans:,} scans of {image.width} x {image.height} pixels each; save it again or remove it"
-        )
+        raise BadImageError(f"the image has {scans:,} scans of {image.width} x {image.height} pixels; save it again")
     return image
 
 
@@ -198,9 +175,7 @@ def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE) -> I
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode == "F":
-        raise ValueError(
-            "images of mode F (floats) have no known range; scale yours to 0..255 and convert it to mode L"
-        )
+        raise ValueError("images of mode F (floats) have no known range; scale to 0..255 and convert to mode L")
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _from_16_bits(image, background)
     if image.has_transparency_data:
@@ -221,10 +196,8 @@ def _from_16_bits(image: Image.Image, background: tuple[int, int, int]) -> Image
     values = np.asarray(image)  # (H, W)
     low, high = int(values.min(initial=0)), int(values.max(initial=0))
     if low < 0 or high > 65535:
-        raise ValueError(
-            f"an image of mode {image.mode} holds values {low}..{high}, but 16 bits end at 65535; "
-            "scale yours to 0..255 and convert it to mode L"
-        )
+        cure = "scale to 0..255 and convert to mode L"
+        raise ValueError(f"an image of mode {image.mode} holds {low}..{high}, but 16 bits end at 65535; {cure}")
     tags = getattr(image, "tag_v2", {})
     top = 4095 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 65535
     values = top - values if tags.get(ExifTags.Base.PhotometricInterpretation) == 0 else values  # 0: white is zero
@@ -246,9 +219,8 @@ def _deep(image: Image.Image, rawmode: str, twin: Any) -> Image.Image:
     """``image``, of which Pillow reads the upper bytes, with the lower bytes: ``twin`` in the opposite byte order."""
     gray = rawmode == "LA;16B"  # the bytes of its two samples are as many as those of RGBA
     other = "RGBA" if gray else rawmode[:-1] + _SWAPPED[rawmode[-1]]
-    twin.tile = [
-        part._replace(args=other if isinstance(part.args, str) else (other, *part.args[1:])) for part in twin.tile
-    ]
+    replaced = [(part, other if isinstance(part.args, str) else (other, *part.args[1:])) for part in twin.tile]
+    twin.tile = [part._replace(args=args) for part, args in replaced]
     twin.load()
     low = np.asarray(_upright(twin))
     values = low.view(">u2") if gray else np.asarray(image).astype(np.uint16) * 256 + low  # (H, W, C)
@@ -272,10 +244,7 @@ def resize_center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def cut(image: Image.Image, corner: tuple[float, float], *, side: float, size: int) -> Image.Image:
-    """The square of ``side`` pixels at ``corner`` (left, top), resampled once to ``size``.
-
-    The paper does not name the filter; this is Pillow's antialiased bilinear.
-    """
+    """The square of ``side`` pixels at ``corner`` (left, top), resampled bilinearly to ``size``."""
     left, top = corner
     box = (left, top, min(left + side, image.width), min(top + side, image.height))
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)

@@ -1,9 +1,7 @@
 """Fit a palette to images: k-means on the histogram of their 24-bit colors, by scikit-learn.
 
-The histogram makes the result independent of the order, batching and number of images that hold the same pixels.
-
-Source: Chen et al., "Generative Pretraining from Pixels" (ICML 2020), section 3.2: k-means with k = 512 on RGB values.
-The paper says nothing about initialization or sample; those are this project's.
+The histogram makes the result independent of order and batching. Source: Chen et al., "Generative Pretraining from
+Pixels" (ICML 2020), section 3.2: k-means with k = 512 on RGB values; initialization and sample are this project's.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,7 +46,7 @@ def fit_palette(
         images: uint8 (N,3,H,W); or an iterable of PIL images of any mode, uint8 arrays (H,W,3) and uint8 tensors
             (3,H,W) of any size; or of rows (mappings) with such an image, such as a split of a Hugging Face
             dataset.
-        n_colors: Colours of the palette, K, 2 to 32,768.
+        n_colors: Colors of the palette, K, 2 to 32,768.
         seed: Seed of the k-means++ start.
         image_column: Key of the image in a row; required unless exactly one value is a PIL image.
         max_iter: Upper bound of Lloyd's iterations.

@@ -48,16 +48,10 @@ class _Cells(NamedTuple):
 
 
 def build_table(colors: NDArray[np.float32]) -> NDArray[np.int16]:
-    """The nearest center of every 24-bit color, by the rule of ``Palette.quantize``.
+    """The nearest center of every 24-bit color, by the rule of ``Palette.quantize``, indexed by R << 16 | G << 8 | B.
 
     With v = byte / 127.5 - 1, all in float64, the distance is ``((vr-cr)**2 + (vg-cg)**2) + (vb-cb)**2``; the
-    lowest id wins a tie.
-
-    Args:
-        colors: (K,3) centers in [-1,1], K at most 32,768.
-
-    Returns:
-        (2^24,) ids, indexed by ``red << 16 | green << 8 | blue``.
+    lowest id wins a tie. ``colors`` are (K,3) centers in [-1,1], K at most 32,768.
     """
     centers = np.ascontiguousarray(colors.T, dtype=np.float64)  # (3, K)
     table = np.empty(N_COLORS, dtype=np.int16)
@@ -123,20 +117,14 @@ def _distances(levels: Floats, centers: Floats) -> Floats:
 
 
 def cache_folder() -> Path:
-    """``$LIGHTNING_IGPT_CACHE``, else ``$XDG_CACHE_HOME/lightning_igpt``, else ``~/.cache/lightning_igpt``.
-
-    RuntimeError where none of them exists: no variable is set and the user has no home folder.
-    """
+    """``$LIGHTNING_IGPT_CACHE``, else ``$XDG_CACHE_HOME/lightning_igpt``, else ``~/.cache/lightning_igpt``."""
     if own := os.environ.get("LIGHTNING_IGPT_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lightning_igpt")
 
 
 def cached_table(colors: NDArray[np.float32], sha256: str) -> NDArray[np.int16]:
-    """:func:`build_table` of centers with this digest, read from the cache folder or stored there.
-
-    A damaged file is replaced with a warning. A folder that cannot be used is a warning, never an error.
-    """
+    """:func:`build_table` of centers with this digest, kept in the cache folder, whose faults are warnings."""
     table = None
     try:
         path = cache_folder() / "palettes" / f"{sha256}.{_FORMAT}.npy"

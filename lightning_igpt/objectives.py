@@ -24,24 +24,13 @@ def pixel_nats(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def next_pixel_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean nats over all B * T pixels, including the first.
-
-    Args:
-        logits: Float (B, T, K); index t predicts pixel t.
-        tokens: int64 (B, T).
-    """
+    """Mean nats over all B * T pixels of logits (B, T, K), of which index t predicts pixel t of int64 tokens (B, T)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
 def masked_pixel_loss(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
-    """Mean nats over the masked pixels of each image, then over the images with masked pixels.
-
-    Args:
-        logits: Float (B, T, K).
-        tokens: int64 (B, T).
-        masked: Bool (B, T), true where the pixel was hidden from the network.
-    """
+    """Mean nats over the pixels hidden by bool ``masked`` (B, T), per image, then over images that have some."""
     hidden = masked.sum(1)  # (B,)
     per_image = (pixel_nats(logits, tokens) * masked).sum(1) / hidden.clamp(min=1)
     return per_image.sum() / (hidden > 0).sum().clamp(min=1)
@@ -50,17 +39,13 @@ def masked_pixel_loss(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
 def draw_mask(samples: Tensor, n_positions: int, *, seed: int, ratio: float = MASK_RATIO) -> Tensor:
     """Independent masks, bool (B, n_positions), in which a pixel is hidden with probability ``ratio``.
 
-    Each is a function of the seed and the sample's number, of int64 ``samples`` (B,), alone: it does not depend on
-    device, rank, worker or earlier draws, so a resumed run repeats it.
+    A function of the seed and the numbers ``samples``, int64 (B,), alone, so a resumed run repeats it on any device.
     """
     return counter_uniform(samples, n_positions, seed=seed) <= ratio
 
 
 def majority_vote(votes: Tensor, samples: Tensor, num_classes: int, *, seed: int) -> Tensor:
-    """The class with most of int64 ``votes`` (M, B), one per mask, int64 (B,); a tie is broken at random.
-
-    Paper, section 4.6. The seed and the sample's number, of int64 ``samples`` (B,), decide a tie.
-    """
+    """The class with most of int64 ``votes`` (M, B), int64 (B,); seed and sample number decide ties (section 4.6)."""
     counts = F.one_hot(votes, num_classes).sum(0)  # (B, C)
     return (counts + counter_uniform(samples, num_classes, seed=seed).double()).argmax(-1)  # below 1
 

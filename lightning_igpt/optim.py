@@ -1,7 +1,4 @@
-"""The paper's optimizer and schedule (sections 3.4 and A.1): Adam, linear warm-up, cosine to zero.
-
-Not in the paper: layer-wise decay of the learning rate for fine-tuning; Muon for the matrices.
-"""
+"""Adam, warm-up and cosine as in the paper (sections 3.4 and A.1); not in it are layer-wise decay and Muon."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,17 +19,10 @@ def make_adam(
 ) -> torch.optim.AdamW:
     """Adam with decoupled weight decay on matrices only; gains, biases and the start vector are never decayed.
 
-    Every group stores what a resumed run needs to set a new rate and decay: ``lr_scale``, the group's rate divided by
-    ``lr``, and ``decayed``, whether weight decay applies to it.
-
-    Args:
-        parameters: Parameters to train; those without ``requires_grad`` are skipped.
-        lr: Peak learning rate.
-        betas: Decay of the two moments; 0.9 and 0.95 in the paper, where 0.999 gave loss spikes.
-        weight_decay: 0 in the paper, which is plain Adam.
-        below: Further parameters to train, layer by layer, from the layer below ``parameters`` down to the input.
-        layer_decay: The k-th entry of ``below``, counted from 1, trains at ``lr * layer_decay**k``. Layer-wise decay
-            follows ELECTRA (Clark et al., 2020); the exponents follow BEiT (Bao et al., 2022).
+    The paper has betas 0.9 and 0.95, since 0.999 gave loss spikes, and no decay. The k-th layer of ``below``, counted
+    from 1 and down to the input, trains at ``lr * layer_decay**k`` (ELECTRA, Clark et al., 2020; exponents as in BEiT,
+    Bao et al., 2022). Every group stores what a resumed run needs: ``lr_scale``, its rate divided by ``lr``, and
+    ``decayed``, whether weight decay applies to it.
     """
     groups: list[dict[str, Any]] = []
     for depth, layer in enumerate([parameters, *below]):
@@ -51,22 +41,11 @@ class MuonAdam(torch.optim.Optimizer):
 
     Lightning's automatic optimization supports a single optimizer. Muon (Jordan et al., 2024) steps along the
     orthogonalized momentum of a matrix. The step is scaled to Adam's usual size, a root mean square of 0.2 of the
-    learning rate per entry (Liu et al., 2025), so that both share one rate.
+    learning rate per entry (Liu et al., 2025), so that both share one rate. Betas are Adam's; Muon's momentum is 0.95.
 
-    The parts of a packed matrix, such as that of queries, keys and values, are orthogonalized separately: together, the
-    part with the largest gradients would leave little of the step to the others.
-
-    Args:
-        matrices: Parameters (rows, columns) for Muon; those without ``requires_grad`` are skipped.
-        parameters: All others.
-        lr: Peak learning rate.
-        betas: Adam's; Muon's momentum is torch's default, 0.95.
-        weight_decay: Decoupled, on matrices only.
-        packed: Number of matrices stacked in a parameter of ``matrices``; 1 by default.
-
-    Raises:
-        ValueError: None of ``matrices`` is to be trained, one of them is sharded or not a matrix, or its rows are not
-            divisible by the number of packed matrices.
+    The ``packed`` parts of a matrix, such as the 3 of queries, keys and values, are orthogonalized separately:
+    together, the part with the largest gradients would leave little of the step to the others. ValueError where no
+    matrix is to be trained, one is sharded, or its rows cannot be divided among its parts.
     """
 
     def __init__(
@@ -87,10 +66,8 @@ class MuonAdam(torch.optim.Optimizer):
                 by_parts.setdefault(parts, []).append(matrix)
         if not by_parts:
             raise ValueError("there is no matrix for Muon: all are frozen or wrapped by a strategy; use adam")
-        groups = [
-            {"params": chosen, "parts": parts, "lr_scale": 1.0, "decayed": True}
-            for parts, chosen in sorted(by_parts.items())
-        ]
+        marks = {"lr_scale": 1.0, "decayed": True}
+        groups = [{"params": chosen, "parts": parts} | marks for parts, chosen in sorted(by_parts.items())]
         # This optimizer shares the groups of these two, which fill in their defaults.
         self._muon = torch.optim.Muon(groups, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self._adam = make_adam(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
@@ -130,10 +107,8 @@ class MuonAdam(torch.optim.Optimizer):
 
 def _check_matrix(matrix: nn.Parameter, parts: int) -> None:
     if matrix.ndim != 2 or not isinstance(matrix, nn.Parameter) or hasattr(matrix, "full_tensor"):  # a DTensor
-        raise ValueError(
-            f"Muon needs whole matrices, not a {type(matrix).__name__} of shape {tuple(matrix.shape)}; use adam, or a "
-            "strategy that does not shard the weights, such as ddp"
-        )
+        text = f"Muon needs whole matrices, not a {type(matrix).__name__} of shape {tuple(matrix.shape)}"
+        raise ValueError(f"{text}; use adam, or a strategy that does not shard the weights, such as ddp")
     if len(matrix) % parts:
         raise ValueError(f"a matrix of {len(matrix)} rows cannot be split into {parts} matrices of equal height")
 
@@ -147,15 +122,10 @@ class Schedule(torch.optim.lr_scheduler.LambdaLR):
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int) -> Schedule:
-    """Rise linearly over ``warmup_steps``, then fall along a cosine to zero at ``total_steps``.
-
-    Raises:
-        ValueError: The warm-up is longer than the run.
-    """
+    """Rise linearly over ``warmup_steps``, at most all, then fall along a cosine to zero at ``total_steps``."""
     if warmup_steps > total_steps:
-        raise ValueError(
-            f"warmup_steps is {warmup_steps} but the run has {total_steps} steps; lower warmup_steps or train longer"
-        )
+        cure = "lower warmup_steps or train longer"
+        raise ValueError(f"warmup_steps is {warmup_steps} but the run has {total_steps} steps; {cure}")
 
     def factor(step: int) -> float:
         if step < warmup_steps:

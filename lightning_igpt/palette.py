@@ -254,38 +254,28 @@ def check_images(images: object) -> None:
 class PaletteTransform:
     """Batches of images to palette ids, for ``with_transform``, ``set_transform`` and ``map(batched=True)``.
 
+    Each image is a PIL image, ``{"bytes", "path"}`` as ``Image(decode=False)`` returns it, the bytes of an image file,
+    a path, or a uint8 array (H,W) or (H,W,3); its center square is resized to ``size`` pixels a side, at least 1.
     Equal transforms have equal pickles, by which the cache of ``map`` recognizes them.
-
-    Args:
-        palette: Quantizes the pixels.
-        image_column: Column of images. Each is a PIL image, ``{"bytes", "path"}`` as ``Image(decode=False)`` returns
-            it, the bytes of an image file, a path, or a uint8 array (H,W) or (H,W,3).
-        size: Side of the images in pixels, at least 1; others are cropped to their center square and resized.
-        tokens_column: Name of the new column of ids.
     """
 
     palette: Palette
     image_column: str = "image"
     size: int = 32
-    tokens_column: str = "tokens"
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size is {self.size}; an image has a side of at least 1 pixel")
 
-    def __call__(self, batch: Mapping[str, Any], rows: Sequence[int] | None = None) -> dict[str, Any]:
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Tokenize one batch: lists of equal length by column.
 
         A ``dict`` (from ``with_transform`` and streams) is changed in place and returned: the new columns replace the
         images. For any other mapping (from ``Dataset.map``) only the new columns are returned, which ``map`` adds:
         ``tokens``, uint16 array (B, size * size) in raster order; ``palette``, for each row the palette's SHA-256.
-        ``rows`` are row numbers for messages, as ``map(with_indices=True)`` passes them.
-
-        Raises:
-            BadImageError, TypeError: An image cannot be used; the message names its position and path.
-            ValueError: The image column is missing, or the batch is already tokenized.
+        BadImageError, TypeError or ValueError name the image or the column that cannot be used.
         """
-        if taken := {self.tokens_column, PALETTE_COLUMN} & set(batch):
+        if taken := {"tokens", PALETTE_COLUMN} & set(batch):
             raise ValueError(f"the batch already has the columns {sorted(taken)}; rename them or omit this transform")
         if self.image_column not in batch:
             raise ValueError(f"there is no image column {self.image_column!r}; the batch has {list(batch)}")
@@ -295,10 +285,9 @@ class PaletteTransform:
             raise TypeError(f"column {self.image_column!r} holds one image, not a batch; use map(..., batched=True)")
         pixels = np.empty((len(images), self.size, self.size, 3), dtype=np.uint8)
         for place, value in enumerate(images):
-            where = f"image {place} of the batch" if rows is None else f"the image in row {rows[place]}"
-            pixels[place] = np.asarray(resize_center_crop(decode_form(value, where), self.size))
+            pixels[place] = np.asarray(resize_center_crop(decode_form(value, f"image {place} of the batch"), self.size))
         tokens = quantize_in_one_thread(self.palette, pixels.transpose(0, 3, 1, 2)).view(np.uint16)
-        columns = {self.tokens_column: tokens, PALETTE_COLUMN: [self.palette.sha256] * len(pixels)}
+        columns = {"tokens": tokens, PALETTE_COLUMN: [self.palette.sha256] * len(pixels)}
         if not isinstance(batch, dict):
             return columns
         del batch[self.image_column]
@@ -309,7 +298,7 @@ class PaletteTransform:
 def quantize_in_one_thread(palette: Palette, pixels: NDArray[np.uint8]) -> NDArray[np.int16]:
     """The ids (B, H*W) of uint8 pixels (B,3,H,W), part by part, in a process that ``map`` may have forked.
 
-    OpenMP's thread pool does not survive a fork: a parallel loop in the child would wait forever for threads that only
+    OpenMP's thread pool does not survive a fork: a parallel loop in the child would block on threads that only
     the parent has.
     """
     threads = torch.get_num_threads()

@@ -1,8 +1,4 @@
-"""Every picture that the package draws, in one style: images in grids, maps of surprise, colors of a palette, curves.
-
-Pixel pictures are uint8 tensors (3,h,w) that :func:`save_png` writes; curves are matplotlib figures, drawn once for
-light pages and once for dark ones.
-"""
+"""Every picture that the package draws, in one style: uint8 tensors (3,h,w), and matplotlib figures, light and dark."""
 
 from __future__ import annotations
 
@@ -50,14 +46,9 @@ class Theme(NamedTuple):
     others: tuple[str, ...]
 
 
-LIGHT = Theme(
-    *("#ffffff", "#1c1f24", "#e4e7eb", "#0b6bcb", "#868e98", "#c65102"),
-    others=("#7b4fb5", "#1f8a5b", "#8d5a2b", "#c13584", "#0f8a9a"),
-)
-DARK = Theme(
-    *("#131416", "#e8eaed", "#363c45", "#6cb2f5", "#9099a4", "#f59a52"),
-    others=("#c4a4f2", "#6fd3a6", "#d6ab7d", "#f28cc4", "#6fd0dc"),
-)
+_BRIGHT, _PALE = "#7b4fb5 #1f8a5b #8d5a2b #c13584 #0f8a9a", "#c4a4f2 #6fd3a6 #d6ab7d #f28cc4 #6fd0dc"
+LIGHT = Theme("#ffffff", "#1c1f24", "#e4e7eb", "#0b6bcb", "#868e98", "#c65102", tuple(_BRIGHT.split()))
+DARK = Theme("#131416", "#e8eaed", "#363c45", "#6cb2f5", "#9099a4", "#f59a52", tuple(_PALE.split()))
 
 
 class Plot(NamedTuple):
@@ -75,20 +66,10 @@ def image_grid(
     background: tuple[int, int, int] = _WHITE,
     captions: Sequence[str] | None = None,
 ) -> Tensor:
-    """Images side by side, every pixel enlarged to a square.
+    """Images side by side, every pixel enlarged to a square: uint8 (3,h,w) on the CPU.
 
-    Args:
-        rows: uint8 (R,C,3,H,W), or R tensors (C,3,H,W).
-        scale: Side of the square that shows one pixel; by default images become about 128 pixels high.
-        gap: Pixels around every image.
-        background: Color of the gaps, (R, G, B) in 0..255.
-        captions: One heading per column, clipped to the column's width.
-
-    Returns:
-        uint8 (3,h,w) on the CPU.
-
-    Raises:
-        ValueError: The rows are not uint8, differ in shape, or the captions do not match the columns.
+    ``rows`` are uint8 (R,C,3,H,W), or R tensors (C,3,H,W). By default images become about 128 pixels high. ``captions``
+    are headings of the columns, clipped to their width. ValueError where shapes or captions do not match.
     """
     shapes = sorted({tuple(row.shape) for row in rows})
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] != 3 or any(row.dtype != torch.uint8 for row in rows):
@@ -115,10 +96,7 @@ def enlarge(images: Tensor, scale: int) -> Tensor:
 
 
 def contact_sheet(cells: Tensor, captions: Sequence[Sequence[str]], *, columns: int = 4) -> Tensor:
-    """Pictures, uint8 (N,3,h,w), in rows on white: uint8 (3,H,W) on the CPU.
-
-    Each is below its own lines of text, of which all have the same number; a line too long shows its end.
-    """
+    """Pictures, uint8 (N,3,h,w), in rows on white, each below its lines of text: uint8 (3,H,W) on the CPU."""
     width = cells.shape[3]
     above = [torch.cat([_caption(_end_of(shown(line), width), width) for line in lines], 1) for lines in captions]
     titled = torch.cat([torch.stack(above), cells.cpu()], 2)  # (N, 3, lines + h, w)
@@ -145,10 +123,7 @@ def surprise_colors() -> Tensor:
 
 
 def surprise_limit(nats: Tensor, n_colors: int) -> float:
-    """Where the scale of ``nats``, of all pixels that share it, ends.
-
-    It passes ln ``n_colors``, the surprise of a uniform guess, and one in a hundred of the pixels lies above it.
-    """
+    """Where the scale of ``nats`` ends: beyond a uniform guess, with 1 % of the pixels above it."""
     return max(1.25 * math.log(n_colors), float(np.quantile(nats.cpu().numpy(), 0.99)))
 
 
@@ -174,11 +149,7 @@ def surprise_bar(limit: float, n_colors: int, *, width: int = 512) -> Tensor:
 
 
 def swatch(colors: Tensor, *, side: int = 24, columns: int | None = None) -> Tensor:
-    """All colors of a palette as squares: grays first from dark to light, then rows of like hue, dark to light.
-
-    ``colors`` are uint8 (K,3), the result is uint8 (3,h,w), by default about twice as wide as high; ``side`` is that of
-    a square in pixels.
-    """
+    """All colors uint8 (K,3) as squares: grays first from dark to light, then rows of like hue: uint8 (3,h,w)."""
     columns = columns or math.ceil(math.sqrt(2 * len(colors)))
     values = colors.cpu().numpy() / 255  # (K, 3)
     hue, saturation = np.array([colorsys.rgb_to_hsv(*row)[:2] for row in values]).T
@@ -197,10 +168,7 @@ def plot_curves(
     xlabel: str = "optimizer steps",
     ylabel: str = "nats per pixel",
 ) -> Plot:
-    """Curves (x, y) over steps or layers, of which the first is emphasized; ``levels`` are baselines, as dashed lines.
-
-    Of a long curve the extremes of each stretch are drawn.
-    """
+    """Curves (x, y), the first of which is emphasized; ``levels`` are baselines, drawn as dashed lines."""
 
     def draw(axes: Axes, theme: Theme) -> None:
         from matplotlib.ticker import MaxNLocator
@@ -222,16 +190,12 @@ def draw_figure(draw: Callable[[Axes, Theme], None], theme: Theme = LIGHT, size:
     import matplotlib
     import matplotlib.figure
 
-    style: dict[Any, Any] = {
-        **dict.fromkeys(("axes.axisbelow", "axes.grid"), True),
-        **dict.fromkeys(("axes.spines.right", "axes.spines.top"), False),
-        "font.size": 10,
-        "grid.color": theme.grid,
-        "legend.frameon": False,
-        "lines.linewidth": 1.6,
-        **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), theme.paper),
-        **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), theme.ink),
-    }
+    style: dict[Any, Any] = {"font.size": 10, "grid.color": theme.grid, "lines.linewidth": 1.6}
+    style |= dict.fromkeys(("axes.axisbelow", "axes.grid"), True)
+    style |= dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon"), False)
+    style |= dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), theme.paper)
+    inked = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
+    style |= dict.fromkeys(inked, theme.ink)
     with matplotlib.rc_context(style):
         figure = matplotlib.figure.Figure(figsize=size, dpi=_DPI, layout="constrained")
         axes = figure.subplots()

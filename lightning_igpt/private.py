@@ -60,7 +60,7 @@ def current_datamodule(trainer: Any) -> Any:
 
 
 def allow_clipping(optimizer: Any) -> Any:
-    """Let Lightning clip gradients of a fused optimizer, which it refuses in bf16-mixed, where no scale is involved.
+    """Let Lightning clip gradients of a fused optimizer in bf16-mixed, where no scale is involved.
 
     ``Optimizer._step_supports_amp_scaling``: torch 2.10 to 2.14. Without the mark a GradScaler undoes its scale itself.
     """
@@ -69,7 +69,7 @@ def allow_clipping(optimizer: Any) -> Any:
 
 
 def stop_workers(iterator: Any) -> None:
-    """Stop the worker processes of a DataLoader's iterator, also those that ignore SIGTERM.
+    """Stop the workers of a DataLoader's iterator, also those that ignore SIGTERM.
 
     ``_MultiProcessingDataLoaderIter._workers`` and ``_shutdown_workers``: torch 2.10 to 2.14.
     """
@@ -81,8 +81,5 @@ def stop_workers(iterator: Any) -> None:
 
 
 def forget_iterator(loader: Any) -> None:
-    """Let a DataLoader with persistent workers start new ones, after the others were stopped.
-
-    ``DataLoader._iterator``: torch 2.10 to 2.14.
-    """
+    """Let a DataLoader start new persistent workers. ``DataLoader._iterator``: torch 2.10 to 2.14."""
     loader._iterator = None

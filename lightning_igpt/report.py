@@ -138,10 +138,7 @@ def picture(path: Path, caption: str) -> Markup:
 def pixels(
     rows: Tensor, alt: str, caption: str, *, headings: Sequence[str] = (), scale: int = 8, below: str = ""
 ) -> Markup:
-    """Small images, uint8 (R,C,3,H,W), in a grid that the page enlarges to sharp squares of ``scale`` CSS pixels.
-
-    The page shows between them; ``headings`` are above the columns, and ``below`` is markup above the caption.
-    """
+    """Small images, uint8 (R,C,3,H,W), in a transparent grid, in which a pixel has ``scale`` CSS pixels."""
     grid = image_grid(rows, scale=1, gap=1, background=(0, 0, 0))
     opaque = image_grid(torch.full_like(rows, 255), scale=1, gap=1, background=(0, 0, 0))[:1]
     height, width = grid.shape[1:]

@@ -90,8 +90,7 @@ def choose_strategy(
 ) -> Chosen:
     """The strategy for a trainer that is given ``strategy=given`` and the other options.
 
-    ``auto`` is planned: on GPUs by their memory and by what the network takes there, where ``config`` and
-    ``batch_size``, the images of an optimizer step, are known.
+    ``auto`` is planned: on GPUs by memory, where ``config`` and ``batch_size``, of an optimizer step, are known.
     """
     kind = kind_of_device(accelerator)
     count = _count(kind, devices)

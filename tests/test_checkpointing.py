@@ -259,15 +259,6 @@ def test_objects_without_a_plain_value_are_named(tmp_path):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "old.ckpt")
 
 
-def test_temporary_files_lie_beside_the_target(tmp_path, monkeypatch):
-    """A rename is atomic within one file system only."""
-    seen, real = [], torch.save
-    monkeypatch.setattr(torch, "save", lambda checkpoint, file: seen.append(file.name) or real(checkpoint, file))
-    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
-    assert [name.rpartition("/")[0] for name in seen] == [str(tmp_path)]
-    assert not seen[0].endswith("a.ckpt")
-
-
 def test_a_disk_that_is_full(tmp_path):
     """Both numbers; in a child, because the limit cannot be taken back."""
     path = tmp_path / "last.ckpt"

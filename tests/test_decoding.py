@@ -169,9 +169,3 @@ def test_captured_steps_equal_the_network_on_cuda(precision):
     assert int(decoder.cache.position) == decoder.cache.length == 64
     allowed = {"full": 1e-4, "half": 0.05}[precision] * float(expected.abs().max())
     torch.testing.assert_close(torch.stack(logits, 1), expected, rtol=0, atol=allowed)
-
-
-@pytest.mark.gpu
-def test_int8_is_for_cpus():
-    with pytest.raises(ValueError, match=r"int8.*cuda.*'half'"):
-        Decoder(random_network().cuda(), 1, "int8")

@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_igpt import cli
 from lightning_igpt.__main__ import main
@@ -81,15 +80,6 @@ class TestFiles:
             guarded_trainer(tmp_path, max_steps=2).fit(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=bad)
         with pytest.raises(pickle.UnpicklingError):
             PretrainModule.load_from_checkpoint(bad)
-
-    @pytest.mark.parametrize(
-        ("io", "error"),
-        [(lambda: AsyncCheckpointIO(AtomicCheckpointIO()), ValueError), (AsyncCheckpointIO, pickle.UnpicklingError)],
-    )
-    def test_any_checkpoint_io(self, run, tmp_path, io, error):
-        bad = poisoned(run, "extra", tmp_path / "bad.ckpt")
-        with pytest.raises(error):
-            quiet_trainer(tmp_path, plugins=[io()]).test(PretrainModule(TINY, "gray:8"), loader(), ckpt_path=bad)
 
     def test_the_sharding_strategy(self, run, tmp_path):
         """It opens files itself, to map them."""

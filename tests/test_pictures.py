@@ -14,7 +14,6 @@ from lightning_igpt.pictures import (
     image_grid,
     plot_curves,
     save_png,
-    stack,
     surprise_bar,
     surprise_colors,
     surprise_limit,
@@ -37,11 +36,6 @@ def test_grid_puts_every_pixel_where_it_belongs():
         assert (square == rows[r, c, :, y, x].view(3, 1, 1)).all()
         covered[:, top : top + scale, left : left + scale] = 1
     assert (grid[covered == 0] == 0).all()
-
-
-def test_small_images_become_visible():
-    assert image_grid(torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8), gap=0).shape == (3, 128, 128)
-    assert image_grid(torch.zeros(1, 1, 3, 200, 200, dtype=torch.uint8), gap=0).shape == (3, 200, 200)
 
 
 def test_captions_stand_above_their_columns():
@@ -108,14 +102,6 @@ def test_the_legend_of_surprise_has_its_marks_in_place():
     assert torch.equal(bar[:, 0, margin : margin + 256], surprise_colors().T)
     marks = (bar[:, 10] == 0).all(0).nonzero().flatten() - margin
     assert marks.tolist() == [0, round(0.5 * 255), 255]
-
-
-def test_stacked_parts_are_flush_left_on_white():
-    one, two = torch.zeros(3, 2, 4, dtype=torch.uint8), torch.full((3, 1, 6), 9, dtype=torch.uint8)
-    stacked = stack([one, two])
-    assert stacked.shape == (3, 3, 6)
-    assert torch.equal(stacked[:, :2, :4], one) and torch.equal(stacked[:, 2:], two)
-    assert (stacked[:, :2, 4:] == 255).all()
 
 
 def contrast(one, other):

@@ -31,25 +31,10 @@ def completion_rows(
     precision: Precision | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """The prompt, completions of it and the truth of each image, side by side.
+    """The prompt, completions of it and the truth of whole images int64 (B, T): uint8 (B, 2 + n_samples, 3, S, S).
 
-    Args:
-        network: Autoregressive, or BERT, which inpaints the same pixels.
-        palette: Its palette.
-        tokens: int64 (B, T), whole images.
-        n_samples: Completions per image.
-        keep_rows: Rows of pixels given; default half of them.
-        temperature: As in ``complete``.
-        top_k: As in ``complete``; not for BERT.
-        top_p: As in ``complete``; not for BERT.
-        precision: As in ``complete``.
-        seed: Of the draws.
-
-    Returns:
-        uint8 (B, 2 + n_samples, 3, S, S).
-
-    Raises:
-        ValueError: keep_rows is not between 0 and S - 1, or top_k or top_p is given for a BERT network.
+    ``keep_rows`` rows of pixels are given, from 0 to S - 1, by default half of them. Other options are those of
+    ``complete``. A BERT network inpaints the same pixels, and ValueError refuses ``top_k`` and ``top_p`` there.
     """
     side = network.config.image_size
     rows = side // 2 if keep_rows is None else keep_rows

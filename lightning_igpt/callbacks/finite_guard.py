@@ -66,11 +66,9 @@ class FiniteGuard(Callback):
             gradient = "" if norm is None else f" and gradient norm {norm:.4g}"
             numbers = [str(int(number)) for part in samples if part is not None for number in part]
             of_samples = f", samples {', '.join(numbers)}" if numbers else ""
-            raise NonFiniteError(
-                f"optimizer step {trainer.global_step + 1}{process} has loss {loss:.4g}{gradient}{of_samples}, so it "
-                "was not taken: resume from the last checkpoint with a lower lr or gradient_clip_val, or look at these "
-                "samples"
-            )
+            text = f"optimizer step {trainer.global_step + 1}{process} has loss {loss:.4g}{gradient}{of_samples}"
+            cure = "resume from the last checkpoint with a lower lr or gradient_clip_val, or look at these samples"
+            raise NonFiniteError(f"{text}, so it was not taken: {cure}")
 
 
 def _gradient_norm(optimizer: Optimizer) -> Tensor:

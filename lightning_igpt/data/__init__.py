@@ -1,7 +1,4 @@
-"""Images for every protocol, as LightningDataModules over Hugging Face ``datasets``.
-
-A batch is ``{"image": uint8 (B, 3, H, W), "sample": int64 (B,)}``, with ``"label": int64 (B,)`` where there are labels.
-"""
+"""Images for every protocol, as LightningDataModules over Hugging Face ``datasets``."""
 
 from lightning_igpt.data.finetune import FineTuneDataModule
 from lightning_igpt.data.pretrain import PretrainDataModule

@@ -19,6 +19,7 @@ VARIANTS_COLUMN = "variants_of"  # rows of equal values are near-copies, which a
 IMAGE_NAMES = ("image", "images", "img", "pixel_values", "picture", "photo", "png", "jpg", "jpeg", "webp", "input")
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "targets", "cls", "class", "category")
 MAX_CLASSES = 1_000_000  # beyond this a column of integers holds ids of something else
+HIDDEN = "; -1 marks the hidden labels of a benchmark's test split"
 
 
 class TokenMark(NamedTuple):
@@ -40,11 +41,8 @@ def marked_palette(rows: datasets.Dataset) -> TokenMark:
         raise ValueError(f"there is no column {TOKENS_COLUMN!r} of integers; the columns are {_listed(rows.features)}")
     feature = rows.features.get(PALETTE_COLUMN)
     if feature is None:
-        raise ValueError(
-            f"nothing says which palette the column {TOKENS_COLUMN!r} belongs to: there is no column "
-            f"{PALETTE_COLUMN!r} that names it. Make the dataset with lightning_igpt.tokenize, or by "
-            "map(palette.transform(), batched=True), which both write it"
-        )
+        cure = "make the dataset with lightning_igpt.tokenize, or by map(palette.transform(), batched=True)"
+        raise ValueError(f"there is no column {PALETTE_COLUMN!r} that names the palette of {TOKENS_COLUMN!r}; {cure}")
     named = isinstance(feature, datasets.ClassLabel)
     hashes = list(feature.names) if named else _read(rows, PALETTE_COLUMN).unique().to_pylist()
     if wrong := [value for value in hashes if not re.fullmatch("[0-9a-f]{64}", str(value))]:
@@ -62,17 +60,12 @@ def marked_palette(rows: datasets.Dataset) -> TokenMark:
 
 
 def find_image_column(features: datasets.Features, wanted: str | None, *, where: str) -> str:
-    """Name the column of images: ``wanted``, the only one of type Image, or of several the first of ``IMAGE_NAMES``.
-
-    Without any of type Image, the first of ``IMAGE_NAMES`` that can hold encoded images.
-    """
+    """Name the column of images: ``wanted``, the only one of type Image, or the first of ``IMAGE_NAMES`` that fits."""
     if wanted is not None:
         _check_column(features, wanted, "image_column", where)
         if not (isinstance(features[wanted], datasets.Image) or _can_hold_images(features[wanted])):
-            raise ValueError(
-                f"column {wanted!r} of {where} has the type {features[wanted]}, which cannot hold images; "
-                "image_column takes a column of type Image, of encoded bytes, of paths, or {bytes, path}"
-            )
+            cure = "image_column takes a column of type Image, of encoded bytes, of paths, or {bytes, path}"
+            raise ValueError(f"column {wanted!r} of {where} has type {features[wanted]}, which holds no images; {cure}")
         return wanted
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     candidates = images or [name for name, feature in features.items() if _can_hold_images(feature)]
@@ -99,10 +92,8 @@ def find_label_column(features: datasets.Features, wanted: str | None, *, needed
     if wanted is not None:
         _check_column(features, wanted, "label_column", where)
         if not (_is_integer(features[wanted]) or _is_string(features[wanted])):
-            raise ValueError(
-                f"column {wanted!r} of {where} has the type {features[wanted]}; labels are ClassLabel, integers or "
-                "strings"
-            )
+            kind = f"column {wanted!r} of {where} has the type {features[wanted]}"
+            raise ValueError(f"{kind}; labels are ClassLabel, integers or strings")
         return wanted
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     known = [name for name in LABEL_NAMES if name in (labels or features)]
@@ -120,10 +111,8 @@ def find_label_column(features: datasets.Features, wanted: str | None, *, needed
         raise ValueError(f"{where} has several columns of labels ({_listed(labels)}); set label_column to one of them")
     if known:  # of a type that says which are labels
         return find_label_column(features, known[0], needed=needed, where=where)
-    raise ValueError(
-        f"{where} has no labels: no ClassLabel column and none called 'label'. Set label_column, or for a folder "
-        f"of images put each class into a sub-folder (two or more). Its columns: {_listed(features)}"
-    )
+    cure = "set label_column, or for a folder of images put each class into a sub-folder (two or more)"
+    raise ValueError(f"{where} has no labels: no ClassLabel and no 'label' among {_listed(features)}; {cure}")
 
 
 def _check_column(features: datasets.Features, name: str, option: str, where: str) -> None:
@@ -132,40 +121,31 @@ def _check_column(features: datasets.Features, name: str, option: str, where: st
 
 
 def class_names_of(dataset: datasets.Dataset | datasets.IterableDataset, column: str) -> list[str]:
-    """The classes of a split, in the order of their numbers.
-
-    Names of a ClassLabel; sorted distinct strings; for plain integers "0" to the largest.
-    """
+    """Classes of a split by number: a ClassLabel's names, sorted strings, or "0" to the largest number."""
     feature = (dataset.features or {}).get(column)
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
     if isinstance(dataset, datasets.IterableDataset):
-        raise ValueError(
-            f"the classes in column {column!r} of a stream cannot be counted before all of it is read; name them: "
-            f"stream.cast_column({column!r}, datasets.ClassLabel(names=[...]))"
-        )
+        cure = f"name them: stream.cast_column({column!r}, datasets.ClassLabel(names=[...]))"
+        raise ValueError(f"the classes in column {column!r} of a stream cannot be counted in advance; {cure}")
     values = _read(dataset, column).unique().drop_null().to_pylist()
     if _is_string(feature):
         return sorted(values)
     largest = max(values, default=-1)
     if largest >= MAX_CLASSES:
-        raise ValueError(
-            f"column {column!r} holds numbers up to {largest}; class numbers run from 0 without large gaps"
-        )
+        raise ValueError(f"column {column!r} has numbers up to {largest}; class numbers run from 0 without large gaps")
     return [str(number) for number in range(largest + 1)]
 
 
 def encode_labels(dataset: datasets.Dataset, column: str, class_names: Sequence[str], *, where: str) -> Tensor:
-    """Read a column of labels as numbers into ``class_names``, the training split's: int64 (rows,).
+    """Labels as numbers into the training split's ``class_names``, int64 (rows,), matched by name.
 
-    ClassLabels and strings are matched by name, because a split that lacks a class may number the others differently.
+    A split that lacks a class may number the others differently.
     """
     values = _read(dataset, column)
     if values.null_count:
         row = values.is_null().index(True).as_py()
-        raise ValueError(
-            f"{values.null_count} of {len(values)} rows of {where} have no {column!r}, the first is row {row}"
-        )
+        raise ValueError(f"{values.null_count} of {len(values)} rows of {where} have no {column!r}, as row {row}")
     feature = dataset.features[column]
     if _is_string(feature):
         distinct, numbers = np.unique(np.array(values.to_pylist(), dtype=object), return_inverse=True)
@@ -176,18 +156,14 @@ def encode_labels(dataset: datasets.Dataset, column: str, class_names: Sequence[
         outside = np.flatnonzero((numbers < 0) | (numbers >= len(names)))
         if len(outside):
             label = numbers[outside[0]]
-            hint = "; -1 marks the hidden labels of a benchmark's test split" if label == -1 else ""
-            raise ValueError(
-                f"{len(outside)} of {len(numbers)} labels of {where} are outside 0..{len(names) - 1}, "
-                f"the first is {label} in row {outside[0]}{hint}"
-            )
+            hint = HIDDEN if label == -1 else ""
+            text = f"{len(outside)} of {len(numbers)} labels of {where} are outside 0..{len(names) - 1}"
+            raise ValueError(f"{text}, the first is {label} in row {outside[0]}{hint}")
     number_of = {name: number for number, name in enumerate(class_names)}
     used = [names[number] for number in np.unique(numbers)]
     if unknown := [name for name in used if name not in number_of]:
-        raise ValueError(
-            f"{where} has the classes {_listed(unknown)}, which the training split does not have; "
-            f"it has {_listed(class_names)}"
-        )
+        text = f"{where} has the classes {_listed(unknown)}, which the training split does not have"
+        raise ValueError(f"{text}; it has {_listed(class_names)}")
     table = np.array([number_of.get(name, -1) for name in names], dtype=np.int64)
     return torch.from_numpy(table[numbers])
 

@@ -17,7 +17,7 @@ from lightning_igpt.data.order import EndlessOrder, EvalOrder
 from lightning_igpt.data.readers import ImageBatches, OnBadImage
 from lightning_igpt.data.sources import ImageSource, Source, name_of, open_source
 from lightning_igpt.data.splits import Division, Part, divide, make_parts
-from lightning_igpt.data.streams import StreamBatches, StreamPart, StreamReader
+from lightning_igpt.data.streams import StreamBatches, StreamPart
 from lightning_igpt.data.tokens import TokenReader, cached_tokens
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
 from lightning_igpt.files import write_csv
@@ -31,13 +31,11 @@ class ImageDataModule(LightningDataModule):
 
     Every batch is ``{"image": uint8 (B, 3, S, S), "sample": int64 (B,), "label": int64 (B,)}``; ``sample`` numbers
     the draws of a run in training and the rows in evaluation, ``label`` is there when the source has labels. Sources
-    of tokens, and ``cache="disk"``, give ``tokens`` int16 (B, S * S) instead of ``image``.
+    of tokens, and ``cache="disk"``, give ``tokens`` int16 (B, S * S) instead of ``image``. After ``setup`` there are
+    ``num_classes`` and ``class_names`` (None without labels), ``batches_per_epoch``, and ``bad_images`` left out.
 
     Options can be set later, as attributes: new loaders use them, and ``hparams`` has them. Those that decide which
     rows there are (source, splits, columns, ``seed``, ``val_fraction``) need another ``setup``, as ``fit`` calls it.
-
-    After ``setup``, ``num_classes`` and ``class_names`` (None without labels) and ``batches_per_epoch`` tell modules
-    what they train on; ``bad_images`` says which images were left out.
 
     Args:
         source: "digits" or "emoji" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, or
@@ -47,8 +45,8 @@ class ImageDataModule(LightningDataModule):
         image_size: Side S of the square images in pixels. Default: the network's, or 32 without a network.
         batch_size: Images per optimizer step, over all devices and accumulated micro-batches together.
         num_workers: Processes that read and decode; 0 reads in the main process.
-        seed: Decides the order, the hold-out, crops and augmentation. A run that resumes with another seed continues
-            with that seed's, after a warning of ``RunRecord``: its hold-out has images that the run was trained on.
+        seed: Seed of the order, the hold-out, crops and augmentation. With another seed, of which ``RunRecord`` warns,
+            a resumed run validates on images that it was trained on.
         val_fraction: Share of the training split held out where the source has no validation split; 0 holds out none.
         config_name: Configuration of a hub dataset that has several.
         revision: Branch, tag or commit of a hub dataset.
@@ -62,7 +60,7 @@ class ImageDataModule(LightningDataModule):
         shuffle_buffer: Streams: rows of the shuffle buffer; every worker holds one, undecoded.
         val_images: Streams: images to validate on, read once and held in memory undecoded.
         cache: disk keeps tokens of all images, 2 S^2 bytes each, in the cache of datasets, for all runs with the same
-            images, size and palette. none keeps nothing, and auto and memory, of earlier versions, mean the same.
+            images, size and palette. none, like auto and memory of earlier versions, keeps nothing.
         palette: Of a token cache; as for the modules. Default: the network's.
         on_bad_image: What to do with an image that cannot be read: error stops the run and names it; skip leaves it
             out, trains on another one instead, and lists it in bad_images.csv.
@@ -120,14 +118,12 @@ class ImageDataModule(LightningDataModule):
         self.save_hyperparameters(ignore=["source", "palette"], logger=False)
         # A dataset itself would make checkpoints large, and unreadable with weights_only=True.
         self.hparams["source"] = name_of(self.source)
-        self.recorded = dict(self.hparams)  # as they were when an attribute was last set
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = getattr(self, name, None)
         super().__setattr__(name, value)
         if name in self.hparams and before != value:
             self.hparams[name] = name_of(value) if name == "source" else value
-            self.__dict__.setdefault("recorded", {})[name] = self.hparams[name]
             if name in _DIVIDING:
                 self._opened, self.division, self.parts = None, None, {}
 
@@ -221,13 +217,12 @@ class ImageDataModule(LightningDataModule):
         if not streaming:
             images = self._images("train", resize, self.needs_labels, replace=True, augment=augment)
             return make_loader(images, order, self._log("train"), order.at_once, self.num_workers)
-        rows = self._stream_part("train", self.needs_labels)
+        rows = self._stream_part("train", self.needs_labels, resize, augment)
         workers = streams.n_readers(rows, self.num_workers, place.world_size)
         states = streams.begin(self._stream_states, place.rank, place.world_size, max(1, workers))
         if (last := self._stream) and len(last.states) == len(states) and (not trainer or trainer.global_step):
             states = last.states  # another loader of the same run
-        reader = StreamReader(rows, resize, augment, self.on_bad_image)
-        batches = StreamBatches(reader, place.rank, place.world_size, self.seed, self.shuffle_buffer, states)
+        batches = StreamBatches(rows, place.rank, place.world_size, self.seed, self.shuffle_buffer, states)
         self._stream = make_loader(batches, order, self._log("train"), order.at_once, workers)
         return self._stream
 
@@ -255,14 +250,12 @@ class ImageDataModule(LightningDataModule):
         at_once = -(-self.batch_size // (place.world_size * place.accumulate))
         labels = None
         if self.opened.streaming:
-            rows = self._stream_part(role, need_labels)
+            rows = self._stream_part(role, need_labels, resize)
             if role != "val":
                 if place.world_size > 1:
-                    raise ValueError(
-                        f"{rows.where} is a stream; {place.world_size} devices cannot divide it so that each image "
-                        "comes once. Use one device (--trainer.devices 1), or streaming=False"
-                    )
-                once = streams.StreamOnce(StreamReader(rows, resize, None, self.on_bad_image), at_once)
+                    text = f"{rows.where} is a stream; {place.world_size} devices cannot divide it without repeats"
+                    raise ValueError(f"{text}. Use one device (--trainer.devices 1), or streaming=False")
+                once = streams.StreamOnce(rows, at_once)
                 return make_loader(once, None, self._log(role), None, min(self.num_workers, 1))
             if "val" not in self.parts:
                 self.parts["val"] = streams.keep(rows, self.val_images)
@@ -298,7 +291,7 @@ class ImageDataModule(LightningDataModule):
         return None
 
     def _images(self, role: str, resize: Resize, need_labels: bool, labels: Any = None, **options: Any) -> ImageBatches:
-        """A stored part as batches; labels that nobody needs may be absent or unusable."""
+        """A stored part as batches; labels that are not needed may be absent or unusable."""
         part, source = self.parts[role], self.opened
         if labels is None and not source.streaming:
             try:
@@ -314,20 +307,21 @@ class ImageDataModule(LightningDataModule):
             reader = readers.ImageReader(part, source.image_column, resize)
         else:
             assert palette is not None
-            reader = cached_tokens(
-                self.trainer, part, source.image_column, palette, resize, skip=self.on_bad_image == "skip",
-                n_crops=self.n_crops if role == "train" else 1, num_workers=self.num_workers,
-            )  # fmt: skip
+            kept, column = self.n_crops if role == "train" else 1, source.image_column
+            made: dict[str, Any] = {"skip": self.on_bad_image == "skip", "n_crops": kept}
+            made |= {"num_workers": self.num_workers}
+            reader = cached_tokens(self.trainer, part, column, palette, resize, **made)
         return ImageBatches(reader, on_bad_image=self.on_bad_image, seed=self.seed, labels=labels, **options)
 
-    def _stream_part(self, role: str, need_labels: bool) -> StreamPart:
+    def _stream_part(self, role: str, need_labels: bool, resize: Resize, augment: Augment | None = None) -> StreamPart:
         assert self.division is not None
         matching_palette(self.trainer, self.opened, self.palette, cache=False)
         splits = self.division.splits
         fraction = self.val_fraction if "val" not in splits and role != "test" else 0.0
         # Hidden labels of a test split do not concern a prediction.
         labels, split = need_labels or role != "test", splits.get(role, splits["train"])
-        return streams.open_part(self.opened, split, need_labels, labels, fraction=fraction, held_out=role == "val")
+        rows = streams.open_part(self.opened, split, need_labels, labels, fraction, held_out=role == "val")
+        return StreamPart(*rows, need_labels, resize, augment, self.on_bad_image)
 
     def _log(self, role: str) -> readers.BadImages:
         n_images = None if role not in self.parts or self.opened.streaming else len(self.parts[role].dataset)
@@ -342,6 +336,5 @@ class ImageDataModule(LightningDataModule):
         if self.division is None:
             raise RuntimeError("call setup() before asking for a loader, also after a change of what it divides")
         if role not in self.roles():
-            raise ValueError(
-                f"{self.opened.name} has no {role} split; set {role}_split to one of: {', '.join(self.opened.splits)}"
-            )
+            splits = ", ".join(self.opened.splits)
+            raise ValueError(f"{self.opened.name} has no {role} split; set {role}_split to one of: {splits}")

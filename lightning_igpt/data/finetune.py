@@ -1,4 +1,4 @@
-"""Labelled images to fine-tune on."""
+"""Labeled images to fine-tune on."""
 
 from typing import Any
 
@@ -12,12 +12,11 @@ class FineTuneDataModule(ImageDataModule):
     """Images and labels for ``FineTuneModule``.
 
     Training images are augmented as the paper does for CIFAR: padded by reflection, cut at random, mirrored with
-    probability 1/2. ``pad=0, flip=False`` turns augmentation off. Do not mirror where left and right matter, as in
-    digits and text.
+    probability 1/2. Do not mirror where left and right matter, as in digits and text.
 
     Args:
         source: "digits" or "emoji" (embedded), a hub id "owner/name", or a file or folder; see ``ImageDataModule``.
-        pad: Pixels of reflected padding on every side before the random cut; below image_size.
+        pad: Pixels of reflected padding on every side before the random cut; below image_size. 0 cuts nothing.
         flip: Mirror left to right at random.
         **common: The other options of ``ImageDataModule``.
     """

@@ -43,7 +43,7 @@ class DamagedDataError(ValueError):
 
 
 def check_files(files: Sequence[str]) -> None:
-    """Raise DamagedDataError where a file of Arrow's stream format ends early, which pyarrow takes for its end."""
+    """Raise DamagedDataError where a file of Arrow's stream format ends early, which pyarrow does not report."""
     for file in files:
         with pa.memory_map(file) as data:
             for _ in pa.ipc.open_stream(data):
@@ -102,10 +102,8 @@ def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -
         return _open_tables(path, next(iter(files.values())), name, streaming)
     if unreadable:
         raise ValueError(f"{shown(path)} holds {problem}; convert them to JPEG or PNG")
-    raise ValueError(
-        f"{shown(path)} holds no images ({' '.join(sorted(SUFFIXES))}), no Parquet, Arrow or WebDataset (.tar) files, "
-        "and no dataset written by save_to_disk, at any depth"
-    )
+    kinds = "Parquet, Arrow or WebDataset (.tar) files, and no dataset written by save_to_disk, at any depth"
+    raise ValueError(f"{shown(path)} holds no images ({' '.join(sorted(SUFFIXES))}), no {kinds}")
 
 
 def _open_saved(path: Path, saved: set[Path]) -> Any:
@@ -138,13 +136,12 @@ def _open_tables(path: Path, files: list[Path], name: str | None, streaming: boo
         splits = {file: shard[1] for file, shard in zip(files, shards, strict=True) if shard}
     else:
         words = {file: _read_name(file.with_suffix("").as_posix())[0] for file in files}
-        others = [file for file, found in words.items() if len(found) != 1]
+        others = [file for file, named in words.items() if len(named) != 1]
         if others and set().union(*words.values()) - {"train"}:
-            raise ValueError(
-                f"{shown(path)} has files named after splits ({_listed(words.keys() - set(others)) or 'none'}) and "
-                f"others ({_listed(others)}); name every file after its split, as train-0.parquet, or move it away"
-            )
-        splits = {file: min(found, default="train") for file, found in words.items()}
+            text = f"{shown(path)} has files named after splits ({_listed(words.keys() - set(others)) or 'none'})"
+            cure = "name every file after its split, as train-0.parquet, or move it away"
+            raise ValueError(f"{text} and others ({_listed(others)}); {cure}")
+        splits = {file: min(named, default="train") for file, named in words.items()}
     data_files: dict[str, list[str]] = defaultdict(list)
     for file, split in splits.items():
         data_files[split].append(_literal(path / file))
@@ -180,28 +177,23 @@ def _read_name(name: str) -> tuple[set[str], str]:
 
 
 def splits_of(names: Collection[str], folder: Path, loose: Collection[str] = ()) -> dict[str, str]:
-    """Which split each folder's name means; empty where they are not names of splits.
+    """Which split each folder's name means (``training_set``, ``val2017``); empty where they are not names of splits.
 
-    A name is a split's where it holds one of ``SPLIT_NAMES`` and no words of its own (``training_set``, ``val2017``),
-    or where another one differs from it in that word only (``seg_train``, ``seg_test``).
+    ``seg_train`` and ``seg_test`` are such names because they differ in that word only.
     """
-    read = {name: (min(found), rest) for name in names for found, rest in [_read_name(name)] if len(found) == 1}
+    read = {name: (min(named), rest) for name in names for named, rest in [_read_name(name)] if len(named) == 1}
     groups = defaultdict(set)
     for split, rest in read.values():
         groups[rest].add(split)
     named = sorted(name for name, (_, rest) in read.items() if not rest or len(groups[rest]) > 1)
     others = [*loose, *(f"{name}/" for name in set(names) - set(named))]
     if named and others:
-        raise ValueError(
-            f"{shown(folder)} has folders named after splits ({_listed(named)}) and other images next to them "
-            f"({_listed(others)}). Where {named[0]} is a split, move the other images into train/, or away; where it "
-            "is a class, rename it or give a DatasetDict"
-        )
+        text = f"{shown(folder)} has folders named after splits ({_listed(named)}) and others ({_listed(others)})"
+        cure = f"where {named[0]} is a split, move the others into train/, or away; where it is a class, rename it"
+        raise ValueError(f"{text}; {cure}")
     if others and len(read) == len(names) > 1 and not loose:
-        raise ValueError(
-            f"the folders of {shown(folder)} ({_listed(names)}) may be splits or classes; name splits train, "
-            "validation and test, and classes without these words, or give a DatasetDict"
-        )
+        cure = "name splits train, validation and test, and classes without these words, or give a DatasetDict"
+        raise ValueError(f"the folders of {shown(folder)} ({_listed(names)}) may be splits or classes; {cure}")
     splits = {name: read[name][0] for name in named}
     if len(set(splits.values())) < len(splits):
         raise ValueError(f"{shown(folder)} has several folders for one split ({_listed(named)}); merge them")
@@ -209,7 +201,7 @@ def splits_of(names: Collection[str], folder: Path, loose: Collection[str] = ())
 
 
 def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """Files below ``folder`` with one of ``suffixes``, relative to it and sorted; hidden ones are left out.
+    """Visible files below ``folder`` with one of ``suffixes``, relative and sorted.
 
     Links are followed, but no folder is read twice, so a link to a parent folder does not multiply the files.
     """
@@ -252,11 +244,9 @@ def open_image_folder(folder: Path, files: list[Path], metadata: Collection[Path
         below = {path: inner.relative_to(inner.parts[0]) for path, inner in below.items()}
     if not named:
         inside = [_read_name(name) for name in {inner.parts[1] for inner in below.values() if len(inner.parts) > 2}]
-        if {"train"} < set().union(*(found for found, rest in inside if len(found) == 1 and not rest)):
-            raise ValueError(
-                f"{shown(folder)} has splits inside other folders ({_listed(top)}); put the splits outermost, as in "
-                "train/cat/, or its test images would be trained on"
-            )
+        if {"train"} < set().union(*(named for named, rest in inside if len(named) == 1 and not rest)):
+            cure = "put the splits outermost, as in train/cat/, or its test images would be trained on"
+            raise ValueError(f"{shown(folder)} has splits inside other folders ({_listed(top)}); {cure}")
         return _to_datasets(folder, {"train": list(below.items())}, rows)
     splits = defaultdict(list)
     for path, inner in below.items():

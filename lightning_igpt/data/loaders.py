@@ -118,10 +118,8 @@ def step_of(trainer: Trainer | None, place: Place) -> int | None:
     """The optimizer step that a loader made for ``place`` has reached; None where no trainer counts them."""
     trainer, now = unfinished(trainer), place_of(None).world_size
     if trainer is None and now != place.world_size:
-        raise RuntimeError(
-            f"this loader was made for {place.world_size} process{'' if place.world_size == 1 else 'es'} but runs in "
-            f"{now}, which would read the same images; give fit the data module instead"
-        )
+        text = f"this loader was made for {place.world_size} processes but runs in {now}"
+        raise RuntimeError(f"{text}, which would read the same images; give fit the data module instead")
     return None if trainer is None else trainer.global_step
 
 
@@ -135,10 +133,9 @@ def possible_batch_size(wanted: int, n_images: int, place: Place) -> int:
 
 
 def n_steps(trainer: Trainer | None, per_pass: int | None, source: str) -> int:
-    """Optimizer steps in one Lightning epoch.
+    """Optimizer steps in one Lightning epoch: the whole run with ``max_steps`` and no ``max_epochs``, else one pass.
 
-    With ``max_steps`` and no ``max_epochs`` it is the whole run: Lightning resumes in the middle of an epoch exactly,
-    but not at the end of one when ``max_steps`` is set. Otherwise it is one pass over the data.
+    Lightning resumes in the middle of an epoch exactly, but not at the end of one when ``max_steps`` is set.
     """
     if trainer is None:
         return per_pass or 2**31
@@ -147,16 +144,12 @@ def n_steps(trainer: Trainer | None, per_pass: int | None, source: str) -> int:
         return trainer.max_steps
     limit = trainer.limit_train_batches
     if per_pass is None and isinstance(limit, float):
-        raise ValueError(
-            f"{source} is a stream of unknown length, so this loader has no length: set max_steps or "
-            "limit_train_batches; without the latter give the trainer max_steps, and not max_epochs"
-        )
+        text = f"{source} is a stream, so this loader has no length: set max_steps or limit_train_batches"
+        raise ValueError(f"{text}; without the latter give the trainer max_steps, and not max_epochs")
     per_pass = per_pass or max(1, -(-int(limit or 1) // trainer.accumulate_grad_batches))
     if trainer.max_steps > 0 and not fast:
-        rank_zero_warn(
-            "max_steps and max_epochs are both set: a run that resumes from a checkpoint made at the end of an epoch "
-            "will stop too early (Lightning then miscounts epochs). Set only one of them"
-        )
+        text = "max_steps and max_epochs are both set: a run that resumes at the end of an epoch stops too early"
+        rank_zero_warn(f"{text} (Lightning then miscounts epochs); set only one of them")
     return per_pass
 
 
@@ -176,24 +169,20 @@ def matching_size(trainer: Trainer | None, source: Source, wanted: int | None) -
         rank_zero_info(f"no network says its image_size; images are {DEFAULT_IMAGE_SIZE} x {DEFAULT_IMAGE_SIZE}")
         return DEFAULT_IMAGE_SIZE
     if own not in (None, size):
-        raise ValueError(
-            f"image_size is {size}, but {source.name} holds tokens of {own} x {own} images; set it to {own}"
-        )
+        raise ValueError(f"image_size is {size}, but {source.name} holds tokens of {own} x {own} images; set {own}")
     return size
 
 
 def matching_palette(trainer: Trainer | None, source: Source, wanted: str | None, *, cache: bool) -> Palette | None:
-    """The palette of tokens: as ``wanted``, or the network's; None where nobody says."""
+    """The palette of tokens: as ``wanted``, or the network's; None where neither is given."""
     mine, network = None if wanted is None else Palette.load(wanted), network_of(trainer)[1]
     if cache or source.tokens is not None:
         palettes = {"its tokens": source.tokens, "palette": mine, "the network": network}
         known = {name: palette.sha256[:12] for name, palette in palettes.items() if palette is not None}
         if len(set(known.values())) > 1:
             listed = ", ".join(f"{sha256} of {name}" for name, sha256 in known.items())
-            raise ValueError(
-                f"{source.name} is to be read with several palettes ({listed}): every token would mean another color. "
-                "Use one for all"
-            )
+            text = f"{source.name} is to be read with several palettes ({listed})"
+            raise ValueError(f"{text}: every token would mean another color; use one for all")
         if not known:
             raise ValueError("cache=disk keeps tokens: give palette, or use it with a trainer whose module has one")
     return mine or network

@@ -11,10 +11,7 @@ _LEAST |= dict.fromkeys(("num_workers", "pad", "seed"), 0)
 
 
 def check(data: Any) -> None:
-    """Take over what was set in ``hparams``; raise ValueError where an option of a data module is out of range."""
-    for name, value in getattr(data, "recorded", {}).items():
-        if data.hparams[name] != value:
-            setattr(data, name, data.hparams[name])
+    """Raise ValueError where an option of a data module is out of range."""
     for name, least in _LEAST.items():
         integer = isinstance(value := getattr(data, name, least), Integral)
         if (value is not None or name != "image_size") and (not integer or value < least):
@@ -29,7 +26,5 @@ def check(data: Any) -> None:
         if getattr(data, name) not in choices:
             raise ValueError(f"{name} is {getattr(data, name)!r}; it must be one of: {', '.join(choices)}")
     if data.n_crops > 1 and not (data.random_crop and data.cache == "disk"):
-        raise ValueError(
-            f"n_crops is {data.n_crops}, but random_crop is {data.random_crop} and cache is {data.cache!r}: only "
-            "cache=disk keeps random crops; without it every pass draws new ones"
-        )
+        text = f"n_crops is {data.n_crops}, but random_crop is {data.random_crop} and cache is {data.cache!r}"
+        raise ValueError(f"{text}; set random_crop=True and cache=disk, or n_crops=1")

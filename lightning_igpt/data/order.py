@@ -23,12 +23,8 @@ class EndlessOrder(DistributedSampler[Draw]):
     Accumulated micro-batches and, within them, ranks take consecutive slices of a step, so neither changes the order.
     A stream, which decides itself what is read next, takes only the samples of passes of one step.
 
-    Args:
-        n_images: Number of rows.
-        batch_size: Rows per optimizer step, over all ranks and ``accumulate`` micro-batches.
-        n_steps: Optimizer steps in one iteration. The loop that resumes in the middle of one stops earlier.
-        first_step: Called whenever an iteration begins, which then starts at that step. Where it returns None,
-            iterations follow each other, or begin with the epoch that ``set_epoch`` names.
+    An iteration has ``n_steps`` steps of ``batch_size`` rows and begins at ``first_step()``; where that is None,
+    iterations follow each other, or begin with the epoch that ``set_epoch`` names.
     """
 
     def __init__(
@@ -45,18 +41,14 @@ class EndlessOrder(DistributedSampler[Draw]):
     ) -> None:
         parts = world_size * accumulate
         if batch_size % parts:
-            less, more = batch_size // parts * parts, -(-batch_size // parts) * parts
-            raise ValueError(
-                f"batch_size {batch_size}, the images of an optimizer step, cannot be divided among {world_size} "
-                f"devices x accumulate_grad_batches {accumulate}; set batch_size to {f'{less} or ' if less else ''}"
-                f"{more}, or change one of the other two"
-            )
+            sizes = [str(size) for size in (batch_size // parts * parts, -(-batch_size // parts) * parts) if size]
+            text = f"batch_size {batch_size}, the images of an optimizer step, cannot be divided among {world_size}"
+            cure = f"set batch_size to {' or '.join(sizes)}, or change one of the other two"
+            raise ValueError(f"{text} devices x accumulate_grad_batches {accumulate}; {cure}")
         self.at_once = batch_size // parts  # what one device computes: its part of a micro-batch
         if n_images < batch_size:
-            raise ValueError(
-                f"batch_size {batch_size} exceeds the {n_images} training images; lower batch_size or set "
-                "val_fraction=0"
-            )
+            text = f"batch_size {batch_size} exceeds the {n_images} training images"
+            raise ValueError(f"{text}; lower batch_size or set val_fraction=0")
         super().__init__(range(n_images), num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]
         self.n_images, self.batch_size, self.n_steps = n_images, batch_size, n_steps
         self.accumulate, self.first_step = accumulate, first_step
@@ -86,10 +78,9 @@ class EndlessOrder(DistributedSampler[Draw]):
 
 
 class EvalOrder(DistributedSampler[list[Draw]]):
-    """Every row exactly once, in order, never padded with repeats; yields whole batches.
+    """Every row exactly once, in order, in batches of nearly equal size.
 
-    Each rank reads a contiguous share in batches of nearly equal size. All ranks have the same number of batches,
-    so that collective calls inside a step cannot hang.
+    All ranks have the same number of batches, so that collective calls inside a step cannot hang.
     """
 
     def __init__(self, n_images: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:

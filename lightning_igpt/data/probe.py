@@ -1,4 +1,4 @@
-"""Labelled images to extract features from."""
+"""Labeled images to extract features from."""
 
 from typing import Any
 

@@ -1,7 +1,4 @@
-"""From places in a part to whole batches: decoding, images that cannot be read, augmentation, labels.
-
-Not here: columns of tokens (``tokens.py``), streams (``streams.py``).
-"""
+"""From places in a part to whole batches: decoding, images that cannot be read, augmentation, labels."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -41,10 +38,7 @@ class BadImage(NamedTuple):
 
 
 class BadImages:
-    """The images left out so far, each once: at most ``max_share`` of ``n_images``.
-
-    Where the number of all is unknown, ``n_images`` is None and a share of those read counts, of 1,000 or more.
-    """
+    """The images left out so far, each once: at most ``max_share`` of ``n_images``, or of those read where None."""
 
     def __init__(self, max_share: float, n_images: int | None = None) -> None:
         self.max_share, self.n_images = max_share, n_images
@@ -64,10 +58,9 @@ class BadImages:
         total, n_bad = self.n_images or self.n_read, len(self.reasons)
         if bad and n_bad > self.max_share * total and (self.n_images or self.n_read >= 1000):
             first, reason = next(iter(self.reasons.items()))
-            raise BadImageError(
-                f"{n_bad} of {total} images cannot be read, more than max_bad_share={self.max_share:g} allows; the "
-                f"first is {first}: {reason}. Repair or remove them, or set max_bad_share"
-            )
+            text = f"{n_bad} of {total} images cannot be read, more than max_bad_share={self.max_share:g} allows"
+            cure = "Repair or remove them, or set max_bad_share"
+            raise BadImageError(f"{text}; the first is {first}: {reason}. {cure}")
 
 
 class Reader(Protocol):
@@ -105,10 +98,7 @@ class ImageReader:
 
 
 class ImageBatches(Dataset[dict[str, Any]]):
-    """Indexed by a list of (place, sample) pairs; gives a finished batch.
-
-    ``replace``: where an image is left out, another one of the part is read, chosen by ``seed`` and place alone.
-    """
+    """Batches by lists of (place, sample); with ``replace`` another image of the part replaces an unreadable image."""
 
     def __init__(
         self,
@@ -161,10 +151,8 @@ class ImageBatches(Dataset[dict[str, Any]]):
 def check_draws(draws: Any) -> None:
     """Raise TypeError unless these are draws of one of this package's orders."""
     if not isinstance(draws, list) or not isinstance(draws[0], tuple):
-        raise TypeError(
-            "this dataset is read in its own order; overfit_batches and other samplers do not work with it. To "
-            "overfit, give a small source and limit_train_batches"
-        )
+        text = "this dataset is read in its own order; overfit_batches and other samplers do not work with it"
+        raise TypeError(f"{text}. To overfit, give a small source and limit_train_batches")
 
 
 def make_batch(

@@ -67,33 +67,27 @@ def divide(
             source = _with_slice(source, given, f"{role}_split")
         name = given or next((name for name in _NAMES[role] if name in source.splits), None)
         if name is None and role == "train":
-            raise ValueError(
-                f"{source.name} has no split named 'train'; set train_split to one of: {', '.join(source.splits)}"
-            )
+            listed = ", ".join(source.splits)
+            raise ValueError(f"{source.name} has no split named 'train'; set train_split to one of: {listed}")
         shared = 0 if name is None or role == "train" else _shared_rows(source, chosen["train"], name)
         if shared and given is not None:
-            raise ValueError(
-                f"{role}_split {name!r} and train_split {chosen['train']!r} have {shared} rows in common, which would "
-                "be trained and evaluated on; they must differ"
-            )
+            text = f"{role}_split {name!r} and train_split {chosen['train']!r} have {shared} rows in common"
+            raise ValueError(f"{text}, which would be trained and evaluated on; they must differ")
         if name is not None and not shared:
             chosen[role] = name
             if not source.streaming and not len(source.splits[name]):
                 raise ValueError(f"{source.name} has no rows in the split {name!r}")
     if unused := [split for split in source.splits if not any(split in name for name in chosen.values())]:
-        rank_zero_info(
-            f"{source.name}: {', '.join(unused)} not used; train_split={chosen['train']}+{unused[0]} would be"
-        )
+        cure = f"train_split={chosen['train']}+{unused[0]}"
+        rank_zero_info(f"{source.name}: splits not used: {', '.join(unused)}; to train on one more, set {cure}")
     return Division(source, chosen)
 
 
 def make_parts(division: Division, *, val_fraction: float, seed: int) -> dict[str, Part]:
     """Parts that never share a row with training: ``train`` and, where there are any, ``val`` and ``test``."""
     source = division.source
-    parts = {
-        role: Part(source.name, split, source.splits[split], remote=source.remote)
-        for role, split in division.splits.items()
-    }
+    splits, remote = division.splits.items(), source.remote
+    parts = {role: Part(source.name, split, source.splits[split], remote=remote) for role, split in splits}
     if "val" in parts or val_fraction == 0:
         return parts
     train = parts["train"]
@@ -102,10 +96,8 @@ def make_parts(division: Division, *, val_fraction: float, seed: int) -> dict[st
     if VARIANTS_COLUMN in train.dataset.features:
         order, n_val = _keep_together(order, list(train.dataset.with_format(None)[VARIANTS_COLUMN]), n_val)
     if n_val >= n:
-        raise ValueError(
-            f"the split {train.split!r} of {train.source} has {n} image{'' if n == 1 else 's'}; holding out {n_val} "
-            "leaves nothing to train on. Give more images, or set val_fraction to 0, which validates on none"
-        )
+        text = f"the split {train.split!r} of {train.source} has {n} images; holding out {n_val} leaves nothing to"
+        raise ValueError(f"{text} train on. Give more images, or set val_fraction=0, which validates on none")
     rank_zero_info(f"no validation split in {train.source}: holding out {n_val} of {n} rows of {train.split!r}")
     held_out = {"train": order[n_val:], "val": order[:n_val]}
     return parts | {role: replace(train, rows=np.sort(rows)) for role, rows in held_out.items()}
@@ -137,15 +129,11 @@ def _with_slice(source: Source, name: str, option: str) -> Source:
         pieces = [source.splits[base].select(range(start, stop)) for base, start, stop in ranges]
         rows = pieces[0] if len(pieces) == 1 else datasets.concatenate_datasets(pieces)
     except Exception as error:  # of many classes: syntax, unknown splits, rows that are not there, other columns
-        raise ValueError(
-            f"{option} is {name!r}, which is no slice of {source.name} ({', '.join(source.splits)}): {error}. Write "
-            "for instance train[:10%], train[100:], or train+test"
-        ) from error
+        text = f"{option} is {name!r}, which is no slice of {source.name} ({', '.join(source.splits)}): {error}"
+        raise ValueError(f"{text}. Write for instance train[:10%], train[100:], or train+test") from error
     if twice := sum(_overlap(a, b) for a, b in combinations(ranges, 2)):
-        raise ValueError(
-            f"{option} is {name!r}, which takes {twice} rows of {source.name} twice; a hold-out could then validate on "
-            "images that are trained on. Name every row once"
-        )
+        text = f"{option} is {name!r}, which takes {twice} rows of {source.name} twice"
+        raise ValueError(f"{text}; a hold-out could then validate on images that are trained on. Name every row once")
     return replace(source, splits={**source.splits, name: rows})
 
 

@@ -1,7 +1,6 @@
 """Streams: rows that arrive in their own order, shuffled, shared and resumed as ``datasets`` does it.
 
-Each worker of each device reads shards of its own, shuffled again in every pass, through a shuffle buffer. A resumed
-reader continues at the shard and row that ``datasets`` reports; the rows that were in its buffer are skipped.
+A resumed reader continues at the shard and row that ``datasets`` reports, and skips the rows that its buffer held.
 """
 
 import itertools
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from lightning_igpt.data.columns import VARIANTS_COLUMN, mode_of
+from lightning_igpt.data.columns import HIDDEN, VARIANTS_COLUMN, mode_of
 from lightning_igpt.data.folders import DamagedDataError
 from lightning_igpt.data.order import Draw
 from lightning_igpt.data.readers import MAX_STAND_INS, BadImage, OnBadImage, check_draws, make_batch
@@ -52,17 +51,20 @@ def belongs(row: Mapping[str, Any], column: str, fraction: float, held_out: bool
 
 @dataclass(frozen=True)
 class StreamPart:
-    """Rows of one split of a stream."""
+    """Rows of one split of a stream, and how they become batches."""
 
     source: Source
     split: str
     rows: datasets.IterableDataset
-    own_names: Sequence[str] | None = None  # the classes as this split numbers them
-    need_labels: bool = True  # a label that is missing or no class is an error; else it is -1
+    own_names: Sequence[str] | None  # the classes as this split numbers them
+    need_labels: bool  # a label that is missing or no class is an error; else it is -1
+    resize: Resize
+    augment: Augment | None
+    on_bad_image: OnBadImage
 
-    def read(self, row: Mapping[str, Any], resize: Resize, sample: int) -> NDArray[Any] | BadImage:
+    def read(self, row: Mapping[str, Any], sample: int) -> NDArray[Any] | BadImage:
         """One row as a grid, uint8 (3, S, S) or int16 (1, S, S), or what is wrong with it."""
-        value = row[self.source.image_column]
+        value, resize = row[self.source.image_column], self.resize
         if self.source.tokens is not None:
             mine, mark = self.source.tokens.sha256, row.get(PALETTE_COLUMN)
             if isinstance(mark, str) and mark != mine:
@@ -71,9 +73,7 @@ class StreamPart:
                 raise ValueError(f"{self.where}, draw {sample}: {len(value)} tokens, not {resize.size}^2")
             tokens = np.asarray(value, "<i2")
             if row.get(CHECKSUM_COLUMN, checksum := zlib.crc32(tokens.tobytes())) != checksum:
-                raise DamagedDataError(
-                    f"{self.where}, draw {sample}: tokens differ from their checksum; tokenize again"
-                )
+                raise DamagedDataError(f"{self.where}, draw {sample}: tokens and checksum differ; tokenize again")
             return tokens.astype(np.int16).reshape(1, resize.size, resize.size)
         try:
             mode = mode_of(self.rows, self.source.image_column)
@@ -96,7 +96,7 @@ class StreamPart:
             return -1
         if name is not None:
             raise ValueError(f"{self.where} has the class {name!r}, which the training split does not have")
-        hint = "; -1 marks the hidden labels of a benchmark's test split" if label == -1 else ""
+        hint = HIDDEN if label == -1 else ""
         raise ValueError(f"{self.where}: a label is {label!r}, outside 0..{len(names) - 1}{hint}")
 
     def labels(self, rows: datasets.Dataset) -> Tensor | None:
@@ -109,26 +109,16 @@ class StreamPart:
         """Source and split, for messages."""
         return f"{self.source.name}, split {self.split!r}"
 
-
-@dataclass(frozen=True)
-class StreamReader:
-    """Turns rows into batches."""
-
-    part: StreamPart
-    resize: Resize
-    augment: Augment | None
-    on_bad_image: OnBadImage
-
     def batch(self, rows: Iterator[Mapping[str, Any]], samples: Sequence[int]) -> dict[str, Any]:
         """The next ``len(samples)`` rows that can be read; fewer where the rows end."""
         grids: list[NDArray[Any]] = []
         labels: list[int] = []
         bad: list[BadImage] = []
         while len(grids) < len(samples) and (row := next(rows, None)) is not None:
-            grid = self.part.read(row, self.resize, samples[len(grids)])
+            grid = self.read(row, samples[len(grids)])
             if not isinstance(grid, BadImage):
                 grids.append(grid)
-                labels.append(self.part.label(row) if self.part.source.label_column else -1)
+                labels.append(self.label(row) if self.source.label_column else -1)
                 continue
             bad.append(grid)
             if self.on_bad_image == "error":
@@ -138,20 +128,17 @@ class StreamReader:
                 raise BadImageError(f"{share} cannot be read; the last is {grid.place}: {grid.reason}")
         if not grids:
             return {}
-        classes = torch.tensor(labels, device="cpu") if self.part.source.label_column else None
+        classes = torch.tensor(labels, device="cpu") if self.source.label_column else None
         return make_batch(np.stack(grids), samples[: len(grids)], classes, bad, self.augment)
 
 
 class StreamBatches(Dataset[dict[str, Any]]):
-    """Endless batches of a stream, asked for by draws, whose samples alone count.
-
-    A map-style dataset, so that torch knows a length and gives the draws to the workers in turn.
-    """
+    """Endless batches of a stream, a map-style dataset, so that torch knows a length and deals draws out to workers."""
 
     def __init__(
-        self, reader: StreamReader, rank: int, world_size: int, seed: int, buffer: int, states: Sequence[str]
+        self, part: StreamPart, rank: int, world_size: int, seed: int, buffer: int, states: Sequence[str]
     ) -> None:
-        self.reader, self.rank, self.world_size, self.seed, self.buffer = reader, rank, world_size, seed, buffer
+        self.part, self.rank, self.world_size, self.seed, self.buffer = part, rank, world_size, seed, buffer
         self.states = states  # where each worker of this process begins, as STATE reports it
         self._rows: Iterator[Mapping[str, Any]] | None = None  # of each worker process its own
         self._place: dict[str, Any] = {}  # the pass of this worker, and the stream of that pass
@@ -164,8 +151,8 @@ class StreamBatches(Dataset[dict[str, Any]]):
         if self._rows is None:
             index, count = self.rank * n_workers + worker, self.world_size * n_workers
             seed, begin = self.seed * 1_000_003, json.loads(self.states[worker])
-            self._rows = _endless(self.reader.part, index, count, seed, self.buffer, begin, self._place)
-        batch = self.reader.batch(self._rows, [sample for _, sample in draws])
+            self._rows = _endless(self.part, index, count, seed, self.buffer, begin, self._place)
+        batch = self.part.batch(self._rows, [sample for _, sample in draws])
         state = {"pass": self._place["pass"], "stream": self._place["stream"].state_dict()}
         batch[STATE] = (worker, json.dumps(state))
         return batch
@@ -196,31 +183,29 @@ def _endless(
             yield {name: value[0] for name, value in row.items()}
         empty = empty + 1 if n_rows == 0 else 0
         if empty == _EMPTY_PASSES:
-            raise ValueError(
-                f"{part.where} gave no rows to reader {index} of {count} in {empty} passes; it is empty, or all of it "
-                "is held out (val_fraction)"
-            )
+            text = f"{part.where} gave no rows to reader {index} of {count} in {empty} passes"
+            raise ValueError(f"{text}; it is empty, or all of it is held out (val_fraction)")
 
 
 class StreamOnce(torch.utils.data.IterableDataset[dict[str, Any]]):
     """Every row of a stream once, in its own order, for one process without workers or with one."""
 
-    def __init__(self, reader: StreamReader, batch_size: int) -> None:
-        self.reader, self.batch_size = reader, batch_size
+    def __init__(self, part: StreamPart, batch_size: int) -> None:
+        self.part, self.batch_size = part, batch_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows = iter(self.reader.part.rows)
+        rows = iter(self.part.rows)
         for start in itertools.count(0, self.batch_size):
-            batch = self.reader.batch(rows, range(start, start + self.batch_size))
+            batch = self.part.batch(rows, range(start, start + self.batch_size))
             if not batch:
                 return
             yield batch
 
 
 def open_part(
-    source: Source, split: str, need_labels: bool, with_labels: bool, *, fraction: float = 0.0, held_out: bool = False
-) -> StreamPart:
-    """The rows of a split, or those of a hold-out of it, or the others, without the columns that nobody reads."""
+    source: Source, split: str, need_labels: bool, with_labels: bool, fraction: float, *, held_out: bool
+) -> tuple[Source, str, datasets.IterableDataset, Sequence[str] | None]:
+    """The rows of a split, or those of a hold-out of it, or the others, without unused columns."""
     rows, own_names = source.splits[split], None
     assert isinstance(rows, datasets.IterableDataset)
     has_labels = rows.features is None or source.label_column in rows.features
@@ -235,7 +220,7 @@ def open_part(
     if fraction > 0:
         options = {"column": source.image_column, "fraction": fraction, "held_out": held_out, "remote": source.remote}
         rows = rows.filter(belongs, fn_kwargs=options)
-    return StreamPart(source, split, rows, own_names, need_labels)
+    return source, split, rows, own_names
 
 
 def n_readers(part: StreamPart, num_workers: int, world_size: int) -> int:
@@ -243,10 +228,8 @@ def n_readers(part: StreamPart, num_workers: int, world_size: int) -> int:
     shards = part.rows.num_shards or 1
     used = min(num_workers, max(1, shards // world_size))
     if used < num_workers:
-        rank_zero_info(
-            f"{part.where} has {shards} shards for {world_size} devices, so {used} of {num_workers} workers read it. "
-            "More shards: several files, stream.reshard(), or to_iterable_dataset(num_shards=...)"
-        )
+        text = f"{part.where} has {shards} shards for {world_size} devices, so {used} of {num_workers} workers read it"
+        rank_zero_info(f"{text}. More shards: several files, stream.reshard(), or to_iterable_dataset(num_shards=...)")
     return used
 
 
@@ -262,8 +245,7 @@ def begin(saved: Sequence[Sequence[str]], rank: int, world_size: int, n_readers:
         number = 1 + max(json.loads(state)["pass"] for states in saved for state in states)
         rank_zero_warn(
             f"the checkpoint was made by {len(before)} processes with {before[0]} stream readers each, this run has "
-            f"{world_size} with {n_readers}: the stream begins its next pass (number {number}). To continue where it "
-            "stopped, use as many devices and num_workers as before"
+            f"{world_size} with {n_readers}: the stream begins its next pass (number {number}). Use as many as before"
         )
     return [json.dumps({"pass": number, "stream": None})] * n_readers
 
@@ -272,10 +254,8 @@ def keep(part: StreamPart, n_images: int) -> Part:
     """The first rows of a part, undecoded, as a dataset in memory."""
     kept = list(part.rows.take(n_images))
     if not kept:
-        raise ValueError(
-            f"{part.where} has no rows to validate on; set val_split or another val_fraction, or val_fraction=0 for no "
-            "validation"
-        )
+        cure = "set val_split or another val_fraction, or val_fraction=0 for no validation"
+        raise ValueError(f"{part.where} has no rows to validate on; {cure}")
     column = part.source.image_column
     if part.source.tokens is None:
         for row in kept:

@@ -1,6 +1,5 @@
 """Datasets of palette ids: made once from images by ``Dataset.map``, stored as Arrow, read without a copy.
 
-The column ``tokens`` holds a picture's ids, ``crc32`` their checksum; ``palette`` names the colors by their SHA-256.
 ``tokenize`` makes them for users, ``cached_tokens`` for ``cache=disk``, both in the cache of ``datasets``.
 """
 
@@ -11,7 +10,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,10 +27,10 @@ from lightning_igpt.data.folders import DamagedDataError, check_files, quiet
 from lightning_igpt.data.readers import REPAIR, BadImage
 from lightning_igpt.data.sources import Rows
 from lightning_igpt.data.splits import Part
-from lightning_igpt.data.transforms import Resize, square
+from lightning_igpt.data.transforms import CenterCrop, Resize, square
 from lightning_igpt.files import shown
 from lightning_igpt.images import BadImageError, decode
-from lightning_igpt.palette import PALETTE_COLUMN, Colors, Palette, PaletteTransform, quantize_in_one_thread
+from lightning_igpt.palette import PALETTE_COLUMN, Colors, Palette, quantize_in_one_thread
 
 CHECKSUM_COLUMN = "crc32"  # of a row's tokens as little-endian int16
 _CHECKSUM = datasets.Value("uint32")
@@ -89,10 +87,8 @@ def _tokenize(
     dataset: Rows, where: str, palette: Palette, size: int, wanted: str | None, num_proc: int | None, batch_size: int
 ) -> Rows:
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
-        raise TypeError(
-            f"tokenize takes a Dataset or a DatasetDict, not a {type(dataset).__name__}; datasets.load_dataset opens "
-            "files, folders and datasets of the hub"
-        )
+        text = f"tokenize takes a Dataset or a DatasetDict, not a {type(dataset).__name__}"
+        raise TypeError(f"{text}; datasets.load_dataset opens files, folders and datasets of the hub")
     features = dataset.features
     if features is None:
         raise ValueError(f"{where} is a stream of unknown columns; name them by stream.cast(features)")
@@ -103,10 +99,10 @@ def _tokenize(
     if taken := [name for name in (TOKENS_COLUMN, CHECKSUM_COLUMN, PALETTE_COLUMN) if name in features]:
         raise ValueError(f"{where} has a column {taken[0]!r} of its own, which would be lost; rename it")
     column = find_image_column(features, wanted, where=where)
-    transform = palette.transform(column, size)
-    # Where the column asks for a mode, datasets itself decodes and converts.
-    undecoded = datasets.Image(mode=(mode := mode_of(dataset, column)), decode=mode is not None)
-    dataset = dataset.with_format(None).cast_column(column, undecoded)
+    if size < 1:
+        raise ValueError(f"size is {size}; an image has a side of at least 1 pixel")
+    mode = mode_of(dataset, column)
+    dataset = dataset.with_format(None).cast_column(column, datasets.Image(mode=mode, decode=False))
     others = {name: feature for name, feature in dataset.features.items() if name != column}
     label = datasets.ClassLabel(names=[palette.sha256])
     columns = {TOKENS_COLUMN: datasets.List(_ID, length=size * size), PALETTE_COLUMN: label, CHECKSUM_COLUMN: _CHECKSUM}
@@ -115,17 +111,11 @@ def _tokenize(
         return datasets.Dataset.from_dict({name: [] for name in features}, features=features, split=dataset.split)
     processes = {} if num_proc is None else {"num_proc": num_proc}  # a stream has no such option
     options = {"batch_size": batch_size, "with_indices": True, "remove_columns": [column], "features": features}
-    result = dataset.map(partial(_with_checksum, transform), batched=True, **options, **processes)
-    result.info.description = (
-        f"Pictures of {size} x {size} pixels as ids 0..{len(palette) - 1} of an Image GPT palette of {len(palette)} "
-        f"colors, in raster order. SHA-256 of the palette: {palette.sha256}"
-    )
+    squares = TokenSquares(palette, column, CenterCrop(size), mode=mode)
+    result = dataset.map(squares, batched=True, **options, **processes)
+    text = f"Pictures of {size} x {size} pixels as ids in raster order of an Image GPT palette of {len(palette)} colors"
+    result.info.description = f"{text}. SHA-256 of the palette: {palette.sha256}"
     return result
-
-
-def _with_checksum(transform: PaletteTransform, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    columns = transform(batch, rows)
-    return columns | {CHECKSUM_COLUMN: _checksums(columns[TOKENS_COLUMN])}
 
 
 def _checksums(tokens: NDArray[Any]) -> NDArray[np.uint32]:
@@ -140,14 +130,17 @@ class TokenSquares:
     palette: Palette
     image_column: str
     resize: Resize
-    n_crops: int
-    skip: bool  # write what is wrong with an image into the column "error" instead of raising
-    files: str  # changes when image files outside of the dataset do, and so what the cache is made of
+    n_crops: int = 1
     mode: str | None = None  # as datasets.Image(mode=...) asks for
     remote: bool = False  # whether rows may name images by their addresses
+    skip: bool = False  # write what is wrong with an image into the column "error" instead of raising
+    files: str | None = None  # of a cache: changes when image files outside of the dataset do
 
     def __call__(self, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-        """Tokens int16 (rows, n_crops * S * S), and "" or what is wrong with each image."""
+        """Tokens int16 (rows, n_crops * S * S), checksums; for a cache errors, "" where there are none, else palettes.
+
+        BadImageError names the row and path of an image that cannot be used.
+        """
         size, errors = self.resize.size, [""] * len(rows)
         pixels = np.zeros((len(rows), self.n_crops, 3, size, size), np.uint8)
         for index, (row, value) in enumerate(zip(rows, batch[self.image_column], strict=True)):
@@ -162,7 +155,8 @@ class TokenSquares:
             for crop in range(self.n_crops):
                 pixels[index, crop] = square(self.resize, image, row * self.n_crops + crop)
         tokens = quantize_in_one_thread(self.palette, pixels.reshape(-1, 3, size, size)).reshape(len(rows), -1)
-        return {TOKENS_COLUMN: tokens, CHECKSUM_COLUMN: _checksums(tokens), _ERROR_COLUMN: errors}
+        last = {PALETTE_COLUMN: [self.palette.sha256] * len(rows)} if self.files is None else {_ERROR_COLUMN: errors}
+        return {TOKENS_COLUMN: tokens, CHECKSUM_COLUMN: _checksums(tokens)} | last
 
 
 @contextmanager
@@ -194,18 +188,12 @@ def cached_tokens(
             images = datasets.Dataset.from_generator(_rows, gen_kwargs={"images": images}, **kind)
     files, length = _state_of_files(images, column), n_crops * resize.size**2
     columns = {TOKENS_COLUMN: datasets.List(_ID, length=length), CHECKSUM_COLUMN: _CHECKSUM}
-    options: dict[str, Any] = {
-        "batched": True,
-        "batch_size": max(1, min(1000, 2**22 // length)),
-        "with_indices": True,
-        "remove_columns": [column],
-        "features": datasets.Features({**columns, _ERROR_COLUMN: datasets.Value("string")}),
-        "num_proc": num_workers or None,
-        "desc": "token cache",
-    }
-    mode = mode_of(images, column)
+    features = datasets.Features({**columns, _ERROR_COLUMN: datasets.Value("string")})
+    options: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": [column], "features": features}
+    at_once = max(1, min(1000, 2**22 // length))
+    options |= {"batch_size": at_once, "num_proc": num_workers or None, "desc": "token cache"}
     palette.quantize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))  # builds its table, else each process would
-    squares = TokenSquares(palette, column, resize, n_crops, skip, files, mode, part.remote)
+    squares = TokenSquares(palette, column, resize, n_crops, mode_of(images, column), part.remote, skip, files)
     try:
         with quiet(), _first_on_its_node(trainer):
             try:
@@ -240,14 +228,10 @@ def _state_of_files(images: datasets.Dataset, column: str) -> str:
 
 
 class TokenReader:
-    """Reads a column of tokens in place, over the chunks of its Arrow table.
+    """Reads a column of lists of n_crops * size * size tokens in place, over the chunks of its Arrow table.
 
-    Args:
-        part: The rows.
-        dataset: The dataset of the part, or tokens made of it row by row.
-        column: Column of lists of n_crops * size * size tokens, of whose squares every pass over the part takes one.
-        bad: By row, the images that could not be read when the tokens were made; their tokens mean nothing.
-        checked: The checksums of the rows were compared before.
+    Every pass over the part takes the next of the squares. ``bad`` are rows whose images could not be read when the
+    tokens were made; ``checked`` says that the checksums were compared before.
     """
 
     def __init__(

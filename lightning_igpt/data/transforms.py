@@ -1,12 +1,11 @@
-"""Resizing, cropping and augmentation, on PIL images and bytes, one small class per protocol.
+"""Resizing, cropping and augmentation (paper, sections 3.1, 3.2 and appendix A), one small class per protocol.
 
 Randomness is counter-based: a draw is decided by (seed, sample) alone, never by workers, ranks or global state.
-Rules: Chen et al. 2020, sections 3.1 (crops) and 3.2 with appendix A (CIFAR padding).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,23 +20,8 @@ _SHORTER_SIDE = (256 / 224, 384 / 224)
 _AUGMENTATION = 0x5EED_0F_A96  # far from the seeds that people choose
 
 
-class Resize(Protocol):
-    """Maps an image and the number of its draw to a ``size`` x ``size`` image."""
-
-    @property
-    def size(self) -> int: ...
-
-    def __call__(self, image: Image.Image, sample: int) -> Image.Image: ...
-
-
 # Maps pixels or tokens (B, C, S, S) and the numbers of their draws to the same shape, at random.
 Augment: TypeAlias = Callable[[NDArray[Any], Sequence[int]], NDArray[Any]]
-
-
-def square(resize: Resize, image: Image.Image, sample: int) -> NDArray[np.uint8]:
-    """The pixels of a resized image, uint8 (3, S, S)."""
-    pixels: NDArray[np.uint8] = np.asarray(resize(image, sample)).transpose(2, 0, 1)
-    return pixels
 
 
 def draw_generator(seed: int, sample: int) -> np.random.Generator:
@@ -57,13 +41,11 @@ class CenterCrop:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Pre-training: the paper's random crops of large images, the center of small ones.
+    """Pretraining: the paper's random crops of large images, the center of small ones.
 
-    A crop is a square of 224/384 to 224/256 of the shorter side, anywhere in the image. The paper resizes the shorter
-    side to an integer in 256..384, crops 224 at random, then resizes to ``size``. Here the same square is cut out of
-    the original and resampled once instead of twice.
-
-    Large means that the shorter side is at least twice ``size``: even the smallest crop (58%) is then not enlarged.
+    A crop is a square of 224/384 to 224/256 of the shorter side, anywhere in the image: the paper resizes that side to
+    256..384, crops 224 and resizes again; here the same square is resampled once. Large means that the shorter side is
+    at least twice ``size``: even the smallest crop (58%) is then not enlarged.
     """
 
     size: int
@@ -78,16 +60,21 @@ class RandomCrop:
         return cut(image, (float(left), float(top)), side=side, size=self.size)
 
 
+# Maps an image and the number of its draw to a size x size image.
+Resize: TypeAlias = CenterCrop | RandomCrop
+
+
+def square(resize: Resize, image: Image.Image, sample: int) -> NDArray[np.uint8]:
+    """The pixels of a resized image, uint8 (3, S, S)."""
+    pixels: NDArray[np.uint8] = np.asarray(resize(image, sample)).transpose(2, 0, 1)
+    return pixels
+
+
 @dataclass(frozen=True)
 class PadCropFlip:
-    """The paper's fine-tuning augmentation for CIFAR: pad by reflection, cut, maybe mirror left to right.
+    """The paper's fine-tuning augmentation for CIFAR: pad by reflection, cut anywhere, mirror half of the images.
 
-    All cuts are equally likely, half of the images are mirrored.
-
-    Args:
-        pad: Pixels added on every side; below S.
-        flip: Whether to mirror.
-        seed: Any integer; the draws differ from those of masks with this seed and the same numbers.
+    ``pad`` pixels, below S, are added on every side. The draws differ from those of masks with the same seed.
     """
 
     pad: int = 4

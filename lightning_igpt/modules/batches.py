@@ -1,8 +1,7 @@
 """What a batch may contain, and the masks of its samples.
 
 A batch is a mapping with ``image`` (and ``label``) or other names in ``NAMES``, an ``(image, label)`` pair, images
-alone, or a mapping with ``tokens``, whose ``palette`` is checked if present. Images are uint8 (B, 3, S, S), other
-integers from 0 to 255, or floats in [0, 1], which are rounded to bytes.
+alone, or a mapping with ``tokens``. Images are uint8 (B, 3, S, S), other integers from 0 to 255, or floats in [0, 1].
 """
 
 import warnings
@@ -38,10 +37,7 @@ class Batch(NamedTuple):
 
 
 def read_batch(batch: Any, palette: Palette, config: ImageGPTConfig, keys: Keys = None) -> Batch:
-    """Tokens, labels and sample numbers of a batch; TypeError or ValueError says what of it cannot be read.
-
-    ``keys`` says where a batch has its image, label, sample or tokens: under which name, or in which place.
-    """
+    """A batch by ``keys``, its names or places; TypeError or ValueError says what of it cannot be read."""
     parts = _parts(batch, keys or {})
     labels, samples, names = parts.get("label"), parts.get("sample"), parts.get("names", ())
     if "tokens" in parts:
@@ -93,21 +89,19 @@ def _parts(batch: Any, keys: Mapping[str, str | int]) -> dict[str, Any]:
     if tensors and all(item.ndim < 3 for item in items[1:]):  # more would be another image
         return dict(zip(("image", "label"), items, strict=False))
     what = ", ".join(f"{type(item).__name__} {tuple(getattr(item, 'shape', ()))}" for item in items)
-    raise TypeError(
-        f"a batch must be a mapping with 'image', an (image, label) pair, or images; got {type(batch).__name__}"
-        + (f" of {what}: train on one view and one loader, or name places by keys={{'image': 0}}" if items else "")
-    )
+    got = f" of {what}: train on one view and one loader, or name places by keys={{'image': 0}}" if items else ""
+    text = "a batch must be a mapping with 'image', an (image, label) pair, or images"
+    raise TypeError(f"{text}; got {type(batch).__name__}{got}")
 
 
 def need_labels(batch: Batch, num_classes: int, places: Tensor | None = None, *, soft: bool = False) -> Tensor:
-    """The labels of a batch, int64 (B,); ValueError where there are none, or one is outside 0 .. num_classes - 1.
+    """The labels of a batch, int64 (B,); with ``soft`` also probabilities, float32 (B, C); ValueError for others.
 
-    ``places`` are the classes that the data's labels stand for, int64 (data's classes,). With ``soft``, probabilities
-    are labels too, as MixUp gives them: float32 (B, num_classes).
+    ``places`` gives the class of each of the data's labels, int64 (data's classes,).
     """
     labels = batch.labels
     if not num_classes:
-        raise ValueError("num_classes is unknown: nothing names the classes, so set num_classes=")
+        raise ValueError("cannot infer num_classes from the data; set num_classes=")
     if labels is None:
         looked = f"its keys are {sorted(map(str, batch.names))}; " if batch.names else ""
         cure = f"name them {' or '.join(NAMES['label'])}, or say keys={{'label': ...}}"
@@ -152,10 +146,9 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def masks_for(module: Any, batch: Batch, batch_idx: int, count: int = 1) -> list[Tensor | None]:
-    """``count`` of BERT's masks, bool (B, T), by sample numbers; one that hides nothing without ``mask_inputs``.
+    """``count`` of BERT's masks, bool (B, T), by sample numbers; ``[None]`` for autoregressive networks.
 
-    ``[None]`` for autoregressive networks. The paper hides pixels in evaluation too, and lets five masks vote (section
-    4.6).
+    The paper hides pixels in evaluation too, and lets five masks vote (section 4.6).
     """
     if module.config.objective == "autoregressive":
         return [None]
@@ -207,10 +200,8 @@ def _check_palette_column(column: Any, palette: Palette) -> None:
     """Rows of ``palette.transform`` and ``lightning_igpt.tokenize`` name their palette by its SHA-256, as text."""
     for name in [column] if isinstance(column, str) else column if isinstance(column, (list, tuple)) else ():
         if isinstance(name, str) and name != palette.sha256:
-            raise ValueError(
-                f"the tokens of this batch have the palette {name[:12]}, but the network's is {palette.sha256[:12]}: "
-                "every token would mean another color. Make the tokens with the network's palette"
-            )
+            text = f"the tokens of this batch have the palette {name[:12]}, but the network's is {palette.sha256[:12]}"
+            raise ValueError(f"{text}: every token would mean another color. Make them with the network's palette")
     if isinstance(column, Tensor):  # the class number of a ClassLabel, whose name a loader of tensors leaves out
         text = "this batch gives a number for the palette of its tokens: check that its name is"
         warnings.warn(f"{text} {palette.sha256}, or use this package's data modules", stacklevel=2)

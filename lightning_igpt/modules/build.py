@@ -58,10 +58,9 @@ def build_network(
         config = _changed(config, objective=objective, image_size=image_size)
         colors = Palette.load("openai" if palette is None else palette)
         if len(colors) != config.vocab_size:
-            raise ValueError(
-                f"the palette has {len(colors)} colors but the network's vocab_size is {config.vocab_size}; "
-                f"set vocab_size={len(colors)}, or fit a palette by palette fit --n_colors {config.vocab_size}"
-            )
+            cure = f"set vocab_size={len(colors)}, or fit a palette by palette fit --n_colors {config.vocab_size}"
+            text = f"the palette has {len(colors)} colors but the network's vocab_size is {config.vocab_size}"
+            raise ValueError(f"{text}; {cure}")
         return ImageGPT(config), colors, None, None
     with torch.device("cpu"):
         loaded = load_pretrained(pretrained, palette=palette)
@@ -73,10 +72,8 @@ def build_network(
     if image_size is not None or isinstance(network, (ImageGPTConfig, Mapping)):  # a preset's size is no request
         fixed = replace(fixed, image_size=loaded.config.image_size)
     if fixed != loaded.config:
-        raise ValueError(
-            f"pretrained={pretrained!r} is a network of {_differences(loaded.config, fixed)}; "
-            "leave out network and objective to take the loaded network's"
-        )
+        cure = "leave out network and objective to take the loaded network's"
+        raise ValueError(f"pretrained={pretrained!r} is a network of {_differences(loaded.config, fixed)}; {cure}")
     loaded = loaded.adapted(wanted)
     log.info("weights and palette from %s", loaded.origin)
     return loaded.network, loaded.palette, loaded.lineage, loaded.path
@@ -95,10 +92,7 @@ class IGPTModule(LightningModule):
     batches_seen = 0
 
     def register(self, built: Built, *names: str, keys: Keys, **others: Any) -> None:
-        """Attach network and palette; keep attributes and values as hyperparameters, in place of the weights' source.
-
-        They are plain values, so that a checkpoint opens by itself.
-        """
+        """Attach network and palette; keep attributes and values as hyperparameters, so that checkpoints open alone."""
         self.metrics: dict[int, dict[str, Any]] = {}  # of each loader in the evaluation that runs
         self.batch_keys = check_keys(keys)
         self.network, self.palette, self.origin, self.origin_path = built
@@ -156,7 +150,7 @@ class IGPTModule(LightningModule):
         raise NotImplementedError
 
     def begin_evaluation(self) -> None:
-        """Start counting for every loader of an evaluation, without what is left of an earlier one that broke off."""
+        """Start counting for every loader of an evaluation; counts of an interrupted evaluation are dropped."""
         self.metrics = {}
         if (trainer := trainer_of(self)) is not None:
             sizes = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
@@ -201,11 +195,9 @@ class IGPTModule(LightningModule):
         config = ImageGPTConfig.resolve(other["network"])
         if config != self.config:
             raise ValueError(f"the checkpoint holds a network of {_differences(config, self.config)}")
-        if other["palette_sha256"] != self.palette.sha256:
-            raise ValueError(
-                f"the checkpoint uses the palette {other['palette_sha256'][:12]}, but the palette given is "
-                f"{self.palette.sha256[:12]}; leave out palette to take the right one"
-            )
+        if (theirs := other["palette_sha256"]) != self.palette.sha256:
+            text = f"the checkpoint uses the palette {theirs[:12]}, but the palette given is {self.palette.sha256[:12]}"
+            raise ValueError(f"{text}; leave out palette to take the right one")
         for name, before in ({} if is_evaluating(self) else self.lasting).items():
             mine, saved = getattr(self, name), checkpoint.get("hyper_parameters", {}).get(name, before)
             if mine != saved:
@@ -249,7 +241,7 @@ class IGPTModule(LightningModule):
 
 def check_example(module: Any, trainer: Trainer) -> None:
     """Drop the example input where a user's hook or ``forward`` may expect whole batches; summaries call them."""
-    users = [type(one) for one in (module, current_datamodule(trainer)) if one is not None]
+    users = [type(user) for user in (module, current_datamodule(trainer)) if user is not None]
     hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     modules = {getattr(kind, hook).__module__ for kind in users for hook in hooks}
     changed = modules - {"lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks"}

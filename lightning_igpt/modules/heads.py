@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.metric import jit_distributed_available
 
 from lightning_igpt.modules.build import check_settings
 from lightning_igpt.modules.resume import own_data, trainer_of
@@ -22,10 +23,7 @@ EPS = 1e-6  # added to the variance, as in the probes of MAE
 
 
 class RunningScale(nn.Module):
-    """Batch normalization of each feature of each layer, without gain and bias, over all processes.
-
-    Evaluation scales by the means of the statistics over all training batches, since frozen features do not drift.
-    """
+    """Batch normalization of each feature over all processes; evaluation takes the means over all training batches."""
 
     mean: Tensor
     variance: Tensor
@@ -40,7 +38,7 @@ class RunningScale(nn.Module):
         flat = features.reshape(-1, len(self.mean))
         mean, variance = self.mean.float(), self.variance.float()
         rows = 0 if batches is None else len(flat)
-        if rows and _are_several():  # else the device need not be asked
+        if rows and jit_distributed_available():  # else the device need not be asked
             rows = int(_of_all_processes(torch.tensor(rows, device=flat.device)))
         if batches is not None and rows > 1:  # a single row has no variance
             mean = _of_all_processes(flat.sum(0)) / rows
@@ -53,13 +51,9 @@ class RunningScale(nn.Module):
 
 def _of_all_processes(value: Tensor) -> Tensor:
     """The sum over all processes, in place; all must call it together."""
-    if _are_several():
+    if jit_distributed_available():
         torch.distributed.all_reduce(value)
     return value
-
-
-def _are_several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Correct(Metric):
@@ -137,10 +131,7 @@ class ConcatHead(nn.Module):
 
     @property
     def places(self) -> list[int]:
-        """Places in ``layers`` of the ``count`` layers nearest in depth to the center, from shallow to deep.
-
-        At the ends the window is moved, not cut: of layers 0 to 12, five around 11 are 8 to 12.
-        """
+        """Places in ``layers`` of the ``count`` nearest in depth to the center; at the ends the window is moved."""
         by_depth = sorted(range(len(self.layers)), key=self.layers.__getitem__)
         start = by_depth.index(int(self.center)) - self.count // 2
         start = min(max(0, start), len(self.layers) - self.count)
@@ -163,10 +154,7 @@ class ConcatHead(nn.Module):
 
 
 def vote(logits: Tensor, samples: Tensor, *, seed: int) -> Tensor:
-    """The classes that most masks of float ``logits`` (M, B, n, C) name, for each of n classifiers, int64 (B, n).
-
-    The paper, section 4.6. Sample numbers, int64 (B,), and ``seed`` decide ties.
-    """
+    """The class that most masks of ``logits`` (M, B, n, C) name, int64 (B, n); samples and ``seed`` decide ties."""
     votes = logits.argmax(-1)  # (M, B, n)
     if len(votes) == 1:
         return votes[0]
@@ -176,7 +164,7 @@ def vote(logits: Tensor, samples: Tensor, *, seed: int) -> Tensor:
 
 
 def choose_layers(layers: Any, n_layer: int) -> list[int]:
-    """The layer numbers that ``layers`` stands for: ``all``, or some from 0 to ``n_layer``; ValueError for others."""
+    """Layer numbers from ``all`` or a list of numbers from 0 to ``n_layer``; ValueError for other values."""
     chosen = range(n_layer + 1) if layers == "all" else layers
     if not isinstance(chosen, (list, tuple, range)) or not chosen or not set(chosen) <= set(range(n_layer + 1)):
         raise ValueError(f"layers is {layers!r}; it must be 'all', or a list of one or more from 0 to {n_layer}")
@@ -230,10 +218,8 @@ def check_class_names(names: Any, num_classes: int | None) -> None:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"class_names is {names!r}; it must be a list of texts")
     if not len(set(names)) == len(names) == (num_classes or len(names)):
-        raise ValueError(
-            f"class_names has {len(names)} names, {len(set(names))} of them different; there are "
-            f"{num_classes or 'as many'} classes, and each needs a name of its own"
-        )
+        text = f"class_names has {len(names)} names, {len(set(names))} of them different; give each of"
+        raise ValueError(f"{text} the {num_classes or len(names)} classes a name of its own")
 
 
 def classes_of_data(trainer: Trainer) -> tuple[int | None, list[str] | None]:
@@ -260,12 +246,9 @@ def adopt_class_names(module: Any) -> None:
 
 
 def match_classes(module: Any) -> None:
-    """Match the data's classes with those that a module was trained on, by name; for each start of training and test.
+    """Match the data's classes by name with those of training; ValueError where the module was not trained on one.
 
     ``label_places`` becomes the class of each of the data's labels, None where they are the same.
-
-    Raises:
-        ValueError: The data has a class that the module was not trained on.
     """
     trainer, module.label_places = trainer_of(module), None
     if trainer is None or trainer.predicting or (names := classes_of_data(trainer)[1]) is None:
@@ -276,10 +259,8 @@ def match_classes(module: Any) -> None:
         if places != list(range(len(names))):
             module.label_places = torch.tensor(places, device=module.device)
     elif module.trained_classes is not None:
-        raise ValueError(
-            f"the network was trained on the classes {known}, but the data has {list(names)}: give the classes the "
-            "names of training, or start a new run from the weights with pretrained="
-        )
+        cure = "use the names of training, or start a new run from the weights with pretrained="
+        raise ValueError(f"the network was trained on the classes {known}, but the data has {list(names)}: {cure}")
     else:
         log.warning("class_names are %s, the data's %s: the former name the latter, in this order", known, names)
         known = list(names)

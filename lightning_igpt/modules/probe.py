@@ -16,7 +16,7 @@ from lightning_igpt.features import C_GRID
 from lightning_igpt.modules import batches, build, heads, resume
 from lightning_igpt.modules.batches import Batch, masks_for, read_labeled, sample_numbers
 from lightning_igpt.modules.build import IGPTModule, NetworkLike, PaletteLike
-from lightning_igpt.modules.solvers import Lbfgs, Logistic, WholeFit
+from lightning_igpt.modules.solvers import Lbfgs, WholeFit
 from lightning_igpt.objectives import MASK_RATIO
 from lightning_igpt.optim import warmup_cosine
 
@@ -106,7 +106,7 @@ class ProbeModule(IGPTModule):
         build.check_masks(self.config, mask_ratio, mask_inputs, n_masks)
         self.layers = heads.choose_layers(layers, self.config.n_layer)
         heads.check_concat(concat, len(self.layers), solver)
-        self._lbfgs = Lbfgs(Logistic(grid, standardize, max_iter, seed), max_feature_bytes)
+        self._lbfgs = Lbfgs(grid, standardize, max_iter, seed, max_feature_bytes)
         self.set_classes(num_classes or 0)
         self.register_load_state_dict_pre_hook(heads.make_room)  # type: ignore[no-untyped-call]
 
@@ -140,7 +140,7 @@ class ProbeModule(IGPTModule):
             raise ValueError("a probe's network is frozen and is not sharded; use strategy='ddp', or one device")
         if not self.num_classes:
             if (count := heads.classes_of_data(self.trainer)[0]) is None:
-                raise ValueError("num_classes is unknown: the data does not name its classes, so set num_classes=")
+                raise ValueError("cannot infer num_classes from the data; set num_classes=")
             self.set_classes(count)
         if stage == "fit" and self.solver == "lbfgs":
             self.trained_classes = None  # a fit begins from zero, unless a checkpoint is loaded now

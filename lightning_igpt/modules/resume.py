@@ -1,7 +1,4 @@
-"""What a resumed run restores beyond Lightning's own state: random numbers, and the recipe's rates and schedule.
-
-Exact for checkpoints written between two optimizer steps. The order of the images is the data module's concern.
-"""
+"""What a resumed run restores beyond Lightning's own state: random numbers, and the recipe's rates and schedule."""
 
 import logging
 import math
@@ -65,7 +62,7 @@ def save_random_states(module: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def load_run_state(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Prepare a checkpoint for a run that continues it: the recipe's rates win, and random states wait for training."""
+    """Prepare a checkpoint for a run that continues it: the recipe's rates replace those of the checkpoint."""
     if trainer_of(module) is None or is_evaluating(module):
         return
     run_of(module.trainer, checkpoint)
@@ -108,10 +105,9 @@ def total_steps(module: Any) -> tuple[int, int | None]:
             raise ValueError("without a Trainer nothing says how long the run is: set module.total_steps first")
         return module.total_steps, None
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    changing = [one for one in callbacks if hasattr(one, "get_accumulate_grad_batches")]  # of both Lightnings
-    accumulate = [one.get_accumulate_grad_batches for one in changing] or [
-        lambda epoch: trainer.accumulate_grad_batches
-    ]
+    changing = [each for each in callbacks if hasattr(each, "get_accumulate_grad_batches")]  # of both Lightnings
+    constant = [lambda epoch: trainer.accumulate_grad_batches]
+    accumulate = [each.get_accumulate_grad_batches for each in changing] or constant
     total = trainer.max_steps if trainer.max_steps > 0 else math.inf
     if trainer.max_epochs not in (None, -1):
         trainer.fit_loop.setup_data()  # as trainer.estimated_stepping_batches does
@@ -151,8 +147,7 @@ def _draws(module: Any) -> bool:
 def _keep_rates(module: Any, checkpoint: Mapping[str, Any]) -> None:
     """Let a resumed run train with the module's learning rate, betas and weight decay, not the checkpoint's.
 
-    Groups that this package made note their scale of the rate (layer-wise decay) and whether they are decayed. Those
-    that did not start from the checkpoint's hyperparameters are of a user's ``configure_optimizers``, and stay.
+    Groups that did not start from the checkpoint's hyperparameters are of a user's ``configure_optimizers``, and stay.
     """
     rates: list[float] = []
     saved = {"lr": math.nan, "weight_decay": math.nan, "betas": ()} | checkpoint.get("hyper_parameters", {})
@@ -205,11 +200,7 @@ def count_micro_batches(module: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def _forget_foreign_files(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Drop the state of a ModelCheckpoint that names files outside of its folder.
-
-    ModelCheckpoint removes its older files, and Lightning 2.6 would remove any file that a checkpoint names by an
-    address such as ``local://``. A run that resumes in another folder keeps none of this state anyway.
-    """
+    """Drop the state of a ModelCheckpoint that names files outside of its folder, which Lightning 2.6 would remove."""
     states = checkpoint.get("callbacks") or {}
     for callback in trainer.checkpoint_callbacks:
         state, inside = states.get(callback.state_key) or {}, f"{getattr(callback, 'dirpath', None)}{os.sep}"
@@ -217,4 +208,4 @@ def _forget_foreign_files(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         named += state.get("best_k_models") or {}
         if not all(str(path).startswith(inside) and ".." not in str(path) for path in named if path):
             del states[callback.state_key]
-            log.info("%s starts without its old state: that names files outside of %s", callback, inside)
+            log.info("%s ignores its saved state, which names files outside of %s", callback, inside)

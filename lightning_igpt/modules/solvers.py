@@ -3,7 +3,7 @@
 import logging
 import tempfile
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class FeatureStore:
-    """Rows of features that grow by batches and are read by columns, one layer at a time.
-
-    Beyond ``max_bytes`` they move from memory to temporary files without names, in TMPDIR.
-    """
+    """Rows of features, read by columns; beyond ``max_bytes`` they move to temporary files without names, in TMPDIR."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -30,22 +27,12 @@ class FeatureStore:
         self.close()
 
     def __len__(self) -> int:
-        return sum(map(len, self._labels))
-
-    @property
-    def labels(self) -> Tensor:
-        """The labels of all rows, int64 (N,)."""
-        return torch.cat(self._labels)
-
-    @property
-    def numbers(self) -> Tensor:
-        """The sample numbers of all rows, int64 (N,)."""
-        return torch.cat(self._numbers)
+        return sum(map(len, self.labels))
 
     def add(self, features: Tensor, labels: Tensor, numbers: Tensor) -> None:
         """Append rows: float features (B, K, D) for K columns, kept as float32; labels and numbers, int64 (B,)."""
-        self._labels.append(labels.cpu())
-        self._numbers.append(numbers.cpu())
+        self.labels.append(labels.cpu())
+        self.numbers.append(numbers.cpu())
         columns = features.detach().float().cpu().transpose(0, 1).contiguous()  # (K, B, D)
         self._width = columns.shape[-1]
         if not self._columns:
@@ -55,10 +42,9 @@ class FeatureStore:
             for file, rows in zip(self._columns, columns, strict=True):
                 file.write(rows.numpy().tobytes())
         except OSError as error:
-            raise OSError(
-                f"the features of {len(self)} images do not fit into {tempfile.gettempdir()} ({error}); set TMPDIR to "
-                "a folder with more room, probe fewer layers, or use solver=sgd, which keeps none"
-            ) from error
+            text = f"the features of {len(self)} images do not fit into {tempfile.gettempdir()} ({error})"
+            cure = "set TMPDIR to a folder with more room, probe fewer layers, or use solver=sgd, which keeps none"
+            raise OSError(f"{text}; {cure}") from error
 
     def column(self, index: int) -> Tensor:
         """One layer's features of all rows, contiguous float32 (N, D) on the CPU."""
@@ -70,32 +56,9 @@ class FeatureStore:
         """Forget all rows and free memory and files; columns in use stay valid."""
         for file in self._columns:
             file.close()
-        self._labels: list[Tensor] = []
-        self._numbers: list[Tensor] = []
+        self.labels: list[Tensor] = []  # and sample numbers, int64 (B,) each
+        self.numbers: list[Tensor] = []
         self._columns = []
-
-
-class Head(NamedTuple):
-    """A fitted linear classifier of raw features."""
-
-    weight: Tensor  # (C, D)
-    bias: Tensor  # (C,)
-    c: float
-
-
-class Logistic(NamedTuple):
-    """How to fit a classifier by L-BFGS: the settings of ``ProbeModule``."""
-
-    grid: Sequence[float]  # values of c to choose from
-    standardize: bool
-    max_iter: int
-    seed: int
-
-    def fit(self, features: Tensor, labels: Tensor, num_classes: int) -> Head:
-        """Choose c and fit to float (N, D) and int64 (N,)."""
-        options: dict[str, Any] = {"standardize": self.standardize, "max_iter": self.max_iter}
-        c = choose_c(features, labels, num_classes, grid=self.grid, seed=self.seed, **options)
-        return Head(*fit_logistic(features, labels, num_classes, c=c, **options), c)
 
 
 class WholeFit(torch.optim.Optimizer):
@@ -108,47 +71,12 @@ class WholeFit(torch.optim.Optimizer):
         return closure()
 
 
-def fit_heads(
-    store: FeatureStore,
-    groups: Sequence[Sequence[int]],
-    how: Logistic,
-    *,
-    num_classes: int,
-    device: torch.device,
-    world_size: int = 1,
-) -> list[Head]:
-    """Fit a classifier to each group of columns, concatenated, on all processes' rows; every process fits all.
-
-    Rows count once each, in the order of their numbers, whatever the number of processes; ValueError where all have
-    the same label.
-    """
-    labels, numbers = (_gather(rows.to(device), world_size) for rows in (store.labels, store.numbers))
-    _, first = np.unique(numbers.cpu().numpy(), return_index=True)
-    order = torch.from_numpy(first).to(device)
-    if len(order) < len(numbers):
-        log.warning("%d of %d training images came before and are left out", len(numbers) - len(order), len(numbers))
-    labels = labels[order]
-    if bool((labels == labels[0]).all()):
-        raise ValueError(f"all {len(labels)} training images have the label {labels[0]}; a probe needs two classes")
-    how = how._replace(grid=usable_grid(how.grid, len(labels)))  # here, so that a warning comes once
-    heads = []
-    for group in groups:
-        parts = [_gather(store.column(column).to(device), world_size)[order] for column in group]
-        features = torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # (N, columns * D)
-        heads.append(how.fit(features, labels, num_classes))
-    return heads
-
-
-def _gather(rows: Tensor, world_size: int) -> Tensor:
-    """The rows of all processes, in the order of ranks."""
-    return torch.cat(gather_all_tensors(rows)) if world_size > 1 else rows
-
-
 class Lbfgs:
     """What ProbeModule does to fit its classifiers to all features at once: collect them in one pass, then fit."""
 
-    def __init__(self, how: Logistic, max_bytes: int) -> None:
-        self.how = how
+    def __init__(self, grid: Sequence[float], standardize: bool, max_iter: int, seed: int, max_bytes: int) -> None:
+        self.grid, self.seed = grid, seed
+        self.options: dict[str, Any] = {"standardize": standardize, "max_iter": max_iter}
         self.max_bytes, self.training = max_bytes, FeatureStore(max_bytes)
         self.validation: dict[int, FeatureStore] = {}  # of each loader, until the layers are fitted together
 
@@ -167,10 +95,8 @@ class Lbfgs:
         if trainer is None:
             raise ValueError("solver='lbfgs' fits at the end of a Trainer's pass; without a Trainer use solver='sgd'")
         if batch_idx and not len(self.training):
-            raise ValueError(
-                f"this run was cut off after {batch_idx} batches, before the fit, and a checkpoint does not hold the "
-                "features; start again without ckpt_path"
-            )
+            text = f"this run was cut off after {batch_idx} batches, before the fit, and a checkpoint holds no features"
+            raise ValueError(f"{text}; start again without ckpt_path")
         if not isinstance(samples, Tensor):  # as torch's DistributedSampler deals them out
             row = torch.arange(len(self.training), len(self.training) + len(labels))
             samples = row * trainer.world_size + trainer.global_rank
@@ -188,13 +114,13 @@ class Lbfgs:
         """Fit to the layers around the best, and count the images of each loader that validation has kept."""
         head, together, device = probe.concat_head, len(probe.layers), probe.device
         head.center.copy_(probe.best)
-        (fitted,) = self._fit(probe, [head.places])
-        head.weight.copy_(fitted.weight)
-        head.bias.copy_(fitted.bias)
-        probe.scores.put("c", [fitted.c], together)
-        probe.log("probe/concat/c", fitted.c, sync_dist=True)
+        ((weight, bias, c),) = self._fit(probe, [head.places])
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+        probe.scores.put("c", [c], together)
+        probe.log("probe/concat/c", c, sync_dist=True)
         for loader, kept in self.validation.items():
-            labels, samples = kept.labels.to(device), kept.numbers.to(device)  # (N,)
+            labels, samples = torch.cat(kept.labels).to(device), torch.cat(kept.numbers).to(device)  # (N,)
             logits = head(lambda place, kept=kept: kept.column(place).to(device))  # (N * M, C)
             logits = logits.unflatten(0, (len(labels), -1)).transpose(0, 1).unsqueeze(2)  # (M, N, 1, C)
             counts[loader].update(vote(logits, samples, seed=probe.seed), labels, first=together)
@@ -212,16 +138,38 @@ class Lbfgs:
         self.forget_validation()
 
     def _fit_layers(self, probe: Any) -> None:
-        heads = self._fit(probe, [[place] for place in range(len(probe.layers))])
-        for place, (layer, head) in enumerate(zip(probe.layers, heads, strict=True)):
-            probe.weight.data[place], probe.bias[place] = head.weight, head.bias
-            probe.scores.put("c", [head.c], place)
-            probe.log(f"probe/layer_{layer}/c", head.c, on_step=False, on_epoch=True, sync_dist=True)
+        fitted = self._fit(probe, [[place] for place in range(len(probe.layers))])
+        for place, (layer, (weight, bias, c)) in enumerate(zip(probe.layers, fitted, strict=True)):
+            probe.weight.data[place], probe.bias[place] = weight, bias
+            probe.scores.put("c", [c], place)
+            probe.log(f"probe/layer_{layer}/c", c, on_step=False, on_epoch=True, sync_dist=True)
         if probe.concat_head is None:
             self.close()
 
-    def _fit(self, probe: Any, groups: Sequence[Sequence[int]]) -> list[Head]:
-        options: dict[str, Any] = {"device": probe.device, "world_size": probe.trainer.world_size}
+    def _fit(self, probe: Any, groups: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor, float]]:
+        """Weight, bias and c for each group of columns, concatenated; every process fits all, to the rows of all.
+
+        Rows count once each, in the order of their numbers, whatever the number of processes.
+        """
+        store, classes, several = self.training, probe.num_classes, probe.trainer.world_size > 1
+
+        def gather(rows: Tensor) -> Tensor:
+            return torch.cat(gather_all_tensors(rows.to(probe.device))) if several else rows.to(probe.device)
+
         # A line search is lost in bfloat16, and in validation Lightning forbids gradients.
         with torch.autocast(probe.device.type, enabled=False), torch.inference_mode(False):
-            return fit_heads(self.training, groups, self.how, num_classes=probe.num_classes, **options)
+            labels, numbers, fitted = gather(torch.cat(store.labels)), gather(torch.cat(store.numbers)), []
+            order = torch.from_numpy(np.unique(numbers.cpu().numpy(), return_index=True)[1]).to(probe.device)
+            if more := len(numbers) - len(order):
+                log.warning("%d of %d training images came before and are left out", more, len(numbers))
+            labels = labels[order]
+            if bool((labels == labels[0]).all()):
+                what = f"all {len(labels)} training images have the label {labels[0]}"
+                raise ValueError(f"{what}; a probe needs two classes")
+            grid = usable_grid(self.grid, len(labels))  # here, so that a warning comes once
+            for group in groups:
+                parts = [gather(store.column(column))[order] for column in group]
+                features = torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # (N, columns * D)
+                c = choose_c(features, labels, classes, grid=grid, seed=self.seed, **self.options)
+                fitted.append((*fit_logistic(features, labels, classes, c=c, **self.options), c))
+            return fitted

@@ -76,13 +76,6 @@ def test_batches_of_every_protocol(cls):
         assert column(loader).tolist() == list(range(n))
 
 
-def test_probe_reads_every_training_image_once_and_plain():
-    data = ready(ProbeDataModule, tiny(26), batch_size=4, image_size=4)
-    loader = data.train_dataloader()
-    assert column(loader).tolist() == list(range(23))
-    assert column(loader, "label").tolist() == (column(loader, "image")[:, 0, 0, 0] % 2).tolist()
-
-
 def test_training_and_validation_share_no_image_and_labels_follow():
     for cls in ALL:
         data = ready(cls, tiny(30), batch_size=3, image_size=8)
@@ -120,16 +113,6 @@ def test_image_size_is_the_networks():
     assert {batch["image"].shape for batch in module.seen["train"]} == {(9, 3, 6, 6)}
     assert {batch["image"].shape for batch in module.seen["val"]} == {(3, 3, 6, 6)}
     assert next(iter(ready(PretrainDataModule, tiny(30), batch_size=9).train_dataloader()))["image"].shape[-1] == 32
-
-
-def test_a_trainer_validates_tests_and_predicts():
-    module, data = Looker(), ProbeDataModule("digits", batch_size=64)
-    run = trainer()
-    run.validate(module, data, verbose=False)
-    run.test(module, data, verbose=False)
-    assert column(module.seen["val"]).tolist() == list(range(144))
-    assert column(module.seen["test"]).tolist() == list(range(360))
-    assert torch.cat(run.predict(module, data)).tolist() == list(range(360))
 
 
 def test_pretraining_needs_no_labels():
@@ -198,7 +181,7 @@ class Lines(Callback):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-@pytest.mark.parametrize("how", ["attribute", "hparams", "tuner", "finder"])
+@pytest.mark.parametrize("how", ["attribute", "tuner", "finder"])
 def test_a_batch_size_set_later_is_that_of_loader_and_schedule(how, tmp_path):
     config = ImageGPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=4, image_size=4)
     module = PretrainModule(network=config, palette="gray:4", warmup_steps=0)
@@ -207,9 +190,7 @@ def test_a_batch_size_set_later_is_that_of_loader_and_schedule(how, tmp_path):
     options = {"max_epochs": 4, "accumulate_grad_batches": 2, "default_root_dir": tmp_path}
     run = trainer(**options, callbacks=[*finder, lines])
     if how == "attribute":
-        data.batch_size = wanted
-    elif how == "hparams":
-        data.hparams["batch_size"] = torch.tensor(wanted).numpy()[()]
+        data.batch_size = torch.tensor(wanted).numpy()[()]
     else:  # doubles until all images are in a batch
         wanted = 30
         if how == "tuner":
@@ -301,16 +282,11 @@ def test_hyperparameters_are_plain_values(tmp_path):
     assert (again.batch_size, again.pad) == (9, 2)
 
 
-@pytest.mark.parametrize("cls", ALL)
-def test_the_command_line_builds_it(cls):
+def test_a_source_in_a_recipe_is_text():
+    """A class there would let a file import any module."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(ImageDataModule, "data")
-    name = f"lightning_igpt.data.{cls.__name__}"
-    config = parser.parse_args(
-        [f"--data={name}", "--data.init_args.source=owner/name", "--data.init_args.batch_size=7"]
-    )
-    data = parser.instantiate(config).data
-    assert type(data) is cls and (data.source, data.batch_size, data.cache) == ("owner/name", 7, "none")
-    # A source is a string there: a class would let a config file import any module.
+    name = ["--data=lightning_igpt.data.PretrainDataModule"]
+    assert parser.parse_args([*name, "--data.init_args.source=owner/name"]).data.init_args.source == "owner/name"
     with pytest.raises(Exception, match=r"source"):
-        parser.parse_args([f"--data={name}", '--data.init_args.source={"class_path": "pdb.Pdb"}'])
+        parser.parse_args([*name, '--data.init_args.source={"class_path": "pdb.Pdb"}'])

@@ -20,17 +20,6 @@ def test_order_is_the_written_formula():
     assert list(endless.draws(9)) == by_hand[36:40] and list(endless.draws(0)) == by_hand[:4]
 
 
-@pytest.mark.parametrize("world_size, accumulate", [(1, 1), (2, 1), (1, 3), (2, 3), (4, 3), (12, 1)])
-def test_devices_and_accumulation_leave_every_step_as_it_is(world_size, accumulate):
-    whole = list(order(n_steps=13))
-    options = {"world_size": world_size, "accumulate": accumulate, "n_steps": 13}
-    ranks = [list(order(rank=rank, **options)) for rank in range(world_size)]
-    at_once = 12 // (world_size * accumulate)
-    micro_batches = [[draws[i : i + at_once] for i in range(0, len(draws), at_once)] for draws in ranks]
-    together = list(chain(*(chain(*shares) for shares in zip(*micro_batches, strict=True))))
-    assert together == whole and len({sample for _, sample in whole}) == len(whole)
-
-
 def test_iteration_starts_at_the_step_of_the_run():
     step = 0
     endless = order(n_steps=3, first_step=lambda: step)

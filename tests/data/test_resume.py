@@ -1,23 +1,21 @@
 """Stopped and resumed runs see exactly the images that an uninterrupted twin sees."""
 
-import json
-import os
-import subprocess
-import sys
 import warnings
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from datasets import IterableDataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule
 from lightning_igpt.data.transforms import RandomCrop
 from lightning_igpt.modules.resume import count_micro_batches
-from tests.image_files import noise, rows, tiny
+from tests.image_files import noise, picture, rows, tiny
+from tests.processes import in_processes
 
 SOURCE = tiny(26)  # 23 to train on, 3 steps of 6 per pass
 
@@ -176,84 +174,42 @@ def test_augmentation_resumes_too(tmp_path):
     assert fit({"max_epochs": 2}, ckpt=tmp_path / "step-4.ckpt", cls=FineTuneDataModule, pad=2) == whole[24:]
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from datasets import IterableDataset
-from lightning.pytorch import Trainer
-from lightning_igpt.data import PretrainDataModule
-from tests.data.test_resume import Recorder, Save
-from tests.image_files import picture, tiny
+def of_both(seen):
+    """What two processes saw, step by step of 8 images."""
+    parts = [None, None]
+    torch.distributed.all_gather_object(parts, seen)
+    return [pair for start in range(0, len(seen), 4) for part in parts for pair in part[start : start + 4]]
 
 
-def data(kind):
-    if kind == "map":
-        return PretrainDataModule(tiny(40), batch_size=12, image_size=4, num_workers=workers)
-    if kind == "disk":
-        return PretrainDataModule(tiny(26), batch_size=8, image_size=4, cache="disk", palette="gray:16")
-    def shards(sizes):
-        for start, n in sizes:
-            for i in range(start, start + n):
-                yield {"image": picture(i, (4, 4))}
-    stream = IterableDataset.from_generator(shards, gen_kwargs={"sizes": [(0, 17), (50, 5), (100, 9)]})
-    return PretrainDataModule(stream, batch_size=8, image_size=4, val_fraction=0.2, val_images=4, shuffle_buffer=3)
+TWO = {"devices": 2, "strategy": "ddp"}
 
 
-if __name__ == "__main__":
-    kind, out, ckpt, *numbers = sys.argv[1:]
-    devices, steps, accumulate, workers = map(int, numbers)
-    trainer = Trainer(
-        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, max_steps=steps,
-        num_sanity_val_steps=0, val_check_interval=6, check_val_every_n_epoch=None, callbacks=[Save(Path(out))],
-        default_root_dir=out, accumulate_grad_batches=accumulate,
-    )
-    module = Recorder()
-    trainer.fit(module, data(kind), ckpt_path=ckpt or None, weights_only=True if ckpt else None)
-    Path(out, f"seen-{trainer.global_rank}.json").write_text(json.dumps(module.seen))
-"""
+def test_devices_share_a_token_cache():
+    options = {"batch_size": 8, "image_size": 5, "cache": "disk", "palette": "gray:16"}
+
+    def work(rank):
+        assert of_both(fit({"max_steps": 4, **TWO}, **options)) == fit({"max_steps": 4}, **options)
+
+    assert in_processes(work) == [0, 0]
 
 
-def fit_on(devices, folder, kind, out, steps=10, ckpt="", accumulate=1, workers=0):
-    """What all ranks saw, step by step in turn."""
-    (folder / "script.py").write_text(SCRIPT)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    environment |= {"HF_DATASETS_CACHE": str(folder / f"cache-{out}"), "TQDM_DISABLE": "1"}
-    numbers = map(str, (devices, steps, accumulate, workers))
-    command = [sys.executable, str(folder / "script.py"), kind, out, str(ckpt), *numbers]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((folder / out / f"seen-{rank}.json").read_text()) for rank in range(devices)]
-    total = 12 if kind == "map" else 8
-    share = total // (devices * accumulate)
-    starts = range(0, len(ranks[0]), share)
-    together = list(chain(*(seen[start : start + share] for start in starts for seen in ranks)))
-    return [together[start : start + total] for start in range(0, len(together), total)], done.stderr
+def shards_of(sizes):
+    for start, n in sizes:
+        for i in range(start, start + n):
+            yield {"image": picture(i, (4, 4))}
 
 
-@pytest.mark.slow
-@pytest.mark.marathon
-def test_the_order_survives_a_change_of_the_number_of_devices(tmp_path):
-    whole, _ = fit_on(1, tmp_path, "map", "whole")
-    two, _ = fit_on(2, tmp_path, "map", "two", ckpt="whole/step-4.ckpt", accumulate=3, workers=2)
-    assert two == whole[4:]
-    assert fit_on(1, tmp_path, "map", "back", ckpt="two/step-7.ckpt", accumulate=3)[0] == whole[7:]
-
-
-@pytest.mark.marathon
-@pytest.mark.slow
-def test_devices_share_a_token_cache(tmp_path):
-    assert fit_on(2, tmp_path, "disk", "two", steps=4)[0] == fit_on(1, tmp_path, "disk", "one", steps=4)[0]
-
-
-@pytest.mark.marathon
-@pytest.mark.slow
 def test_a_stream_of_unequal_shards_under_two_devices(tmp_path):
     """16 steps of 8 images are about five passes over the 25 that train."""
-    whole, _ = fit_on(2, tmp_path, "stream", "whole", steps=16)
-    samples = [sample for step in whole for sample, _ in step]
-    assert samples == list(range(128))
-    rest, _ = fit_on(2, tmp_path, "stream", "rest", steps=16, ckpt="whole/step-5.ckpt")
-    assert [sample for step in rest for sample, _ in step] == samples[40:]
-    alone, said = fit_on(1, tmp_path, "stream", "alone", steps=16, ckpt="whole/step-11.ckpt")
-    assert len(alone) == 5 and "the stream begins its next pass" in said
+    stream = IterableDataset.from_generator(shards_of, gen_kwargs={"sizes": [(0, 17), (50, 5), (100, 9)]})
+    options = {"source": stream, "batch_size": 8, "val_fraction": 0.2, "val_images": 4, "shuffle_buffer": 3}
+
+    def work(rank):
+        seen = of_both(fit({"max_steps": 16, **TWO}, save_to=tmp_path, **options))
+        assert [sample for sample, _ in seen] == list(range(128))
+        rest = of_both(fit({"max_steps": 16, **TWO}, ckpt=tmp_path / "step-5.ckpt", **options))
+        assert [sample for sample, _ in rest] == list(range(40, 128))
+
+    assert in_processes(work) == [0, 0]
+    with pytest.warns(UserWarning, match="the stream begins its next pass"):
+        assert len(fit({"max_steps": 16}, ckpt=tmp_path / "step-11.ckpt", **options)) == 40

@@ -75,7 +75,7 @@ def test_a_second_call_reads_the_cache(on_disk, monkeypatch):
     first = tokenize(on_disk, CORNERS, size=8)
     assert first.cache_files
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_igpt.palette.decode_form", None)  # whatever decodes fails
+        patch.setattr("lightning_igpt.data.tokens.decode", None)  # whatever decodes fails
         second = tokenize(on_disk, Palette(CORNERS.to_list()), size=8)
         assert tokenize(on_disk, CORNERS, size=8, num_proc=2).cache_files == first.cache_files
     assert second.cache_files == first.cache_files
@@ -92,7 +92,7 @@ def test_a_bad_image_is_named_by_its_row(num_proc):
     images = [{"bytes": value, "path": f"{i}.png"} for i, value in enumerate(content)]
     features = datasets.Features({"image": datasets.Image()})
     dataset = datasets.Dataset.from_dict({"image": images}, features=features)
-    with pytest.raises(BadImageError, match=r"the image in row 3 \(3.png\): the file is not an image"):
+    with pytest.raises(BadImageError, match=r"row 3 \(3.png\): the file is not an image"):
         tokenize(dataset, CORNERS, batch_size=2, num_proc=num_proc)
 
 
@@ -119,7 +119,7 @@ def test_what_map_wrote_is_read_from_its_rows(dataset):
     mapped = dataset.map(CORNERS.transform(size=8), batched=True, remove_columns=["image"])
     assert marked_palette(mapped) == MARK
     assert marked_palette(mapped.select([4, 2])) == MARK
-    with pytest.raises(ValueError, match=r"no column 'palette' that names it.* lightning_igpt.tokenize, or by map"):
+    with pytest.raises(ValueError, match=r"no column 'palette' that names .* lightning_igpt.tokenize, or by map"):
         marked_palette(mapped.remove_columns("palette"))
 
 

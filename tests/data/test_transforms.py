@@ -4,12 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_igpt.data.transforms import (
-    CenterCrop,
-    PadCropFlip,
-    RandomCrop,
-    resize_center_crop,
-)
+from lightning_igpt.data.transforms import CenterCrop, PadCropFlip, RandomCrop, resize_center_crop
 from tests.image_files import noise
 
 

@@ -85,7 +85,7 @@ def test_wrong_use_says_so(tmp_path):
     with pytest.raises(ValueError, match="one or more from 0 to 2"):
         probe(layers=[3])
     module = ProbeModule(network=TINY, palette="gray:8")
-    with pytest.raises(ValueError, match="num_classes is unknown"):
+    with pytest.raises(ValueError, match="cannot infer num_classes"):
         quiet_trainer(tmp_path, max_epochs=1).fit(module, loader())
     with pytest.raises(ValueError, match="has no labels"):
         quiet_trainer(tmp_path, max_epochs=1).fit(probe(), torch.utils.data.DataLoader(labelled_images()[0], 8))
