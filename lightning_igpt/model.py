@@ -63,7 +63,7 @@ class RMSNorm(nn.Module):
         self.weight: nn.Parameter = nn.Parameter(torch.ones(n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Where torch has no fused kernel: its norm and the gradient are some thirty operations, each a pass over memory.
+        # Where torch has no fused kernel, its norm and the gradient are some thirty passes over memory.
         eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if eager and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
             apply: Any = Normed.apply  # typed in torch from 2.14 on
