@@ -20,7 +20,7 @@ WORDS = {
     "probe": ["--rows", "500", "--width", "8", "--layers", "2", "--classes", "3"],
     "quantize": ["--batch-size", "3", "--size", "8", "--peer-images", "2"],
     "sample": [*NETWORK, "--steps", "3", "--precision", "int8"],
-    "train_step": [*NETWORK, "--layers", "2", "--precision", "32-true"],
+    "train_step": [*NETWORK, "--layers", "2", "--width", "8", "--size", "6", "--precision", "32-true"],
 }
 TINY = ImageGPTConfig(n_layer=3, n_head=2, n_embd=16, image_size=4)
 
@@ -47,6 +47,7 @@ def test_the_last_line_is_json_with_every_side(name, capsys):
     assert {"device", "threads", "cores", "versions", "repeats"} < set(result)
     for side in result["sides"].values():
         assert 0 < side["min_s"] <= side["median_s"] <= side["max_s"] and side["per_s"] > 0
+        assert name != "train_step" or round(side["per_s"] * side["median_s"]) == 2 * 6 * 6
     ours = result["precision"] if name == "sample" else getattr(module, "OURS", None) or module.ALL
     turns = {side: result["sides"][side]["min_s"] for side in (ours, module.PEER)}
     assert 0 < result["ratio_vs_peer"] < 100 * turns[module.PEER] / turns[ours]

@@ -4,7 +4,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.utils.data import DataLoader
 
 from lightning_igpt import trainer as making
 from lightning_igpt.callbacks import CompileBlocks, Throughput
@@ -36,9 +38,27 @@ def test_a_run_without_an_end_is_refused():
         make_trainer()
 
 
-def test_precision_follows_the_hardware(bfloat16):
-    expected = "bf16-mixed" if bfloat16 else "32-true"
-    assert best_precision("cpu")[0] == make_trainer(max_steps=1, accelerator="cpu").precision == expected
+@pytest.mark.parametrize(
+    ("width", "side", "given", "expected"),
+    [(96, 16, None, "32-true"), (128, 8, None, "bf16-mixed"), (64, 32, None, "bf16-mixed"), (8, 8, "bf16-mixed", None)],
+)
+def test_precision_follows_hardware_and_network(width, side, given, expected, bfloat16, tmp_path, caplog):
+    expected = given or (expected if bfloat16 else "32-true")
+    options = {"max_steps": 1, "accelerator": "cpu", "precision": given, "enable_progress_bar": False, "logger": False}
+    module, dtypes = PretrainModule({**TINY.to_dict(), "n_embd": width, "image_size": side}, "gray:8"), []
+    module.network.lm_head.register_forward_hook(lambda _, inputs, logits: dtypes.append(logits.dtype))
+    assert make_trainer(module=module, **options).precision == expected
+    trainer = make_trainer(default_root_dir=tmp_path, **options)  # made for any module
+    assert trainer.precision == given or best_precision("cpu")[0] == ("bf16-mixed" if bfloat16 else "32-true")
+    with caplog.at_level(logging.INFO):
+        trainer.fit(module, DataLoader(torch.zeros(2, 3, side, side, dtype=torch.uint8), 2))
+    assert trainer.precision == expected and f"precision {expected} (" in caplog.text
+    assert set(dtypes) == {torch.bfloat16 if expected == "bf16-mixed" else torch.float32}
+    trainer.validate(PretrainModule(TINY, "gray:8"), loader(), verbose=False)  # a trainer may run another network
+    assert trainer.precision == given or trainer.precision == "32-true"
+    if given:  # a plugin gives one, too
+        plugin = MixedPrecision(given, "cpu")
+        assert make_trainer(plugins=plugin, **options | {"precision": None}).precision_plugin is plugin
 
 
 class Products(Callback):
@@ -55,9 +75,8 @@ def test_choices_for_speed_are_told_once(tmp_path, caplog, bfloat16):
         trainer.fit(PretrainModule(TINY, "gray:8"), loader(64), loader())
         trainer.validate(trainer.lightning_module, loader(), verbose=False)
     assert caplog.messages.count("strategy SingleDeviceStrategy (one device), activation checkpointing: off") == 1
-    precision = "bf16-mixed (this CPU has AMX" if bfloat16 else "32-true (this CPU has no AMX"
-    compiled = "compile off (less than a minute of work at 0.1 TFLOP/s)"
-    line = f"precision {precision} or AVX512-BF16), {compiled}, float32 products in full"
+    why = "faster on a CPU at width 16 with 16 tokens" if bfloat16 else "this CPU has no AMX or AVX512-BF16"
+    line = f"precision 32-true ({why}), compile off (saves nothing in 32-true on a CPU), float32 products in full"
     assert caplog.messages.count(line) == 1
 
 

@@ -1,9 +1,11 @@
 """``lightning-igpt plan``: what a network costs before it is trained; the formulas are in ``planning.py``."""
 
+import math
 import os
+import statistics
 import textwrap
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any, Literal
@@ -15,8 +17,8 @@ from lightning_igpt.planning import Device, Run, Schedule
 from lightning_igpt.private import multiplies_bfloat16
 
 GIB = 2**30
-CPU_MFU = 0.60  # of the CPU's own speed, measured in the same minute
-SIDE, COPIED, REPEATS = 1024, 2**27, 5  # of the CPU's trial: side of matrices, bytes beyond any cache, calls
+STEPS, TRIAL = 5, 1e11  # of a CPU: steps that are timed, and the most operations of one of them
+PHYSICAL = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
 SAMPLED = 64  # images side by side
 WIDTH = 100  # characters of a line
 PRECISIONS = {"bf16": "bf16-mixed", "16": "16-mixed", "32": "32-true"}  # Lightning's short names
@@ -44,10 +46,11 @@ def plan(
         accumulate_grad_batches: Parts in which each device computes its share of a step.
         steps: Optimizer steps.
         devices: Number of devices.
-        device_kind: Their kind, such as a100-40, h100 or rtx4090; cpu measures this one.
+        device_kind: Their kind, such as a100-40, h100 or rtx4090; for cpu, this one trains for a few steps.
         precision: bf16-mixed (or bf16), 16-mixed (or 16), 32-true (or 32), or bf16-true. Default: as fit chooses on the
             device.
-        mfu: Share of the device's peak that training reaches, such as 0.45; default by the network's size.
+        mfu: Share of the device's peak that training reaches, such as 0.45; default by the network's size, and on a CPU
+            1, since its peak is the speed at which it trains.
     """
     config = ImageGPTConfig.resolve(network)
     config = replace(config, image_size=image_size or config.image_size, objective=objective or config.objective)
@@ -57,8 +60,15 @@ def plan(
             f"batch_size {batch_size} is no multiple of {devices} devices x {accumulate_grad_batches} batches each; "
             f"take {max(1, batch_size // max(parts, 1)) * parts}"
         )
-    device = measured_cpu() if device_kind.lower() == "cpu" else planning.find_device(device_kind)
-    run = make_run(config, Schedule(batch_size, steps), device, devices, PRECISIONS.get(precision or "", precision))
+    precision = PRECISIONS.get(precision or "", precision)
+    if device_kind.lower() == "cpu":
+        from lightning_igpt.trainer import best_precision
+
+        precision = precision or best_precision("cpu", config)[0]
+        device = measured_cpu(config, batch_size // parts, precision)
+    else:
+        device = planning.find_device(device_kind)
+    run = make_run(config, Schedule(batch_size, steps), device, devices, precision)
     run = run if mfu is None else replace(run, mfu=mfu)
     print(*lines(network, run, batch_size // parts), sep="\n")
 
@@ -68,7 +78,7 @@ def make_run(
 ) -> Run:
     """A run, by default in the device's usual precision and at the usual share of its peak."""
     precision = precision or ("bf16-mixed" if device.bfloat16 else "32-true")
-    mfu = planning.usual_mfu(config) if device.torch_name else CPU_MFU
+    mfu = planning.usual_mfu(config) if device.torch_name else 1.0  # a CPU's peak is measured in training
     run = Run(config, schedule, device, devices, precision, mfu)
     return replace(run, mfu=min(run.mfu, run.ceiling_mfu))  # small networks reach less
 
@@ -90,9 +100,11 @@ def lines(name: str, run: Run, micro_batch: int) -> Iterator[str]:
     yield row("strategy", f"{choice.strategy}, recompute {choice.recompute}, {fits}")
     yield from (row("", line) for line in textwrap.wrap(choice.reason, WIDTH - MARGIN))
     yield ""
-    yield row(f"time at {run.mfu:.0%} MFU", f"{hours(run.seconds)}, {schedule.images / run.seconds:,.4g} images/s")
-    yield row("floor", hours(run.floor_device_seconds / run.devices))
-    if config.objective == "autoregressive":
+    share = f" at {run.mfu:.0%} MFU" if device.torch_name else ""
+    yield row(f"time{share}", f"{hours(run.seconds)}, {schedule.images / run.seconds:,.4g} images/s")
+    if device.torch_name:
+        yield row("floor", hours(run.floor_device_seconds / run.devices))
+    if device.torch_name and config.objective == "autoregressive":
         seconds = tokens * planning.decode_seconds(config, device, SAMPLED, run.precision)
         yield row("sampling", f"at most {SAMPLED / seconds:,.3g} images/s in batches of {SAMPLED} on one device")
     yield row("checkpoint", f"{planning.checkpoint_bytes(config, run.precision) / 1e9:,.3g} GB")
@@ -117,27 +129,46 @@ def shape(config: ImageGPTConfig) -> str:
     return f"{size}, {planning.parameter_count(config):,} parameters"
 
 
-def measured_cpu() -> Device:
-    """This CPU: the speed of large products in float32 and bfloat16, and of a large copy, with torch's threads."""
+def measured_cpu(config: ImageGPTConfig, images: int, precision: str, optimizer: Any = "adam") -> Device:
+    """This CPU, with torch's threads; its peak is the speed at which it trains such a network, ``images`` at once."""
     import torch  # planning for other devices needs no torch
 
-    def product(dtype: torch.dtype) -> float:
-        a, b = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
-        return 2 * SIDE**3 / _seconds(lambda: a @ b) / 1e12
+    name, memory = f"this CPU ({torch.get_num_threads()} threads)", math.prod(map(os.sysconf, PHYSICAL))
+    speed, source = train_speed(config, images, precision, optimizer) / 1e12, "measured in training steps"
+    return Device(name, memory, speed, None, speed, math.inf, "", multiplies_bfloat16("cpu"), source=source)
 
-    source = torch.ones(COPIED // 4)
-    target = torch.ones_like(source)
-    return Device(
-        name=f"this CPU ({torch.get_num_threads()} threads)",
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        tflops_16=product(torch.bfloat16),
-        tflops_tf32=None,
-        tflops_32=product(torch.float32),
-        bandwidth=2 * COPIED / _seconds(lambda: target.copy_(source)),
-        source="measured now",
-        torch_name="",
-        bfloat16=multiplies_bfloat16("cpu"),
-    )
+
+def train_speed(config: ImageGPTConfig, images: int, precision: str, optimizer: Any = "adam") -> float:
+    """Operations per second of training steps on this CPU: the median of a few, with random tokens.
+
+    Where a step would take long, it is one of fewer images, of one block, or of fewer tokens.
+    """
+    import torch
+
+    from lightning_igpt.modules import PretrainModule
+
+    def flops() -> int:  # per image
+        return planning.train_flops_per_token(config) * config.n_positions
+
+    images = max(1, min(images, int(TRIAL // flops())))
+    smaller: tuple[dict[str, Any], ...] = ({"n_layer": 1}, {"image_size": 8})
+    for fewer in smaller:
+        config = replace(config, **fewer) if flops() > TRIAL else config
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        colors = torch.rand(config.vocab_size, 3).tolist()
+        module = PretrainModule(config.to_dict(), colors, optimizer=optimizer)
+        module.train().to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
+        module.log = lambda *_, **__: None  # type: ignore[method-assign]  # there is no trainer
+        adam, tokens = module._optimizer(), torch.randint(config.vocab_size, (images, config.n_positions))
+
+        def step() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision.endswith("-mixed")):
+                loss = module.training_step({"tokens": tokens}, 0)
+            loss.backward()  # type: ignore[no-untyped-call]
+            adam.step()
+            adam.zero_grad()
+
+        return images * flops() / statistics.median(timeit.repeat(step, number=1, repeat=STEPS + 2)[2:])
 
 
 def hours(seconds: float) -> str:
@@ -146,8 +177,3 @@ def hours(seconds: float) -> str:
     unit, length = next((unit, length) for unit, length, least in units if seconds >= least * length)
     value = float(f"{seconds / length:.3g}")
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:g} {unit}"
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """Of the fastest of a few calls, after one to warm up."""
-    return min(timeit.repeat(run, number=1, repeat=REPEATS + 1)[1:])
