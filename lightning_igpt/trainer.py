@@ -169,15 +169,12 @@ def best_precision(accelerator: str = "auto", config: Any = None) -> tuple[str, 
     """bf16-mixed where the device trains a network of ``config`` faster in it, else 32-true; and why.
 
     A CPU needs AMX or AVX512-BF16, and products that outweigh the casts, of width 128 or 1,024 tokens. CPU time of a
-    step in float32 relative to bf16-mixed, of 6 layers, on AVX512-BF16 (Zen 4):
+    step in float32 relative to bf16-mixed, of 6 layers of these widths, on one thread with AVX512-BF16 (Zen 4)::
 
-    ========  =====  =====  =====  =====  =====
-    tokens    64     96     128    192    256
-    ========  =====  =====  =====  =====  =====
-    64        0.65   0.81   1.04   1.29   1.51
-    256       0.99   1.10   1.26   1.47   1.62
-    1,024     1.21   1.20   1.37   1.36   1.52
-    ========  =====  =====  =====  =====  =====
+        tokens   64     96     128    192    256
+            64   0.65   0.81   1.04   1.29   1.51
+           256   0.99   1.10   1.26   1.47   1.62
+         1,024   1.21   1.20   1.37   1.36   1.52
 
     With two threads it is 0.90 at 256 tokens x width 96, there and with AMX, where it is 1.23 at width 256.
     """
@@ -186,10 +183,8 @@ def best_precision(accelerator: str = "auto", config: Any = None) -> tuple[str, 
         return "32-true", "on this device nothing faster was tested"
     name, wanted = {"cuda": ("GPU", "bfloat16"), "cpu": ("CPU", "AMX or AVX512-BF16")}[kind]
     fast = multiplies_bfloat16(kind)
-    if fast and kind == "cpu" and isinstance(config, ImageGPTConfig):
-        tokens, width = config.n_positions, config.n_embd
-        if width < 128 and tokens < 1024:
-            return "32-true", f"faster on a CPU at width {width} with {tokens} tokens"
+    if fast and kind == "cpu" and isinstance(config, ImageGPTConfig) and config.n_embd < 128 and config.image_size < 32:
+        return "32-true", f"faster on a CPU at width {config.n_embd} with {config.n_positions} tokens"
     return "bf16-mixed" if fast else "32-true", f"this {name} has {'' if fast else 'no '}{wanted}"
 
 
@@ -211,16 +206,13 @@ class _LastValidation(Callback):
 
 
 class _Speed(Callback):
-    """Sets what depends on the module, and logs what was chosen for speed.
-
-    These are the precision, unless it was given (``accelerator`` is None), and, for as long as the trainer runs, how
-    float32 matrices are multiplied.
-    """
+    """Sets precision, if none was given, and how float32 matrices are multiplied; logs what was chosen for speed."""
 
     def __init__(self, parallel: Chosen, accelerator: str | None, matmul: str | None) -> None:
         if matmul not in (None, *PRODUCTS):
             raise ValueError(f"matmul_precision is {matmul!r}; it must be one of {', '.join(PRODUCTS)}")
-        self.parallel, self.accelerator, self.matmul = parallel.reason, accelerator, matmul
+        self.parallel, self.matmul = parallel.reason, matmul
+        self.accelerator = accelerator  # None where a precision was given
         self._earlier: str | None = None
 
     def set_precision(self, trainer: Trainer, module: Any) -> str:

@@ -86,15 +86,6 @@ def test_sides_that_disagree_are_refused(home, name, spoil, message, monkeypatch
         module.main([*WORDS[module.__name__.split(".")[-1]], "--repeats", "1", "--device", "cpu"])
 
 
-def test_both_sides_train_alike():
-    """Ten steps on the same pictures: the peer is trained with our optimizer's settings, and without dropout."""
-    tokens = torch.randint(512, (2, 16), generator=torch.manual_seed(0))
-    steps = train_step.make_steps(TINY, tokens, "32-true", compiled=False)
-    losses = {name: torch.stack([step() for _ in range(10)]) for name, step in steps.items()}
-    assert losses[train_step.OURS][-1] < losses[train_step.OURS][0] - 0.005
-    torch.testing.assert_close(losses[train_step.OURS], losses[train_step.PEER], rtol=5e-4, atol=0)
-
-
 @pytest.mark.parametrize("kind", data.SHARE)
 def test_the_data_module_reads_what_bare_decoding_reads(kind, tmp_path):
     files = data.make_files(kind, 8)

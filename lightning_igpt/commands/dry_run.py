@@ -38,7 +38,7 @@ def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | 
     yield row("data", f"{source}: {f'{shown} images' if shown else 'not opened, to avoid a download or conversion'}")
     chosen = choices(trainer, model)
     if verb == "fit":
-        yield from _fit(trainer, model, data, counts)
+        yield from _fit(trainer, model, data, counts.get("train"), counts.get("val", 0))
     yield from (row("", text) for text in chosen)
     places = [str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]
     yield row("results", ", ".join(dict.fromkeys(places)) or str(trainer.default_root_dir))
@@ -58,8 +58,7 @@ def images(data: Any) -> dict[str, int]:
     return {role: len(part) for role, part in data.parts.items()}
 
 
-def _fit(trainer: Trainer, model: Any, data: Any, counts: dict[str, int]) -> Iterator[str]:
-    n_images = counts.get("train")
+def _fit(trainer: Trainer, model: Any, data: Any, n_images: int | None, n_val: int) -> Iterator[str]:
     step, world, parts = getattr(data, "batch_size", None), trainer.world_size, trainer.accumulate_grad_batches
     trained = hasattr(model, "network") and any(weight.requires_grad for weight in model.network.parameters())
     if not isinstance(step, int):
@@ -75,7 +74,7 @@ def _fit(trainer: Trainer, model: Any, data: Any, counts: dict[str, int]) -> Ite
     shared = f"{step // (world * parts)} at once x {world} devices x {parts} accumulated"
     yield row("length", f"{'unknown' if steps is None else f'{steps:,}'} steps of {step:,} images ({shared})")
     if hasattr(model, "network"):
-        validated = evaluated(trainer, step, steps or 1, n_images, counts.get("val", 0))
+        validated = evaluated(trainer, step, steps or 1, n_images, n_val)
         yield from _costs(trainer, model, Schedule(step, steps or 1), trained, validated)
 
 
@@ -93,9 +92,9 @@ def evaluated(trainer: Trainer, step: int, steps: int, n_images: int | None, n_v
     """Images that all validations of a run see together; 0 where it is not known how many there are."""
     limit, every, parts = trainer.limit_val_batches, trainer.val_check_interval, trainer.accumulate_grad_batches
     seen = limit * n_val if isinstance(limit, float) else min(n_val, limit * (step // (trainer.world_size * parts)))
-    epochs, batches = trainer.check_val_every_n_epoch, max(1, (n_images or 0) * parts // step)
-    interval = (epochs or 1) * batches * every if isinstance(every, float) else every if epochs is None else batches
-    return seen * (steps * parts // max(1, int(interval)))
+    if isinstance(every, float):  # of as many epochs
+        every *= (trainer.check_val_every_n_epoch or 1) * ((n_images or 0) * parts // step)
+    return seen * (steps * parts // max(1, int(every)))
 
 
 def _costs(trainer: Trainer, model: Any, schedule: Schedule, trained: bool, validated: float) -> Iterator[str]:

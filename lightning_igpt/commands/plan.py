@@ -49,8 +49,7 @@ def plan(
         device_kind: Their kind, such as a100-40, h100 or rtx4090; for cpu, this one trains for a few steps.
         precision: bf16-mixed (or bf16), 16-mixed (or 16), 32-true (or 32), or bf16-true. Default: as fit chooses on the
             device.
-        mfu: Share of the device's peak that training reaches, such as 0.45; default by the network's size, and on a CPU
-            1, since its peak is the speed at which it trains.
+        mfu: Share of the device's peak that training reaches, such as 0.45; default by the network's size, on a CPU 1.
     """
     config = ImageGPTConfig.resolve(network)
     config = replace(config, image_size=image_size or config.image_size, objective=objective or config.objective)
@@ -151,9 +150,8 @@ def train_speed(config: ImageGPTConfig, images: int, precision: str, optimizer: 
         return planning.train_flops_per_token(config) * config.n_positions
 
     images = max(1, min(images, int(TRIAL // flops())))
-    smaller: tuple[dict[str, Any], ...] = ({"n_layer": 1}, {"image_size": 8})
-    for fewer in smaller:
-        config = replace(config, **fewer) if flops() > TRIAL else config
+    config = replace(config, n_layer=1) if flops() > TRIAL else config
+    config = replace(config, image_size=8) if flops() > TRIAL else config
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         colors = torch.rand(config.vocab_size, 3).tolist()
         module = PretrainModule(config.to_dict(), colors, optimizer=optimizer)
