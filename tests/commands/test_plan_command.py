@@ -97,7 +97,7 @@ def test_this_cpu_is_timed_in_training_steps(objective, precision, capsys, monke
     monkeypatch.setattr(verb, "train_speed", lambda *args: 2e9)
     text, seconds = (
         planned(capsys, "--device_kind", "cpu"),
-        train_flops_per_token(PRESETS["igpt_s"]) * 1024 * 128 / 2e-3,
+        train_flops_per_token(PRESETS["igpt_s"]) * 1024 * 128 / 2e3,
     )
     assert f"time              {verb.hours(seconds)}, " in text and "MFU" not in text and "floor" not in text
 
