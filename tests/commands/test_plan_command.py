@@ -95,10 +95,8 @@ def test_this_cpu_is_timed_in_training_steps(objective, precision, capsys, monke
         operations = train_flops_per_token(small) * timed[1] * timed[2]
         assert speed == operations / 4 and torch.equal(torch.get_rng_state(), state)  # the median of 2 to 6 seconds
     monkeypatch.setattr(verb, "train_speed", lambda *args: 2e9)
-    text, seconds = (
-        planned(capsys, "--device_kind", "cpu"),
-        train_flops_per_token(PRESETS["igpt_s"]) * 1024 * 128 / 2e3,
-    )
+    seconds = train_flops_per_token(PRESETS["igpt_s"]) * 128 * 1024 * 10**6 / 2e9
+    text = planned(capsys, "--device_kind", "cpu")
     assert f"time              {verb.hours(seconds)}, " in text and "MFU" not in text and "floor" not in text
 
 
