@@ -61,8 +61,7 @@ def make_trainer(
     Args:
         max_steps: Optimizer steps of the run. Pretraining counts in steps, as the paper does.
         max_epochs: Passes over the data; for probing (1) and fine-tuning.
-        precision: Lightning's name of a precision. Default: bf16-mixed where the device trains the network faster in
-            it, else 32-true; see ``best_precision``.
+        precision: Lightning's name of a precision. Default: bf16-mixed where the network trains faster, else 32-true.
         compile: Compile the network's blocks for training; auto does where the run is long enough to gain by it.
         matmul_precision: How float32 matrices are multiplied while this trainer runs, in the whole process: highest;
             high for TF32 on GPUs that have it, faster, with 10 bits of 23; medium may use bfloat16. Default: high where
@@ -104,9 +103,8 @@ def make_trainer(
         raise ValueError("how long to train? Give max_steps (pretraining) or max_epochs (probing, fine-tuning)")
     steps = max_steps if max_steps > 0 and max_epochs is None else None  # of a run counted in steps
     val_check_interval = _interval(val_check_interval, checkpoint_every, steps, chosen, kwargs)
-    plugged = [*parts, getattr(strategy, "precision_plugin", None)]
-    given = bool(precision) or any(isinstance(one, Precision) and type(one) is not Precision for one in plugged)
     config, network = getattr(module, "config", None), getattr(module, "network", torch.nn.Identity())
+    given = bool(precision) or _has_precision([*parts, getattr(strategy, "precision_plugin", None)])
     precision = precision if given else best_precision(accelerator, config)[0]
     parallel = choose_strategy(
         strategy or "auto",
@@ -133,9 +131,17 @@ def make_trainer(
         plugins=parts if any(hasattr(one, "save_checkpoint") for one in parts) else [*parts, AtomicCheckpointIO()],
         **kwargs,
     )
+    _make_steady(trainer)
+    return trainer
+
+
+def _make_steady(trainer: Trainer) -> None:
     for logger in trainer.loggers:
         logger.__class__ = STEADY.get(type(logger), type(logger))
-    return trainer
+
+
+def _has_precision(plugins: list[Any]) -> bool:
+    return any(isinstance(one, Precision) and type(one) is not Precision for one in plugins)
 
 
 def _interval(

@@ -9,8 +9,9 @@ from lightning.pytorch import Trainer
 
 from lightning_igpt import planning
 from lightning_igpt.callbacks import Recompute
+from lightning_igpt.commands.cpu import STEPS, measured_cpu
 from lightning_igpt.commands.help import row
-from lightning_igpt.commands.plan import GIB, STEPS, hours, make_run, measured_cpu, shape
+from lightning_igpt.commands.plan import GIB, hours, make_run, shape
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.sources import name_of
 from lightning_igpt.planning import Device, Schedule

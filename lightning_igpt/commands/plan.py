@@ -1,10 +1,7 @@
 """``lightning-igpt plan``: what a network costs before it is trained; the formulas are in ``planning.py``."""
 
-import math
-import os
-import statistics
+import importlib
 import textwrap
-import timeit
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -14,11 +11,8 @@ from lightning_igpt import planning
 from lightning_igpt.commands.help import MARGIN, row
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.planning import Device, Run, Schedule
-from lightning_igpt.private import multiplies_bfloat16
 
 GIB = 2**30
-STEPS, TRIAL = 5, 1e11  # of a CPU: steps that are timed, and the most operations of one of them
-PHYSICAL = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
 SAMPLED = 64  # images side by side
 WIDTH = 100  # characters of a line
 PRECISIONS = {"bf16": "bf16-mixed", "16": "16-mixed", "32": "32-true"}  # Lightning's short names
@@ -61,10 +55,9 @@ def plan(
         )
     precision = PRECISIONS.get(precision or "", precision)
     if device_kind.lower() == "cpu":
-        from lightning_igpt.trainer import best_precision
-
-        precision = precision or best_precision("cpu", config)[0]
-        device = measured_cpu(config, batch_size // parts, precision)
+        cpu = importlib.import_module("lightning_igpt.commands.cpu")  # planning for other devices needs no torch
+        precision = precision or cpu.best_precision("cpu", config)[0]
+        device = cpu.measured_cpu(config, batch_size // parts, precision)
     else:
         device = planning.find_device(device_kind)
     run = make_run(config, Schedule(batch_size, steps), device, devices, precision)
@@ -126,47 +119,6 @@ def shape(config: ImageGPTConfig) -> str:
     """A network's size in words."""
     size = f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads"
     return f"{size}, {planning.parameter_count(config):,} parameters"
-
-
-def measured_cpu(config: ImageGPTConfig, images: int, precision: str, optimizer: Any = "adam") -> Device:
-    """This CPU, with torch's threads; its peak is the speed at which it trains such a network, ``images`` at once."""
-    import torch  # planning for other devices needs no torch
-
-    name, memory = f"this CPU ({torch.get_num_threads()} threads)", math.prod(map(os.sysconf, PHYSICAL))
-    speed, source = train_speed(config, images, precision, optimizer) / 1e12, "measured in training steps"
-    return Device(name, memory, speed, None, speed, math.inf, "", multiplies_bfloat16("cpu"), source=source)
-
-
-def train_speed(config: ImageGPTConfig, images: int, precision: str, optimizer: Any = "adam") -> float:
-    """Operations per second of training steps on this CPU: the median of a few, with random tokens.
-
-    Where a step would take long, it is one of fewer images, of one block, or of fewer tokens.
-    """
-    import torch
-
-    from lightning_igpt.modules import PretrainModule
-
-    def flops() -> int:  # per image
-        return planning.train_flops_per_token(config) * config.n_positions
-
-    images = max(1, min(images, int(TRIAL // flops())))
-    config = replace(config, n_layer=1) if flops() > TRIAL else config
-    config = replace(config, image_size=8) if flops() > TRIAL else config
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        colors = torch.rand(config.vocab_size, 3).tolist()
-        module = PretrainModule(config.to_dict(), colors, optimizer=optimizer)
-        module.train().to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
-        module.log = lambda *_, **__: None  # type: ignore[method-assign]  # there is no trainer
-        adam, tokens = module._optimizer(), torch.randint(config.vocab_size, (images, config.n_positions))
-
-        def step() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision.endswith("-mixed")):
-                loss = module.training_step({"tokens": tokens}, 0)
-            loss.backward()  # type: ignore[no-untyped-call]
-            adam.step()
-            adam.zero_grad()
-
-        return images * flops() / statistics.median(timeit.repeat(step, number=1, repeat=STEPS + 2)[2:])
 
 
 def hours(seconds: float) -> str:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lightning_igpt.__main__ import main
-from lightning_igpt.commands import dry_run, plan, recipes
+from lightning_igpt.commands import cpu, dry_run, plan, recipes
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.planning import find_device, largest_batch, train_flops_per_token
 from tests.image_files import save_images
@@ -19,7 +19,7 @@ NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size"
 def _work_in_a_folder_of_its_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")  # a row on a line
-    monkeypatch.setattr(plan, "train_speed", lambda *args: 1e10)
+    monkeypatch.setattr(cpu, "train_speed", lambda *args: 1e10)
 
 
 def dry(capsys, *words):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_igpt.__main__ import main
+from lightning_igpt.commands import cpu
 from lightning_igpt.commands import plan as verb
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.model import ImageGPT
@@ -85,16 +86,16 @@ def test_this_cpu_is_timed_in_training_steps(objective, precision, capsys, monke
         return hidden(network, tokens, **options)
 
     monkeypatch.setattr(ImageGPT, "hidden", spied)
-    monkeypatch.setattr(verb.timeit, "repeat", lambda step, number, repeat: [step() or s for s in range(repeat)])
+    monkeypatch.setattr("timeit.repeat", lambda step, number, repeat: [step() or s for s in range(repeat)])
     state, step = torch.get_rng_state(), train_flops_per_token(config) * 256 * 6
     for least, timed in ((step, (2, 6, 256)), (step / 4, (2, 1, 256)), (step / 11, (1, 1, 256)), (0, (1, 1, 64))):
-        monkeypatch.setattr(verb, "TRIAL", least)
-        speed = verb.train_speed(config, 6, precision)
+        monkeypatch.setattr(cpu, "TRIAL", least)
+        speed = cpu.train_speed(config, 6, precision)
         assert seen[-1] == (*timed, precision == "bf16-mixed")
         small = replace(config, n_layer=timed[0], image_size=int(timed[2] ** 0.5))
         operations = train_flops_per_token(small) * timed[1] * timed[2]
         assert speed == operations / 4 and torch.equal(torch.get_rng_state(), state)  # the median of 2 to 6 seconds
-    monkeypatch.setattr(verb, "train_speed", lambda *args: 2e9)
+    monkeypatch.setattr(cpu, "train_speed", lambda *args: 2e9)
     seconds = train_flops_per_token(PRESETS["igpt_s"]) * 128 * 1024 * 10**6 / 2e9
     text = planned(capsys, "--device_kind", "cpu")
     assert f"time              {verb.hours(seconds)}, " in text and "MFU" not in text and "floor" not in text
