@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -417,3 +418,13 @@ words += ["--model", "PretrainModule", "--data", "ProbeDataModule", "--data.sour
 print(type(LightningCLI(run=False, args=words[:2] + words[6:8] + words[2:6] + words[8:]).datamodule))
 """
     assert "ProbeDataModule" in in_a_new_process("-c", code)[0]
+
+
+@pytest.mark.parametrize(("platform", "libc"), [("linux", "gnu_get_libc_version"), ("linux", "musl"), ("darwin", "")])
+def test_only_glibc_keeps_memory_between_steps(platform, libc, monkeypatch):
+    seen, parts = [], {"mallopt": lambda *call: seen.append(call), libc: 0}
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(**parts))
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setattr("lightning_igpt.__main__._run", lambda words: None)
+    assert main(["recipes"]) == main(["fit"]) == 0
+    assert seen == ([(-1, 2**31 - 1), (-4, 0)] if libc.startswith("gnu") else [])

@@ -4,7 +4,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.utils.data import DataLoader
 
 from lightning_igpt import trainer as making
 from lightning_igpt.callbacks import CompileBlocks, Throughput
@@ -36,9 +38,21 @@ def test_a_run_without_an_end_is_refused():
         make_trainer()
 
 
-def test_precision_follows_the_hardware(bfloat16):
-    expected = "bf16-mixed" if bfloat16 else "32-true"
-    assert best_precision("cpu")[0] == make_trainer(max_steps=1, accelerator="cpu").precision == expected
+@pytest.mark.parametrize(("width", "side", "given"), [(96, 16, 0), (128, 8, 0), (64, 32, 0), (8, 8, "bf16-mixed")])
+def test_precision_follows_hardware_and_network(width, side, given, bfloat16, tmp_path):
+    expected = "bf16-mixed" if given or (bfloat16 and width != 96) else "32-true"
+    options = {"max_steps": 1, "accelerator": "cpu", "precision": given or None, "logger": False}
+    module, dtypes = PretrainModule({**TINY.to_dict(), "n_embd": width, "image_size": side}, "gray:8"), set()
+    module.network.lm_head.register_forward_hook(lambda _, inputs, logits: dtypes.add(logits.dtype))
+    assert make_trainer(module=module, **options).precision == expected
+    trainer = make_trainer(default_root_dir=tmp_path, enable_progress_bar=False, **options)  # made for any module
+    assert trainer.precision == given or trainer.precision == best_precision("cpu")[0]
+    trainer.fit(module, DataLoader(torch.zeros(2, 3, side, side, dtype=torch.uint8), 2))
+    assert trainer.precision == expected and dtypes == {torch.bfloat16 if "bf16" in expected else torch.float32}
+    trainer.validate(PretrainModule(TINY, "gray:8"), loader(), verbose=False)  # a trainer may run another network
+    assert trainer.precision == (given or "32-true")
+    plugin = MixedPrecision("bf16-mixed", "cpu")  # gives a precision, too
+    assert make_trainer(plugins=plugin, **options | {"precision": None}).precision_plugin is plugin
 
 
 class Products(Callback):
@@ -55,9 +69,8 @@ def test_choices_for_speed_are_told_once(tmp_path, caplog, bfloat16):
         trainer.fit(PretrainModule(TINY, "gray:8"), loader(64), loader())
         trainer.validate(trainer.lightning_module, loader(), verbose=False)
     assert caplog.messages.count("strategy SingleDeviceStrategy (one device), activation checkpointing: off") == 1
-    precision = "bf16-mixed (this CPU has AMX" if bfloat16 else "32-true (this CPU has no AMX"
-    compiled = "compile off (less than a minute of work at 0.1 TFLOP/s)"
-    line = f"precision {precision} or AVX512-BF16), {compiled}, float32 products in full"
+    why = "faster on a CPU at width 16 with 16 tokens" if bfloat16 else "this CPU has no AMX or AVX512-BF16"
+    line = f"precision 32-true ({why}), compile off (saves nothing in 32-true on a CPU), float32 products in full"
     assert caplog.messages.count(line) == 1
 
 

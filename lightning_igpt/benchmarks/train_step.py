@@ -1,8 +1,9 @@
 """The time of a training step, forward, loss, backward and AdamW, compared with ``ImageGPT`` of ``transformers``.
 
 Both sides start from the same weights, train on the same tokens with the same learning rate, and must give the same
-loss in float32 before and after a first step; the peer has dropout 0 and plain AdamW. ``--layers`` uses fewer blocks
-than the preset. The callback Throughput measures a step within ``trainer.fit``.
+loss in float32 before and after a first step; the peer has dropout 0 and plain AdamW. ``--layers``, ``--width`` and
+``--size`` replace the preset's; the tiny recipes have 6, 96, and 8 or 16. The callback Throughput measures a step
+within ``trainer.fit``.
 
 Limit: 3 x the forward pass's operations (attention counted causally, ``planning.train_flops_per_token``) at the speed
 of a large matrix product in the same precision. On a GPU, relative to the chip's nominal speed, that is the MFU.
@@ -91,9 +92,11 @@ def check_agreement(config: ImageGPTConfig, tokens: Tensor) -> float:
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, measure, print."""
     own = {"compile": (False, "also measure ours compiled"), "layers": (None, "blocks instead of the preset's")}
+    own |= {"width": (None, "width instead of the preset's"), "size": (None, "side of the images in pixels")}
     options = harness.parse("train_step", __doc__, words, tuple(PRECISIONS), batch_size=(4, "images"), **own)
-    preset, precision = PRESETS[options.preset], options.precision
-    config = dataclasses.replace(preset, n_layer=options.layers or preset.n_layer)
+    fields = {"n_layer": options.layers, "n_embd": options.width, "image_size": options.size}
+    given = {name: value for name, value in fields.items() if value}
+    config, precision = dataclasses.replace(PRESETS[options.preset], **given), options.precision
     tokens = random_tokens(config, options.batch_size, options.device)
     off = check_agreement(config, tokens)
     print(f"losses in float32 agree within {off:.1e}", flush=True)
@@ -102,7 +105,8 @@ def main(words: Sequence[str] | None = None) -> None:
     limit = harness.machine_limits(options.device, PRECISIONS[precision]).flops_per_second
     least = dict.fromkeys(rows, train_flops_per_token(config) * tokens.numel() / limit)
     comparison = Comparison(rows, COMPILED if options.compile else OURS, PEER, least, tokens.numel(), "tokens")
-    comparison.print_table(f"{options.preset}, {config.n_layer} layers, batch {options.batch_size}, {precision}")
+    shape = f"{config.n_layer} layers x {config.n_embd}, {config.n_positions} tokens"
+    comparison.print_table(f"{shape}, batch {options.batch_size}, {precision}")
     comparison.print_result(options, transformers, losses_off=off, flops_per_second_limit=limit)
 
 

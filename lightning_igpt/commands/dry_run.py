@@ -9,8 +9,9 @@ from lightning.pytorch import Trainer
 
 from lightning_igpt import planning
 from lightning_igpt.callbacks import Recompute
+from lightning_igpt.commands.cpu import STEPS, measured_cpu
 from lightning_igpt.commands.help import row
-from lightning_igpt.commands.plan import GIB, hours, make_run, measured_cpu, shape
+from lightning_igpt.commands.plan import GIB, hours, make_run, shape
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.embedded import EMBEDDED
 from lightning_igpt.data.sources import name_of
@@ -37,9 +38,10 @@ def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | 
     source = name_of(data.source) if hasattr(data, "source") else type(data).__name__
     shown = ", ".join(f"{count:,} {TITLES.get(role, role)}" for role, count in counts.items())
     yield row("data", f"{source}: {f'{shown} images' if shown else 'not opened, to avoid a download or conversion'}")
+    chosen = choices(trainer, model)
     if verb == "fit":
-        yield from _fit(trainer, model, data, counts.get("train"))
-    yield from (row("", text) for text in choices(trainer))
+        yield from _fit(trainer, model, data, counts.get("train"), counts.get("val", 0))
+    yield from (row("", text) for text in chosen)
     places = [str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]
     yield row("results", ", ".join(dict.fromkeys(places)) or str(trainer.default_root_dir))
     yield "dry run: nothing was trained, and nothing was written"
@@ -58,7 +60,7 @@ def images(data: Any) -> dict[str, int]:
     return {role: len(part) for role, part in data.parts.items()}
 
 
-def _fit(trainer: Trainer, model: Any, data: Any, n_images: int | None) -> Iterator[str]:
+def _fit(trainer: Trainer, model: Any, data: Any, n_images: int | None, n_val: int) -> Iterator[str]:
     step, world, parts = getattr(data, "batch_size", None), trainer.world_size, trainer.accumulate_grad_batches
     trained = hasattr(model, "network") and any(weight.requires_grad for weight in model.network.parameters())
     if not isinstance(step, int):
@@ -74,7 +76,8 @@ def _fit(trainer: Trainer, model: Any, data: Any, n_images: int | None) -> Itera
     shared = f"{step // (world * parts)} at once x {world} devices x {parts} accumulated"
     yield row("length", f"{'unknown' if steps is None else f'{steps:,}'} steps of {step:,} images ({shared})")
     if hasattr(model, "network"):
-        yield from _costs(trainer, model.config, Schedule(step, steps or 1), trained)
+        validated = evaluated(trainer, step, steps or 1, n_images, n_val)
+        yield from _costs(trainer, model, Schedule(step, steps or 1), trained, validated)
 
 
 def length(trainer: Trainer, step: int, n_images: int | None) -> int | None:
@@ -87,20 +90,34 @@ def length(trainer: Trainer, step: int, n_images: int | None) -> int | None:
     return min((end for end in ends if end > 0), default=None)
 
 
-def _costs(trainer: Trainer, config: ImageGPTConfig, schedule: Schedule, trained: bool) -> Iterator[str]:
-    """Memory and time, by the formulas of ``planning``."""
-    place, precision = trainer.strategy.root_device, str(trainer.precision)
-    kind = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
-    device = measured_cpu() if kind == "cpu" else planning.device_called(kind)
-    if device is None or precision not in planning.ACTIVATION_BYTES:
+def evaluated(trainer: Trainer, step: int, steps: int, n_images: int | None, n_val: int) -> float:
+    """Images that all validations of a run see together; 0 where it is not known how many there are."""
+    limit, every, parts = trainer.limit_val_batches, trainer.val_check_interval, trainer.accumulate_grad_batches
+    seen = limit * n_val if isinstance(limit, float) else min(n_val, limit * (step // (trainer.world_size * parts)))
+    if isinstance(every, float):  # of as many epochs
+        every *= (trainer.check_val_every_n_epoch or 1) * ((n_images or 0) * parts // step)
+    return seen * (steps * parts // max(1, int(every)))
+
+
+def _costs(trainer: Trainer, model: Any, schedule: Schedule, trained: bool, validated: float) -> Iterator[str]:
+    """Memory and time, by the formulas of ``planning``; on a CPU by the speed of a few training steps."""
+    place, precision, config = trainer.strategy.root_device, str(trainer.precision), model.config
+    kind, world = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type, trainer.world_size
+    device = planning.device_called(kind) if precision in planning.ACTIVATION_BYTES else None
+    if kind == "cpu" and precision in planning.ACTIVATION_BYTES:
+        images = schedule.batch_size // (world * trainer.accumulate_grad_batches)
+        device = measured_cpu(config, images, precision, getattr(model, "optimizer", "adam"))
+    if device is None:
         yield row("costs", f"unknown for {kind} in {precision}")
         return
-    run = make_run(config, schedule, device, trainer.world_size, precision)
+    run = make_run(config, schedule, device, world, precision)
     speed = f"{device.name}, {device.peak(precision) / 1e12:,.3g} TFLOP/s"
     if trained:
         yield row("memory", _memory(trainer, config, schedule.batch_size, device))
-        yield row("time", f"about {hours(run.seconds)}, at {run.mfu:.0%} of {speed}")
-        yield row("", "validation and reading images come on top")
+        share = f"{run.mfu:.0%} of {speed}" if device.torch_name else f"the speed of {STEPS} training steps now"
+        seconds = run.seconds * (1 + validated / 3 / schedule.images)  # a third of a step is its forward pass
+        yield row("time", f"about {hours(seconds)}, at {share}")
+        yield row("", "reading images and drawing pictures come on top")
     else:
         rate = device.reached(precision) / (config.n_positions * planning.forward_flops_per_token(config))
         yield row("time", f"features: at most {rate:,.3g} images/s, without fitting ({speed})")

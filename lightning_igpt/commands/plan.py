@@ -1,9 +1,8 @@
 """``lightning-igpt plan``: what a network costs before it is trained; the formulas are in ``planning.py``."""
 
-import os
+import importlib
 import textwrap
-import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any, Literal
@@ -12,11 +11,8 @@ from lightning_igpt import planning
 from lightning_igpt.commands.help import MARGIN, row
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.planning import Device, Run, Schedule
-from lightning_igpt.private import multiplies_bfloat16
 
 GIB = 2**30
-CPU_MFU = 0.60  # of the CPU's own speed, measured in the same minute
-SIDE, COPIED, REPEATS = 1024, 2**27, 5  # of the CPU's trial: side of matrices, bytes beyond any cache, calls
 SAMPLED = 64  # images side by side
 WIDTH = 100  # characters of a line
 PRECISIONS = {"bf16": "bf16-mixed", "16": "16-mixed", "32": "32-true"}  # Lightning's short names
@@ -44,10 +40,10 @@ def plan(
         accumulate_grad_batches: Parts in which each device computes its share of a step.
         steps: Optimizer steps.
         devices: Number of devices.
-        device_kind: Their kind, such as a100-40, h100 or rtx4090; cpu measures this one.
+        device_kind: Their kind, such as a100-40, h100 or rtx4090; for cpu, this one trains for a few steps.
         precision: bf16-mixed (or bf16), 16-mixed (or 16), 32-true (or 32), or bf16-true. Default: as fit chooses on the
             device.
-        mfu: Share of the device's peak that training reaches, such as 0.45; default by the network's size.
+        mfu: Share of the device's peak that training reaches, such as 0.45; default by the network's size, on a CPU 1.
     """
     config = ImageGPTConfig.resolve(network)
     config = replace(config, image_size=image_size or config.image_size, objective=objective or config.objective)
@@ -57,8 +53,14 @@ def plan(
             f"batch_size {batch_size} is no multiple of {devices} devices x {accumulate_grad_batches} batches each; "
             f"take {max(1, batch_size // max(parts, 1)) * parts}"
         )
-    device = measured_cpu() if device_kind.lower() == "cpu" else planning.find_device(device_kind)
-    run = make_run(config, Schedule(batch_size, steps), device, devices, PRECISIONS.get(precision or "", precision))
+    precision = PRECISIONS.get(precision or "", precision)
+    if device_kind.lower() == "cpu":
+        cpu = importlib.import_module("lightning_igpt.commands.cpu")  # planning for other devices needs no torch
+        precision = precision or cpu.best_precision("cpu", config)[0]
+        device = cpu.measured_cpu(config, batch_size // parts, precision)
+    else:
+        device = planning.find_device(device_kind)
+    run = make_run(config, Schedule(batch_size, steps), device, devices, precision)
     run = run if mfu is None else replace(run, mfu=mfu)
     print(*lines(network, run, batch_size // parts), sep="\n")
 
@@ -68,7 +70,7 @@ def make_run(
 ) -> Run:
     """A run, by default in the device's usual precision and at the usual share of its peak."""
     precision = precision or ("bf16-mixed" if device.bfloat16 else "32-true")
-    mfu = planning.usual_mfu(config) if device.torch_name else CPU_MFU
+    mfu = planning.usual_mfu(config) if device.torch_name else 1.0  # a CPU's peak is measured in training
     run = Run(config, schedule, device, devices, precision, mfu)
     return replace(run, mfu=min(run.mfu, run.ceiling_mfu))  # small networks reach less
 
@@ -90,9 +92,11 @@ def lines(name: str, run: Run, micro_batch: int) -> Iterator[str]:
     yield row("strategy", f"{choice.strategy}, recompute {choice.recompute}, {fits}")
     yield from (row("", line) for line in textwrap.wrap(choice.reason, WIDTH - MARGIN))
     yield ""
-    yield row(f"time at {run.mfu:.0%} MFU", f"{hours(run.seconds)}, {schedule.images / run.seconds:,.4g} images/s")
-    yield row("floor", hours(run.floor_device_seconds / run.devices))
-    if config.objective == "autoregressive":
+    share = f" at {run.mfu:.0%} MFU" if device.torch_name else ""
+    yield row(f"time{share}", f"{hours(run.seconds)}, {schedule.images / run.seconds:,.4g} images/s")
+    if device.torch_name:
+        yield row("floor", hours(run.floor_device_seconds / run.devices))
+    if device.torch_name and config.objective == "autoregressive":
         seconds = tokens * planning.decode_seconds(config, device, SAMPLED, run.precision)
         yield row("sampling", f"at most {SAMPLED / seconds:,.3g} images/s in batches of {SAMPLED} on one device")
     yield row("checkpoint", f"{planning.checkpoint_bytes(config, run.precision) / 1e9:,.3g} GB")
@@ -117,37 +121,9 @@ def shape(config: ImageGPTConfig) -> str:
     return f"{size}, {planning.parameter_count(config):,} parameters"
 
 
-def measured_cpu() -> Device:
-    """This CPU: the speed of large products in float32 and bfloat16, and of a large copy, with torch's threads."""
-    import torch  # planning for other devices needs no torch
-
-    def product(dtype: torch.dtype) -> float:
-        a, b = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
-        return 2 * SIDE**3 / _seconds(lambda: a @ b) / 1e12
-
-    source = torch.ones(COPIED // 4)
-    target = torch.ones_like(source)
-    return Device(
-        name=f"this CPU ({torch.get_num_threads()} threads)",
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        tflops_16=product(torch.bfloat16),
-        tflops_tf32=None,
-        tflops_32=product(torch.float32),
-        bandwidth=2 * COPIED / _seconds(lambda: target.copy_(source)),
-        source="measured now",
-        torch_name="",
-        bfloat16=multiplies_bfloat16("cpu"),
-    )
-
-
 def hours(seconds: float) -> str:
     """A time in a suitable unit, with three digits."""
     units = (("years", 365.25 * 86400, 2), ("days", 86400, 3), ("hours", 3600, 1), ("minutes", 60, 1), ("s", 1, 0))
     unit, length = next((unit, length) for unit, length, least in units if seconds >= least * length)
     value = float(f"{seconds / length:.3g}")
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:g} {unit}"
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """Of the fastest of a few calls, after one to warm up."""
-    return min(timeit.repeat(run, number=1, repeat=REPEATS + 1)[1:])

@@ -116,10 +116,11 @@ def test_trying_the_compiler_leaves_gradients_and_random_numbers_alone(tmp_path)
 
 
 def test_compiling_pays_in_long_runs():
-    assert decide("cpu", 3e14) == Decision(False, "about 50 minutes of work at 0.1 TFLOP/s")
-    assert decide("cpu", 4e14) == Decision(True, "about 67 minutes of work at 0.1 TFLOP/s")
-    assert decide("cuda", 4e16) == Decision(False, "about 7 minutes of work at 100 TFLOP/s")
-    assert decide("cuda", 4e18).how and not decide("cuda", None).how and not decide("mps", 1e30).how
+    assert decide("cpu", 4e13, "bf16-mixed") == Decision(False, "about 7 minutes of work at 0.1 TFLOP/s")
+    assert decide("cpu", 9e13, "bf16-mixed") == Decision(True, "about 15 minutes of work at 0.1 TFLOP/s")
+    assert decide("cpu", 9e18, "32-true") == Decision(False, "saves nothing in 32-true on a CPU")
+    assert decide("cuda", 4e16, "32-true") == Decision(False, "about 7 minutes of work at 100 TFLOP/s")
+    assert decide("cuda", 4e18, "").how and not decide("cuda", None, "").how and not decide("mps", 1e30, "").how
 
 
 @pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_steps": 30}], ids=["epochs", "steps"])
@@ -136,7 +137,9 @@ def test_a_resumed_run_decides_as_its_first_part_did(tmp_path, length):
     reasons = []
     for more in ([Stop()], []):
         callback = CompileBlocks()
-        trainer = quiet_trainer(tmp_path, callbacks=[callback, *more], limit_val_batches=0, **length)
+        trainer = quiet_trainer(
+            tmp_path, callbacks=[callback, *more], limit_val_batches=0, **length, precision="bf16-mixed"
+        )
         path = None if more else tmp_path / "part.ckpt"
         trainer.fit(PretrainModule(network, "gray:8"), PretrainDataModule("digits", batch_size=64), ckpt_path=path)
         reasons.append(callback.decision)

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from lightning_igpt.__main__ import main
-from lightning_igpt.commands import dry_run, plan, recipes
-from lightning_igpt.config import PRESETS
-from lightning_igpt.planning import find_device, largest_batch
+from lightning_igpt.commands import cpu, dry_run, plan, recipes
+from lightning_igpt.config import PRESETS, ImageGPTConfig
+from lightning_igpt.planning import find_device, largest_batch, train_flops_per_token
 from tests.image_files import save_images
 
 NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size": 8}
@@ -19,8 +19,7 @@ NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size"
 def _work_in_a_folder_of_its_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")  # a row on a line
-    for name, value in {"SIDE": 64, "COPIED": 2**20, "REPEATS": 1}.items():  # how fast this CPU is does not matter here
-        monkeypatch.setattr(plan, name, value)
+    monkeypatch.setattr(cpu, "train_speed", lambda *args: 1e10)
 
 
 def dry(capsys, *words):
@@ -42,7 +41,10 @@ def test_fit_says_what_would_run(capsys):
     assert rows["length"] == f"{steps} steps of 16 images (16 at once x 1 devices x 1 accumulated)"
     assert rows["results"].startswith("runs/digits_tiny_pretrain")
     assert re.fullmatch(r"0\.\d+ of [\d.]+ GiB usable per device, recompute none", rows["memory"])
-    assert rows["time"].startswith("about ") and "strategy SingleDeviceStrategy" in said and "precision " in said
+    images = 800 * 16 + 10 * 144 / 3  # and ten validations, of which each image takes a third
+    assert steps == 800 and "strategy SingleDeviceStrategy" in said and "precision " in said
+    seconds = images * 64 * train_flops_per_token(ImageGPTConfig(6, 4, 96, vocab_size=16, image_size=8)) / 1e10
+    assert rows["time"] == f"about {plan.hours(seconds)}, at the speed of 5 training steps now"
 
 
 def test_a_network_of_any_size_is_described_without_making_it(capsys, monkeypatch):
@@ -56,7 +58,7 @@ def test_a_network_of_any_size_is_described_without_making_it(capsys, monkeypatc
 
 def test_the_accumulation_that_fits_is_the_smallest(capsys, monkeypatch):
     device = find_device("rtx4090")
-    monkeypatch.setattr(dry_run, "measured_cpu", lambda: device)
+    monkeypatch.setattr(dry_run, "measured_cpu", lambda *args: device)
     words = ["--data.batch_size", "128", "--trainer.devices", "1", "--trainer.precision", "bf16-mixed"]
     rows, _ = dry(capsys, "fit", "--config", "imagenet32_s_pretrain", "--trainer.accelerator", "cpu", *words)
     parts = int(re.search(r"accumulate_grad_batches (\d+) does$", rows["memory"])[1])

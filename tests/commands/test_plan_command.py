@@ -6,10 +6,13 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from lightning_igpt.__main__ import main
+from lightning_igpt.commands import cpu
 from lightning_igpt.commands import plan as verb
-from lightning_igpt.config import PRESETS
+from lightning_igpt.config import PRESETS, ImageGPTConfig
+from lightning_igpt.model import ImageGPT
 from lightning_igpt.planning import (
     RECOMPUTE,
     Schedule,
@@ -72,12 +75,30 @@ def test_options(capsys):
     assert "32-true" in planned(capsys, "--device_kind", "v100")
 
 
-def test_this_cpu_is_measured(capsys, monkeypatch):
-    monkeypatch.setattr(verb, "SIDE", 128)
-    monkeypatch.setattr(verb, "COPIED", 2**20)
-    assert re.search(r"1 x this CPU \(\d+ threads\)", planned(capsys, "--device_kind", "cpu", "--network", "igpt_tiny"))
-    device = verb.measured_cpu()
-    assert device.tflops_32 > 1e-5 and device.bandwidth > 1e7 and device.memory > 2**28
+@pytest.mark.parametrize(("objective", "precision"), [("autoregressive", "32-true"), ("bert", "bf16-mixed")])
+def test_this_cpu_is_timed_in_training_steps(objective, precision, capsys, monkeypatch):
+    """Those of such a network, or of a smaller one; random numbers of the caller stay as they are."""
+    config = ImageGPTConfig(2, 1, 8, vocab_size=4, image_size=16, objective=objective)
+    seen, hidden = [], ImageGPT.hidden
+
+    def spied(network, tokens, **options):
+        seen.append((network.config.n_layer, *tokens.shape, torch.is_autocast_enabled("cpu")))
+        return hidden(network, tokens, **options)
+
+    monkeypatch.setattr(ImageGPT, "hidden", spied)
+    monkeypatch.setattr("timeit.repeat", lambda step, number, repeat: [step() or s for s in range(repeat)])
+    state, step = torch.get_rng_state(), train_flops_per_token(config) * 256 * 6
+    for least, timed in ((step, (2, 6, 256)), (step / 4, (2, 1, 256)), (step / 11, (1, 1, 256)), (0, (1, 1, 64))):
+        monkeypatch.setattr(cpu, "TRIAL", least)
+        speed = cpu.train_speed(config, 6, precision)
+        assert seen[-1] == (*timed, precision == "bf16-mixed")
+        small = replace(config, n_layer=timed[0], image_size=int(timed[2] ** 0.5))
+        operations = train_flops_per_token(small) * timed[1] * timed[2]
+        assert speed == operations / 4 and torch.equal(torch.get_rng_state(), state)  # the median of 2 to 6 seconds
+    monkeypatch.setattr(cpu, "train_speed", lambda *args: 2e9)
+    seconds = train_flops_per_token(PRESETS["igpt_s"]) * 128 * 1024 * 10**6 / 2e9
+    text = planned(capsys, "--device_kind", "cpu")
+    assert f"time              {verb.hours(seconds)}, " in text and "MFU" not in text and "floor" not in text
 
 
 @pytest.mark.parametrize(
