@@ -30,29 +30,25 @@ ATTENTION_KERNELS = attention_kernels()
 
 
 class Normed(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * gain; saves x and one number per row for the backward pass."""
+    """x / sqrt(mean(x^2) + eps) * gain; saves only x for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
-        scale = _row_scale(x)  # (..., 1)
-        ctx.save_for_backward(x, gain, scale)
-        return (x * scale).mul_(gain)
+        ctx.save_for_backward(x, gain)
+        return (x * _row_scale(x)).mul_(gain)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, gain, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative, to which the scale contributes
-            scale = _row_scale(x)
-        product = grad * x
+        x, gain = ctx.saved_tensors
+        scale, product = _row_scale(x), grad * x
         with torch.autocast(x.device.type, enabled=False):
             inner = (product @ gain)[..., None]  # a row's sum in one pass
         grad_x = (grad * gain).mul_(scale).addcmul_(x, inner * scale**3, value=-1 / x.shape[-1])
         return grad_x, (product * scale).flatten(0, -2).sum(0)
 
 
-def _row_scale(x: Tensor) -> Tensor:
-    mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-    return (mean + NORM_EPS).rsqrt()
+def _row_scale(x: Tensor) -> Tensor:  # (..., 1)
+    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + NORM_EPS).rsqrt()
 
 
 class RMSNorm(nn.Module):
@@ -130,10 +126,9 @@ class MLP(nn.Module):
 
 
 def _uncached_autocast(device_type: str) -> Any:
-    """The current autocast without its cache of cast weights.
+    """The current autocast without its cache of cast weights, which would hold those of all blocks.
 
-    The cache would hold the weights of all blocks until the forward pass ends, and a hit would make the operations of
-    the recomputed forward pass differ from the first, which torch reports as an error.
+    A hit would also make the recomputed operations differ from the first ones, which torch reports as an error.
     """
     if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return nullcontext()
@@ -144,10 +139,9 @@ class Block(nn.Module):
     """Pre-norm residual block: attention, then MLP.
 
     Attributes:
-        recompute: What the forward pass saves for the backward pass, which computes the rest again, with the same loss
-            and gradients to the bit. ``none``: all. ``selective``: the input and the output of attention's kernel; with
-            dropout, or where attention is no single kernel, it is ``full``. ``full``: the input alone. A setting of the
-            run, not part of config or checkpoints.
+        recompute: What the forward pass saves for the backward pass, which computes the rest again, to the bit.
+            ``none``: all. ``selective``: the input and the output of attention's kernel; with dropout, or where
+            attention is no single kernel, as ``full``. ``full``: the input alone. Not part of config or checkpoints.
     """
 
     recompute: Recomputing = "none"

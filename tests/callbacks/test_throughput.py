@@ -110,6 +110,17 @@ def test_accumulated_batches_all_count(tmp_path, clock):
     assert list(log.of("throughput/images_per_second").values()) == pytest.approx(expected(passed, [3, 6, 8]))
 
 
+def test_a_resumed_run_measures_its_own_part(tmp_path, clock):
+    trainer, *_ = fit(tmp_path, clock, log_every_n_steps=2, max_epochs=-1, max_steps=3)
+    trainer.save_checkpoint(tmp_path / "part.ckpt")
+    log, passed = Recorder(), Batches(clock)
+    trainer = quiet_trainer(tmp_path, logger=log, max_steps=8, log_every_n_steps=2, callbacks=[passed, Throughput()])
+    trainer.fit(PretrainModule(TINY, "gray:8"), loader(64), ckpt_path=tmp_path / "part.ckpt")
+    rates = log.of("throughput/images_per_second")
+    assert list(rates) == [5, 7]  # step 4 alone warms up
+    assert list(rates.values()) == pytest.approx(expected(passed, [3, 5]))
+
+
 @pytest.mark.parametrize("config", [TINY, BERT], ids=["autoregressive", "bert"])
 def test_mfu_is_operations_by_the_peak(tmp_path, clock, config):
     options = {"callback": Throughput(peak_tflops=2e-6), "log_every_n_steps": 4}
