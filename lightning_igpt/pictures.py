@@ -74,6 +74,7 @@ def image_grid(
     gap: int = 2,
     background: tuple[int, int, int] = _WHITE,
     captions: Sequence[str] | None = None,
+    line: int | None = None,
 ) -> Tensor:
     """Images side by side, every pixel enlarged to a square.
 
@@ -83,6 +84,7 @@ def image_grid(
         gap: Pixels around every image.
         background: Color of the gaps, (R, G, B) in 0..255.
         captions: One heading per column, clipped to the column's width.
+        line: Rows of pixels above a line through every image, such as those that a network was given.
 
     Returns:
         uint8 (3,h,w) on the CPU.
@@ -104,6 +106,9 @@ def image_grid(
     for row, column in np.ndindex(n_rows, n_columns):
         top, left = above + row * high + gap, column * wide + gap
         grid[:, top : top + high - gap, left : left + wide - gap] = enlarge(images[row, column], scale)
+        if line:  # white on black, so that it shows on any picture
+            y = top + line * scale
+            grid[:, y - 1 : y + 1] = torch.tensor([[255], [0]], dtype=torch.uint8)
     for column, text in enumerate(captions or ()):
         grid[:, :above, column * wide : (column + 1) * wide] = _caption(text, wide, background)
     return grid
