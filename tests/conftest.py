@@ -81,7 +81,6 @@ def asked_once():
     """
     constants = {
         "lightning.fabric.utilities.registry": ("entry_points", functools.cache),  # of every installed package
-        "lightning_igpt.data.sources": ("load_digits", once),  # 1,797 PNG files
         "inspect": ("stack", lambda stack: functools.partial(stack, 0)),  # jsonargparse needs no lines of source code
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -89,9 +88,3 @@ def asked_once():
             if module in sys.modules:
                 patch.setattr(f"{module}.{name}", replacement(getattr(sys.modules[module], name)))
         yield
-
-
-def once(load):
-    """A function that returns new mappings of the same datasets."""
-    loaded = functools.cache(load)
-    return lambda: type(loaded())(loaded())

@@ -46,7 +46,9 @@ def test_links_lead_somewhere(page):
 
 def test_recipes_named_exist():
     for name, text in TEXTS.items():
-        named = re.findall(r"\b((?:cifar10|digits|imagenet\d+|photos)_\w+_(?:pretrain|bert|probe|finetune))\b", text)
+        named = re.findall(
+            r"\b((?:cifar10|digits|emoji|imagenet\d+|photos)_\w+_(?:pretrain|bert|probe|finetune))\b", text
+        )
         assert {*named} <= {*recipes.names()}, name
 
 

@@ -51,9 +51,9 @@ def test_the_wheel_holds_package_recipes_and_licences_and_nothing_else(built):
     wheel = contents(built[0])
     info = {name: text for name, text in wheel.items() if name.startswith(f"lightning_igpt-{VERSION}.dist-info/")}
     assert {name: text for name, text in wheel.items() if name not in info} == expected
-    assert {"lightning_igpt/py.typed", "lightning_igpt/assets/openai_512.npy"} < set(expected)
+    assert {"lightning_igpt/py.typed", "lightning_igpt/assets/emoji_data.parquet"} < set(expected)
     licences = {name.partition("/licenses/")[2]: text for name, text in info.items() if "/licenses/" in name}
-    names = ("LICENSE", "lightning_igpt/assets/LICENSE.openai.md")
+    names = ("LICENSE", *(f"lightning_igpt/assets/LICENSE.{name}.md" for name in ("emoji_data", "openai")))
     assert licences == {name: (ROOT / name).read_bytes() for name in names}
 
 

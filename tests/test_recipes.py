@@ -84,6 +84,7 @@ def sources(tmp_path_factory):
         noise((20, 18), seed=i).save(path)
     return {
         "digits": "digits",
+        "emoji": "emoji",
         "photos": str(folder / "photos"),
         "uoft-cs/cifar10": str(folder / "cifar10"),
         "ILSVRC/imagenet-1k": str(folder / "imagenet"),

@@ -43,7 +43,7 @@ def complete(
     """Complete the lower part of images, or a hole, and write a grid: the image, what is given, samples, the truth.
 
     Args:
-        images: An image file, a folder of images, Parquet, a hub id, digits, or emoji.
+        images: An image file, a folder of images, Parquet, a hub id, digits or emoji.
         pretrained: The network: an embedded one (photos, emoji), a .ckpt file or run folder, a Hugging Face folder or
             hub id, or an OpenAI checkpoint.
         out: Folder for completions.png and one PNG per sample. Missing folders are made.

@@ -36,7 +36,7 @@ def show(
     """Print splits, classes, bad images and the palette's error, and write a contact sheet.
 
     Args:
-        source: A folder of images, Parquet, a hub id, or digits.
+        source: A folder of images, Parquet, a hub id, digits or emoji.
         image_size: Side of the square images that a network would read.
         palette: openai, gray:16, a .npy file, a Hugging Face folder or hub id.
         out: The contact sheet to write. Missing folders are made.

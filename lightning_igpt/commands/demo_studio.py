@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_igpt import sampling
 from lightning_igpt.commands.images import decoded, to_tensor
+from lightning_igpt.data.embedded import EMBEDDED
 from lightning_igpt.images import decode, resize_center_crop
 from lightning_igpt.objectives import nats_to_bits
 from lightning_igpt.pictures import surprise_colors, surprise_limit, surprise_map
@@ -178,7 +179,7 @@ def _progress(known: Tensor, emit: Emit, gone: threading.Event) -> Callable[[Ten
 
 def examples(data: str | None) -> Iterator[tuple[str, Image.Image]]:
     """Names and images: the first test images, not picked, of the embedded data of a training; or photographs."""
-    if data in ("digits", "emoji"):
+    if data in EMBEDDED:
         for number, (_, image) in enumerate(decoded(data, split="test", limit=N_EXAMPLES), 1):
             yield f"{data}, test image {number}", image
     else:

@@ -12,6 +12,7 @@ from lightning_igpt.callbacks import Recompute
 from lightning_igpt.commands.help import row
 from lightning_igpt.commands.plan import GIB, hours, make_run, measured_cpu, shape
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.data.embedded import EMBEDDED
 from lightning_igpt.data.sources import name_of
 from lightning_igpt.planning import Device, Schedule
 from lightning_igpt.trainer import choices
@@ -48,8 +49,8 @@ def images(data: Any) -> dict[str, int]:
     """Images of each part; empty where counting them would copy, convert or download anything."""
     source = getattr(data, "source", "")
     if source is None:
-        raise ValueError("source is empty; give it a folder, Parquet files, a hub id, or digits")
-    if source != "digits":
+        raise ValueError("source is empty; give it a folder, Parquet files, a hub id, digits or emoji")
+    if source not in tuple(EMBEDDED):
         place = Path(source).expanduser() if isinstance(source, str | Path) else None
         if not (place and place.exists()) or any(p.suffix.lower() in CONVERTED for p in (place, *place.rglob("*"))):
             return {}  # perhaps a hub id

@@ -51,7 +51,7 @@ def lowdata(
 
     Args:
         pretrained: The network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint.
-        source: Labeled images with a test split: a folder, Parquet, a hub id, or digits.
+        source: Labeled images with a test split: a folder, Parquet, a hub id, digits or emoji.
         out: Folder for lowdata.csv and lowdata.json. Missing folders are made.
         labels_per_class: Budgets, one or more, such as --labels_per_class 4 25 400.
         n_subsets: Random subsets per budget. Subset i of a smaller budget is part of subset i of a larger one.

@@ -28,7 +28,7 @@ def fit(
     """Fit a palette to images by k-means and write it, with a PNG of its colors next to it.
 
     Args:
-        source: A folder of images, Parquet, a hub id, or digits.
+        source: A folder of images, Parquet, a hub id, digits or emoji.
         out: The .npy file to write; name it as ``palette`` in a recipe. Missing folders are made.
         n_colors: Colors of the palette, which become the network's vocab_size.
         seed: Decides the start of k-means.

@@ -36,7 +36,7 @@ def score(
     """Write the surprise of each image in nats per pixel and draw that of each pixel; print the mean.
 
     Args:
-        images: An image file, a folder of images, Parquet, a hub id, digits, or emoji.
+        images: An image file, a folder of images, Parquet, a hub id, digits or emoji.
         pretrained: An autoregressive network: an embedded one (photos, emoji), a .ckpt file or run folder, a Hugging
             Face folder or hub id, or an OpenAI checkpoint.
         out: The CSV file, most surprising image first. Missing folders are made.

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_igpt.palette import PALETTE_COLUMN
 
 TOKENS_COLUMN = "tokens"
+VARIANTS_COLUMN = "variants_of"  # rows of equal values are near-copies, which a hold-out keeps together
 # What other people call them, the likelier first; png and so on, and cls, are WebDataset's.
 IMAGE_NAMES = ("image", "images", "img", "pixel_values", "picture", "photo", "png", "jpg", "jpeg", "webp", "input")
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "targets", "cls", "class", "category")

@@ -40,8 +40,8 @@ class ImageDataModule(LightningDataModule):
     what they train on; ``bad_images`` says which images were left out.
 
     Args:
-        source: "digits" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, or of
-            WebDataset shards (.tar), or one such file; a folder written by save_to_disk. In Python also a Dataset,
+        source: "digits" or "emoji" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, or
+            of WebDataset shards (.tar), or one such file; a folder written by save_to_disk. In Python also a Dataset,
             DatasetDict, IterableDataset or IterableDatasetDict, such as interleave_datasets makes of several. Tokens
             made by ``lightning_igpt.tokenize`` are a source, too.
         image_size: Side S of the square images in pixels. Default: the network's, or 32 without a network.

@@ -16,7 +16,7 @@ class FineTuneDataModule(ImageDataModule):
     digits and text.
 
     Args:
-        source: "digits" (embedded), a hub id "owner/name", or a file or folder; see ``ImageDataModule``.
+        source: "digits" or "emoji" (embedded), a hub id "owner/name", or a file or folder; see ``ImageDataModule``.
         pad: Pixels of reflected padding on every side before the random cut; below image_size.
         flip: Mirror left to right at random.
         **common: The other options of ``ImageDataModule``.

@@ -17,7 +17,7 @@ class PretrainDataModule(ImageDataModule):
     3.1: a square of 58% to 88% of the shorter side); smaller ones are only resized. Validation takes the center.
 
     Args:
-        source: "digits" (embedded), a hub id "owner/name", or a file or folder; see ``ImageDataModule``.
+        source: "digits" or "emoji" (embedded), a hub id "owner/name", or a file or folder; see ``ImageDataModule``.
         random_crop: Crop large training images at random. Off: the center, as in evaluation.
         n_crops: With cache=disk: random squares kept of each training image, of which every pass takes the next. 1
             keeps the center.

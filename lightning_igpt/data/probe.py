@@ -11,7 +11,7 @@ class ProbeDataModule(ImageDataModule):
     """Images and labels for ``ProbeModule``, never augmented.
 
     Args:
-        source: "digits" (embedded), a hub id "owner/name", or a file or folder; see ``ImageDataModule``.
+        source: "digits" or "emoji" (embedded), a hub id "owner/name", or a file or folder; see ``ImageDataModule``.
         shuffle: For ``solver=sgd``: shuffled batches in an endless order. The default, for L-BFGS, reads
             every image exactly once, in order.
         **common: The other options of ``ImageDataModule``.

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import datasets
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from lightning_igpt.data.columns import (
@@ -23,6 +21,7 @@ from lightning_igpt.data.columns import (
     marked_palette,
     mode_of,
 )
+from lightning_igpt.data.embedded import EMBEDDED
 from lightning_igpt.data.folders import TABLES, open_path, quiet
 from lightning_igpt.files import shown
 from lightning_igpt.palette import PALETTE_COLUMN
@@ -136,8 +135,8 @@ def _open(source: Any, name: str | None, revision: str | None, streaming: bool) 
     where = shown(source)
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
-        if source == "digits":
-            source = load_digits()
+        if source in EMBEDDED:
+            source = EMBEDDED[str(source)]()
         elif path.exists() and str(source).strip():
             source = open_path(path, name, streaming=streaming)
         elif isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix not in TABLES:
@@ -145,7 +144,7 @@ def _open(source: Any, name: str | None, revision: str | None, streaming: bool) 
         elif isinstance(source, str) and re.fullmatch(r"[\w-]+|\s*", source):
             raise ValueError(
                 f"source is {source!r}: no file or folder of that name is here, and datasets on the Hugging Face hub "
-                "are called 'owner/name'. The only embedded data are 'digits'"
+                f"are called 'owner/name'. The embedded data are {' and '.join(map(repr, EMBEDDED))}"
             )
         else:
             raise FileNotFoundError(f"source is {str(source)!r}: there is no file or folder {shown(path.absolute())}")
@@ -174,29 +173,6 @@ def _open_hub(source: str, name: str | None, revision: str | None, streaming: bo
             f"{type(error).__name__}: {error}\nCheck the name and the connection; a private or gated dataset needs "
             "a login, one with several configurations needs config_name. HF_HUB_OFFLINE=1 uses earlier downloads only"
         ) from error
-
-
-def load_digits() -> datasets.DatasetDict:
-    """Scikit-learn's 8x8 handwritten digits (UCI Optdigits, test part), which need neither network nor disk.
-
-    The split is stratified, seeded and fixed. A gray level v of 0..16 becomes the byte ``rint(v * 255 / 16)``.
-
-    Returns:
-        Splits ``train`` (1,437 rows) and ``test`` (360 rows) with the features ``image`` (8x8 PNG, mode L) and
-        ``label`` (ClassLabel "0" to "9").
-    """
-    from sklearn.datasets import load_digits as load_from_sklearn
-    from sklearn.model_selection import train_test_split
-
-    digits = load_from_sklearn()
-    gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
-    train, test = train_test_split(np.arange(len(gray)), test_size=360, stratify=digits.target, random_state=0)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
-    splits = datasets.DatasetDict()
-    for name, rows in (("train", train), ("test", test)):
-        columns = {"image": [Image.fromarray(image) for image in gray[rows]], "label": digits.target[rows].tolist()}
-        splits[name] = datasets.Dataset.from_dict(columns, features=features)
-    return splits
 
 
 def _first(stream: datasets.IterableDataset, where: str) -> datasets.Dataset:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_igpt.data.columns import VARIANTS_COLUMN
 from lightning_igpt.data.sources import Source
 from lightning_igpt.files import shown
 
@@ -97,15 +98,30 @@ def make_parts(division: Division, *, val_fraction: float, seed: int) -> dict[st
         return parts
     train = parts["train"]
     n, n_val = len(train), max(1, round(len(train) * val_fraction))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu").numpy()
+    if VARIANTS_COLUMN in train.dataset.features:
+        order, n_val = _keep_together(order, list(train.dataset.with_format(None)[VARIANTS_COLUMN]), n_val)
     if n_val >= n:
         raise ValueError(
             f"the split {train.split!r} of {train.source} has {n} image{'' if n == 1 else 's'}; holding out {n_val} "
             "leaves nothing to train on. Give more images, or set val_fraction to 0, which validates on none"
         )
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu").numpy()
     rank_zero_info(f"no validation split in {train.source}: holding out {n_val} of {n} rows of {train.split!r}")
     held_out = {"train": order[n_val:], "val": order[:n_val]}
     return parts | {role: replace(train, rows=np.sort(rows)) for role, rows in held_out.items()}
+
+
+def _keep_together(order: NDArray[np.int64], values: list[str], n_val: int) -> tuple[NDArray[np.int64], int]:
+    """Rows of which the first are held out, and how many: whole groups of equal values, ``n_val`` rows if they fit."""
+    groups = np.unique(values, return_inverse=True)[1]
+    sizes, chosen = np.bincount(groups), []
+    left = max(n_val, sizes.min())
+    for group in order[order < len(sizes)]:  # all groups, and each place in the order is equally likely
+        if sizes[group] <= left:
+            chosen.append(group)
+            left -= sizes[group]
+    held_out = np.isin(groups, chosen)
+    return np.argsort(~held_out, kind="stable"), int(held_out.sum())
 
 
 def _with_slice(source: Source, name: str, option: str) -> Source:

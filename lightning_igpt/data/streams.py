@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from lightning_igpt.data.columns import mode_of
+from lightning_igpt.data.columns import VARIANTS_COLUMN, mode_of
 from lightning_igpt.data.folders import DamagedDataError
 from lightning_igpt.data.order import Draw
 from lightning_igpt.data.readers import MAX_STAND_INS, BadImage, OnBadImage, check_draws, make_batch
@@ -38,7 +38,7 @@ _EMPTY_PASSES = 100  # a reader may get shards without rows in some passes, but 
 
 
 def belongs(row: Mapping[str, Any], column: str, fraction: float, held_out: bool, remote: bool = False) -> bool:
-    """For ``filter``: divides rows by a hash of their content, so that copies of an image stay together."""
+    """For ``filter``: divides rows by a hash of content or ``variants_of``, so that copies of an image stay together."""
     value = row[column]
     with suppress(BadImageError):  # reported when it is read
         value = fetch(value, remote=remote)
@@ -46,6 +46,7 @@ def belongs(row: Mapping[str, Any], column: str, fraction: float, held_out: bool
         content = value.get("bytes") or str(value.get("path") or "").encode()
     else:
         content = b"" if value is None else np.asarray(value).tobytes()
+    content = str(row[VARIANTS_COLUMN]).encode() if VARIANTS_COLUMN in row else content
     return (zlib.crc32(content) < fraction * 2**32) == held_out
 
 
@@ -228,7 +229,7 @@ def open_part(
     if source.class_names is None or not has_labels or not with_labels:
         source = replace(source, label_column=None)
     if rows.features is not None:
-        wanted = [source.image_column, source.label_column, PALETTE_COLUMN, CHECKSUM_COLUMN]
+        wanted = [source.image_column, source.label_column, PALETTE_COLUMN, CHECKSUM_COLUMN, VARIANTS_COLUMN]
         own_names = getattr(rows.features.get(source.label_column), "names", None)
         rows = rows.select_columns([name for name in wanted if name in rows.features])
     if fraction > 0:
