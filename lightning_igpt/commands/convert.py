@@ -62,8 +62,6 @@ def convert(
     print(row("palette", f"{len(loaded.palette)} colors, sha256 {loaded.palette.sha256[:12]}"))
     if head is not None:
         print(row("classes", f"{len(head)}: {', '.join(loaded.class_names or ['without names'])}"))
-    first = " ".join(f"{value:.5f}" for value in logits[-1, :4].tolist())
-    print(row("check logits", f"{first} ... of pixel {len(logits)}"))
     if check:
         peer = compare_with_transformers(loaded.network, loaded.palette, head)
         what = f"{peer.logits:,} {'color' if head is None else 'class'} logits up to {peer.largest:.3g}"
