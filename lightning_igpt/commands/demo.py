@@ -51,7 +51,7 @@ def demo(
     try:
         importlib.import_module("fastapi"), importlib.import_module("uvicorn")
     except ModuleNotFoundError as error:
-        cure = 'pip install "lightning-igpt[demo]"'
+        cure = 'pip install ".[demo]"'
         raise ModuleNotFoundError(f"the demo needs FastAPI and uvicorn, and {error.name} is missing: {cure}") from error
     with listening(host, port) as listener:
         place = pick_device(device)

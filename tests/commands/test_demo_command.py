@@ -334,7 +334,7 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(SystemExit) as stop:
         main(["demo", "--pretrained", "nowhere.ckpt"])
-    assert "\n" not in stop.value.code and 'pip install "lightning-igpt[demo]"' in stop.value.code
+    assert "\n" not in stop.value.code and 'pip install ".[demo]"' in stop.value.code
 
 
 @pytest.mark.slow
