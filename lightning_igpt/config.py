@@ -135,3 +135,7 @@ PRESETS: Mapping[str, ImageGPTConfig] = MappingProxyType(
         "igpt_xl": ImageGPTConfig(n_layer=60, n_head=24, n_embd=3072),
     }
 )
+
+EMBEDDED: Mapping[str, str] = MappingProxyType(  # pretrained networks in assets/, by the names that pretrained= takes
+    {"photos": "photographs at 16 x 16", "emoji": "emoji at 16 x 16"}
+)

@@ -65,11 +65,13 @@ def image_grid(
     gap: int = 2,
     background: tuple[int, int, int] = _WHITE,
     captions: Sequence[str] | None = None,
+    line: int | None = None,
 ) -> Tensor:
     """Images side by side, every pixel enlarged to a square: uint8 (3,h,w) on the CPU.
 
     ``rows`` are uint8 (R,C,3,H,W), or R tensors (C,3,H,W). By default images become about 128 pixels high. ``captions``
-    are headings of the columns, clipped to their width. ValueError where shapes or captions do not match.
+    are headings of the columns, clipped to their width. A line is drawn through every image below ``line`` rows of
+    pixels, such as those that a network was given. ValueError where shapes or captions do not match.
     """
     shapes = sorted({tuple(row.shape) for row in rows})
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] != 3 or any(row.dtype != torch.uint8 for row in rows):
@@ -85,6 +87,9 @@ def image_grid(
     for row, column in np.ndindex(n_rows, n_columns):
         top, left = above + row * high + gap, column * wide + gap
         grid[:, top : top + high - gap, left : left + wide - gap] = enlarge(images[row, column], scale)
+        if line:  # white on black, so that it shows on any picture
+            y = top + line * scale
+            grid[:, y - 1 : y + 1] = torch.tensor([[255], [0]], dtype=torch.uint8)
     for column, text in enumerate(captions or ()):
         grid[:, :above, column * wide : (column + 1) * wide] = _caption(text, wide, background)
     return grid

@@ -9,10 +9,10 @@ from lightning_igpt.commands.demo import listening, make_app, make_server
 
 
 @contextmanager
-def serving(studio, host="127.0.0.1"):
-    """The port of a server in front of a studio."""
+def serving(*studios, host="127.0.0.1"):
+    """The port of a server in front of studios."""
     with listening(host, 0) as listener:
-        server = make_server(make_app(studio, host))
+        server = make_server(make_app(studios, host))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

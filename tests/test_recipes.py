@@ -16,7 +16,7 @@ import yaml
 
 from lightning_igpt.__main__ import main
 from lightning_igpt.commands import recipes
-from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.config import EMBEDDED, ImageGPTConfig
 from lightning_igpt.optim import default_warmup
 from lightning_igpt.palette import Palette
 from lightning_igpt.planning import train_flops_per_token
@@ -100,7 +100,7 @@ def run(tmp_path_factory, sources):
     def fit(name):
         recipe = read(name)
         start = recipe["model"]["init_args"].get("pretrained")
-        if start is not None:
+        if start not in (None, *EMBEDDED):
             fit(Path(start).name)
         flags = toy_flags(recipe, sources)
         assert main(["fit", "--config", name, *flags]) == 0
@@ -159,7 +159,9 @@ def test_the_parts_fit_together(name):
     options = recipe["model"]["init_args"]
     assert recipe["trainer"]["default_root_dir"] == f"runs/{name}"
     assert recipe["data"]["class_path"] == recipe["model"]["class_path"].replace("Module", "DataModule")
-    if "pretrained" in options:
+    if options.get("pretrained") in EMBEDDED:
+        assert "network" not in options and "palette" not in options
+    elif "pretrained" in options:
         before = read(Path(options["pretrained"]).name)
         assert before["trainer"]["default_root_dir"] == options["pretrained"]
         for key in ("source", "val_fraction"):  # else images held out there would be trained on here
@@ -192,7 +194,10 @@ def test_the_recipe_runs(name, run):
     recipe, checkpoint = read(name), read_checkpoint(newest(folder))
     loaded = load_pretrained(folder)
     objective = recipe["model"]["init_args"].get("objective", "autoregressive")
-    assert loaded.config == ImageGPTConfig(**TOY, objective=objective)
+    started = name.startswith("photos")  # from the embedded network
+    assert loaded.config == (
+        load_pretrained("photos").config if started else ImageGPTConfig(**TOY, objective=objective)
+    )
     assert checkpoint[STAMP]["class"] == recipe["model"]["class_path"]
     drawn = list(folder.rglob("completions/*.png"))
     assert bool(drawn) == ("CompletionGrid" in RECIPES[name].read_text())

@@ -113,5 +113,6 @@ class CompletionGrid(Callback):
             log.warning("no completions are drawn: %s", error)
             return
         if trainer.is_global_zero:
-            grid = image_grid(rows.cpu(), captions=captions(self.n_samples))  # (3, h, w)
+            half = network.config.image_size // 2
+            grid = image_grid(rows.cpu(), captions=captions(self.n_samples), line=half)  # (3, h, w)
             show(trainer, f"completions/step-{trainer.global_step:07d}.png", "completions", grid)

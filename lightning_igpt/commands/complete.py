@@ -11,26 +11,27 @@ from torch import Tensor
 from lightning_igpt.callbacks import captions, completion_rows
 from lightning_igpt.callbacks.completions import HIDDEN
 from lightning_igpt.commands.arguments import check_folder
-from lightning_igpt.commands.images import read_images
+from lightning_igpt.commands.images import decoded, fitted, to_tensor
 from lightning_igpt.decoding import Precision
 from lightning_igpt.files import shown
-from lightning_igpt.images import BadImageError, decode
-from lightning_igpt.pictures import image_grid, save_png
+from lightning_igpt.images import BadImageError, decode, resize_center_crop
+from lightning_igpt.pictures import CELL, image_grid, save_png
 from lightning_igpt.sampling import inpaint
 from lightning_igpt.weights import Pretrained, load_pretrained
 
+DEFAULT, TEMPERATURE = "photos", 0.8  # the network that needs no training; small ones draw noise at 1
 STEM = 100  # bytes of an image's name in those of its samples; file systems take 143 to 255 for the whole name
 
 
 def complete(
-    pretrained: str,
     images: str,
+    pretrained: str = DEFAULT,
     out: str = "completions",
     n_images: int = 8,
     n_samples: int = 4,
     keep_rows: int | None = None,
     mask: str | None = None,
-    temperature: float = 1.0,
+    temperature: float = TEMPERATURE,
     top_k: int | None = None,
     top_p: float | None = None,
     precision: Precision | None = None,
@@ -39,19 +40,21 @@ def complete(
     device: str = "auto",
     palette: str | None = None,
 ) -> None:
-    """Complete the lower part of images, or a hole, and write a grid: the given part, samples, the truth.
+    """Complete the lower part of images, or a hole, and write a grid: the image, what is given, samples, the truth.
 
     Args:
-        pretrained: The network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint.
         images: An image file, a folder of images, Parquet, a hub id, digits or emoji.
+        pretrained: The network: an embedded one (photos, emoji), a .ckpt file or run folder, a Hugging Face folder or
+            hub id, or an OpenAI checkpoint.
         out: Folder for completions.png and one PNG per sample. Missing folders are made.
         n_images: How many images, from the first on.
         n_samples: Completions of each.
-        keep_rows: Rows of pixels that the network is given; default half of them.
+        keep_rows: Rows of pixels that the network is given; default three quarters of them.
         mask: Instead of keep_rows, an image file whose white pixels are redrawn and whose black or transparent ones are
             kept; cut and resized as the images are, but to the nearest pixel. An autoregressive network draws in raster
             order, so what is kept after a hole does not influence it; a BERT network sees all of it.
-        temperature: Divides the logits: 1 is the network's own distribution, 0 always takes the likeliest color.
+        temperature: Divides the logits: 1 is the network's own distribution, 0 always takes the likeliest color. Small
+            networks look better slightly below 1.
         top_k: Draw among the k likeliest colors only.
         top_p: Draw among the fewest colors that together have this probability.
         precision: Of the steps: full; half, which is 16 bits per weight; int8, on CPUs only. Default: half on CUDA,
@@ -67,21 +70,28 @@ def complete(
     loaded = load_pretrained(pretrained, palette=palette)
     size = loaded.config.image_size
     hole = None if mask is None else read_mask(mask, size)
-    pixels, names = read_images(images, size, split=split, limit=n_images)
+    side = size * max(1, CELL // size)  # of an image in the grid
+    opened = decoded(images, split=split, limit=n_images)
+    parts = [(name, to_tensor(resize_center_crop(image, size)), fitted(image, side)) for name, image in opened]
+    names, pixels, photos = zip(*parts, strict=True)
     place = pick_device(device)
     precision = precision or ("half" if place.type == "cuda" else "full")
     what = f"{len(pixels)} images at {size} x {size}, {n_samples} samples each"
     print(shown(f"{loaded.origin}: {what}, on {place} in {precision} precision"))
     loaded.network.to(place)
-    tokens = loaded.palette.quantize(pixels).to(place)
+    tokens = loaded.palette.quantize(torch.stack(pixels)).to(place)
     options: dict[str, Any] = {"n_samples": n_samples, "seed": seed, "temperature": temperature, "precision": precision}
+    line = None
     if hole is not None:
         rows = inpainted_rows(loaded, tokens, hole.to(place), **options).cpu()
     else:
-        options |= {"keep_rows": keep_rows, "top_k": top_k, "top_p": top_p}
+        line = 3 * size // 4 if keep_rows is None else keep_rows  # small networks continue a half badly
+        options |= {"keep_rows": line, "top_k": top_k, "top_p": top_p}
         rows = completion_rows(loaded.network, loaded.palette, tokens, **options).cpu()
     folder = Path(out)
-    save_png(image_grid(rows, captions=captions(n_samples)), folder / "completions.png")
+    whole = image_grid([photo[None] for photo in photos], scale=1, captions=["image"])
+    grid = image_grid(rows, captions=captions(n_samples), line=line)
+    save_png(torch.cat([whole, grid], 2), folder / "completions.png")
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
         stem = shown(Path(name).stem).encode()[:STEM].decode(errors="ignore")
         for sample in range(n_samples):

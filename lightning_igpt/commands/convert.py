@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from lightning_igpt.commands.arguments import check_file, check_folder
 from lightning_igpt.commands.help import row
 from lightning_igpt.commands.plan import shape
@@ -22,12 +24,13 @@ def convert(
     title: str | None = None,
     data: str | None = None,
     license: str | None = None,
+    dtype: Literal["float32", "float16"] = "float32",
 ) -> None:
     """Write weights in another format, read them back, and show what was read and written.
 
     Args:
         source: A .ckpt file, a run folder, a Hugging Face folder or hub id (owner/name or owner/name@revision), an
-            OpenAI checkpoint, or a .safetensors file that this command wrote.
+            OpenAI checkpoint, a .safetensors file that this command wrote, or an embedded network (photos, emoji).
         out: Where to: a folder for hf, else a file. Missing folders are made.
         to: hf is the layout of transformers' ImageGPT, with palette and model card; the classifier of a fine-tuned
             network becomes an ImageGPTForImageClassification. safetensors is one file under this package's own names,
@@ -38,6 +41,7 @@ def convert(
         title: Heading of the model card (hf).
         data: What the network was trained on, for the model card; default what the checkpoint says.
         license: SPDX identifier of the weights' license, for the model card.
+        dtype: Of the network's weights in the file; float16 takes half the space. Loading gives float32 from both.
     """
     path = Path(out).expanduser()
     if to == "safetensors":
@@ -47,7 +51,10 @@ def convert(
     else:
         check_folder(path, "OUT")
     loaded = load_pretrained(source, palette=palette, image_size=image_size)
-    logits = check_logits(loaded.network)
+    kind = getattr(torch, dtype)
+    logits = check_logits(loaded.network.to(kind).float())  # of the weights as they are written
+    if not logits.isfinite().all():
+        raise ValueError(f"{source} gives logits that are not finite as {dtype}; write float32, or train again")
     config, head = loaded.config, loaded.head
     print(row("read", loaded.origin))
     print(row("network", f"{shape(config)}, {config.objective}"))
@@ -55,8 +62,6 @@ def convert(
     print(row("palette", f"{len(loaded.palette)} colors, sha256 {loaded.palette.sha256[:12]}"))
     if head is not None:
         print(row("classes", f"{len(head)}: {', '.join(loaded.class_names or ['without names'])}"))
-    first = " ".join(f"{value:.5f}" for value in logits[-1, :4].tolist())
-    print(row("check logits", f"{first} ... of pixel {len(logits)}"))
     if check:
         peer = compare_with_transformers(loaded.network, loaded.palette, head)
         what = f"{peer.logits:,} {'color' if head is None else 'class'} logits up to {peer.largest:.3g}"
@@ -66,9 +71,9 @@ def convert(
                 f"the logits of transformers differ by up to {peer.difference:.3g}; do not use this export"
             )
     card = loaded.card.filled(title=title, data=data, license=license)
+    loaded.network.to(kind)
     if to == "hf":
-        names = loaded.class_names
-        save_pretrained(path, loaded.network, loaded.palette, card=card, head=head, class_names=names)
+        save_pretrained(path, loaded.network, loaded.palette, card=card, head=head, class_names=loaded.class_names)
     else:
         native.save_file(path, loaded.network, loaded.palette, head, loaded.class_names, card.known())
     print(row("wrote", f"{path} ({to})"))

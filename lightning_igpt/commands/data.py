@@ -7,11 +7,11 @@ from math import sqrt
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.help import row
-from lightning_igpt.commands.images import rows_of, to_tensor
+from lightning_igpt.commands.images import fitted, rows_of, to_tensor
 from lightning_igpt.data.sources import Source, open_source
 from lightning_igpt.files import shown
 from lightning_igpt.images import FORMATS, BadImageError, decode, fetch, resize_center_crop
@@ -123,9 +123,8 @@ def contact_sheet(source: Source, size: int, palette: Palette, n_images: int) ->
         squares = torch.cat([resized, palette.dequantize(palette.quantize(resized))])
         enlarged = enlarge(squares, max(1, CELL // size))
         side = enlarged.shape[-1]
-        method = Image.Resampling.NEAREST if max(image.size) <= side else Image.Resampling.LANCZOS
-        whole = to_tensor(ImageOps.pad(image, (side, side), method, color=(224, 224, 224)))
-        grid = image_grid(torch.cat([whole[None], enlarged])[None], scale=1, captions=None if parts else HEADINGS)
+        pictures = torch.cat([fitted(image, side)[None], enlarged])
+        grid = image_grid(pictures[None], scale=1, captions=None if parts else HEADINGS)
         parts += [grid, heading(f"{name}, {image.width} x {image.height}")]
     return (stack(parts) if parts else heading("no image could be read")), len(parts) // 2
 

@@ -1,7 +1,7 @@
 """``lightning-igpt demo``: a page on this machine that completes pictures and shows what surprises the network.
 
 The server keeps nothing, and one thread computes. Pages of other sites cannot use it: requests under a foreign host
-name (DNS rebinding) and posts from another origin are refused. ``assets/digits`` says how its network was trained.
+name (DNS rebinding) and posts from another origin are refused.
 """
 
 # No "from __future__ import annotations": FastAPI reads the types of functions that are defined inside a function.
@@ -12,21 +12,20 @@ import json
 import socket
 import threading
 import webbrowser
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from functools import partial
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lightning_igpt.commands.complete import pick_device
+from lightning_igpt.commands.complete import DEFAULT, pick_device
 from lightning_igpt.commands.demo_studio import Ask, Studio
+from lightning_igpt.config import EMBEDDED
 from lightning_igpt.files import shown
-from lightning_igpt.weights import Pretrained, load_pretrained
+from lightning_igpt.weights import ASSETS, load_pretrained
 
-ASSETS = Path(__file__).parents[1] / "assets"
-EMBEDDED, PAGE = ASSETS / "digits", ASSETS / "demo.html"
+PAGE = ASSETS / "demo.html"
 MAX_BYTES = 32 * 2**20  # of an upload; phones write photos of 3 to 12 MiB
 PATIENCE = 30  # seconds in which a request has to arrive, and at most as many again
 POLICY = (  # the page is one static file and fetches nothing elsewhere
@@ -41,8 +40,8 @@ def demo(
     """Serve a page on which you choose a picture, hide a part of it, and see it drawn again row by row.
 
     Args:
-        pretrained: The network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint.
-            Default: a small one of 8 x 8 digits that comes with the package.
+        pretrained: A network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint. The
+            page offers the embedded ones (photos, emoji) in any case.
         host: Address to listen on. By default only this machine can reach it; any other is open, without a password, to
             everyone who can reach that address.
         port: Port to listen on; 0 picks a free one.
@@ -52,25 +51,20 @@ def demo(
     try:
         importlib.import_module("fastapi"), importlib.import_module("uvicorn")
     except ModuleNotFoundError as error:
-        cure = 'pip install "lightning-igpt[demo]"'
+        cure = 'pip install ".[demo]"'
         raise ModuleNotFoundError(f"the demo needs FastAPI and uvicorn, and {error.name} is missing: {cure}") from error
     with listening(host, port) as listener:
-        studio = Studio(load_network(pretrained), pick_device(device))
+        place = pick_device(device)
+        studios = [Studio(load_pretrained(name), place) for name in dict.fromkeys([pretrained or DEFAULT, *EMBEDDED])]
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        print(shown(f"{studio.loaded.origin}, on {studio.device}"))
+        print(shown(f"{', '.join(studio.loaded.origin for studio in studios)}, on {place}"))
         if host not in ("127.0.0.1", "::1", "localhost"):
             print(f"warning: everyone who can reach {host} can use the page; it asks for no password")
         print(f"open {address} (Ctrl-C stops it)", flush=True)
         if open:  # in a thread, since a browser in the terminal would not return
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         with contextlib.suppress(KeyboardInterrupt):
-            make_server(make_app(studio, host)).run(sockets=[listener])
-
-
-def load_network(pretrained: str | None) -> Pretrained:
-    """The network named, or the embedded one."""
-    loaded = load_pretrained(pretrained or EMBEDDED)
-    return loaded if pretrained else replace(loaded, origin="embedded network of 8 x 8 digits")
+            make_server(make_app(studios, host)).run(sockets=[listener])
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -81,13 +75,23 @@ def listening(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host}, port {port}: {error}; choose another --port or --host") from error
 
 
-def make_app(studio: Studio, host: str) -> Any:
-    """The ASGI application: one page and four requests, answered under the name ``host`` and under addresses."""
+def make_app(studios: Sequence[Studio], host: str) -> Any:
+    """The ASGI application, answering to ``host`` and addresses; requests number the networks as ``studios`` does."""
     from fastapi import FastAPI, Request
     from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     worker, text = ThreadPoolExecutor(1, thread_name_prefix="demo"), PAGE.read_text(encoding="utf-8")
+    app.state.ends, places = set(), dict(enumerate(studios))
+
+    async def work(function: Callable[[Any], Any], given: Any) -> JSONResponse:
+        return JSONResponse(await asyncio.get_running_loop().run_in_executor(worker, function, given))
+
+    def room(network: int) -> Studio:
+        if network not in places:
+            raise ValueError(f"there is no network {network} of {len(places)}; load the page again")
+        return places[network]
+
     headers = {"content-security-policy": POLICY, "cross-origin-resource-policy": "same-origin"}
     headers |= {"referrer-policy": "no-referrer", "x-content-type-options": "nosniff", "cache-control": "no-store"}
 
@@ -104,20 +108,20 @@ def make_app(studio: Studio, host: str) -> Any:
 
     @app.get("/start")
     async def start() -> JSONResponse:
-        return JSONResponse({**studio.start(), "max_bytes": MAX_BYTES})
+        return JSONResponse({"networks": [studio.start() for studio in studios], "max_bytes": MAX_BYTES})
 
-    @app.post("/image")
-    async def image(request: Request) -> JSONResponse:
-        work = asyncio.get_running_loop().run_in_executor(worker, studio.read, await request.body())
-        return JSONResponse({"tokens": await work})
+    @app.post("/{network}/image")
+    async def image(network: int, request: Request) -> JSONResponse:
+        return await work(room(network).read, await request.body())
 
-    @app.post("/score")
-    async def score(ask: Ask) -> JSONResponse:
-        return JSONResponse(await asyncio.get_running_loop().run_in_executor(worker, studio.score, ask.tokens))
+    @app.post("/{network}/score")
+    async def score(network: int, ask: Ask) -> JSONResponse:
+        return await work(room(network).score, ask.tokens)
 
-    @app.post("/draw")
-    async def draw(ask: Ask) -> StreamingResponse:
-        return StreamingResponse(drawn_lines(studio, worker, ask), media_type="application/x-ndjson")
+    @app.post("/{network}/draw")
+    async def draw(network: int, ask: Ask) -> StreamingResponse:
+        lines = drawn_lines(room(network), worker, ask, app.state.ends)
+        return StreamingResponse(lines, media_type="application/x-ndjson")
 
     @app.exception_handler(ValueError)
     async def wrong(request: Request, error: ValueError) -> JSONResponse:
@@ -126,8 +130,8 @@ def make_app(studio: Studio, host: str) -> Any:
     return app
 
 
-async def drawn_lines(studio: Studio, worker: ThreadPoolExecutor, ask: Ask) -> AsyncIterator[str]:
-    """Lines of JSON as ``Studio.draw`` emits them; the drawing stops when the reader is gone."""
+async def drawn_lines(studio: Studio, worker: ThreadPoolExecutor, ask: Ask, ends: set[Any]) -> AsyncIterator[str]:
+    """Lines of JSON as ``Studio.draw`` emits them, until the reader is gone or what it adds to ``ends`` is called."""
     loop, gone = asyncio.get_running_loop(), threading.Event()
     queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
@@ -140,11 +144,13 @@ async def drawn_lines(studio: Studio, worker: ThreadPoolExecutor, ask: Ask) -> A
         finally:
             emit(None)
 
+    ends.add(end := partial(emit, None))
     job = worker.submit(work)
     try:
         while (line := await queue.get()) is not None:
             yield json.dumps(line) + "\n"
     finally:
+        ends.discard(end)
         gone.set()
         job.cancel()  # if it has not begun
 
@@ -184,5 +190,11 @@ def make_server(app: Any) -> Any:
             elif not self.transport.is_closing():
                 self.loop.call_later(PATIENCE, self.look, self.cycle)
 
+    class Server(uvicorn.Server):
+        def handle_exit(self, *signal: Any) -> None:
+            for end in tuple(app.state.ends):  # a drawing may take longer than the shutdown waits
+                end()
+            super().handle_exit(*signal)
+
     options: dict[str, Any] = {"http": Impatient, "ws": "none", "log_level": "warning", "timeout_graceful_shutdown": 2}
-    return uvicorn.Server(uvicorn.Config(app, **options))
+    return Server(uvicorn.Config(app, **options))

@@ -1,10 +1,13 @@
 """The work behind the page of ``lightning-igpt demo``: reading a picture, drawing, and the surprise of its pixels."""
 
+import base64
+import io
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,14 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_igpt import sampling
-from lightning_igpt.commands.images import read_images, to_tensor
+from lightning_igpt.commands.images import decoded, to_tensor
+from lightning_igpt.data.embedded import EMBEDDED
 from lightning_igpt.images import decode, resize_center_crop
 from lightning_igpt.objectives import nats_to_bits
 from lightning_igpt.pictures import surprise_colors, surprise_limit, surprise_map
-from lightning_igpt.weights import Pretrained
+from lightning_igpt.weights import ASSETS, Pretrained
 
 MAX_SAMPLES, MAX_STEPS = 8, 64
-N_DIGITS = 10
+N_EXAMPLES, SIDE = 10, 256  # pictures offered; the longest side of an image as the page shows it
 
 Emit: TypeAlias = Callable[[dict[str, Any]], None]
 
@@ -54,10 +58,7 @@ class Studio:
         self.loaded, self.device = loaded, device
         self.config, self.network = loaded.config, loaded.network.to(device)
         self.autoregressive = loaded.config.objective == "autoregressive"
-        rgb = loaded.palette.rgb
-        offered = examples(self.config.image_size, gray=bool((rgb == rgb[:, :1]).all()))
-        tokens = loaded.palette.quantize(torch.stack([*offered.values()])).tolist()
-        self.pictures = [{"name": name, "tokens": row} for name, row in zip(offered, tokens, strict=True)]
+        self.pictures = [{"name": name, **self.seen(image)} for name, image in examples(loaded.card.data)]
 
     def start(self) -> dict[str, Any]:
         """What the page has to know: the network, its colors and the pictures offered."""
@@ -73,11 +74,19 @@ class Studio:
             "device": str(self.device),
         }
 
-    def read(self, content: bytes) -> list[int]:
-        """The tokens of an image file's largest square in the middle; BadImageError where it cannot be decoded."""
-        image = resize_center_crop(decode({"bytes": content}), self.config.image_size)
-        tokens: list[int] = self.loaded.palette.quantize(to_tensor(image)[None])[0].tolist()
-        return tokens
+    def read(self, content: bytes) -> dict[str, Any]:
+        """What is ``seen`` of an image file; BadImageError where it cannot be decoded."""
+        with warnings.catch_warnings():  # Pillow's, of metadata, are nothing that the server's owner can act on
+            warnings.filterwarnings("ignore", module="PIL")
+            return self.seen(decode({"bytes": content}))
+
+    def seen(self, image: Image.Image) -> dict[str, Any]:
+        """The tokens of the largest square in the middle, and the whole image as a data URL."""
+        square = to_tensor(resize_center_crop(image, self.config.image_size))
+        (whole := image.copy()).thumbnail((SIDE, SIDE))
+        whole.save(file := io.BytesIO(), "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        return {"tokens": self.loaded.palette.quantize(square[None])[0].tolist(), "whole": url}
 
     def score(self, tokens: Sequence[int]) -> dict[str, Any]:
         """The surprise of each pixel: nats, colors of the map, and where its scale ends; a BERT network has none."""
@@ -168,13 +177,11 @@ def _progress(known: Tensor, emit: Emit, gone: threading.Event) -> Callable[[Ten
     return progress
 
 
-def examples(size: int, gray: bool) -> dict[str, Tensor]:
-    """The first embedded test digits, or the photographs that come with scikit-learn: uint8 (3, size, size) by name."""
-    if gray:
-        pixels, _ = read_images("digits", size, limit=N_DIGITS)
-        return {f"test digit {number}": image for number, image in enumerate(pixels, 1)}
-    from sklearn.datasets import load_sample_images
-
-    samples = load_sample_images()
-    images = [resize_center_crop(Image.fromarray(image), size) for image in samples.images]
-    return {Path(name).stem: to_tensor(image) for name, image in zip(samples.filenames, images, strict=True)}
+def examples(data: str | None) -> Iterator[tuple[str, Image.Image]]:
+    """Names and images: the first test images, not picked, of the embedded data of a training; or photographs."""
+    if data in EMBEDDED:
+        for number, (_, image) in enumerate(decoded(data, split="test", limit=N_EXAMPLES), 1):
+            yield f"{data}, test image {number}", image
+    else:
+        for name, image in decoded(str(ASSETS / "photos" / "examples")):
+            yield Path(name).stem, image

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lightning_igpt.data.sources import Source, open_source
@@ -16,17 +16,18 @@ from lightning_igpt.images import SUFFIXES, BadImageError, decode, resize_center
 SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # in the order of preference: unseen images first
 
 
-def read_images(
-    source: str,
-    size: int,
-    *,
-    split: str | None = None,
-    limit: int | None = None,
-    on_bad_image: Literal["error", "skip"] = "error",
-) -> tuple[Tensor, list[str]]:
-    """The first images of a file or source, cut to the square in the middle and resized to ``size`` S.
+def read_images(source: str, size: int, **options: Any) -> tuple[Tensor, list[str]]:
+    """Images uint8 (N, 3, S, S), cut to the square in the middle and resized to ``size``, and names, of ``decoded``."""
+    pairs = [(to_tensor(resize_center_crop(image, size)), name) for name, image in decoded(source, **options)]
+    return torch.stack([image for image, _ in pairs]), [name for _, name in pairs]
 
-    Returns uint8 (N, 3, S, S) and names. The split is by default the first of test, validation and train that is there.
+
+def decoded(
+    source: str, *, split: str | None = None, limit: int | None = None, on_bad_image: Literal["error", "skip"] = "error"
+) -> Iterator[tuple[str, Image.Image]]:
+    """Names and images of a file or the first of a source; ValueError if there are none.
+
+    The split is by default the first of test, validation and train that is there.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"asked for {limit} images; ask for at least 1")
@@ -38,19 +39,18 @@ def read_images(
         split = split or next((name for name in SPLITS if name in opened.splits), next(iter(opened.splits)))
         check_split(opened, split)
         rows = rows_of(opened, split, limit, spread=False)
-    images, names, n_bad = [], [], 0
+    n_good, n_bad = 0, 0
     for name, value in rows:
         try:
-            images.append(to_tensor(resize_center_crop(decode(value), size)))
-            names.append(name)
+            yield name, decode(value)
+            n_good += 1
         except BadImageError as error:
             if on_bad_image == "error":
                 raise ValueError(f"{name}: {error}") from error
             print(shown(f"left out {name}: {error}"))
             n_bad += 1
-    if not images:
+    if not n_good:
         raise ValueError(f"none of the {n_bad} images of {source} can be read" if n_bad else f"{source} has no images")
-    return torch.stack(images), names
 
 
 def rows_of(source: Source, split: str, limit: int | None = None, *, spread: bool = True) -> Iterator[tuple[str, Any]]:
@@ -74,6 +74,12 @@ def images_of(source: Source, split: str, limit: int | None = None) -> Iterator[
             yield decode(value)
         except BadImageError as error:
             raise BadImageError(f"{source.name}, {name}: {error}") from error
+
+
+def fitted(image: Image.Image, side: int) -> Tensor:
+    """The whole image on a gray square, uint8 (3, side, side)."""
+    method = Image.Resampling.NEAREST if max(image.size) <= side else Image.Resampling.LANCZOS
+    return to_tensor(ImageOps.pad(image, (side, side), method, color=(224, 224, 224)))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

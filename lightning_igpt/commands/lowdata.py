@@ -50,7 +50,8 @@ def lowdata(
     Prints mean and standard deviation of the test accuracy over the subsets; writes lowdata.csv and lowdata.json.
 
     Args:
-        pretrained: The network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint.
+        pretrained: The network: an embedded one (photos, emoji), a .ckpt file or run folder, a Hugging Face folder or
+            hub id, or an OpenAI checkpoint.
         source: Labeled images with a test split: a folder, Parquet, a hub id, digits or emoji.
         out: Folder for lowdata.csv and lowdata.json. Missing folders are made.
         labels_per_class: Budgets, one or more, such as --labels_per_class 4 25 400.

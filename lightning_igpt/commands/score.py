@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_igpt import pictures as drawing
 from lightning_igpt import sampling
 from lightning_igpt.commands.arguments import check_file
-from lightning_igpt.commands.complete import pick_device
+from lightning_igpt.commands.complete import DEFAULT, pick_device
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.files import shown, write_csv
 from lightning_igpt.objectives import nats_to_bits
@@ -22,8 +22,8 @@ N_PRINTED, N_LEAST = 5, 4  # rows of the list; least surprising images on the sh
 
 
 def score(
-    pretrained: str,
     images: str,
+    pretrained: str = DEFAULT,
     out: str = "scores.csv",
     pictures: int = 16,
     limit: int | None = None,
@@ -36,9 +36,9 @@ def score(
     """Write the surprise of each image in nats per pixel and draw that of each pixel; print the mean.
 
     Args:
-        pretrained: An autoregressive network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI
-            checkpoint.
         images: An image file, a folder of images, Parquet, a hub id, digits or emoji.
+        pretrained: An autoregressive network: an embedded one (photos, emoji), a .ckpt file or run folder, a Hugging
+            Face folder or hub id, or an OpenAI checkpoint.
         out: The CSV file, most surprising image first. Missing folders are made.
         pictures: How many of the most surprising images to draw with their heat maps, in a PNG file next to the CSV
             file, scores_surprise.png for scores.csv; 0 draws none.

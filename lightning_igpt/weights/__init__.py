@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_igpt.config import EMBEDDED
 from lightning_igpt.decoding import is_sharded
 from lightning_igpt.files import write_text
 from lightning_igpt.model import ImageGPT
@@ -24,6 +25,7 @@ __all__ = ["ModelCard", "Pretrained", "load_pretrained", "push_to_hub", "save_pr
 
 log = logging.getLogger(__name__)
 
+ASSETS = Path(__file__).parents[1] / "assets"
 FILES = (".ckpt", ".npz", ".safetensors", ".pt", ".bin")  # endings that no hub id has
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -38,7 +40,9 @@ def load_pretrained(
             averaged weights); a run folder that holds such files (the best is loaded); a folder in the layout of
             transformers' ImageGPT, or a hub id of one, ``owner/name`` or ``owner/name@revision``; the prefix of an
             OpenAI TensorFlow checkpoint (its palette is ``openai``); a ``.safetensors`` file that
-            ``lightning-igpt convert`` wrote. ``origin`` of the result says what was loaded.
+            ``lightning-igpt convert`` wrote; or the name of a network that comes with this package, ``photos`` or
+            ``emoji``. A file or folder of that name that holds weights takes precedence. ``origin`` of the result says
+            what was loaded.
         palette: The network's palette, in any form that ``Palette.load`` takes. Needed for sources that hold none, such
             as what transformers' ``model.save_pretrained`` writes without a processor; a network of 512 colors is then
             assumed to use OpenAI's. Where the source holds a palette, it must be this one.
@@ -52,7 +56,7 @@ def load_pretrained(
         ModuleNotFoundError: A TensorFlow checkpoint, and TensorFlow is not installed.
     """
     if not isinstance(source, str | Path) or not str(source):
-        what = f"the source of weights is {source!r}; name a file, a folder or a hub id"
+        what = f"the source of weights is {source!r}; name a file, a folder, a hub id or an embedded network"
         raise ValueError(f"{what} (what describes a network without weights is for network=)")
     given = None if palette is None else Palette.load(palette)
     try:
@@ -163,6 +167,9 @@ def _load(source: str | Path, palette: Palette | None) -> Pretrained:
         raise ValueError(f"{path} is {SHARDS}")
     if (path / huggingface.CONFIG).exists():
         return huggingface.load_folder(path, palette)
+    if text in EMBEDDED and not checkpoint.checkpoints_in(path):  # a folder of images may have such a name
+        loaded = huggingface.load_folder(ASSETS / text, palette)
+        return replace(loaded, origin=f"{text}, the embedded network of {EMBEDDED[text]}")
     if path.is_dir():
         best, why = checkpoint.best_checkpoint(path)
         loaded = checkpoint.load_checkpoint(best)
@@ -172,7 +179,8 @@ def _load(source: str | Path, palette: Palette | None) -> Pretrained:
         loaded = huggingface.load_folder(_download(hub["name"], hub["revision"]), palette)
         return replace(loaded, origin=f"hub repository {text}", path=None)
     raise FileNotFoundError(
-        f"{text} does not exist; name a .ckpt file, a run folder, a Hugging Face folder or a hub id"
+        f"{text} does not exist; name a .ckpt file, a run folder, a Hugging Face folder, a hub id, or an embedded "
+        f"network ({', '.join(EMBEDDED)})"
     )
 
 

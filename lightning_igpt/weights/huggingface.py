@@ -207,7 +207,7 @@ def compare_with_transformers(network: ImageGPT, palette: Palette, head: Tensor 
     try:
         from transformers import ImageGPTForCausalImageModeling, ImageGPTForImageClassification
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('the comparison needs transformers: pip install "lightning-igpt[hf]"') from error
+        raise ModuleNotFoundError('the comparison needs transformers: pip install ".[hf]"') from error
     with tempfile.TemporaryDirectory() as folder:
         save_folder(Path(folder), network, palette, head, None if head is None else labels(head, None))
         kind = ImageGPTForCausalImageModeling if head is None else ImageGPTForImageClassification

@@ -134,13 +134,13 @@ def save_file(
     class_names: Sequence[str] | None = None,
     card: dict[str, Any] | None = None,
 ) -> None:
-    """Write network, palette and class head, float32."""
+    """Write network, palette and class head; the weights keep their dtype."""
     header: dict[str, Any] = {"network": network.config.to_dict(), "palette_sha256": palette.sha256, "card": card or {}}
     tensors = network.state_dict() | {COLORS: palette.colors}
     if head is not None:
         tensors[HEAD] = head
         header["class_names"] = None if class_names is None else list(class_names)
-    tensors = {name: value.detach().cpu().float().contiguous() for name, value in tensors.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     save_safetensors(path, tensors, {HEADER: json.dumps(header)})
 
 

@@ -21,7 +21,7 @@ def load_checkpoint(path: Path, palette: Palette | None = None) -> Pretrained:
     try:
         import tensorflow as tf
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('this needs TensorFlow: pip install "lightning-igpt[openai]"') from error
+        raise ModuleNotFoundError('this needs TensorFlow: pip install ".[openai]"') from error
     prefix = str(path)
     reader = tf.train.load_checkpoint(prefix)
     shapes = {

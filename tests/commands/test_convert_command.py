@@ -44,6 +44,22 @@ def test_card_and_image_size(tmp_path, capsys):
     assert "# Cats" in (tmp_path / "b" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("to", ["hf", "safetensors"])
+def test_float16_halves_the_file_and_is_read_as_float32(tmp_path, finetuned, to):
+    module, run = finetuned
+    files = []
+    for dtype in ("float32", "float16"):
+        out = tmp_path / f"{dtype}.safetensors" if to == "safetensors" else tmp_path / dtype
+        assert main(["convert", run, str(out), "--to", to, "--dtype", dtype]) == 0
+        files.append(out if to == "safetensors" else out / "model.safetensors")
+    loaded = load_pretrained(files[1] if to == "safetensors" else files[1].parent)
+    for name, value in loaded.network.state_dict().items():
+        assert torch.equal(value, module.network.state_dict()[name].half().float()), name
+    assert torch.equal(loaded.head, module.head.weight) and loaded.palette == module.palette
+    whole, half = (file.stat().st_size for file in files)
+    assert half < 0.65 * whole  # headers, palette and class head stay
+
+
 def test_wrong_use_says_so(tmp_path, capsys):
     save_pretrained(tmp_path / "bert", random_network(SMALL_BERT), Palette.load("gray:20"))
     for words, message in [
@@ -53,6 +69,12 @@ def test_wrong_use_says_so(tmp_path, capsys):
         with pytest.raises(SystemExit, match=message):
             main(["convert", str(tmp_path / "bert"), str(tmp_path / "out"), *words])
     assert not (tmp_path / "out").exists()
+    network = random_network()
+    with torch.no_grad():
+        network.wte.weight[0, 0] = 70_000.0
+    save_pretrained(tmp_path / "large", network, Palette.load("gray:20"))
+    with pytest.raises(SystemExit, match="not finite as float16; write float32"):
+        main(["convert", str(tmp_path / "large"), str(tmp_path / "half"), "--dtype", "float16"])
     with pytest.raises(SystemExit, match="the format hf is a folder"):
         main(["convert", str(tmp_path / "bert"), str(tmp_path / "out.safetensors")])
     assert main(["convert", str(tmp_path / "bert"), str(tmp_path / "out")]) == 0

@@ -8,13 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_igpt.commands import demo
 from lightning_igpt.commands.demo_studio import Studio
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.palette import Palette
 from lightning_igpt.sampling import complete, inpaint, score
-from lightning_igpt.weights import Pretrained
+from lightning_igpt.weights import ModelCard, Pretrained
 from tests.browser import CONTRAST, SIZES, WIDTHS, chromium
 from tests.demo_server import serving
 from tests.networks import random_network
@@ -66,12 +65,13 @@ def browser():
 
 @pytest.fixture(scope="module")
 def digits():
-    return Gated(demo.load_network(None), CPU)
+    network = random_network(ImageGPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=16, image_size=8))
+    return Gated(Pretrained(network, Palette.load("gray:16"), "random", card=ModelCard(data="digits")), CPU)
 
 
 @pytest.fixture(scope="module")
-def address(digits):
-    with serving(digits) as port:
+def address(digits, bert):
+    with serving(digits, bert) as port:
         yield f"http://127.0.0.1:{port}/"
 
 
@@ -104,7 +104,8 @@ def visit(browser):
     yield open_page
     for page, address in pages:
         assert {url for url in asked if not url.startswith("data:")} <= {
-            address + path for path in ("", "start", "draw", "score", "image")
+            address + path
+            for path in ("", "start", *(f"{n}/{verb}" for n in "01" for verb in ("draw", "score", "image")))
         }
         page.close()
     assert [text for text in complaints if "400 (Bad Request)" not in text] == []
@@ -129,6 +130,11 @@ def marked(page):
     return colors(page.locator("#hole"))[1].nonzero().flatten().tolist()
 
 
+def names(page):
+    """Role and accessible name of every control and picture, as a screen reader gets them."""
+    return set(re.findall(r"- '?(\w+)(?: \"([^\"]+)\")?", page.locator("body").aria_snapshot()))
+
+
 def first(room):
     return torch.tensor([room.start()["pictures"][0]["tokens"]])
 
@@ -137,8 +143,9 @@ def test_one_press_completes_and_a_seed_repeats(visit, address, digits):
     page = visit(address)
     page.get_by_role("button", name="Complete").click()
     until(page, r"Done in [\d.]+ s, seed 0\.")
-    prompt, generator = first(digits)[:, :32], torch.Generator().manual_seed(0)
-    expected = digits.loaded.palette.dequantize(complete(digits.network, prompt, n_samples=4, generator=generator)[0])
+    prompt, generator = first(digits)[:, :48], torch.Generator().manual_seed(0)
+    drawn = complete(digits.network, prompt, n_samples=4, temperature=0.8, generator=generator)[0]
+    expected = digits.loaded.palette.dequantize(drawn)
     assert torch.equal(samples(page), expected)
     page.get_by_role("button", name="Another seed").click()
     until(page, "seed 1")
@@ -154,7 +161,7 @@ def test_rows_appear_one_by_one_and_stop_stops(visit, address, digits):
     digits.gate = threading.Semaphore(0)
     try:
         page.get_by_role("button", name="Complete").click()
-        for row, done in ((5, 0.25), (6, 0.5)):
+        for row, done in ((7, 0.5),):
             bar = page.get_by_role("progressbar", name="Drawn so far")
             page.wait_for_timeout(50)
             for _ in range(600):
@@ -175,7 +182,7 @@ def test_the_line_is_a_slider_for_mouse_and_keyboard(visit, address, digits):
     page = visit(address)
     line = page.get_by_role("slider")
     line.focus()
-    steps = [("ArrowUp", 5), ("ArrowRight", 6), ("ArrowDown", 5), ("ArrowLeft", 4), ("PageUp", 6), ("PageDown", 4)]
+    steps = [("ArrowUp", 3), ("ArrowRight", 4), ("ArrowDown", 3), ("ArrowLeft", 2), ("PageUp", 4), ("PageDown", 2)]
     for key, drawn in [*steps, ("Home", 1), ("ArrowDown", 1), ("End", 8), ("ArrowUp", 8)]:
         page.keyboard.press(key)
         values = [line.get_attribute(f"aria-value{name}") for name in ("min", "now", "max", "text")]
@@ -191,7 +198,8 @@ def test_the_line_is_a_slider_for_mouse_and_keyboard(visit, address, digits):
     assert line.get_attribute("aria-valuenow") == "1" and marked(page) == list(range(56, 64))
     page.get_by_role("button", name="Complete").click()
     until(page, "Done")
-    expected = complete(digits.network, first(digits)[:, :56], n_samples=4, generator=torch.manual_seed(0))[0]
+    options = {"n_samples": 4, "temperature": 0.8, "generator": torch.manual_seed(0)}
+    expected = complete(digits.network, first(digits)[:, :56], **options)[0]
     assert torch.equal(samples(page), digits.loaded.palette.dequantize(expected))
 
 
@@ -228,7 +236,8 @@ def test_a_mask_is_painted_by_mouse_and_keyboard(visit, bert_address, bert):
     until(page, "Done")
     known = torch.ones(4, 64, dtype=torch.bool)
     known[:, hole] = False
-    expected = inpaint(bert.network, first(bert).expand(4, -1), known, generator=torch.manual_seed(0))
+    options = {"temperature": 0.8, "generator": torch.manual_seed(0)}
+    expected = inpaint(bert.network, first(bert).expand(4, -1), known, **options)
     assert torch.equal(samples(page), bert.loaded.palette.dequantize(expected))
     assert "no map of its surprise" in page.inner_text("#surprise-help") and not page.locator("#score").is_visible()
 
@@ -248,7 +257,7 @@ def test_surprise_is_shown_with_its_numbers(visit, address, digits):
     for key in ("ArrowDown", "ArrowRight", "ArrowRight"):
         page.keyboard.press(key)
     assert page.inner_text("#at") == f"{nats[10]:.3f} nats at row 2, column 3"
-    page.get_by_role("button", name="test digit 3").click()
+    page.get_by_role("button", name="digits, test image 3").click()
     assert not page.locator("#surprise").is_visible(), "it was of another picture"
 
 
@@ -271,7 +280,7 @@ def test_pictures_are_chosen_dropped_and_refused(visit, address, digits, tmp_pat
     page.evaluate(DROP, [list((tmp_path / "broken.png").read_bytes()), "broken.png"])
     page.get_by_role("alert").filter(has_text="broken.png: the file is not an image of a known format").wait_for()
     assert torch.equal(colors(page.locator("#given"))[0], quantized("two.png")), "the picture stays"
-    page.evaluate("() => { net.max_bytes = 10; }")
+    page.evaluate("() => { limit = 10; }")
     page.evaluate(DROP, [list((tmp_path / "one.png").read_bytes()), "one.png"])
     page.get_by_role("alert").filter(has_text="more than the limit of 10; shrink it first").wait_for()
 
@@ -288,7 +297,7 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(visit, address):
             break
         if name:
             seen[name] = visible
-    assert seen.keys() >= {"test digit 1", "test digit 10", "file", "mode=line", "cut", "complete", "another", "score"}
+    assert seen.keys() >= {"chooser", "file", "mode=line", "cut", "complete", "another", "score"}
     assert seen.keys() >= {"n_samples", "temperature", "top_k", "top_p", "seed", "heat"}
     assert all(seen.values()), [name for name, visible in seen.items() if not visible]
     page.locator("input[value=line]").focus()
@@ -300,6 +309,40 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(visit, address):
     assert page.evaluate(FOCUS) == ["clear", True]
     page.keyboard.press("Space")
     assert marked(page) == []
+
+
+def test_networks_are_chosen_and_keep_the_users_picture(visit, address, digits, bert, tmp_path):
+    page = visit(address)
+    Image.effect_noise((50, 40), 100).convert("RGB").save(tmp_path / "one.png")
+    page.get_by_label("Or your own").set_input_files(tmp_path / "one.png")
+    whole = page.get_by_role("img", name="one.png, the whole image")
+    whole.wait_for()
+    assert whole.evaluate("one => [one.naturalWidth, one.naturalHeight]") == [50, 40]
+    for number, room in enumerate((digits, bert)):
+        page.get_by_role("combobox", name="Network").select_option(index=number)
+        page.get_by_role("img", name="one.png, as the network sees it").wait_for()
+        page.wait_for_function("() => document.querySelectorAll('#pictures [aria-pressed=true]').length === 0")
+        palette = room.loaded.palette
+        seen = palette.dequantize(palette.quantize(read_images(str(tmp_path / "one.png"), 8)[0]))[0]
+        assert torch.equal(colors(page.locator("#given"))[0], seen) and torch.equal(
+            colors(page.locator("#truth"))[0], seen
+        )
+    assert page.get_by_label("what I paint over").is_checked()
+
+
+def test_controls_and_pictures_have_names(visit, address):
+    page = visit(address)
+    page.get_by_role("button", name="Complete").click()
+    until(page, "Done")
+    expected = {("button", f"digits, test image {number}") for number in range(1, 11)}
+    expected |= {("button", name) for name in ("Complete", "Another seed", "Stop", "Surprise map")}
+    expected |= {("spinbutton", name) for name in ("Samples", "Temperature", "Top-k", "Top-p", "Seed")}
+    expected |= {("img", f"Sample {number}") for number in range(1, 5)} | {("img", "Truth"), ("combobox", "Network")}
+    expected |= {("radio", name) for name in ("all below a line", "what I paint over")}
+    expected |= {("slider", "Line: rows below it are drawn"), ("status", "")}
+    roles = {role for role, _ in expected}
+    assert expected <= names(page)
+    assert {role for role, name in names(page) if not name} & roles <= {"status"}, "a control without a name"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

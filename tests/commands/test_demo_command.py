@@ -13,10 +13,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
-import safetensors
 import torch
 from PIL import Image
 
@@ -25,13 +25,12 @@ from lightning_igpt.commands import demo
 from lightning_igpt.commands.demo import MAX_BYTES, PAGE, refusal
 from lightning_igpt.commands.demo_studio import Ask, Studio
 from lightning_igpt.commands.images import read_images
-from lightning_igpt.commands.quickstart import whole
-from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.data import PretrainDataModule
+from lightning_igpt.config import EMBEDDED, ImageGPTConfig
+from lightning_igpt.images import decode
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import surprise_map
 from lightning_igpt.sampling import complete, inpaint, score
-from lightning_igpt.weights import Pretrained
+from lightning_igpt.weights import ModelCard, Pretrained
 from tests.demo_server import ask, request, serving
 from tests.networks import random_network
 
@@ -40,14 +39,14 @@ ROOT = Path(__file__).parents[2]
 COLOR = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 512}
 
 
-def studio(**fields):
+def studio(palette="openai", data=None, **fields):
     config = ImageGPTConfig(**COLOR | {"image_size": 8} | fields)
-    return Studio(Pretrained(random_network(config), Palette.load("openai"), "random"), CPU)
+    return Studio(Pretrained(random_network(config), Palette.load(palette), "random", card=ModelCard(data=data)), CPU)
 
 
 @pytest.fixture(scope="module")
-def embedded():
-    return Studio(demo.load_network(None), CPU)
+def digits():
+    return studio("gray:16", "digits", vocab_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +60,8 @@ def bert():
 
 
 @pytest.fixture(scope="module")
-def port(embedded):
-    with serving(embedded) as port:
+def port(digits, photos):
+    with serving(digits, photos) as port:
         yield port
 
 
@@ -80,31 +79,19 @@ def drawn(lines, tokens, n_samples):
     return samples
 
 
-def test_embedded_network_is_the_quickstarts(embedded):
-    data = PretrainDataModule("digits", image_size=8, seed=0)
-    data.setup()
-    nats = score(embedded.network, embedded.loaded.palette.quantize(whole(data.val_dataloader())["image"])).mean()
-    readme = re.search(r"^\| validation, nats per pixel \| ([\d.]+) ", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert nats.item() == pytest.approx(float(readme[1]), abs=0.02)
-    assert nats.item() == pytest.approx(embedded.loaded.card.nats_per_pixel, abs=0.001)  # before it was rounded
-    assert sum(file.stat().st_size for file in demo.EMBEDDED.iterdir()) < 1_500_000
-    with safetensors.safe_open(demo.EMBEDDED / "model.safetensors", "pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
-
-
-def test_rows_come_one_by_one_and_are_those_of_complete(embedded, port):
-    tokens = first_picture(embedded)
+def test_rows_come_one_by_one_and_are_those_of_complete(digits, port):
+    tokens = first_picture(digits)
     settings = {"n_samples": 3, "temperature": 0.9, "top_k": 8, "top_p": 0.95}
-    status, lines = ask(port, "/draw", tokens=tokens, keep_rows=5, seed=7, **settings)
+    status, lines = ask(port, "/0/draw", tokens=tokens, keep_rows=5, seed=7, **settings)
     assert status == 200 and lines[0] == {"begun": True} and lines[-1]["seconds"] >= 0
     rows = [list(range(8 * row, 8 * row + 8)) for row in (5, 6, 7)]
     assert [line["positions"] for line in lines[1:-1]] == [[row] * 3 for row in rows]
     assert [line["done"] for line in lines[1:-1]] == pytest.approx([1 / 3, 2 / 3, 1])
     prompt = torch.tensor([tokens[:40]])
-    expected = complete(embedded.network, prompt, generator=torch.Generator().manual_seed(7), **settings)[0]
+    expected = complete(digits.network, prompt, generator=torch.Generator().manual_seed(7), **settings)[0]
     assert torch.equal(drawn(lines[1:-1], tokens, 3)[:, 40:], expected[:, 40:])
-    assert ask(port, "/draw", tokens=tokens, keep_rows=5, seed=7, **settings)[1][1:-1] == lines[1:-1]
-    assert ask(port, "/draw", tokens=tokens, keep_rows=5, seed=8, **settings)[1][1:-1] != lines[1:-1]
+    assert ask(port, "/0/draw", tokens=tokens, keep_rows=5, seed=7, **settings)[1][1:-1] == lines[1:-1]
+    assert ask(port, "/0/draw", tokens=tokens, keep_rows=5, seed=8, **settings)[1][1:-1] != lines[1:-1]
 
 
 @pytest.mark.parametrize("kind", ["photos", "bert"])
@@ -123,10 +110,10 @@ def test_painted_holes_are_filled_as_inpaint_does(kind, request):
     assert lines[-2]["done"] == 1
 
 
-def test_surprise_is_that_of_score(embedded, port):
-    tokens = first_picture(embedded)
-    status, [found] = ask(port, "/score", tokens=tokens)
-    nats = score(embedded.network, torch.tensor([tokens]))[0]
+def test_surprise_is_that_of_score(digits, port):
+    tokens = first_picture(digits)
+    status, [found] = ask(port, "/0/score", tokens=tokens)
+    nats = score(digits.network, torch.tensor([tokens]))[0]
     assert status == 200 and found["nats"] == pytest.approx(nats.tolist())
     assert found["mean"] == pytest.approx(nats.mean().item()) and found["uniform"] == pytest.approx(np.log(16))
     assert found["bits"] == pytest.approx(found["mean"] / np.log(2))
@@ -136,22 +123,28 @@ def test_surprise_is_that_of_score(embedded, port):
 
 def test_bert_has_no_surprise(bert):
     with serving(bert) as port:
-        assert not json.loads(request(port, "GET", "/start")[2])["autoregressive"]
-        status, [found] = ask(port, "/score", tokens=first_picture(bert))
+        assert not json.loads(request(port, "GET", "/start")[2])["networks"][0]["autoregressive"]
+        status, [found] = ask(port, "/0/score", tokens=first_picture(bert))
     assert status == 400 and "BERT network has no likelihood" in found["error"]
 
 
-def test_the_page_is_given_fitting_pictures(embedded, photos, port):
+def test_the_page_is_given_fitting_pictures(digits, photos, port):
     told = json.loads(request(port, "GET", "/start")[2])
-    digits = read_images("digits", 8, limit=10)[0]
-    found = torch.tensor([picture["tokens"] for picture in told["pictures"]])
-    assert torch.equal(found, embedded.loaded.palette.quantize(digits))
-    assert told["colors"] == embedded.loaded.palette.rgb.tolist() and told["max_bytes"] == MAX_BYTES
-    assert [picture["name"] for picture in photos.start()["pictures"]] == ["china", "flower"]
+    first, second = told["networks"]
+    palette = digits.loaded.palette
+    found = torch.tensor([picture["tokens"] for picture in first["pictures"]])
+    assert torch.equal(found, palette.quantize(read_images("digits", 8, limit=10)[0]))
+    assert first["colors"] == palette.rgb.tolist() and told["max_bytes"] == MAX_BYTES
+    assert [picture["name"] for picture in second["pictures"]] == ["astronaut", "cat", "coffee", "rocket"]
+    with Image.open(urlopen(second["pictures"][1]["whole"])) as whole:
+        assert whole.size == (256, 170)
+    status, [answer] = ask(port, "/2/score", tokens=[0] * 64)
+    assert status == 400 and answer["error"] == "there is no network 2 of 2; load the page again"
+    assert ask(port, "/1/score", tokens=second["pictures"][0]["tokens"])[1][0]["uniform"] == pytest.approx(np.log(512))
 
 
 def upload(port, content):
-    status, _, answer = request(port, "POST", "/image", content, content_type="application/octet-stream")
+    status, _, answer = request(port, "POST", "/0/image", content, content_type="application/octet-stream")
     return status, json.loads(answer)
 
 
@@ -161,13 +154,26 @@ def encoded(image, kind="PNG", **options):
     return buffer.getvalue()
 
 
-def test_an_upload_is_read_as_files_are(embedded, port, tmp_path):
+def test_an_upload_is_read_as_files_are(digits, port, tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # turned
     content = encoded(Image.effect_noise((40, 60), 90).convert("RGB"), "JPEG", exif=exif)
     (tmp_path / "photo.jpg").write_bytes(content)
     pixels = read_images(str(tmp_path / "photo.jpg"), 8)[0]
-    assert upload(port, content) == (200, {"tokens": embedded.loaded.palette.quantize(pixels)[0].tolist()})
+    status, answer = upload(port, content)
+    assert status == 200 and answer["tokens"] == digits.loaded.palette.quantize(pixels)[0].tolist()
+    with Image.open(urlopen(answer["whole"])) as whole:
+        assert whole.size == (60, 40)
+
+
+def test_pillows_warnings_stay_out_of_the_log(digits, recwarn):
+    damaged = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0"
+    content = encoded(Image.new("RGB", (9, 9)), "JPEG", exif=damaged)
+    decode(content)
+    assert [str(warning.message)[:12] for warning in recwarn] == ["Corrupt EXIF"]
+    recwarn.clear()
+    digits.read(content)
+    assert not len(recwarn)
 
 
 def test_bad_uploads_are_told(port):
@@ -188,15 +194,17 @@ def test_bad_uploads_are_told(port):
 )
 def test_too_much_is_refused_before_it_is_read(lines, status, port):
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        head = ["POST /image HTTP/1.1", f"Host: 127.0.0.1:{port}", *lines, ""]
+        head = ["POST /0/image HTTP/1.1", f"Host: 127.0.0.1:{port}", *lines, ""]
         connection.sendall("\r\n".join(head).encode())
         assert int(connection.recv(100).split()[1]) == status
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nX-", b"POST /score HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"])
-def test_requests_that_do_not_end_are_closed(sent, embedded, monkeypatch):
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HTTP/1.1\r\nX-", b"POST /0/score HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"]
+)
+def test_requests_that_do_not_end_are_closed(sent, digits, monkeypatch):
     monkeypatch.setattr(demo, "PATIENCE", 1)
-    with serving(embedded) as port, contextlib.ExitStack() as stack:
+    with serving(digits) as port, contextlib.ExitStack() as stack:
         address = ("127.0.0.1", port)
         open_ones = [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(70)]
         for connection in open_ones:
@@ -223,9 +231,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("wrong", "told"), WRONG)
-def test_wrong_asks_are_told(embedded, wrong, told):
-    lines, values = [], {"tokens": first_picture(embedded), "keep_rows": 4} | wrong
-    embedded.draw(Ask(**values), lines.append, threading.Event())
+def test_wrong_asks_are_told(digits, wrong, told):
+    lines, values = [], {"tokens": first_picture(digits), "keep_rows": 4} | wrong
+    digits.draw(Ask(**values), lines.append, threading.Event())
     assert lines[0] == {"begun": True} and told in lines[-1]["error"] and len(lines) == 2
 
 
@@ -237,9 +245,9 @@ def test_foreign_names_and_origins_are_refused(port):
     assert status == 403 and "does not answer to the name" in json.loads(content)["error"]
     assert "access-control-allow-origin" not in headers
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"http://localhost:{port}"):
-        for path in ("/image", "/draw", "/score"):
+        for path in ("/0/image", "/0/draw", "/0/score"):
             assert request(port, "POST", path, "{}", origin=origin)[0] == 403, (origin, path)
-    assert request(port, "POST", "/score", "{}", origin=f"http://{own}", content_type="application/json")[0] == 422
+    assert request(port, "POST", "/0/score", "{}", origin=f"http://{own}", content_type="application/json")[0] == 422
 
 
 @pytest.mark.parametrize(
@@ -273,12 +281,12 @@ def test_a_request_that_goes_away_ends_its_drawing(caplog):
     body = json.dumps({"tokens": first_picture(room), "keep_rows": 0, "n_samples": 8})
     with serving(room) as port, caplog.at_level(logging.INFO):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        connection.request("POST", "/draw", body, {"content-type": "application/json"})
+        connection.request("POST", "/0/draw", body, {"content-type": "application/json"})
         answer = connection.getresponse()
         assert b"begun" in answer.readline()
         answer.close()
         connection.close()
-        status, lines = ask(port, "/draw", tokens=first_picture(room), keep_rows=47, n_samples=1)
+        status, lines = ask(port, "/0/draw", tokens=first_picture(room), keep_rows=47, n_samples=1)
         assert status == 200 and "seconds" in lines[-1]
     assert "drawing ended: the reader is gone" in caplog.text
 
@@ -295,7 +303,7 @@ def test_one_drawing_at_a_time():
 
     room.draw = watched
     with serving(room) as port, ThreadPoolExecutor(4) as pool:
-        asks = [pool.submit(ask, port, "/draw", tokens=first_picture(room), keep_rows=0) for _ in range(4)]
+        asks = [pool.submit(ask, port, "/0/draw", tokens=first_picture(room), keep_rows=0) for _ in range(4)]
         lines = [job.result()[1][1:-1] for job in asks]
     assert most == [1, 1, 1, 1] and lines == [lines[0]] * 4
 
@@ -326,7 +334,7 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(SystemExit) as stop:
         main(["demo", "--pretrained", "nowhere.ckpt"])
-    assert "\n" not in stop.value.code and 'pip install "lightning-igpt[demo]"' in stop.value.code
+    assert "\n" not in stop.value.code and 'pip install ".[demo]"' in stop.value.code
 
 
 @pytest.mark.slow
@@ -335,13 +343,14 @@ def test_the_command_serves_until_it_is_stopped():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         said = [process.stdout.readline() for _ in range(3)]
-        assert said[0] == "embedded network of 8 x 8 digits, on cpu\n"
+        named = ", ".join(f"{name}, the embedded network of {what}" for name, what in EMBEDDED.items())
+        assert said[0] == f"{named}, on cpu\n"
         assert said[1].startswith("warning: everyone who can reach 0.0.0.0 can use the page")
         port = int(re.fullmatch(r"open http://0\.0\.0\.0:(\d+) \(Ctrl-C stops it\)\n", said[2])[1])
-        tokens = json.loads(request(port, "GET", "/start")[2])["pictures"][0]["tokens"]
+        tokens = json.loads(request(port, "GET", "/start")[2])["networks"][0]["pictures"][0]["tokens"]
         body = json.dumps({"tokens": tokens, "keep_rows": 0, "n_samples": 8})
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        connection.request("POST", "/draw", body, {"content-type": "application/json"})
+        connection.request("POST", "/0/draw", body, {"content-type": "application/json"})
         assert b"begun" in connection.getresponse().readline()
         process.send_signal(signal.SIGINT)  # while it draws
         started = time.monotonic()

@@ -1,13 +1,16 @@
+import math
 from dataclasses import replace
 
 import pytest
+import safetensors
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
+from lightning_igpt.config import EMBEDDED
 from lightning_igpt.data import PretrainDataModule
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.palette import Palette
-from lightning_igpt.weights import load_pretrained
+from lightning_igpt.weights import ASSETS, load_pretrained
 from lightning_igpt.weights.native import interpolate_positions
 from tests.modules.helpers import TINY, loader, quiet_trainer
 from tests.networks import random_network
@@ -159,6 +162,28 @@ def test_another_image_size_interpolates_positions_and_says_so(checkpoint, caplo
         PretrainModule("igpt_s", pretrained=checkpoint)
 
 
+@pytest.mark.parametrize(("name", "most"), [("photos", 6_000_000), ("emoji", 3_000_000)])
+def test_embedded_networks_are_small_in_float16_and_trained(name, most):
+    loaded, file = load_pretrained(name), ASSETS / name / "model.safetensors"
+    assert file.stat().st_size < most
+    with safetensors.safe_open(file, "pt") as tensors:
+        assert {tensors.get_tensor(key).dtype for key in tensors.keys()} == {torch.float16}  # noqa: SIM118
+    assert {value.dtype for value in loaded.network.parameters()} == {torch.float32}
+    assert loaded.lineage.startswith(f"{name} (") and loaded.card.nats_per_pixel < 0.8 * math.log(len(loaded.palette))
+    assert ProbeModule(pretrained=name).config == loaded.config
+
+
+def test_an_embedded_name_gives_way_to_weights_but_not_to_photos(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    assert load_pretrained("photos").origin == f"photos, the embedded network of {EMBEDDED['photos']}"
+    with pytest.raises(FileNotFoundError, match=r"photos holds neither"):
+        load_pretrained("./photos")
+    stamped(tmp_path / "photos" / "run" / "10.ckpt", 10)
+    assert step_of(load_pretrained("photos")) == 10
+
+
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
@@ -167,7 +192,8 @@ def test_another_image_size_interpolates_positions_and_says_so(checkpoint, caplo
         ("s3://bucket/model.ckpt", ValueError, "not fetched from addresses"),
         ({"n_layer": 1}, ValueError, "what describes a network without weights is for network="),
         ("nowhere.ckpt", FileNotFoundError, "does not exist"),
-        ("", ValueError, "name a file, a folder or a hub id"),
+        ("", ValueError, "name a file, a folder, a hub id or an embedded network"),
+        ("foto", FileNotFoundError, r"foto does not exist; .* or an embedded network \(photos, emoji\)"),
         ("runs/nowhere.ckpt", FileNotFoundError, "does not exist"),
     ],
 )
