@@ -80,8 +80,8 @@ def make_trainer(
         mode: Whether the least (min) or the largest (max) value of monitor is best. Default: max for names that end in
             accuracy; min for those that end in loss, cross_entropy, nats_per_pixel or bits_per_pixel.
         callbacks: Added to ModelCheckpoint, LearningRateMonitor, LayerCurve, ClassificationReport, RunRecord,
-            Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and, on CUDA, a bar that reads the
-            loss at every 20th step only. A callback of such a class replaces ours.
+            Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and Progress. A callback of such a
+            class replaces ours; so does any progress bar.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         strategy: Default: DDP on several devices, and FSDP2 where the network with its optimizer does not fit on each.
             ``fsdp2`` asks for the last; other names are Lightning's, with Lightning's settings.
@@ -116,7 +116,7 @@ def make_trainer(
         accumulate=kwargs.get("accumulate_grad_batches", 1),
     )
     savers = [] if monitor is None and mode is None else [ModelCheckpoint(monitor=monitor, mode=_mode(monitor, mode))]
-    _fill(chosen, [*savers, *_checkpoints(steps, checkpoint_every)], accelerator, kwargs)
+    _fill(chosen, [*savers, *_checkpoints(steps, checkpoint_every)], kwargs)
     _add(chosen, ours.CompileBlocks(compile), ours.Recompute(recompute))  # in this order: compiled, blocks keep less
     trainer = Trainer(
         max_steps=max_steps,
@@ -211,7 +211,8 @@ class _Speed(Callback):
         again, compiles = ([str(one.decision) for one in _of(kind, trainer)] for kind in kinds)
         rank_zero_info(", ".join([strategy, *again]))
         products = f"float32 products {PRODUCTS[torch.get_float32_matmul_precision()]}"
-        rank_zero_info(", ".join([precision, *compiles, products]))
+        for line in (precision, ", ".join([*compiles, products])):
+            rank_zero_info(line)
 
     def teardown(self, *_: Any, **__: Any) -> None:
         if self._earlier is not None:
@@ -235,12 +236,11 @@ def _has_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _fill(chosen: list[Callback], savers: list[ModelCheckpoint], accelerator: str, kwargs: dict[str, Any]) -> None:
+def _fill(chosen: list[Callback], savers: list[ModelCheckpoint], kwargs: dict[str, Any]) -> None:
     """Append the default callbacks; of savers those of a metric alone where the user brings one."""
     barebones = kwargs.get("barebones", False)  # which allows neither checkpoints nor logs
-    if kwargs.get("enable_progress_bar", not barebones) is not False and kind_of_device(accelerator) == "cuda":
-        # Lightning's waits for the loss at every step.
-        _add(chosen, theirs.TQDMProgressBar(refresh_rate=20), of=theirs.ProgressBar)
+    if kwargs.get("enable_progress_bar", not barebones) is not False:
+        _add(chosen, ours.Progress(), of=theirs.ProgressBar)
     if barebones:
         return
     if kwargs.get("enable_checkpointing") is not False:

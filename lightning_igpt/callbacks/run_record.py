@@ -29,7 +29,7 @@ class RunRecord(Callback):
     """Record what made a run and what it logged, and warn where a resumed run differs.
 
     When a fit starts, ``run.json`` in the run's folder gets an entry under ``runs``. Where there is a logger,
-    ``metrics.csv`` gets a row for each logged step; a resumed run appends.
+    ``metrics.csv`` gets a row for each logged step; a resumed run replaces what was logged after its checkpoint.
     """
 
     _metrics: MetricsFile | None = None
@@ -47,6 +47,9 @@ class RunRecord(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         record = checkpoint.get(RECORD)
         self._earlier = record if isinstance(record, dict) else {}
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if hasattr(logger, "cut"):
+                logger.cut(checkpoint["global_step"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[RECORD] = getattr(self, "_now", {})  # saved before any fit, there is no record
