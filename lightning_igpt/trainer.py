@@ -79,9 +79,9 @@ def make_trainer(
         monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy or val/nats_per_pixel.
         mode: Whether the least (min) or the largest (max) value of monitor is best. Default: max for names that end in
             accuracy; min for those that end in loss, cross_entropy, nats_per_pixel or bits_per_pixel.
-        callbacks: Added to ModelCheckpoint, LearningRateMonitor, LayerCurve, ClassificationReport, RunRecord,
+        callbacks: Added to ModelCheckpoint, LearningRate, LayerCurve, ClassificationReport, RunRecord,
             Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and Progress. A callback of such a
-            class replaces ours; so does any progress bar.
+            class replaces ours, as do any progress bar and LearningRateMonitor.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         strategy: Default: DDP on several devices, and FSDP2 where the network with its optimizer does not fit on each.
             ``fsdp2`` asks for the last; other names are Lightning's, with Lightning's settings.
@@ -211,8 +211,7 @@ class _Speed(Callback):
         again, compiles = ([str(one.decision) for one in _of(kind, trainer)] for kind in kinds)
         rank_zero_info(", ".join([strategy, *again]))
         products = f"float32 products {PRODUCTS[torch.get_float32_matmul_precision()]}"
-        for line in (precision, ", ".join([*compiles, products])):
-            rank_zero_info(line)
+        rank_zero_info(", ".join([precision, *compiles, products]))
 
     def teardown(self, *_: Any, **__: Any) -> None:
         if self._earlier is not None:
@@ -247,12 +246,14 @@ def _fill(chosen: list[Callback], savers: list[ModelCheckpoint], kwargs: dict[st
         has_own = any(isinstance(one, ModelCheckpoint) for one in chosen)
         chosen += [one for one in savers if one.monitor or not has_own]
     if kwargs.get("logger") is not False:
-        _add(chosen, theirs.LearningRateMonitor(logging_interval="step"))
+        _add(chosen, ours.LearningRate(), of=(ours.LearningRate, theirs.LearningRateMonitor))
     _add(chosen, *(getattr(ours, name)() for name in ALWAYS))
 
 
-def _add(chosen: list[Callback], *defaults: Callback, of: type[Callback] | None = None) -> None:
-    """Append callbacks of whose class, or of class ``of``, there is none."""
+def _add(
+    chosen: list[Callback], *defaults: Callback, of: type[Callback] | tuple[type[Callback], ...] | None = None
+) -> None:
+    """Append callbacks of whose class, or of classes ``of``, there is none."""
     chosen += [new for new in defaults if not any(isinstance(old, of or type(new)) for old in chosen)]
 
 

@@ -1,10 +1,7 @@
 """Loggers that write files: a run has a folder to itself and continues there; a failure of the disk does not end it."""
 
 import copy
-import csv
-import os
 import warnings
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lightning_igpt.callbacks.finite_guard import check_folder
+from lightning_igpt.callbacks.metrics_file import cut_rows, read_rows
 from lightning_igpt.callbacks.run_folder import sparing
-from lightning_igpt.files import write_csv
 
 _LOCKS: WeakKeyDictionary[Logger, FileLock] = WeakKeyDictionary()  # of the folders that the loggers of this process use
 
@@ -40,6 +37,7 @@ class _Steady(Logger):
     """
 
     _own: int | str | None = None  # the version, once its folder is made or locked
+    _is_new = False  # whether this logger made the folder
 
     @property
     def version(self) -> Any:
@@ -56,6 +54,7 @@ class _Steady(Logger):
             try:
                 if "://" not in self.log_dir:
                     Path(self.log_dir).mkdir(parents=True, exist_ok=self._own == taken)  # a version that was given
+                    self._is_new = self._own != taken
             except FileExistsError:
                 taken, self._own = self._own, None
         if self not in _LOCKS and rank_zero_only.rank == 0 and "://" not in self.log_dir:  # type: ignore[attr-defined]
@@ -94,10 +93,19 @@ class _Steady(Logger):
     log_metrics, log_hyperparams, log_graph, save, _finalize = map(_spared, methods)
 
     def finalize(self, status: str) -> None:
-        """Write what is left, and let other runs have the folder."""
+        """Write what is left, and let other runs have the folder; of a run that failed before it began, remove it."""
         self._finalize(status)
         if lock := _LOCKS.pop(self, None):
             lock.release()
+            folder = Path(str(self.log_dir))
+            files = [path for path in folder.glob("*") if path.name != ".lock"]
+            empty = all(path.name.startswith(("events.", "hparams.", "config.")) for path in files)
+            if status == "failed" and self._is_new and empty:
+                with suppress(OSError):
+                    for path in [*files, folder / ".lock"]:
+                        path.unlink(missing_ok=True)
+                    for place in (folder, *folder.parents[:2]):
+                        place.rmdir()  # if it is empty
 
 
 class SteadyTensorBoard(_Steady, TensorBoardLogger):
@@ -109,7 +117,7 @@ class SteadyCSV(_Steady, CSVLogger):
 
     def continue_in(self, folder: Path) -> bool:
         """As above; Lightning's logger deletes the values that it finds in a folder, so they are written again."""
-        _, rows = _read(folder / "metrics.csv")
+        _, rows = read_rows(folder / "metrics.csv")
         free = super().continue_in(folder)
         if self._own is not None and rows and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             with warnings.catch_warnings():
@@ -120,73 +128,10 @@ class SteadyCSV(_Steady, CSVLogger):
 
     def cut(self, step: int) -> None:
         """Remove what was logged from ``step`` on."""
-        _cut(Path(self.log_dir) / "metrics.csv", step)
+        cut_rows(Path(self.log_dir) / "metrics.csv", step)
 
 
 STEADY: dict[Any, Any] = {TensorBoardLogger: SteadyTensorBoard, CSVLogger: SteadyCSV}  # subclasses stay as they are
-
-
-class MetricsFile(Logger):
-    """A logger that writes one CSV row for each step, when the next step is logged.
-
-    Rows that the disk does not take are written with a later one.
-    """
-
-    name, version = "metrics", ""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path, self._row, self._rows = path, dict[str, Any](), list[dict[str, Any]]()
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if step != self._row.get("step"):
-            self.write()
-        self._row |= {**metrics, "step": step}
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...  # they are in run.json
-
-    def cut(self, step: int) -> None:
-        """Remove what was logged from ``step`` on."""
-        _cut(self.path, step)
-
-    def write(self) -> None:
-        """Append the rows, all or none; where they have new columns, replace the file."""
-        self._rows, self._row = [*self._rows, *filter(None, [self._row])], {}
-        columns, names, rows = set[str]().union(*self._rows), list[str](), self._rows
-        with sparing(self.path):
-            size = self.path.stat().st_size if self.path.exists() else 0
-            if size:
-                names, older = _read(self.path)
-                rows = rows if columns <= set(names) else [*older, *rows]
-            new = sorted(columns - set(names))
-            cells = [[row.get(name, "") for name in names + new] for row in rows]
-            if new:
-                write_csv(self.path, [names + new, *cells])
-            elif cells:
-                try:
-                    with self.path.open("a", newline="", encoding="utf-8") as file:
-                        csv.writer(file).writerows(cells)
-                except OSError:
-                    os.truncate(self.path, size)
-                    raise
-            self._rows = []
-
-
-def _read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and rows of a metrics.csv, which need not exist."""
-    if not path.exists():
-        return [], []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.DictReader(file)
-        return list(reader.fieldnames or ()), list(reader)
-
-
-def _cut(path: Path, step: int) -> None:
-    names, rows = _read(path)
-    kept = [row for row in rows if not (row.get("step") or "").isdecimal() or int(row["step"]) < step]
-    if len(kept) < len(rows):
-        with sparing(path):
-            write_csv(path, [names, *([row.get(name, "") for name in names] for row in kept)])
 
 
 def continue_run(trainer: Trainer, checkpoint: str | Path) -> None:
@@ -195,7 +140,7 @@ def continue_run(trainer: Trainer, checkpoint: str | Path) -> None:
     Call it before ``trainer.fit``. A logger that was given a version keeps it.
     """
     folder = next((place for place in Path(checkpoint).absolute().parents if (place / "run.json").exists()), None)
-    for logger in trainer.loggers if folder else []:
-        if isinstance(logger, _Steady) and not logger.continue_in(folder):
+    for logger in trainer.loggers:
+        if folder is not None and isinstance(logger, _Steady) and not logger.continue_in(folder):
             rank_zero_warn(f"{folder} is in use by another run or cannot be locked; this run gets a folder of its own")
             return

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_igpt.callbacks.loggers import MetricsFile
+from lightning_igpt.callbacks.metrics_file import MetricsFile
 from lightning_igpt.callbacks.run_folder import WARNED, run_folder, sparing
 from lightning_igpt.files import write_text
 
