@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+from jsonargparse import get_loader
 
 from lightning_igpt.commands import recipes
 from lightning_igpt.commands.arguments import SEEDS, one_line_errors, reader
@@ -88,6 +88,7 @@ def check(words: Sequence[str]) -> None:
     with one_line_errors(prog):
         options = dict(_options(words[1:]))
         both = {"resume", "ckpt_path"} <= options.keys()
+        runs = not any(name.startswith("print_") for name in options)
         for name, value in options.items():
             top, _, rest = name.rstrip("+").partition(".")
             part = rest.partition(".")[0]
@@ -100,7 +101,11 @@ def check(words: Sequence[str]) -> None:
                 _check_recipe(value, prog)
             elif name in ("ckpt_path", "resume") and not both:
                 check_checkpoint(**{name.removeprefix("ckpt_"): value})
-            elif rest in ("source", "pretrained", "init_args.source", "init_args.pretrained"):
+            elif (
+                runs
+                and value != "null"
+                and rest in ("source", "pretrained", "init_args.source", "init_args.pretrained")
+            ):
                 check_paths({rest.removeprefix("init_args."): value})
 
 
@@ -114,13 +119,12 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _check_recipe(value: str, prog: str) -> None:
     path = Path(value) if Path(value).exists() else recipes.find(value)
+    if not path.is_file():
+        return  # a pipe, which can be read once only
     try:
-        if path.is_file():
-            yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        get_loader("yaml")(path.read_bytes().decode("utf-8", "replace"))
+    except Exception as error:  # PyYAML's
         usage_error(prog, f"{path} is no YAML: {error}")
-    except UnicodeDecodeError:  # the parser says which encoding it expects
-        pass
 
 
 def check_checkpoint(path: str | None = None, resume: str | None = None) -> None:

@@ -140,7 +140,7 @@ def test_a_bert_network_is_refused_before_images_are_read(tmp_path):
     trainer.strategy.connect(PretrainModule(BERT, "gray:8", objective="bert"))
     trainer.save_checkpoint(tmp_path / "bert.ckpt")
     with pytest.raises(SystemExit, match="a BERT network has no likelihood"):
-        run(str(tmp_path / "bert.ckpt"), tmp_path / "scores.csv", "--images", "nowhere")
+        run(str(tmp_path / "bert.ckpt"), tmp_path / "scores.csv", "--images", "no/where")
 
 
 def test_one_encoded_image_is_in_memory_at_a_time(tmp_path):
