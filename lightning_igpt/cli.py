@@ -16,7 +16,7 @@ import lightning
 import torch
 from jsonargparse import ActionConfigFile, class_from_function, get_loader, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -25,16 +25,14 @@ from torch import Tensor
 from lightning_igpt import callbacks, data, modules
 from lightning_igpt.callbacks.loggers import continue_run
 from lightning_igpt.callbacks.run_folder import run_folder
+from lightning_igpt.callbacks.run_record import Outline
 from lightning_igpt.checkpointing import find_checkpoint
 from lightning_igpt.commands import dry_run, recipe_words, recipes
 from lightning_igpt.commands.arguments import check_folder, check_seed, one_line_errors
 from lightning_igpt.commands.help import MARGIN, PROGRAM, Parser, columns, usage_error
 from lightning_igpt.commands.recipe_words import check_checkpoint
-from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.data.sources import name_of
 from lightning_igpt.files import write_csv
 from lightning_igpt.pictures import save_png
-from lightning_igpt.planning import parameter_count
 from lightning_igpt.trainer import make_trainer
 
 __all__ = ["RecipeCLI", "callbacks", "data", "modules", "run"]  # importing the classes makes their short names known
@@ -100,7 +98,7 @@ class RecipeCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_class=make_trainer,
-            trainer_defaults={"callbacks": _Outline()},
+            trainer_defaults={"callbacks": Outline()},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # the modules keep their own plain hyperparameters
             seed_everything_default=0,
@@ -140,7 +138,7 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """The trainer, planned for model and data; only ``fit`` needs to know how long to train."""
         given = self.config_init["trainer"]
-        options["enable_model_summary"] = bool(given.get("enable_model_summary"))  # _Outline says what matters
+        options["enable_model_summary"] = bool(given.get("enable_model_summary"))  # Outline says what matters
         if self.verb == "fit":
             options |= {"module": self.model, "data": self.datamodule}
         elif given.get("max_steps", -1) < 1 and given.get("max_epochs") is None:
@@ -178,23 +176,6 @@ class RecipeCLI(LightningCLI):
         return str(newest) if newest else None
 
 
-class _Outline(Callback):
-    """Logs what is trained on what, and where results go."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        config, data = getattr(pl_module, "config", None), trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(config, ImageGPTConfig):
-            size = f"{config.n_layer} layers of width {config.n_embd}, {parameter_count(config):,} parameters"
-            rank_zero_info(f"network: {size}, {config.image_size} x {config.image_size} pixels")
-        if origin := trainer.ckpt_path or getattr(pl_module, "origin", None):
-            rank_zero_info(f"weights: {f'step {trainer.global_step} of ' * bool(trainer.ckpt_path)}{origin}")
-        source = name_of(data.source) if hasattr(data, "source") else type(data).__name__
-        counts = {role: f"{len(part):,} {dry_run.TITLES[role]}" for role, part in getattr(data, "parts", {}).items()}
-        shown = " and ".join(counts[role] for role in ("train", "val") if role in counts)
-        rank_zero_info(f"data: {source}" + f", {shown} images" * bool(shown))
-        rank_zero_info(f"results: {run_folder(trainer) or trainer.default_root_dir}")
-
-
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a log record is a warning or not Lightning's own."""
     return record.levelno >= logging.WARNING or not record.pathname.startswith(lightning.__path__[0])
@@ -203,9 +184,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 def run(words: Sequence[str]) -> RecipeCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` with its options, and return what the recipe made."""
     verb, *rest = words
-    warnings.filterwarnings(
-        "ignore", ".*(LeafSpec|Checkpoint directory .* is not empty).*"
-    )  # a deprecation; a resumed run
+    # A deprecation within Lightning; a resumed run; epochs that are shorter than the interval between logs.
+    warnings.filterwarnings("ignore", ".*(LeafSpec|Checkpoint directory .* is not empty|smaller than the logging).*")
     for handler in logging.getLogger("lightning.pytorch").handlers + logging.getLogger("lightning.fabric").handlers:
         handler.addFilter(_is_news)
     # Not options of the recipe's parser: a recipe must not be able to trust itself.
@@ -241,21 +221,14 @@ def run(words: Sequence[str]) -> RecipeCLI:
 
 def _say_next(cli: RecipeCLI) -> None:
     """Log where a run's results are, and the command that uses them."""
-    folder, best = run_folder(cli.trainer), getattr(cli.trainer.checkpoint_callback, "best_model_path", "")
-    if folder is None or not best:
+    folder = run_folder(cli.trainer)
+    if folder is None or not cli.trainer.loggers:
         return
-    source = str(getattr(cli.datamodule, "source", ""))
-    words = [
-        "complete",
-        "--pretrained",
-        str(folder),
-        "--images",
-        source if source == "digits" or Path(source).exists() else "photos",
-    ]
-    if not isinstance(cli.model, modules.PretrainModule):
-        pairs = zip([*cli.words, ""], ["", *cli.words], strict=True)
-        kept = [word for word, before in pairs if not {word.partition("=")[0], before} & {"--resume", "--ckpt_path"}]
-        words = ["test", *kept[:-1], "--ckpt_path", best]
+    words = ["report", str(folder)]
+    if isinstance(cli.model, modules.PretrainModule):
+        source = str(getattr(cli.datamodule, "source", ""))
+        here = source == "digits" or Path(source).exists()
+        words = ["complete", "--pretrained", str(folder), "--images", source if here else "photos"]
     rank_zero_info(f"results: {folder}\nnext: {PROGRAM} {shlex.join(words)}")
 
 

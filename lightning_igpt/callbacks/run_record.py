@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_igpt.callbacks.metrics_file import MetricsFile
 from lightning_igpt.callbacks.run_folder import WARNED, run_folder, sparing
+from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.files import write_text
+from lightning_igpt.planning import parameter_count
 
 RECORD = "run_record"  # key in checkpoints
 LIBRARIES = ("lightning-igpt", "torch", "lightning", "datasets", "numpy", "pillow")
@@ -75,6 +77,24 @@ class RunRecord(Callback):
             trainer.loggers, self._metrics = [one for one in trainer.loggers if one is not self._metrics], None
 
     teardown = on_exception = _close
+
+
+class Outline(Callback):
+    """When training starts, log the network, where its weights are from, the data, and where results go."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        config, data = getattr(pl_module, "config", None), getattr(trainer, "datamodule", None)
+        if isinstance(config, ImageGPTConfig):
+            size = f"{config.n_layer} layers of width {config.n_embd}, {parameter_count(config):,} parameters"
+            rank_zero_info(f"network: {size}, {config.image_size} x {config.image_size} pixels")
+        if origin := trainer.ckpt_path or getattr(pl_module, "origin", None):
+            rank_zero_info(f"weights: {f'step {trainer.global_step} of ' * bool(trainer.ckpt_path)}{origin}")
+        parts, names = getattr(data, "parts", {}), {"train": "training", "val": "validation"}
+        counts = [f"{len(parts[part]):,} {name} images" for part, name in names.items() if part in parts]
+        source = getattr(data, "source", None)
+        source = source if isinstance(source, str) else type(source or data).__name__
+        rank_zero_info(", ".join([f"data: {source}", *counts]))
+        rank_zero_info(f"results: {run_folder(trainer) or trainer.default_root_dir}")
 
 
 def describe(trainer: Trainer, module: Any) -> dict[str, Any]:

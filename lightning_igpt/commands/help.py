@@ -142,27 +142,21 @@ def trainer_file() -> Path:
 
 
 def read(tree: ast.Module, name: str) -> Signature:
-    """The signature of a function, or of a class, at the top of a file."""
-    node: Any = next(node for node in tree.body if getattr(node, "name", None) == name)
-    doc = ast.get_docstring(node) or ""
-    if isinstance(node, ast.ClassDef):
-        node = next(part for part in node.body if getattr(part, "name", None) == "__init__")
-        doc = ast.get_docstring(node) or doc
+    """The signature of the first function of that name in a file."""
+    node = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
     given, names = node.args, _Names(tree)
     firsts = itertools.chain(itertools.repeat(None, len(given.args) - len(given.defaults)), given.defaults)
     pairs = [*zip(given.args, firsts, strict=True), *zip(given.kwonlyargs, given.kw_defaults, strict=True)]
     hints = {argument.arg: names.read(argument.annotation) for argument, _ in pairs if argument.arg != "self"}
     defaults = {argument.arg: names.read(default) for argument, default in pairs if default is not None}
-    return Signature(docstring_parser.parse(doc), hints, defaults)
+    return Signature(docstring_parser.parse(ast.get_docstring(node) or ""), hints, defaults)
 
 
-def verbs(tree: ast.Module, verb: str) -> dict[str, str]:
+def verbs(tree: Any, verb: str) -> dict[str, str]:
     """Names of the functions of a verb's file by sub-verb; that of the verb itself where it has none."""
-    tables: list[Any] = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
-    tables = [node.value for node in tables if "VERBS" in ast.unparse(node).split("=")[0]]
-    return {key.value: part.id for table in tables for key, part in zip(table.keys, table.values, strict=True)} or {
-        "": verb
-    }
+    tables = [node.value for node in tree.body if ast.unparse(node).startswith("VERBS = ")]
+    pairs = [pair for table in tables for pair in zip(table.keys, table.values, strict=True)]
+    return {key.value: part.id for key, part in pairs} or {"": verb}
 
 
 def check_paths(options: Mapping[str, Any]) -> None:

@@ -53,7 +53,7 @@ FIRST = ("default_root_dir", "accumulate_grad_batches", "num_nodes", "logger")  
 
 def trainer_options() -> tuple[Signature, Signature]:
     """Signatures of make_trainer and of Lightning's Trainer, whose options it passes on."""
-    return read(parse(PACKAGE / "trainer.py"), "make_trainer"), read(parse(trainer_file()), "Trainer")
+    return read(parse(PACKAGE / "trainer.py"), "make_trainer"), read(parse(trainer_file()), "__init__")
 
 
 def page(verb: str) -> str:
@@ -95,7 +95,7 @@ def check(words: Sequence[str]) -> None:
             is_wrong = part not in {"", "help", *trainer} if top == "trainer" else top not in known
             if is_wrong:
                 near = difflib.get_close_matches(part or top, trainer if part else known, n=1)
-                hint = f"; did you mean --{'trainer.' * bool(part)}{near[0]}?" if near else ""
+                hint = f"; the closest is --{'trainer.' * bool(part)}{near[0]}" if near else ""
                 usage_error(prog, f"there is no option --{name}{hint}")
             if top in ("c", "config") and value:
                 _check_recipe(value, prog)
