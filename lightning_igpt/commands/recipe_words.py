@@ -26,11 +26,15 @@ from lightning_igpt.commands.help import (
 
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # values of Lightning's ckpt_path that are no paths
 RESUME = (
-    "fit: Continue an interrupted run. auto takes the newest intact checkpoint of this model where the trainer saves, "
-    "and starts a new run if there is none; a run folder or a checkpoint must exist."
+    "fit: Continue an interrupted run in its folder, from a checkpoint or the newest one of a run folder. auto "
+    "searches default_root_dir, and starts a new run if there is no checkpoint."
 )
 WHAT = (  # names, what stands for the value, explanation
-    ("-c --config", "RECIPE", "A YAML file or a shipped recipe's name; of several the last wins, options over all."),
+    (
+        "-c --config",
+        "RECIPE",
+        "A YAML file or a shipped recipe's name; later ones override earlier ones, options all.",
+    ),
     ("--model", "CLASS", "PretrainModule, ProbeModule or FineTuneModule; its options are --model.NAME."),
     ("--data", "CLASS", "PretrainDataModule, ProbeDataModule or FineTuneDataModule; its options are --data.NAME."),
     ("--resume", "auto|PATH", RESUME),
@@ -42,10 +46,10 @@ WHAT = (  # names, what stands for the value, explanation
         f"Seed for initialization, data order and sampling, 0 to {SEEDS - 1}; true picks one at random. Default: 0.",
     ),
     ("--dry_run", "", "Print what would run, with sizes and, for fit, memory and time; train and write nothing."),
-    ("--trust", "NAME", "A package, module, class or address that the recipe may name, besides those known as safe."),
+    ("--trust", "NAME", "A package, module, class or address that the recipe may name, in addition to the safe ones."),
     ("--model.help", "CLASS", "The options of a class; likewise --data.help and --trainer.callbacks.help."),
     ("-h --help", "", "Show this help and exit."),
-    ("--print_config", "", "Print all options as YAML, as they would be taken, and exit."),
+    ("--print_config", "", "Print all options and their values as YAML, and exit."),
     ("--print_completion", "SHELL", "Print a script that completes options: shtab-bash, shtab-zsh (needs shtab)."),
 )
 FIRST = ("default_root_dir", "accumulate_grad_batches", "num_nodes", "logger")  # Lightning's options needed most
