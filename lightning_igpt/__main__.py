@@ -87,13 +87,12 @@ def _run(words: list[str]) -> None:
     elif verb in ("--help", "-h", "help"):
         print(usage())
     elif verb in LIGHTNING_VERBS:
+        importlib.import_module("lightning_igpt.commands.recipe_words").check(words)
         importlib.import_module("lightning_igpt.cli").run(words)
     elif verb in OWN_VERBS:
-        from lightning_igpt.commands.arguments import run_function
+        from lightning_igpt.commands.arguments import run_verb
 
-        module = importlib.import_module(f"lightning_igpt.commands.{verb}")
-        function = getattr(module, "VERBS", None) or getattr(module, verb)
-        run_function(function, words[1:], verb, positional=verb in POSITIONAL)
+        run_verb(verb, words[1:], positional=verb in POSITIONAL)
     else:
         closest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS], n=1)
         hint = f"; did you mean {closest[0]!r}?" if closest else "."

@@ -2,14 +2,17 @@
 
 import contextlib
 import itertools
+import logging
 import re
+import shlex
 import warnings
 from argparse import ArgumentError
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from textwrap import TextWrapper, fill
-from typing import Any, NoReturn, get_type_hints
+from textwrap import TextWrapper
+from typing import Any, NoReturn
 
+import lightning
 import torch
 from jsonargparse import ActionConfigFile, class_from_function, get_loader, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,10 +23,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_igpt import callbacks, data, modules
+from lightning_igpt.callbacks.loggers import continue_run
+from lightning_igpt.callbacks.run_folder import run_folder
+from lightning_igpt.callbacks.run_record import Outline
 from lightning_igpt.checkpointing import find_checkpoint
-from lightning_igpt.commands import dry_run, recipes
-from lightning_igpt.commands.arguments import SEEDS, check_folder, check_seed, one_line_errors, parameter_texts, reader
-from lightning_igpt.commands.help import LIGHTNING_VERBS, MARGIN, PROGRAM, Parser, columns, usage_error
+from lightning_igpt.commands import dry_run, recipe_words, recipes
+from lightning_igpt.commands.arguments import check_folder, check_seed, one_line_errors
+from lightning_igpt.commands.help import MARGIN, PROGRAM, Parser, columns, usage_error
+from lightning_igpt.commands.recipe_words import check_checkpoint
 from lightning_igpt.files import write_csv
 from lightning_igpt.pictures import save_png
 from lightning_igpt.trainer import make_trainer
@@ -33,27 +40,6 @@ __all__ = ["RecipeCLI", "callbacks", "data", "modules", "run"]  # importing the 
 # Classes that a recipe may name. Any other name is refused before its module is imported, which would run its code.
 TRUSTED = ("lightning", "lightning_igpt", "torch.optim", "torchmetrics")
 UNQUOTED = re.compile(r"(\w+): +([\w.+-]+)(?=[\s,}\]]|$)")  # of a recipe, key and text
-CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # values of Lightning's ckpt_path that are no paths
-RESUME = (
-    "fit: Continue an interrupted run. auto takes the newest intact checkpoint of this model where the trainer saves, "
-    "and starts a new run if there is none; a run folder or a checkpoint must exist."
-)
-WHAT = (  # names, what stands for the value, explanation
-    ("-c --config", "RECIPE", "A YAML file or a shipped recipe's name; of several the last wins, options over all."),
-    ("--model", "CLASS", "PretrainModule, ProbeModule or FineTuneModule; its options are --model.NAME."),
-    ("--data", "CLASS", "PretrainDataModule, ProbeDataModule or FineTuneDataModule; its options are --data.NAME."),
-    ("--resume", "auto|PATH", RESUME),
-    ("--ckpt_path", "CHECKPOINT", "Checkpoint of a run of this recipe: fit continues it, the others evaluate it."),
-    ("--random_weights", "true", "validate, test, predict: Run an untrained network, as a baseline."),
-    ("--seed_everything", "N", f"Of weights, order and draws, from 0 to {SEEDS - 1}; true draws one. Default: 0."),
-    ("--dry_run", "", "Print what would run, with sizes and, for fit, memory and time; train and write nothing."),
-    ("--trust", "NAME", "A package, module, class or address that the recipe may name, besides those known as safe."),
-    ("--model.help", "CLASS", "The options of a class; likewise --data.help and --trainer.callbacks.help."),
-    ("-h --help", "", "Show this help and exit."),
-    ("--print_config", "", "Print all options as YAML, as they would be taken, and exit."),
-    ("--print_completion", "SHELL", "Print a script that completes options: shtab-bash, shtab-zsh (needs shtab)."),
-)
-FIRST = ("default_root_dir", "accumulate_grad_batches", "num_nodes", "logger")  # Lightning's options needed most
 
 
 class RecipeFile(ActionConfigFile):  # type: ignore[misc]
@@ -89,26 +75,8 @@ class RecipeParser(LightningArgumentParser):
         usage_error(self.prog, message)
 
     def format_help(self) -> str:
-        """The text of ``--help``: what runs, the trainer's options needed most, and names of the others."""
-        if self.verb is None:
-            return str(super().format_help())
-        usage = f"{self.prog} --config RECIPE{' --ckpt_path CHECKPOINT' * (self.verb != 'fit')} [options]"
-        page = Parser(prog=self.prog, usage=usage, description=LIGHTNING_VERBS[self.verb].capitalize())
-        ours, theirs = parameter_texts(make_trainer), parameter_texts(Trainer.__init__)
-        hints = get_type_hints(Trainer.__init__) | get_type_hints(make_trainer)
-        trainer = {name: ours[name] for name in ours if name in hints and name not in ("module", "data")}
-        trainer |= {name: theirs.pop(name).partition(". ")[0] for name in FIRST}
-        rows = [
-            (f"--trainer.{name}", reader(hints[name])["metavar"] or "VALUE", text) for name, text in trainer.items()
-        ]
-        for heading, options in {"what to run": WHAT, "the trainer": rows}.items():
-            group = page.add_argument_group(heading)
-            for names, value, text in options:
-                takes: dict[str, Any] = {"metavar": value} if value else {"action": "store_true"}
-                group.add_argument(*names.split(), help=text.replace("%", "%%"), **takes)
-        further = fill(" ".join(name for name in theirs if name not in trainer), columns() - 2, break_on_hyphens=False)
-        page.add_argument_group("further options of Lightning's Trainer, as --trainer.NAME", further)
-        return page.format_help()
+        """The text of ``--help``."""
+        return recipe_words.page(self.verb) if self.verb else str(super().format_help())
 
     def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **options: Any) -> list[str]:
         """Leave out make_trainer's parameters for model and data, which the command line knows already."""
@@ -130,6 +98,7 @@ class RecipeCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_class=make_trainer,
+            trainer_defaults={"callbacks": Outline()},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # the modules keep their own plain hyperparameters
             seed_everything_default=0,
@@ -169,6 +138,7 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **options: Any) -> Trainer:
         """The trainer, planned for model and data; only ``fit`` needs to know how long to train."""
         given = self.config_init["trainer"]
+        options["enable_model_summary"] = bool(given.get("enable_model_summary"))  # Outline says what matters
         if self.verb == "fit":
             options |= {"module": self.model, "data": self.datamodule}
         elif given.get("max_steps", -1) < 1 and given.get("max_epochs") is None:
@@ -192,15 +162,12 @@ class RecipeCLI(LightningCLI):
                 f"{self.verb} would run on random weights: pass --ckpt_path with the checkpoint of a run (or, for "
                 "pretraining, model.pretrained); --random_weights true runs them as a baseline"
             )
-        named = path and path.split(":")[0] not in CHECKPOINT_WORDS and "://" not in path
-        if named and not Path(path).exists():
-            raise FileNotFoundError(f"ckpt_path {path} does not exist; it names the checkpoint of a run")
+        check_checkpoint(path)
         return path or None
 
     def _resumed(self, resume: str) -> str | None:
+        check_checkpoint(None, resume)
         auto, place = resume.lower() == "auto", Path(resume).expanduser()
-        if not auto and not place.exists():
-            raise FileNotFoundError(f"--resume {resume} does not exist; name a checkpoint or a run folder, or auto")
         newest = place if place.is_file() and not auto else find_checkpoint(self.trainer if auto else place, self.model)
         if newest is None and not auto:
             raise FileNotFoundError(f"--resume {resume}: the folder has no checkpoint; --resume auto would start a run")
@@ -209,10 +176,18 @@ class RecipeCLI(LightningCLI):
         return str(newest) if newest else None
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a log record is a warning or not Lightning's own."""
+    return record.levelno >= logging.WARNING or not record.pathname.startswith(lightning.__path__[0])
+
+
 def run(words: Sequence[str]) -> RecipeCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` with its options, and return what the recipe made."""
     verb, *rest = words
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # a deprecation within Lightning
+    # A deprecation within Lightning; a resumed run; epochs that are shorter than the interval between logs.
+    warnings.filterwarnings("ignore", ".*(LeafSpec|Checkpoint directory .* is not empty|smaller than the logging).*")
+    for handler in logging.getLogger("lightning.pytorch").handlers + logging.getLogger("lightning.fabric").handlers:
+        handler.addFilter(_is_news)
     # Not options of the recipe's parser: a recipe must not be able to trust itself.
     flags = Parser(prog=f"{PROGRAM} {verb}")
     flags.add_argument("--dry_run", action="store_true")
@@ -230,6 +205,8 @@ def run(words: Sequence[str]) -> RecipeCLI:
             return cli
         if verb == "predict" and cli.trainer.world_size > 1:
             raise ValueError("predict writes one file in the order of the images: pass --trainer.devices 1")
+        if checkpoint and verb == "fit":
+            continue_run(cli.trainer, checkpoint)
         method = getattr(cli.trainer, verb)
         try:
             result = method(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -237,7 +214,22 @@ def run(words: Sequence[str]) -> RecipeCLI:
             raise ValueError(f"trainer: {error}") from error
         if verb == "predict":
             _write(cli, result or [])
+        elif verb == "fit":
+            _say_next(cli)
     return cli
+
+
+def _say_next(cli: RecipeCLI) -> None:
+    """Log where a run's results are, and the command that uses them."""
+    folder = run_folder(cli.trainer)
+    if folder is None or not cli.trainer.loggers:
+        return
+    words = ["report", str(folder)]
+    if isinstance(cli.model, modules.PretrainModule):
+        source = str(getattr(cli.datamodule, "source", ""))
+        here = source == "digits" or Path(source).exists()
+        words = ["complete", "--pretrained", str(folder), "--images", source if here else "photos"]
+    rank_zero_info(f"results: {folder}\nnext: {PROGRAM} {shlex.join(words)}")
 
 
 def _allow(trusted: Sequence[str]) -> None:

@@ -79,9 +79,9 @@ def make_trainer(
         monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy or val/nats_per_pixel.
         mode: Whether the least (min) or the largest (max) value of monitor is best. Default: max for names that end in
             accuracy; min for those that end in loss, cross_entropy, nats_per_pixel or bits_per_pixel.
-        callbacks: Added to ModelCheckpoint, LearningRateMonitor, LayerCurve, ClassificationReport, RunRecord,
-            Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and, on CUDA, a bar that reads the
-            loss at every 20th step only. A callback of such a class replaces ours.
+        callbacks: Added to ModelCheckpoint, LearningRate, LayerCurve, ClassificationReport, RunRecord,
+            Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and Progress. A callback of such a
+            class replaces ours, as do any progress bar and LearningRateMonitor.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
         strategy: Default: DDP on several devices, and FSDP2 where the network with its optimizer does not fit on each.
             ``fsdp2`` asks for the last; other names are Lightning's, with Lightning's settings.
@@ -117,7 +117,7 @@ def make_trainer(
         accumulate=kwargs.get("accumulate_grad_batches", 1),
     )
     savers = [] if monitor is None and mode is None else [ModelCheckpoint(monitor=monitor, mode=_mode(monitor, mode))]
-    _fill(chosen, [*savers, *_checkpoints(steps, checkpoint_every)], accelerator, kwargs)
+    _fill(chosen, [*savers, *_checkpoints(steps, checkpoint_every)], kwargs)
     _add(chosen, ours.CompileBlocks(compile), ours.Recompute(recompute))  # in this order: compiled, blocks keep less
     trainer = Trainer(
         max_steps=max_steps,
@@ -269,24 +269,25 @@ def _has_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _fill(chosen: list[Callback], savers: list[ModelCheckpoint], accelerator: str, kwargs: dict[str, Any]) -> None:
+def _fill(chosen: list[Callback], savers: list[ModelCheckpoint], kwargs: dict[str, Any]) -> None:
     """Append the default callbacks; of savers those of a metric alone where the user brings one."""
     barebones = kwargs.get("barebones", False)  # which allows neither checkpoints nor logs
-    if kwargs.get("enable_progress_bar", not barebones) is not False and kind_of_device(accelerator) == "cuda":
-        # Lightning's waits for the loss at every step.
-        _add(chosen, theirs.TQDMProgressBar(refresh_rate=20), of=theirs.ProgressBar)
+    if kwargs.get("enable_progress_bar", not barebones) is not False:
+        _add(chosen, ours.Progress(), of=theirs.ProgressBar)
     if barebones:
         return
     if kwargs.get("enable_checkpointing") is not False:
         has_own = any(isinstance(one, ModelCheckpoint) for one in chosen)
         chosen += [one for one in savers if one.monitor or not has_own]
     if kwargs.get("logger") is not False:
-        _add(chosen, theirs.LearningRateMonitor(logging_interval="step"))
+        _add(chosen, ours.LearningRate(), of=(ours.LearningRate, theirs.LearningRateMonitor))
     _add(chosen, *(getattr(ours, name)() for name in ALWAYS))
 
 
-def _add(chosen: list[Callback], *defaults: Callback, of: type[Callback] | None = None) -> None:
-    """Append callbacks of whose class, or of class ``of``, there is none."""
+def _add(
+    chosen: list[Callback], *defaults: Callback, of: type[Callback] | tuple[type[Callback], ...] | None = None
+) -> None:
+    """Append callbacks of whose class, or of classes ``of``, there is none."""
     chosen += [new for new in defaults if not any(isinstance(old, of or type(new)) for old in chosen)]
 
 

@@ -4,7 +4,10 @@ import contextlib
 import copy
 import functools
 import http.server
+import importlib
+import inspect
 import io
+import json
 import os
 import re
 import subprocess
@@ -13,16 +16,23 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import pytest
 import torch
 import yaml
+from filelock import FileLock
+from lightning.pytorch import Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_igpt
 from lightning_igpt import cli, load_pretrained
-from lightning_igpt.__main__ import main
-from lightning_igpt.commands import recipes
+from lightning_igpt.__main__ import OWN_VERBS, main
+from lightning_igpt.commands import recipe_words, recipes
 from lightning_igpt.commands.arguments import one_line_errors
+from lightning_igpt.commands.help import PACKAGE, parse, read, verbs
+from lightning_igpt.report import read_curves
+from lightning_igpt.trainer import make_trainer
 
 NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 4, "image_size": 8}
 RECIPE = {
@@ -109,11 +119,30 @@ class TestVerbs:
         assert out.split() == ["lightning-igpt", lightning_igpt.__version__]
         assert seconds < 2
 
-    def test_importing_the_package_and_listing_recipes_is_light(self):
-        code = "import sys; from lightning_igpt.__main__ import main; main(['recipes', 'list']); print(*sys.modules)"
-        out, _ = in_a_new_process("-c", code)
-        assert not {"torch", "lightning", "datasets", "transformers"} & set(out.split())
+    def test_wrong_usage_help_and_recipes_are_answered_without_torch(self):
+        wrong = ["fit --no_option 1", "fit -c nothing", "test -c digits_tiny_probe --ckpt_path nothing.ckpt"]
+        wrong += ["fit --help", "fit --trainer.max_stepz 1", "fit --resume nothing", "fit --data.source nothing"]
+        wrong += ["complete --pretrained nothing --images digits", "score --no_option", "lowdata --help", "data show"]
+        code = "import sys; from contextlib import suppress; from lightning_igpt.__main__ import main\n"
+        code += f"for words in {wrong}:\n with suppress(SystemExit): main(words.split())\n"
+        out, _ = in_a_new_process("-c", f"{code}main(['recipes', 'list']); print(*sys.modules)")
+        assert not {"torch", "lightning", "datasets", "transformers", "omegaconf"} & set(out.splitlines()[-1].split())
         assert "digits_tiny_pretrain" in out
+
+    def test_signatures_read_from_source_files_are_those_of_the_functions(self):
+        ours, theirs = recipe_words.trainer_options()
+        pairs = [(ours, make_trainer), (theirs, Trainer.__init__)]
+        for verb in OWN_VERBS:
+            tree = parse(PACKAGE / "commands" / f"{verb}.py")
+            module = importlib.import_module(f"lightning_igpt.commands.{verb}")
+            pairs += [(read(tree, name), getattr(module, name)) for name in verbs(tree, verb).values()]
+        for known, function in pairs:
+            parameters = {name: part for name, part in inspect.signature(function).parameters.items() if name != "self"}
+            assert [*known.hints] == [name for name, part in parameters.items() if part.kind != part.VAR_KEYWORD]
+            defaults = {name: part.default for name, part in parameters.items() if part.default is not part.empty}
+            assert known.defaults == defaults
+            if function not in (make_trainer, Trainer.__init__):
+                assert known.hints == {name: get_type_hints(function)[name] for name in known.hints}
 
     @pytest.mark.parametrize(("typed", "meant"), [("fitt", "fit"), ("complet", "complete"), ("recipe", "recipes")])
     def test_a_misspelt_verb_is_wrong_usage_with_a_hint(self, typed, meant, capsys):
@@ -308,10 +337,39 @@ def test_resume_auto(tmp_path):
     (final,) = Path("runs/pretrain").rglob("final.ckpt")
     final.write_bytes(final.read_bytes()[:5000])  # as a kill in another program's save might leave it
     assert main(["fit", "--config", recipe, "--resume", "auto"]) == 0
-    (again,) = [path for path in Path("runs/pretrain").rglob("final.ckpt") if path != final]
+    (again,) = [path for path in final.parent.glob("final*.ckpt") if path != final]
     state = load_pretrained(again).network.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in whole.items())
     assert torch.load(again, weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.parametrize("logger", [None, "CSVLogger"])
+def test_a_resumed_run_continues_in_its_folder_unless_that_is_in_use(logger, tmp_path, caplog):
+    given = {"logger": {"class_path": logger, "init_args": {"save_dir": "runs/pretrain"}}} if logger else {}
+    trainer = {"max_steps": 6, "checkpoint_every": 3, "log_every_n_steps": 1} | given
+    recipe = write(tmp_path / "recipe.yaml", trainer=trainer)
+    whole = cli.run(["fit", "--config", recipe])
+    folder = Path(whole.trainer.log_dir)
+    rows = read_curves(folder / "metrics.csv")
+    best = whole.trainer.checkpoint_callback.best_model_path
+    assert f"next: lightning-igpt complete --pretrained {folder} --images digits" in caplog.text
+    (step,) = folder.rglob("step=6.ckpt")
+    other = write(tmp_path / "longer.yaml", trainer=trainer | {"max_steps": 9})
+    assert Path(cli.run(["fit", "-c", other, "--ckpt_path", str(step)]).trainer.log_dir) == folder and best
+    curves = read_curves(folder / "metrics.csv")["train/nats_per_pixel"]
+    assert curves[0] == list(range(9)) and curves[1][:6] == rows["train/nats_per_pixel"][1]
+    assert len(json.loads((folder / "run.json").read_text())["runs"]) == 2 and f"step 6 of {step}" in caplog.text
+    events = EventAccumulator(str(folder)).Reload() if not logger else None
+    assert not events or [event.step for event in events.Scalars("train/nats_per_pixel")] == list(range(9))
+    with FileLock(folder / ".lock"):
+        again = cli.run(["fit", "-c", other, "--ckpt_path", str(step)])
+    assert Path(again.trainer.log_dir) == folder.with_name("version_1")
+
+
+def test_a_run_that_fails_before_it_begins_leaves_no_folder(tmp_path):
+    recipe = write(tmp_path / "recipe.yaml", data={"init_args": {"source": "nowhere", "batch_size": 4}})
+    assert "nowhere" in refusal(["fit", "--config", recipe])
+    assert [*tmp_path.iterdir()] == [tmp_path / "recipe.yaml"]
 
 
 @pytest.mark.parametrize(

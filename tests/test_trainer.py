@@ -3,13 +3,13 @@ import logging
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
 from lightning_igpt import trainer as making
-from lightning_igpt.callbacks import CompileBlocks, Throughput
+from lightning_igpt.callbacks import CompileBlocks, LearningRate, Throughput
 from lightning_igpt.checkpointing import AtomicCheckpointIO
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.trainer import best_precision, make_trainer
@@ -29,7 +29,7 @@ def test_every_choice_can_be_overridden(tmp_path):
     )  # fmt: skip
     assert checkpoints(trainer) == [mine] and trainer.strategy.checkpoint_io is io
     assert trainer.precision == "64-true" and trainer.val_check_interval == 0.5 and trainer.check_val_every_n_epoch == 1
-    assert not any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks)
+    assert not any(isinstance(callback, LearningRate) for callback in trainer.callbacks)
     assert not checkpoints(make_trainer(max_steps=1, accelerator="cpu", enable_checkpointing=False))
 
 
@@ -202,6 +202,6 @@ def test_the_command_lines_defaults_are_no_choices(tmp_path):
         assert trainer.max_steps == 100 and trainer.max_epochs == -1
         assert trainer.val_check_interval == 30 and trainer.check_val_every_n_epoch is None
         assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO) and len(checkpoints(trainer)) == 2
-    assert any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks)
+    assert any(isinstance(callback, LearningRate) for callback in trainer.callbacks)
     with pytest.raises(ValueError, match="how long to train"):
         make_trainer(**given)

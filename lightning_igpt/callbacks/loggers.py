@@ -1,18 +1,22 @@
-"""Loggers that write files: each run has its own folder, and a failure of the disk does not end the run."""
+"""Loggers that write files: a run has a folder to itself and continues there; a failure of the disk does not end it."""
 
 import copy
-import csv
-import os
-from collections.abc import Mapping
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from filelock import FileLock
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lightning_igpt.callbacks.finite_guard import check_folder
+from lightning_igpt.callbacks.metrics_file import cut_rows, read_rows
 from lightning_igpt.callbacks.run_folder import sparing
-from lightning_igpt.files import write_csv
+
+_LOCKS: WeakKeyDictionary[Logger, FileLock] = WeakKeyDictionary()  # of the folders that the loggers of this process use
 
 
 def _spared(name: str) -> Any:
@@ -27,9 +31,13 @@ def _spared(name: str) -> Any:
 
 
 class _Steady(Logger):
-    """Where no version was given, the folder is that of the first version which no other run has made."""
+    """Where no version was given, the folder is that of the first version which no other run has made.
 
-    _own: int | str | None = None  # the version, once its folder is made
+    It is locked from the first use to ``finalize``.
+    """
+
+    _own: int | str | None = None  # the version, once its folder is made or locked
+    _is_new = False  # whether this logger made the folder
 
     @property
     def version(self) -> Any:
@@ -46,9 +54,35 @@ class _Steady(Logger):
             try:
                 if "://" not in self.log_dir:
                     Path(self.log_dir).mkdir(parents=True, exist_ok=self._own == taken)  # a version that was given
+                    self._is_new = self._own != taken
             except FileExistsError:
                 taken, self._own = self._own, None
+        if self not in _LOCKS and rank_zero_only.rank == 0 and "://" not in self.log_dir:  # type: ignore[attr-defined]
+            self._lock(Path(self.log_dir))
         return super().experiment  # type: ignore[misc]
+
+    def _lock(self, folder: Path) -> bool:
+        """Lock a folder, if no other run uses it and the file system has locks."""
+        lock = FileLock(folder / ".lock", timeout=0)
+        with suppress(OSError, NotImplementedError):
+            lock.acquire()
+            _LOCKS[self] = lock
+        return lock.is_locked
+
+    def continue_in(self: Any, folder: Path) -> bool:
+        """Use the folder of an earlier run of this logger, unless a version was given or the folder is in use."""
+        root, version = Path(self.root_dir).absolute(), self.version
+        if not isinstance(version, int) or not folder.is_relative_to(root) or Path(self.log_dir).exists():
+            return True
+        if rank_zero_only.rank == 0 and not self._lock(folder):  # type: ignore[attr-defined]
+            return False
+        self._own = str(folder.relative_to(root))
+        return True
+
+    def cut(self, step: int) -> None:
+        """Let TensorBoard hide what was logged from ``step`` on, which a resumed run logs again."""
+        self.experiment.close()
+        self.experiment.purge_step = step
 
     def reopen(self) -> None:
         """Make the folder again, if it was deleted, and let TensorBoard start another file; OSError without room."""
@@ -56,7 +90,22 @@ class _Steady(Logger):
         self.experiment.file_writer = self.experiment.all_writers = None
 
     methods = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize")
-    log_metrics, log_hyperparams, log_graph, save, finalize = map(_spared, methods)
+    log_metrics, log_hyperparams, log_graph, save, _finalize = map(_spared, methods)
+
+    def finalize(self, status: str) -> None:
+        """Write what is left, and let other runs have the folder; of a run that failed before it began, remove it."""
+        self._finalize(status)
+        if lock := _LOCKS.pop(self, None):
+            lock.release()
+            folder = Path(str(self.log_dir))
+            files = [path for path in folder.glob("*") if path.name != ".lock"]
+            empty = all(path.name.startswith(("events.", "hparams.", "config.")) for path in files)
+            if status == "failed" and self._is_new and empty:
+                with suppress(OSError):
+                    for path in [*files, folder / ".lock"]:
+                        path.unlink(missing_ok=True)
+                    for place in (folder, *folder.parents[:2]):
+                        place.rmdir()  # if it is empty
 
 
 class SteadyTensorBoard(_Steady, TensorBoardLogger):
@@ -64,51 +113,34 @@ class SteadyTensorBoard(_Steady, TensorBoardLogger):
 
 
 class SteadyCSV(_Steady, CSVLogger):
-    """CSVLogger that keeps values until they can be written."""
+    """CSVLogger that keeps values until they can be written, and those of the run that it continues."""
+
+    def continue_in(self, folder: Path) -> bool:
+        """As above; Lightning's logger deletes the values that it finds in a folder, so they are written again."""
+        _, rows = read_rows(folder / "metrics.csv")
+        free = super().continue_in(folder)
+        if self._own is not None and rows and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.experiment.metrics = rows
+            self.save()
+        return free
+
+    def cut(self, step: int) -> None:
+        """Remove what was logged from ``step`` on."""
+        cut_rows(Path(self.log_dir) / "metrics.csv", step)
 
 
 STEADY: dict[Any, Any] = {TensorBoardLogger: SteadyTensorBoard, CSVLogger: SteadyCSV}  # subclasses stay as they are
 
 
-class MetricsFile(Logger):
-    """A logger that writes one CSV row for each step, when the next step is logged.
+def continue_run(trainer: Trainer, checkpoint: str | Path) -> None:
+    """Let loggers write to the folder of the run that a checkpoint comes from, unless another process uses it.
 
-    Rows that the disk does not take are written with a later one.
+    Call it before ``trainer.fit``. A logger that was given a version keeps it.
     """
-
-    name, version = "metrics", ""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path, self._row, self._rows = path, dict[str, Any](), list[dict[str, Any]]()
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if step != self._row.get("step"):
-            self.write()
-        self._row |= {**metrics, "step": step}
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...  # they are in run.json
-
-    def write(self) -> None:
-        """Append the rows, all or none; where they have new columns, replace the file."""
-        self._rows, self._row = [*self._rows, *filter(None, [self._row])], {}
-        columns, names, rows = set[str]().union(*self._rows), list[str](), self._rows
-        with sparing(self.path):
-            size = self.path.stat().st_size if self.path.exists() else 0
-            if size:
-                with self.path.open(newline="", encoding="utf-8", errors="replace") as file:
-                    reader = csv.DictReader(file)
-                    names = list(reader.fieldnames or ())
-                    rows = rows if columns <= set(names) else [*reader, *rows]
-            new = sorted(columns - set(names))
-            cells = [[row.get(name, "") for name in names + new] for row in rows]
-            if new:
-                write_csv(self.path, [names + new, *cells])
-            elif cells:
-                try:
-                    with self.path.open("a", newline="", encoding="utf-8") as file:
-                        csv.writer(file).writerows(cells)
-                except OSError:
-                    os.truncate(self.path, size)
-                    raise
-            self._rows = []
+    folder = next((place for place in Path(checkpoint).absolute().parents if (place / "run.json").exists()), None)
+    for logger in trainer.loggers:
+        if folder is not None and isinstance(logger, _Steady) and not logger.continue_in(folder):
+            rank_zero_warn(f"{folder} is in use by another run or cannot be locked; this run gets a folder of its own")
+            return

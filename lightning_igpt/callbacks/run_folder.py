@@ -8,14 +8,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_igpt.files import os_error
 from lightning_igpt.pictures import save_png, to_pil
 
 _PICTURES: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()  # their folders, where no logger has one of its own
-WARNED = set[str]()  # files and loggers of this run
+WARNED = set[str]()  # files, loggers and pictures of this run that the log has named
 
 
 def run_folder(trainer: Trainer) -> Path | None:
@@ -43,8 +43,18 @@ def write_result(trainer: Trainer, name: str, write: Callable[[Path], None]) -> 
 
 
 def show(trainer: Trainer, name: str, tag: str, picture: Tensor) -> None:
-    """Save a picture, uint8 (3, H, W), in the run's folder, and pass it to the loggers that take images."""
-    write_result(trainer, name, lambda path: save_png(picture, path))
+    """Save a picture, uint8 (3, H, W), in the run's folder, and pass it to the loggers that take images.
+
+    The log says where the first picture of each tag is.
+    """
+
+    def write(path: Path) -> None:
+        save_png(picture, path)
+        if tag not in WARNED:
+            WARNED.add(tag)
+            rank_zero_info(f"{tag}: {path}")
+
+    write_result(trainer, name, write)
     for logger in [] if trainer.fast_dev_run else trainer.loggers:  # type: ignore[attr-defined]
         try:
             _log_image(logger, tag, picture, trainer.global_step)

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_igpt.callbacks.loggers import MetricsFile
+from lightning_igpt.callbacks.metrics_file import MetricsFile
 from lightning_igpt.callbacks.run_folder import WARNED, run_folder, sparing
+from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.files import write_text
+from lightning_igpt.planning import parameter_count
 
 RECORD = "run_record"  # key in checkpoints
 LIBRARIES = ("lightning-igpt", "torch", "lightning", "datasets", "numpy", "pillow")
@@ -29,7 +31,7 @@ class RunRecord(Callback):
     """Record what made a run and what it logged, and warn where a resumed run differs.
 
     When a fit starts, ``run.json`` in the run's folder gets an entry under ``runs``. Where there is a logger,
-    ``metrics.csv`` gets a row for each logged step; a resumed run appends.
+    ``metrics.csv`` gets a row for each logged step; a resumed run replaces what was logged after its checkpoint.
     """
 
     _metrics: MetricsFile | None = None
@@ -47,6 +49,9 @@ class RunRecord(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         record = checkpoint.get(RECORD)
         self._earlier = record if isinstance(record, dict) else {}
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if hasattr(logger, "cut"):
+                logger.cut(checkpoint["global_step"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[RECORD] = getattr(self, "_now", {})  # saved before any fit, there is no record
@@ -72,6 +77,24 @@ class RunRecord(Callback):
             trainer.loggers, self._metrics = [one for one in trainer.loggers if one is not self._metrics], None
 
     teardown = on_exception = _close
+
+
+class Outline(Callback):
+    """When training starts, log the network, where its weights are from, the data, and where results go."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        config, data = getattr(pl_module, "config", None), getattr(trainer, "datamodule", None)
+        if isinstance(config, ImageGPTConfig):
+            size = f"{config.n_layer} layers of width {config.n_embd}, {parameter_count(config):,} parameters"
+            rank_zero_info(f"network: {size}, {config.image_size} x {config.image_size} pixels")
+        if origin := trainer.ckpt_path or getattr(pl_module, "origin", None):
+            rank_zero_info(f"weights: {f'step {trainer.global_step} of ' * bool(trainer.ckpt_path)}{origin}")
+        parts, names = getattr(data, "parts", {}), {"train": "training", "val": "validation"}
+        counts = [f"{len(parts[part]):,} {name} images" for part, name in names.items() if part in parts]
+        source = getattr(data, "source", None)
+        source = source if isinstance(source, str) else type(source or data).__name__
+        rank_zero_info(", ".join([f"data: {source}", *counts]))
+        rank_zero_info(f"results: {run_folder(trainer) or trainer.default_root_dir}")
 
 
 def describe(trainer: Trainer, module: Any) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Our verbs, one file each: a typed, documented function, and ``run(words)`` that reads its arguments."""
+"""Our own verbs, one file each: a typed, documented function, or a table ``VERBS`` of several."""

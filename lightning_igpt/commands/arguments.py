@@ -1,84 +1,80 @@
 """How our own verbs read their arguments, by signature and docstring, and check where results go before any work."""
 
 import argparse
-import inspect
+import importlib
 import itertools
 import os
+import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
-import docstring_parser
-from omegaconf.errors import OmegaConfBaseException
-
-from lightning_igpt.commands.help import PROGRAM, Parser, plain
+from lightning_igpt.commands.help import PACKAGE, PROGRAM, Parser, Signature, check_paths, parse, read, verbs
 from lightning_igpt.files import shown
 
 SEEDS = 2**32  # NumPy's generators take seeds from 0 to one less
 CACHES = ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE")  # variables that name folders
 
 
-def run_function(
-    function: Callable[..., Any] | Mapping[str, Callable[..., Any]],
-    words: Sequence[str],
-    verb: str,
-    *,
-    positional: bool = False,
-) -> None:
-    """Parse the words after a verb for a function, or for one of several by the name of its sub-verb, and call it.
+def run_verb(verb: str, words: Sequence[str], *, positional: bool = False) -> None:
+    """Parse the words after a verb, whose file is imported only once they are understood, and call its function.
 
     ``positional`` takes required arguments without their names.
     """
-    prog = f"{PROGRAM} {verb}"
-    if isinstance(function, Mapping):
-        parser = Parser(prog=prog, add_help=True)
-        verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(function), title="verbs")
-        for name, part in function.items():
-            summary = docstring_parser.parse(part.__doc__ or "").short_description
-            _add(verbs.add_parser(name, prog=f"{prog} {name}", description=summary, help=summary), part, positional)
-    else:
-        parser = Parser(prog=prog, description=docstring_parser.parse(function.__doc__ or "").description or "")
-        _add(parser, function, positional)
-    options = vars(parser.parse_args(list(words)))
-    chosen = function[options.pop("verb")] if isinstance(function, Mapping) else function
+    tree, prog = parse(PACKAGE / "commands" / f"{verb}.py"), f"{PROGRAM} {verb}"
+    names = verbs(tree, verb)
+    parts = {name: read(tree, function) for name, function in names.items()}
+    name, options = read_words(parts, words, prog, positional=positional)
     with one_line_errors(prog):
         check_seed("seed", options.get("seed"))
-        chosen(**options)
+        check_paths(options)
+        getattr(importlib.import_module(f"lightning_igpt.commands.{verb}"), names[name])(**options)
 
 
-def _add(parser: argparse.ArgumentParser, function: Callable[..., Any], positional: bool) -> None:
+def read_words(
+    parts: Mapping[str, Signature], words: Sequence[str], prog: str, *, positional: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """(sub-verb, values by parameter): of the functions of several sub-verbs, or of one, whose name is empty."""
+    if "" in parts:
+        parser = Parser(prog=prog, description=parts[""].doc.description or "")
+        _add(parser, parts[""], positional)
+    else:
+        parser = Parser(prog=prog, add_help=True)
+        group = parser.add_subparsers(dest="verb", required=True, metavar="|".join(parts), title="verbs")
+        for name, part in parts.items():
+            summary = part.doc.short_description
+            added = group.add_parser(name, prog=f"{prog} {name}", description=summary, help=summary)
+            _add(added, part, positional)
+    options = vars(parser.parse_args(list(words)))
+    return options.pop("verb", ""), options
+
+
+def _add(parser: argparse.ArgumentParser, function: Signature, positional: bool) -> None:
     """Add an option for every parameter."""
-    hints, parameters = get_type_hints(function), inspect.signature(function).parameters
-    texts = parameter_texts(function)
+    texts = function.texts
     needed, rest = parser.add_argument_group("needed"), parser.add_argument_group("options")
     called = [parser.prog]
-    for name, parameter in parameters.items():
-        required, kind = parameter.default is inspect.Parameter.empty, hints[name]
-        options = reader(kind) | {"help": _text(texts.get(name, ""), parameter.default)}
-        if required and positional:
+    for name, kind in function.hints.items():
+        options = reader(kind) | {"help": _text(texts.get(name, ""), function.defaults.get(name))}
+        if name in function.defaults:
+            rest.add_argument(f"--{name}", default=function.defaults[name], **options)
+        elif positional:
             action = needed.add_argument(name, **options | {"metavar": name.upper()})
             called.append(f"{action.metavar} ..." if action.nargs == "+" else str(action.metavar))
-        elif required:
+        else:
             action = needed.add_argument(f"--{name}", required=True, **options)
             called.append(f"--{name} {action.metavar or name.upper()}")
-        else:
-            rest.add_argument(f"--{name}", default=parameter.default, **options)
     rest.add_argument("-h", "--help", action="help", help="Show this help and exit.")
     parser.usage = " ".join([*called, "[options]"])
 
 
-def parameter_texts(function: Callable[..., Any]) -> dict[str, str]:
-    """What a function's docstring says about each of its parameters."""
-    return {item.arg_name: plain(item.description) for item in docstring_parser.parse(function.__doc__ or "").params}
-
-
 def _text(text: str, default: Any) -> str:
     """The description of an option, with its default where that says something."""
-    if default not in (None, False, "", inspect.Parameter.empty) and "efault" not in text:
+    if default not in (None, False, "") and "efault" not in text:
         text += f" Default: {' '.join(map(str, default)) if isinstance(default, tuple) else str(default).lower()}."
     return text.replace("%", "%%")
 
@@ -164,15 +160,18 @@ def one_line_errors(prog: str) -> Iterator[None]:
         yield
     except BrokenPipeError:  # the reader of stdout has gone, which is no mistake
         raise
-    except (OmegaConfBaseException, ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except Exception as error:
+        references = getattr(sys.modules.get("omegaconf.errors"), "OmegaConfBaseException", ())
+        if not isinstance(error, (references, ValueError, TypeError, OSError, ModuleNotFoundError)):
+            raise
         # Wrong paths and references of a recipe are the user's, whoever raises.
-        own = error if isinstance(error, (OSError, OmegaConfBaseException)) else _own(error)
+        own = error if isinstance(error, (OSError, references)) else _own(error)
         if os.environ.get("LIGHTNING_IGPT_TRACEBACK") or own is None:
             raise
         text = str(own)
         if isinstance(own, OSError) and own.filename:
             text = f"{own.filename}: {own.strerror}{_cure(Path(os.fsdecode(own.filename)))}"
-        elif isinstance(own, OmegaConfBaseException):
+        elif isinstance(own, references):
             text += "; a reference is ${name}, to a value of the recipe, or ${oc.env:NAME}, to one of the environment"
         raise SystemExit(f"{prog}: {shown(' '.join(text.split()))}") from error
 

@@ -1,16 +1,29 @@
-"""argparse with help that fits the terminal and ends with examples, and with errors of one line."""
+"""argparse with help that fits the terminal and ends with examples, and with errors of one line.
+
+Signatures and docstrings are read from source files, so that a wrong option is answered before torch is imported.
+"""
 
 import argparse
+import ast
+import builtins
+import glob
+import importlib.util
+import itertools
 import re
 import shutil
 import sys
 import textwrap
+import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import docstring_parser
 
 from lightning_igpt.files import shown
 
 PROGRAM = "lightning-igpt"
+PACKAGE = Path(__file__).parents[1]
 MARGIN = 18  # characters of the name of a table's line
 LIGHTNING_VERBS = {
     "fit": "train: pretraining, probing or fine-tuning, whichever the recipe names",
@@ -79,3 +92,83 @@ def plain(text: str | None) -> str:
     """Text of a docstring on one line, without the marks of reStructuredText."""
     text = re.sub(r":\w+:`~?([^`]+)`", lambda match: match[1].rsplit(".", 1)[-1], text or "")
     return " ".join(text.replace("`", "").split())
+
+
+class Signature(NamedTuple):
+    """Parameters of a function: their types, defaults and descriptions."""
+
+    doc: docstring_parser.Docstring
+    hints: dict[str, Any]
+    defaults: dict[str, Any]  # of those that have one
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What the docstring says about each parameter."""
+        return {item.arg_name: plain(item.description) for item in self.doc.params}
+
+
+class _Names(dict[str, Any]):
+    """What the names in a file's annotations mean; ``object`` where that is a class of a library."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        super().__init__(vars(builtins) | vars(typing))
+        self.tree = tree
+
+    def __missing__(self, name: str) -> Any:
+        for node in self.tree.body:
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name:
+                return self.read(node.value)
+            if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+                file = PACKAGE.parent / f"{str(node.module).replace('.', '/')}.py"
+                return _Names(parse(file))[name] if file.is_relative_to(PACKAGE) else object
+        return object
+
+    def read(self, expression: ast.expr | None) -> Any:
+        try:
+            return eval(ast.unparse(expression), {}, self) if expression else object
+        except (AttributeError, TypeError):  # such as an attribute of such a class
+            return object
+
+
+def parse(path: Path) -> ast.Module:
+    """The syntax tree of a source file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def trainer_file() -> Path:
+    """The file that defines Lightning's Trainer."""
+    spec = importlib.util.find_spec("lightning")
+    return Path(str(spec and spec.origin)).parent / "pytorch" / "trainer" / "trainer.py"
+
+
+def read(tree: ast.Module, name: str) -> Signature:
+    """The signature of the first function of that name in a file."""
+    node = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
+    given, names = node.args, _Names(tree)
+    firsts = itertools.chain(itertools.repeat(None, len(given.args) - len(given.defaults)), given.defaults)
+    pairs = [*zip(given.args, firsts, strict=True), *zip(given.kwonlyargs, given.kw_defaults, strict=True)]
+    hints = {argument.arg: names.read(argument.annotation) for argument, _ in pairs if argument.arg != "self"}
+    defaults = {argument.arg: names.read(default) for argument, default in pairs if default is not None}
+    return Signature(docstring_parser.parse(ast.get_docstring(node) or ""), hints, defaults)
+
+
+def verbs(tree: Any, verb: str) -> dict[str, str]:
+    """Names of the functions of a verb's file by sub-verb; that of the verb itself where it has none."""
+    tables = [node.value for node in tree.body if ast.unparse(node).startswith("VERBS = ")]
+    pairs = [pair for table in tables for pair in zip(table.keys, table.values, strict=True)]
+    return {key.value: part.id for key, part in pairs} or {"": verb}
+
+
+def check_paths(options: Mapping[str, Any]) -> None:
+    """Raise FileNotFoundError where weights, images or runs are neither here nor a hub id or an embedded name."""
+    for name in ("pretrained", "images", "source", "runs", "palette"):
+        values = options.get(name) or []
+        for value in [values] if isinstance(values, str) else values:
+            path = Path(value).expanduser()
+            known = path.exists() or value == "digits" or (name == "palette" and path.suffix != ".npy")
+            known |= not value.strip() or re.search(r"://|\$\{", value) is not None  # checked later
+            known |= name != "runs" and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", value) is not None
+            known |= any(value in file.name for file in (PACKAGE / "assets").rglob("*"))
+            if not known and not any(path.parent.glob(f"{glob.escape(path.name)}.*")):  # of a TensorFlow checkpoint
+                hub = "" if name == "runs" else "; on the Hugging Face hub, names are owner/name"
+                raise FileNotFoundError(f"{name} {value} does not exist: no file or folder of that name is here{hub}")

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from lightning_igpt.data.folders import TABLES
 from lightning_igpt.data.sources import Source, open_source
 from lightning_igpt.files import shown
 from lightning_igpt.images import SUFFIXES, BadImageError, decode, resize_center_crop
@@ -33,6 +34,9 @@ def decoded(
         raise ValueError(f"asked for {limit} images; ask for at least 1")
     path = Path(source).expanduser()
     rows = iter([(path.name, {"path": str(path)})])
+    if path.is_file() and path.suffix.lower() not in SUFFIXES | TABLES.keys():
+        kinds = " ".join(sorted(SUFFIXES | TABLES.keys()))
+        raise ValueError(f"{shown(path)} holds no images: a file ends in one of {kinds}; or name a folder")
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
         opened = open_source(source)
         opened.need_images()

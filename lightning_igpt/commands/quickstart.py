@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_igpt import __version__
 from lightning_igpt.commands.arguments import check_folder
-from lightning_igpt.commands.lowdata import draw_subsets, features, measure
+from lightning_igpt.commands.lowdata import measure
 from lightning_igpt.commands.quickstart_page import picture_sections, result_rows, write_report
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule

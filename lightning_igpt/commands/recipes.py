@@ -4,15 +4,13 @@ import difflib
 import re
 import textwrap
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_igpt.commands.arguments import check_file
-from lightning_igpt.commands.help import columns
+from lightning_igpt.commands.help import PACKAGE, columns
 from lightning_igpt.files import write_text
-
-PACKAGE = Path(__file__).parents[1]
 
 
 def folder() -> Path:
@@ -98,4 +96,4 @@ def copy(name: str, to: str = ".", overwrite: bool = False) -> None:
     print(f"{target}: edit it, then lightning-igpt fit --config {target}")
 
 
-VERBS: dict[str, Callable[..., None]] = {"list": list_recipes, "show": show, "copy": copy}
+VERBS = {"list": list_recipes, "show": show, "copy": copy}

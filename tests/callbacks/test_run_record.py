@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from lightning_igpt.callbacks import RunRecord
+from lightning_igpt.callbacks import LearningRate, RunRecord
 from lightning_igpt.callbacks.run_record import RECORD
 from lightning_igpt.data import PretrainDataModule
-from lightning_igpt.modules import PretrainModule
+from lightning_igpt.modules import FineTuneModule, PretrainModule
 from lightning_igpt.palette import Palette
 from tests.image_files import tiny
 from tests.modules.helpers import quiet_trainer
@@ -95,14 +95,14 @@ def test_metrics_are_those_of_lightnings_csv_logger_with_one_row_per_step(tmp_pa
     assert mine.items() <= more.items() and ("0", "val/nats_per_pixel") in more
 
 
-def test_rows_of_a_resumed_run_are_appended(tmp_path):
+def test_rows_of_a_resumed_run_take_the_place_of_those_after_its_checkpoint(tmp_path):
     def run(**options):
         trainer, _ = fit(tmp_path, logger=TensorBoardLogger(tmp_path, version=""), **options)
         return rows(Path(trainer.log_dir) / "metrics.csv")
 
     whole, table = run()
     again, longer = run(ckpt_path=tmp_path / "ckpt" / "step=3.ckpt")
-    assert again == whole and longer[: len(table)] == table and len(longer) > len(table)
+    assert again == whole and len(longer) == len(table)
 
 
 def test_a_resumed_run_is_warned_of_what_changed(tmp_path, monkeypatch):
@@ -140,3 +140,18 @@ def test_any_hyperparameter_is_recorded_unless_a_run_keeps_nothing(tmp_path, opt
     trainer.fit(Plain(), DataLoader(torch.zeros(4)))
     expected = {"class": "Plain", "hparams": {"place": "x", "dtype": "torch.float32"}}
     assert not list(tmp_path.rglob("*.*")) if options else entries(tmp_path)[0]["module"] == expected
+
+
+@pytest.mark.parametrize(("optimizer", "names"), [("muon", {"lr"}), ("adam", {"lr"}), (None, {"lr/1", "lr/2", "lr/3"})])
+def test_a_learning_rate_is_logged_once(optimizer, names, tmp_path):
+    if optimizer:
+        module = PretrainModule(TINY, "gray:4", optimizer=optimizer)
+    else:
+        module = FineTuneModule(network=TINY, palette="gray:4", num_classes=2, layer_decay=0.5)
+    logger = CSVLogger(tmp_path, version="")
+    options = {"max_steps": 3, "log_every_n_steps": 1, "limit_val_batches": 0, "logger": logger}
+    trainer = quiet_trainer(tmp_path, callbacks=[LearningRate()], **options)
+    batch = {"image": torch.zeros(4, 3, 4, 4, dtype=torch.uint8), "label": torch.zeros(4, dtype=torch.int64)}
+    trainer.fit(module, DataLoader([batch] * 3, batch_size=None))
+    _, table = rows(Path(trainer.log_dir) / "metrics.csv")
+    assert {name for name in table[0] if name.startswith("lr")} == names

@@ -1,10 +1,13 @@
 """How our own verbs read their words: from a function's signature and docstring."""
 
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from lightning_igpt.commands.arguments import run_function
+from lightning_igpt.__main__ import main
+from lightning_igpt.commands.arguments import read_words
+from lightning_igpt.commands.help import parse, read
 
 
 def show(
@@ -36,6 +39,14 @@ def show(
     print(name, numbers, budgets, most, share, check, compile, kind, layer, seed, sep="|")
 
 
+def run(words, positional=False, sub=""):
+    """Call ``show`` as a verb, or as its sub-verb, would be called."""
+    parts = {sub: read(parse(Path(__file__)), "show")}
+    name, options = read_words(parts, words, "lightning-igpt show", positional=positional)
+    assert name == sub
+    show(**options)
+
+
 @pytest.mark.parametrize(
     ("words", "printed"),
     [
@@ -47,9 +58,9 @@ def show(
 )
 def test_every_kind_of_parameter_is_read(words, printed, capsys):
     for named in (["--name", "x:1:4"], ["x:1:4"]):
-        run_function(show, [*named, *words], "show", positional=len(named) == 1)
+        run([*named, *words], len(named) == 1)
         assert capsys.readouterr().out == f"x:1:4|{printed}\n"
-    run_function({"it": show}, ["it", "--name", "x:1:4", *words], "show")
+    run(["it", "--name", "x:1:4", *words], sub="it")
     assert capsys.readouterr().out == f"x:1:4|{printed}\n"
 
 
@@ -69,7 +80,7 @@ def test_every_kind_of_parameter_is_read(words, printed, capsys):
 )
 def test_wrong_usage_is_one_line_that_names_it(words, capsys):
     with pytest.raises(SystemExit, match="2"):
-        run_function(show, ["--name", "x", *words], "show")
+        run(["--name", "x", *words])
     said = capsys.readouterr().err
     assert said.startswith("lightning-igpt show: ") and said.endswith("See lightning-igpt show --help\n")
     assert words[-1].partition("=")[0] in said and said.count("\n") == 1
@@ -78,14 +89,14 @@ def test_wrong_usage_is_one_line_that_names_it(words, capsys):
 @pytest.mark.parametrize("seed", ["-1", "4294967296"])
 def test_a_seed_out_of_range_is_refused(seed):
     with pytest.raises(SystemExit) as stop:
-        run_function(show, ["x", "--seed", seed], "show", positional=True)
-    assert stop.value.code == f"lightning-igpt show: seed is {seed}; it must be from 0 to 4294967295"
+        main(["quickstart", "--seed", seed])
+    assert stop.value.code == f"lightning-igpt quickstart: seed is {seed}; it must be from 0 to 4294967295"
 
 
 def test_help_explains_every_parameter(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit, match="0"):
-        run_function(show, ["--help"], "show")
+        run(["--help"])
     text = capsys.readouterr().out
     assert "usage: lightning-igpt show --name NAME [options]" in text and "100% of its arguments" in text
     for name, explained in {"budgets N [N ...]": "More numbers. Default: 4 25.", "kind a|b": "A word."}.items():

@@ -105,7 +105,7 @@ def test_rows_hold_what_was_given_draws_and_the_truth(config):
 @pytest.mark.parametrize("words", [["--keep_rows", "0"], ["--top_k", "3"], ["--top_p", "0.5"]])
 def test_a_mask_excludes_what_it_replaces(words, tmp_path):
     with pytest.raises(SystemExit, match="drop keep_rows, top_k, top_p"):
-        run("nothing is loaded", tmp_path / "out", "--mask", "nothing is read", *words)
+        run("nothing/loaded", tmp_path / "out", "--mask", "nothing is read", *words)
 
 
 def test_names_of_samples(checkpoint, tmp_path):

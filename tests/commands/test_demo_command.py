@@ -333,7 +333,7 @@ def test_a_port_in_use_is_told():
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(SystemExit) as stop:
-        main(["demo", "--pretrained", "nowhere.ckpt"])
+        main(["demo", "--pretrained", "no/thing"])
     assert "\n" not in stop.value.code and 'pip install ".[demo]"' in stop.value.code
 
 

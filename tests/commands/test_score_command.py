@@ -140,7 +140,7 @@ def test_a_bert_network_is_refused_before_images_are_read(tmp_path):
     trainer.strategy.connect(PretrainModule(BERT, "gray:8", objective="bert"))
     trainer.save_checkpoint(tmp_path / "bert.ckpt")
     with pytest.raises(SystemExit, match="a BERT network has no likelihood"):
-        run(str(tmp_path / "bert.ckpt"), tmp_path / "scores.csv", "--images", "nowhere")
+        run(str(tmp_path / "bert.ckpt"), tmp_path / "scores.csv", "--images", "no/where")
 
 
 def test_one_encoded_image_is_in_memory_at_a_time(tmp_path):
@@ -156,3 +156,9 @@ def test_names_are_shown_escaped(network_folder, tmp_path, capsys):
     save_images(tmp_path / "photos", ["a\x1b[31mb.png", "c\nd.png"])
     assert run(network_folder, tmp_path / "x.csv", "--images", str(tmp_path / "photos")) == 0
     assert r"a\x1b[31mb.png" in (out := capsys.readouterr().out) and r"c\nd.png" in out
+
+
+def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(tmp_path):
+    (tmp_path / "text.txt").write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.txt holds no images: a file ends in .*\.parquet \.png"):
+        read_images(str(tmp_path / "text.txt"), 8)

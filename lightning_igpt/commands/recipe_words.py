@@ -1,0 +1,139 @@
+"""The command line of Lightning's verbs without Lightning: its help, and checks before torch is imported."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from jsonargparse import get_loader
+
+from lightning_igpt.commands import recipes
+from lightning_igpt.commands.arguments import SEEDS, one_line_errors, reader
+from lightning_igpt.commands.help import (
+    LIGHTNING_VERBS,
+    PACKAGE,
+    PROGRAM,
+    Parser,
+    Signature,
+    check_paths,
+    columns,
+    parse,
+    read,
+    trainer_file,
+    usage_error,
+)
+
+CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # values of Lightning's ckpt_path that are no paths
+RESUME = (
+    "fit: Continue an interrupted run in its folder, from a checkpoint or the newest one of a run folder. auto "
+    "searches default_root_dir, and starts a new run if there is no checkpoint."
+)
+WHAT = (  # names, what stands for the value, explanation
+    (
+        "-c --config",
+        "RECIPE",
+        "A YAML file or a shipped recipe's name; later ones override earlier ones, options all.",
+    ),
+    ("--model", "CLASS", "PretrainModule, ProbeModule or FineTuneModule; its options are --model.NAME."),
+    ("--data", "CLASS", "PretrainDataModule, ProbeDataModule or FineTuneDataModule; its options are --data.NAME."),
+    ("--resume", "auto|PATH", RESUME),
+    ("--ckpt_path", "CHECKPOINT", "Checkpoint of a run of this recipe: fit continues it, the others evaluate it."),
+    ("--random_weights", "true", "validate, test, predict: Run an untrained network, as a baseline."),
+    (
+        "--seed_everything",
+        "N",
+        f"Seed for initialization, data order and sampling, 0 to {SEEDS - 1}; true picks one at random. Default: 0.",
+    ),
+    ("--dry_run", "", "Print what would run, with sizes and, for fit, memory and time; train and write nothing."),
+    ("--trust", "NAME", "A package, module, class or address that the recipe may name, in addition to the safe ones."),
+    ("--model.help", "CLASS", "The options of a class; likewise --data.help and --trainer.callbacks.help."),
+    ("-h --help", "", "Show this help and exit."),
+    ("--print_config", "", "Print all options and their values as YAML, and exit."),
+    ("--print_completion", "SHELL", "Print a script that completes options: shtab-bash, shtab-zsh (needs shtab)."),
+)
+FIRST = ("default_root_dir", "accumulate_grad_batches", "num_nodes", "logger")  # Lightning's options needed most
+
+
+def trainer_options() -> tuple[Signature, Signature]:
+    """Signatures of make_trainer and of Lightning's Trainer, whose options it passes on."""
+    return read(parse(PACKAGE / "trainer.py"), "make_trainer"), read(parse(trainer_file()), "__init__")
+
+
+def page(verb: str) -> str:
+    """The text of ``--help``: what runs, the trainer's options needed most, and names of the others."""
+    prog = f"{PROGRAM} {verb}"
+    usage = f"{prog} --config RECIPE{' --ckpt_path CHECKPOINT' * (verb != 'fit')} [options]"
+    text = Parser(prog=prog, usage=usage, description=LIGHTNING_VERBS[verb].capitalize())
+    ours, theirs = trainer_options()
+    further = theirs.texts
+    trainer = {name: ours.texts[name] for name in ours.hints if name not in ("module", "data")}
+    trainer |= {name: further.pop(name).partition(". ")[0] for name in FIRST}
+    hints = theirs.hints | ours.hints
+    rows = [(f"--trainer.{name}", reader(hints[name])["metavar"] or "VALUE", text) for name, text in trainer.items()]
+    for heading, options in {"what to run": WHAT, "the trainer": rows}.items():
+        group = text.add_argument_group(heading)
+        for names, value, about in options:
+            takes: dict[str, Any] = {"metavar": value} if value else {"action": "store_true"}
+            group.add_argument(*names.split(), help=about.replace("%", "%%"), **takes)
+    others = fill(" ".join(name for name in further if name not in trainer), columns() - 2, break_on_hyphens=False)
+    text.add_argument_group("further options of Lightning's Trainer, as --trainer.NAME", others)
+    return text.format_help()
+
+
+def check(words: Sequence[str]) -> None:
+    """Print the help, or exit where an option does not exist, or a recipe or a checkpoint that is named."""
+    verb, prog = words[0], f"{PROGRAM} {words[0]}"
+    if {"-h", "--help"} & {*words}:
+        print(page(verb), end="")
+        raise SystemExit(0)
+    known = {name.lstrip("-").partition(".")[0] for names, *_ in WHAT for name in names.split()} | {"trainer"}
+    trainer = {name for part in trainer_options() for name in part.hints}
+    with one_line_errors(prog):
+        options = dict(_options(words[1:]))
+        both = {"resume", "ckpt_path"} <= options.keys()
+        runs = not any(name.startswith("print_") for name in options)
+        for name, value in options.items():
+            top, _, rest = name.rstrip("+").partition(".")
+            part = rest.partition(".")[0]
+            is_wrong = part not in {"", "help", *trainer} if top == "trainer" else top not in known
+            if is_wrong:
+                near = difflib.get_close_matches(part or top, trainer if part else known, n=1)
+                hint = f"; the closest is --{'trainer.' * bool(part)}{near[0]}" if near else ""
+                usage_error(prog, f"there is no option --{name}{hint}")
+            if top in ("c", "config") and value:
+                _check_recipe(value, prog)
+            elif name in ("ckpt_path", "resume") and not both:
+                check_checkpoint(**{name.removeprefix("ckpt_"): value})
+            elif (
+                runs
+                and value != "null"
+                and rest in ("source", "pretrained", "init_args.source", "init_args.pretrained")
+            ):
+                check_paths({rest.removeprefix("init_args."): value})
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names without hyphens, and values, of the options in a command."""
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        if word.startswith("--") or word == "-c":
+            name, is_joined, value = word.lstrip("-").partition("=")
+            yield name, value if is_joined else following
+
+
+def _check_recipe(value: str, prog: str) -> None:
+    path = Path(value) if Path(value).exists() else recipes.find(value)
+    if not path.is_file():
+        return  # a pipe, which can be read once only
+    try:
+        get_loader("yaml")(path.read_bytes().decode("utf-8", "replace"))
+    except Exception as error:  # PyYAML's
+        usage_error(prog, f"{path} is no YAML: {error}")
+
+
+def check_checkpoint(path: str | None = None, resume: str | None = None) -> None:
+    """Raise FileNotFoundError where ``ckpt_path`` or ``resume`` is a path that does not exist."""
+    if path and path.split(":")[0] not in CHECKPOINT_WORDS and "://" not in path and not Path(path).exists():
+        raise FileNotFoundError(f"ckpt_path {path} does not exist; it names the checkpoint of a run")
+    if resume and resume.lower() != "auto" and not Path(resume).expanduser().exists():
+        raise FileNotFoundError(f"--resume {resume} does not exist; name a checkpoint or a run folder, or auto")
