@@ -48,7 +48,8 @@ class Normed(torch.autograd.Function):
 
 
 def _row_scale(x: Tensor) -> Tensor:  # (..., 1)
-    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + NORM_EPS).rsqrt()
+    squares: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+    return (squares / x.shape[-1] + NORM_EPS).rsqrt()
 
 
 class RMSNorm(nn.Module):
@@ -224,11 +225,7 @@ class KVCache:
 
 
 class ImageGPT(nn.Module):
-    """The network: palette tokens in, logits over the palette out.
-
-    Args:
-        config: Shape and objective.
-    """
+    """The network of a config, which has its shape and objective: palette tokens in, logits over the palette out."""
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,24 @@ from torch import Tensor
 
 from lightning_igpt import __version__
 from lightning_igpt.commands.arguments import check_folder
-from lightning_igpt.commands.lowdata import measure
+from lightning_igpt.commands.lowdata import draw_subsets, features, measure
 from lightning_igpt.commands.quickstart_page import picture_sections, result_rows, write_report
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
+from lightning_igpt.features import fit_logistic
 from lightning_igpt.files import write_text
 from lightning_igpt.kmeans import fit_palette
+from lightning_igpt.model import ImageGPT
 from lightning_igpt.modules import FineTuneModule, PretrainModule, ProbeModule
 from lightning_igpt.palette import Palette
 from lightning_igpt.trainer import make_trainer
 from lightning_igpt.weights import Pretrained, load_pretrained
 
-NETWORK = ImageGPTConfig(n_layer=6, n_head=2, n_embd=96, vocab_size=64, image_size=16)
-BATCH_SIZE, FINETUNE_STEPS, FEW, SUBSETS = 16, 150, 10, 5
+NETWORK = ImageGPTConfig(n_layer=4, n_head=2, n_embd=64, vocab_size=64, image_size=16)
+BATCH_SIZE, N_CLASSES, FEW, SUBSETS, FINETUNE_STEPS = 16, 9, 10, 5, 400
 
 
-def quickstart(out: str = "igpt-quickstart", steps: int = 500, seed: int = 0) -> None:
+def quickstart(out: str = "igpt-quickstart", steps: int = 800, seed: int = 0) -> None:
     """Pretrain a small network on emoji of 16 x 16 pixels, complete, probe and fine-tune it, and write report.html.
 
     Args:
@@ -50,7 +53,7 @@ def quickstart(out: str = "igpt-quickstart", steps: int = 500, seed: int = 0) ->
     loaded = load_pretrained(str(folder / "pretrain.ckpt"))
     labeled = ProbeDataModule("emoji", image_size=NETWORK.image_size, val_fraction=0.0)
     labeled.setup()
-    pictures = picture_sections(loaded, whole(labeled.test_dataloader())["image"], folder, seed)
+    pictures = picture_sections(loaded.network, loaded.palette, whole(labeled.test_dataloader())["image"], folder, seed)
     print("3/4 probing every layer, and the same network untrained")
     results["probe"] = probe(folder, loaded.palette, seed)
     results["few_labels"] = few_labels(loaded, labeled, seed)
@@ -83,7 +86,7 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 def pretrain(folder: Path, seed: int, steps: int) -> dict[str, float]:
     """Pretrain, save pretrain.ckpt, and compare nats per pixel with the baselines."""
     options: dict[str, Any] = {"image_size": NETWORK.image_size, "random_crop": False, "seed": seed}
-    data = PretrainDataModule("emoji", batch_size=BATCH_SIZE, train_split="train+variants", **options)
+    data = PretrainDataModule("emoji", batch_size=BATCH_SIZE, train_split="train+train_variants", **options)
     data.setup("fit")
     images, held_out = (whole(part)["image"] for part in (data.train_dataloader(), data.val_dataloader()))
     palette = fit_palette(images, n_colors=NETWORK.vocab_size)
@@ -125,8 +128,9 @@ def probe(folder: Path, palette: Palette, seed: int) -> dict[str, Any]:
         results[f"{prefix}accuracy_by_layer"] = {str(n): value for n, value in module.accuracy_by_layer.items()}
         results |= {f"{prefix}best_layer": module.best_layer, f"{prefix}best_accuracy": test["test/accuracy"]}
     (x, labels), (x_test, test_labels) = (pixels(part) for part in (data.train_dataloader(), data.test_dataloader()))
-    subset = torch.arange(len(x))[None, None].expand(1, len(data.class_names or []), -1)
-    return results | {"raw_pixels_accuracy": measure(x, labels, x_test, test_labels, subset[:, :1], 1.0)["mean"]}
+    weight, bias = fit_logistic(x, labels, N_CLASSES)
+    right = (x_test @ weight.T + bias).argmax(1) == test_labels
+    return results | {"raw_pixels_accuracy": float(right.float().mean())}
 
 
 def pixels(loader: Any) -> tuple[Tensor, Tensor]:
@@ -136,7 +140,22 @@ def pixels(loader: Any) -> tuple[Tensor, Tensor]:
 
 
 def few_labels(loaded: Pretrained, data: ProbeDataModule, seed: int) -> dict[str, Any]:
-    """Test accuracy of logistic regressions on few labels: of the middle layer, of the same untrained, of raw pixels."""
+    """Test accuracy from few labels, over random subsets, of the middle layer, the same untrained, and raw pixels."""
+    parts: list[Any] = [loader.dataset for loader in (data.train_dataloader(), data.test_dataloader())]
+    train, test = parts
+    subsets = draw_subsets(train.labels, data.class_names or [], FEW, SUBSETS, seed=seed)
+    rows, places = subsets.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    reading: dict[str, Any] = {"seed": seed, "batch_size": 64, "num_workers": 0}
+    sides = {"": loaded, "untrained_": replace(loaded, network=ImageGPT(loaded.config).eval())}
+    results: dict[str, Any] = {}
+    for prefix, side in sides.items():
+        x, x_test = (
+            features(side, [NETWORK.n_layer // 2], part, numbers, **reading)[:, 0]
+            for part, numbers in ((train, rows.tolist()), (test, list(range(len(test)))))
+        )
+        results[f"{prefix}accuracy"] = measure(x, train.labels[rows], x_test, test.labels, places, 1.0)["mean"]
+    (x, labels), (x_test, test_labels) = pixels(data.train_dataloader()), pixels(data.test_dataloader())
+    return results | {"raw_pixels_accuracy": measure(x, labels, x_test, test_labels, subsets, 1.0)["mean"]}
 
 
 def finetune(folder: Path, palette: Palette, seed: int) -> dict[str, float]:
@@ -144,7 +163,7 @@ def finetune(folder: Path, palette: Palette, seed: int) -> dict[str, float]:
     results: dict[str, float] = {}
     for prefix, weights in (("", str(folder / "pretrain.ckpt")), ("scratch_", None)):
         options: dict[str, Any] = {"lr": 0.003, "schedule": "cosine", "warmup_steps": 20, "seed": seed}
-        module = FineTuneModule(weights, 9, network=NETWORK, palette=palette, **options)
+        module = FineTuneModule(weights, N_CLASSES, network=NETWORK, palette=palette, **options)
         data = FineTuneDataModule("emoji", batch_size=BATCH_SIZE, val_fraction=0.0, pad=1, seed=seed)
         name = f"finetune-{'pretrained' if weights else 'scratch'}"
         runner = trainer(folder / name, max_steps=FINETUNE_STEPS, limit_val_batches=0)
