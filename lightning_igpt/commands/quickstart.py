@@ -162,7 +162,7 @@ def finetune(folder: Path, palette: Palette, seed: int) -> dict[str, float]:
     """Fine-tune on the labeled images, pretrained and from scratch, and test the last step; nothing is held out."""
     results: dict[str, float] = {}
     for prefix, weights in (("", str(folder / "pretrain.ckpt")), ("scratch_", None)):
-        options: dict[str, Any] = {"lr": 0.003, "schedule": "cosine", "warmup_steps": 20, "seed": seed}
+        options: dict[str, Any] = {"lr": 0.003, "schedule": "cosine", "warmup_steps": FINETUNE_STEPS // 20, "seed": seed}
         module = FineTuneModule(weights, N_CLASSES, network=NETWORK, palette=palette, **options)
         data = FineTuneDataModule("emoji", batch_size=BATCH_SIZE, val_fraction=0.0, pad=1, seed=seed)
         name = f"finetune-{'pretrained' if weights else 'scratch'}"
