@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-GENERATED = re.compile(
-    r"docs/(reference/(costs|help|recipes|api/.*)|notebooks/.+-.+)\.md"
-)  # by the documentation's build
+GENERATED = re.compile(r"docs/(reference/(costs|help|recipes|api/.*)|notebooks/.+-.+)\.md")  # by the build
 FENCE = re.compile(r"^( *)(`{3,})([^\n]*)\n(.*?)^\1\2$", re.MULTILINE | re.DOTALL)
 
 
