@@ -1,7 +1,8 @@
 """Draws the pictures of this site with ``lightning_igpt.pictures``: ``python docs/make_pictures.py docs/pictures``.
 
-Without options: palette, quantized, raster, shift, taps, emoji_completions. ``--runs igpt-quickstart``: curves, layers. ``--network`` with
-``--images``: completions, surprise; in the documentation, cifar10_tiny_pretrain at step 700 and CIFAR-10.
+Without options: palette, quantized, raster, shift, taps, emoji_completions. ``--runs igpt-quickstart``: curves, layers.
+``--network`` with ``--images``: completions, surprise; in the documentation, cifar10_tiny_pretrain at step 700 and
+CIFAR-10.
 """
 
 import argparse
