@@ -157,6 +157,7 @@ class Page:
             module, before = importlib.import_module("lightning_igpt.commands.quickstart"), {*Path().iterdir()}
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(module, "NETWORK", replace(module.NETWORK, n_layer=2, n_head=2, n_embd=16))
+                patch.setattr(module, "FINETUNE_STEPS", 2)
                 call(command, toys.small_words(command.ours, self.scratch))
             QUICKSTARTS[words] = [path.resolve() for path in {*Path().iterdir()} - before]
         for path in QUICKSTARTS[words]:

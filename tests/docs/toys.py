@@ -17,7 +17,7 @@ TRAINER |= {"enable_progress_bar": "false", "enable_model_summary": "false"}
 LARGEST = {"max_steps": 2, "max_epochs": 1, "batch_size": 8, "num_workers": 0, "warmup_steps": 1}
 LARGEST |= {"val_check_interval": 1, "checkpoint_every": 1, "log_every_n_steps": 1, "accumulate_grad_batches": 1}
 EXTRA = {  # appended to the words of a verb
-    "quickstart": ["--steps", "2", "--epochs", "1", "--threads", "1"],
+    "quickstart": ["--steps", "2"],
     "lowdata": ["--labels_per_class", "1", "2", "--n_subsets", "2"],
     "complete": ["--n_images", "2", "--n_samples", "1"],
 }
