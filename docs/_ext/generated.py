@@ -1,5 +1,6 @@
 """Sphinx extension: writes the pages made from the code (options, recipes, costs, public names) and from notebooks."""
 
+import ast
 import base64
 import contextlib
 import io
@@ -118,11 +119,19 @@ def costs_page():
 
 
 def examples():
-    """The example of each public name."""
-    return dict(re.findall(r"^# %% (\w+)\n(.*?)(?=\n# %%|\Z)", EXAMPLES.read_text(encoding="utf-8"), re.M | re.S))
+    """For each public name its example, and which of the example's variables are made on which other page."""
+    homes, pages = {}, {}
+    cells = re.findall(r"^# %% (\w+)\n(.*?)(?=\n# %%|\Z)", EXAMPLES.read_text(encoding="utf-8"), re.M | re.S)
+    for page, text in cells:
+        names = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)]
+        made = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        used = {node.id: homes[node.id] for node in names if node.id in homes and node.id not in made}
+        pages[page] = (text, used)
+        homes |= dict.fromkeys(made, page)
+    return pages
 
 
-def name_page(name, example):
+def name_page(name, example, used):
     """The page of one public name: its docstring and an example."""
     value = getattr(lightning_igpt, name)
     kind = "class" if isinstance(value, type) else "function" if callable(value) else "data"
@@ -130,6 +139,8 @@ def name_page(name, example):
     imports = [f"import {module}" for module in ("datasets", "torch") if f"{module}." in example]
     imports += [""] * bool(imports) + ["import lightning_igpt as igpt", ""]
     shown = ["## Example", "", "```python", *imports, example.rstrip(), "```"]
+    where = ", ".join(f"`{variable}` by the example of [{page}]({page}.md)" for variable, page in sorted(used.items()))
+    shown += ["", f"Made elsewhere: {where}."] if used else []
     return "\n".join([f"# {name}", "", "```{eval-rst}", *directive, "```", "", *shown, ""])
 
 
@@ -150,7 +161,7 @@ def notebook_page(path):
 
 
 PAGES = {"help": help_page, "recipes": recipes_page, "costs": costs_page}
-PAGES |= {f"api/{name}": partial(name_page, name, example) for name, example in examples().items()}
+PAGES |= {f"api/{name}": partial(name_page, name, *example) for name, example in examples().items()}
 
 
 def write(source):
