@@ -1,7 +1,8 @@
 """Draws the pictures of this site with ``lightning_igpt.pictures``: ``python docs/make_pictures.py docs/pictures``.
 
-Without options: palette, quantized, raster, shift, taps. ``--runs igpt-quickstart``: curves, layers. ``--network`` with
-``--images``: completions, first_rows, surprise; in the documentation, cifar10_tiny_pretrain at step 700 and CIFAR-10.
+Without options: palette, quantized, raster, shift, taps, emoji_completions. ``--runs igpt-quickstart``: curves, layers.
+``--network`` with ``--images``: completions, surprise; in the documentation, cifar10_tiny_pretrain at step 700 and
+CIFAR-10.
 """
 
 import argparse
@@ -38,6 +39,18 @@ def quantized(out):
     pictures.save_png(pictures.swatch(palette.rgb), out / "palette.png")
 
 
+def emoji(out):
+    """Completions of six test emoji, evenly spaced in the split, by the embedded network."""
+    loaded = igpt.load_pretrained("emoji")
+    data = igpt.ProbeDataModule("emoji", image_size=loaded.config.image_size, batch_size=1000)
+    data.setup("test")
+    images = next(iter(data.test_dataloader()))["image"]
+    tokens = loaded.palette.quantize(images[:: len(images) // 6][:6])
+    rows = completion_rows(loaded.network, loaded.palette, tokens, n_samples=4, keep_rows=10, temperature=0.8)
+    grid = pictures.image_grid(rows, captions=captions(4), scale=4)
+    pictures.save_png(grid, out / "emoji_completions.png")
+
+
 def of_a_network(out, network, source):
     """Completions of the first images and maps of their surprise."""
     loaded = igpt.load_pretrained(network)
@@ -46,8 +59,7 @@ def of_a_network(out, network, source):
     tokens = loaded.palette.quantize(next(iter(data.test_dataloader()))["image"])  # (8, T)
     torch.manual_seed(0)
     rows = completion_rows(loaded.network, loaded.palette, tokens, n_samples=4)
-    for name, number in (("completions", 8), ("first_rows", 3)):
-        pictures.save_png(pictures.image_grid(rows[:number], captions=captions(4)), out / f"{name}.png")
+    pictures.save_png(pictures.image_grid(rows, captions=captions(4)), out / "completions.png")
     nats, side, n_colors = igpt.score(loaded.network, tokens), loaded.config.image_size, len(loaded.palette)
     limit = pictures.surprise_limit(nats, n_colors)
     maps = pictures.surprise_map(nats.view(-1, side, side), limit=limit)
@@ -159,6 +171,7 @@ def main():
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     quantized(options.out)
+    emoji(options.out)
     for draw, size in ((raster, (5.6, 3.4)), (shift, (5.6, 2.5)), (taps, (5.6, 2.9))):
         pictures.draw_figure(draw, size=size).savefig(options.out / f"{draw.__name__}.png")
     if options.runs:

@@ -83,7 +83,7 @@ class Palette:
 
     @property
     def rgb(self) -> Tensor:
-        """(K,3) uint8, ``rint(127.5 * (c + 1))``: the bytes of each color in an image; a copy."""
+        """The bytes of each color in an image, uint8 (K, 3), ``rint(127.5 * (c + 1))``, as a copy."""
         return torch.from_numpy(np.rint(127.5 * (self._array.astype(np.float64) + 1)).clip(0, 255).astype(np.uint8))
 
     @property

@@ -21,6 +21,7 @@ from tests.docs.pages import GENERATED, PAGES, ROOT, table
 SPEC = importlib.util.spec_from_file_location("other_parts", ROOT / "docs" / "other_parts.py")
 SPEC.loader.exec_module(other_parts := importlib.util.module_from_spec(SPEC))
 
+EXAMPLES = (ROOT / "docs" / "_ext" / "examples.py").read_text(encoding="utf-8")
 TEXTS = PAGES | {path.name: path.read_text(encoding="utf-8") for path in recipes.folder().glob("*.yaml")}
 
 
@@ -40,7 +41,7 @@ def test_no_text_names_a_path_of_one_machine():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
         path = Path(os.path.normpath((ROOT / page).parent / target))
-        generated = path.is_relative_to(ROOT) and path.relative_to(ROOT).as_posix() in GENERATED
+        generated = path.is_relative_to(ROOT) and GENERATED.fullmatch(path.relative_to(ROOT).as_posix())
         assert target.startswith("https://") or path.exists() or generated, target
 
 
@@ -81,8 +82,9 @@ def test_the_presets_are_those_of_the_package():
 
 
 def test_every_public_name_and_verb_is_documented():
-    directives = re.findall(r"^\.\. auto\w+:: ([\w.]+)", PAGES["docs/reference/api.md"], re.MULTILINE)
-    assert {*lightning_igpt.__all__} - {name.rpartition(".")[2] for name in directives} == {"__version__"}
+    headings = re.findall(r"^# %% (\w+)$", EXAMPLES, re.MULTILINE)
+    assert {*headings} == {*lightning_igpt.__all__} - {"__version__"}
+    assert {*re.findall(r"\(api/(\w+)\.md\)", PAGES["docs/reference/api.md"])} == {*headings}
     verbs = " ".join(row[0] for row in table("docs/reference/cli.md", "`.*"))
     assert {*re.findall(r"`(\w+)", verbs)} >= {*LIGHTNING_VERBS, *OWN_VERBS}
 

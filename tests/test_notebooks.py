@@ -8,8 +8,8 @@ from tests.notebooks import DIGEST, ROOT, digest, execute
 
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 TOY = {  # changes for a run of seconds on a folder
-    "complete-your-photos": "photos, image_size, n_colors, steps = 'photos', 8, 8, 2",
-    "probe-layers": "source, image_size, palette, steps = 'labelled', 8, 'openai', 2",
+    "complete-your-photos": "photos, steps = 'photos', 2",
+    "probe-layers": "source = 'labelled'",
 }
 
 

@@ -1,13 +1,19 @@
-"""Sphinx extension: writes the pages made from the code (options, recipes, costs) before the sources are read."""
+"""Sphinx extension: writes the pages made from the code (options, recipes, costs, public names) and from notebooks."""
 
+import ast
+import base64
 import contextlib
 import io
+import json
 import os
+import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import yaml
 
+import lightning_igpt
 from lightning_igpt.__main__ import LIGHTNING_VERBS, OWN_VERBS, main
 from lightning_igpt.commands import recipes
 from lightning_igpt.config import PRESETS
@@ -24,6 +30,26 @@ PARTS = {
     "data": ["data show"],
     "palette": ["palette fit", "palette show"],
     "recipes": ["recipes list", "recipes show", "recipes copy"],
+}
+EXAMPLES = Path(__file__).parent / "examples.py"
+MEMBERS = {  # options of autodoc; other classes show their docstring alone
+    "ImageGPTConfig": [
+        ":members: n_positions, mlp_width, to_dict, resolve",
+        ":exclude-members: n_layer, n_head, n_embd, vocab_size, image_size, n_inner, objective, bias, dropout",
+    ],
+    "PRESETS": [":no-value:"],
+    "ImageGPT": [":members: forward, hidden, features"],
+    "KVCache": [":members:"],
+    "Palette": [":members:"],
+    "PretrainModule": [":members: config, tokens_of, predict_step"],
+    "ProbeModule": [
+        ":members: config, tokens_of, best_layer, results, accuracy_by_layer, c_by_layer, predict_step",
+    ],
+    "FineTuneModule": [":members: config, tokens_of, predict_step"],
+    "ModelCard": [
+        ":members: resolve, known, filled",
+        ":exclude-members: title, data, steps, nats_per_pixel, accuracy, measured_at, license, notes, origin",
+    ],
 }
 
 
@@ -92,15 +118,61 @@ def costs_page():
     return "\n".join([*lines, ""])
 
 
+def examples():
+    """For each public name its example, and which of the example's variables are made on which other page."""
+    homes, pages = {}, {}
+    cells = re.findall(r"^# %% (\w+)\n(.*?)(?=\n# %%|\Z)", EXAMPLES.read_text(encoding="utf-8"), re.M | re.S)
+    for page, text in cells:
+        names = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)]
+        made = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        used = {node.id: homes[node.id] for node in names if node.id in homes and node.id not in made}
+        pages[page] = (text, used)
+        homes |= dict.fromkeys(made, page)
+    return pages
+
+
+def name_page(name, example, used):
+    """The page of one public name: its docstring and an example."""
+    value = getattr(lightning_igpt, name)
+    kind = "class" if isinstance(value, type) else "function" if callable(value) else "data"
+    directive = [f".. auto{kind}:: lightning_igpt.{name}", *(f"   {line}" for line in MEMBERS.get(name, []))]
+    imports = [f"import {module}" for module in ("datasets", "torch") if f"{module}." in example]
+    imports += [""] * bool(imports) + ["import lightning_igpt as igpt", ""]
+    shown = ["## Example", "", "```python", *imports, example.rstrip(), "```"]
+    where = ", ".join(f"`{variable}` by the example of [{page}]({page}.md)" for variable, page in sorted(used.items()))
+    shown += ["", f"Made elsewhere: {where}."] if used else []
+    return "\n".join([f"# {name}", "", "```{eval-rst}", *directive, "```", "", *shown, ""])
+
+
+def notebook_page(path):
+    """A notebook with its outputs as Markdown; pictures are written next to it."""
+    lines, number = [], 0
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        code, source = cell["cell_type"] == "code", "".join(cell["source"])
+        lines += ["```python", source, "```", ""] if code else [source, ""]
+        for output in cell.get("outputs", []):
+            if text := "".join(output.get("text", [])):
+                lines += ["```text", text.rstrip(), "```", ""]
+            if picture := output.get("data", {}).get("image/png"):
+                number += 1
+                path.with_name(f"{path.stem}-{number}.png").write_bytes(base64.b64decode("".join(picture)))
+                lines += [f"![Output {number} of the notebook]({path.stem}-{number}.png)", ""]
+    return "\n".join(lines)
+
+
 PAGES = {"help": help_page, "recipes": recipes_page, "costs": costs_page}
+PAGES |= {f"api/{name}": partial(name_page, name, *example) for name, example in examples().items()}
 
 
 def write(source):
     """Write all pages; unchanged ones keep their time, so that Sphinx does not read them again."""
     for name, make in PAGES.items():
         path, text = Path(source, "reference", f"{name}.md"), make()
+        path.parent.mkdir(exist_ok=True)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
+    for path in Path(source, "notebooks").glob("*.ipynb"):
+        path.with_suffix(".md").write_text(notebook_page(path), encoding="utf-8")
 
 
 def setup(app):

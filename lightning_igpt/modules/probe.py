@@ -126,7 +126,7 @@ class ProbeModule(IGPTModule):
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """A row per layer: layer, c, val_accuracy, test_accuracy; the last is that of concat, once it is fitted."""
+        """One row per layer with layer, c, val_accuracy, test_accuracy; the last is that of concat, once fitted."""
         head = self.concat_head
         return self.scores.rows([*self.layers, *([head.name] if head is not None and head.fitted else [])])
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-GENERATED = tuple(f"docs/reference/{name}.md" for name in ("costs", "help", "recipes"))  # by the documentation's build
+GENERATED = re.compile(r"docs/(reference/(costs|help|recipes|api/.*)|notebooks/.+-.+)\.md")  # by the build
 FENCE = re.compile(r"^( *)(`{3,})([^\n]*)\n(.*?)^\1\2$", re.MULTILINE | re.DOTALL)
 
 
 def read_pages():
     paths = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
     names = {path.relative_to(ROOT).as_posix(): path for path in paths if "_build" not in path.parts}
-    return {name: path.read_text(encoding="utf-8") for name, path in names.items() if name not in GENERATED}
+    return {name: path.read_text(encoding="utf-8") for name, path in names.items() if not GENERATED.fullmatch(name)}
 
 
 PAGES = read_pages()

@@ -20,7 +20,7 @@ from tests.docs.workplace import bring
 
 LANGUAGES = ("bash", "bibtex", "json", "python", "text", "yaml")
 NOT_RUN = {  # programs, and why
-    **dict.fromkeys(("pip", "source"), "they change the environment of the tests"),
+    **dict.fromkeys(("pip", "source", "uv"), "they change the environment of the tests"),
     **dict.fromkeys(("pytest", "ruff", "mypy", "sphinx-build", "pre-commit"), "CI runs them"),
     **dict.fromkeys(("sbatch", "export"), "there is no SLURM"),
     "jupyter": "a server",

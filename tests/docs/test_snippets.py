@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from tests.docs import pages, workplace
-from tests.docs.pages import PAGES, blocks
+from tests.docs.pages import PAGES, ROOT, blocks
 from tests.docs.running import LANGUAGES, Page, heavy
 
 RUN = ("bash", "python", "yaml")
@@ -70,6 +70,10 @@ def test_commands_run_alone(page, page_of):
 @pytest.mark.parametrize("page", [page for page in PAGES if heavy(page)])
 def test_heavy_commands_parse(page, page_of):
     page_of(page).parse()
+
+
+def test_the_examples_of_the_api_reference_run(page_of):
+    exec((ROOT / "docs" / "_ext" / "examples.py").read_text(encoding="utf-8"), {})
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -93,6 +93,7 @@ BROUGHT = {
     "FOLDER": lambda target: shutil.copytree("photos", target),
     "final.ckpt": checkpoint,
     "mask.png": mask,
+    "photo.jpg": lambda target: Image.effect_noise((40, 30), 60).convert("RGB").save(target),
     "runs/mine": weights,
     "runs/imagenet32_s_pretrain": weights,
     "runs/digits_tiny_probe": run,
