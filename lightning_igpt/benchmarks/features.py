@@ -15,8 +15,15 @@ import torch
 from torch import Tensor
 
 from lightning_igpt.benchmarks import harness
-from lightning_igpt.benchmarks.harness import PRECISIONS, Comparison, Turns
-from lightning_igpt.benchmarks.peers import after_start, both_networks, random_tokens, transformers
+from lightning_igpt.benchmarks.harness import (
+    PRECISIONS,
+    Comparison,
+    Turns,
+    after_start,
+    both_networks,
+    random_tokens,
+    transformers,
+)
 from lightning_igpt.config import PRESETS
 from lightning_igpt.planning import forward_flops_per_token
 

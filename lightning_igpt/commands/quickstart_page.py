@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_igpt import __version__, report
-from lightning_igpt.callbacks import captions, completion_rows
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.pictures import image_grid, plot_curves, save_png, surprise_limit, surprise_map, swatch
-from lightning_igpt.sampling import score
+from lightning_igpt.sampling import captions, completion_rows, score
 
 N_PICTURES, N_SAMPLES = 10, 4
 NEXT_STEPS = "Train on your own images, complete them, probe and fine-tune; or start from a commented recipe:"
