@@ -18,8 +18,8 @@ from sklearn.datasets import load_sample_images
 
 import lightning_igpt as igpt
 from lightning_igpt import pictures
-from lightning_igpt.callbacks import captions, completion_rows
 from lightning_igpt.report import read_runs
+from lightning_igpt.sampling import captions, completion_rows
 
 CELL = 192  # pixels of a photograph
 TEXT = {"ha": "center", "va": "center"}

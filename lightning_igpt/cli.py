@@ -31,6 +31,7 @@ from lightning_igpt.commands import dry_run, recipe_words, recipes
 from lightning_igpt.commands.arguments import check_folder, check_seed, one_line_errors
 from lightning_igpt.commands.help import MARGIN, PROGRAM, Parser, columns, usage_error
 from lightning_igpt.commands.recipe_words import check_checkpoint
+from lightning_igpt.data.embedded import EMBEDDED
 from lightning_igpt.files import write_csv
 from lightning_igpt.pictures import save_png
 from lightning_igpt.trainer import make_trainer
@@ -227,7 +228,7 @@ def _say_next(cli: RecipeCLI) -> None:
     words = ["report", str(folder)]
     if isinstance(cli.model, modules.PretrainModule):
         source = str(getattr(cli.datamodule, "source", ""))
-        here = source == "digits" or Path(source).exists()
+        here = source in EMBEDDED or Path(source).exists()
         words = ["complete", "--pretrained", str(folder), "--images", source if here else "photos"]
     rank_zero_info(f"results: {folder}\nnext: {PROGRAM} {shlex.join(words)}")
 

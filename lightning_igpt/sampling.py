@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,11 @@ from torch import Tensor
 from lightning_igpt.decoding import Decoder, Precision
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.objectives import pixel_nats
+from lightning_igpt.palette import Palette
 
 Draw: TypeAlias = Callable[[Tensor], Tensor]  # logits (B, K) to colors (B,)
 Progress: TypeAlias = Callable[[Tensor, Tensor], None]  # tokens int64 (B, T), and which are decided, bool (B, T)
+HIDDEN = (88, 118, 166)  # hidden pixels: a blue, since gray could be part of the picture
 COLD = 1e-6  # lower temperatures take the likeliest color, for logits divided by them may overflow
 
 
@@ -253,3 +255,46 @@ def _check_options(temperature: float, top_k: int | None = None, top_p: float | 
         raise ValueError(f"top_k is {top_k}; it must be at least 1, or None for all colors")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1, or None for all colors")
+
+
+def completion_rows(
+    network: ImageGPT,
+    palette: Palette,
+    tokens: Tensor,
+    *,
+    n_samples: int = 3,
+    keep_rows: int | None = None,
+    hole: Tensor | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Tensor:
+    """The prompt, completions of it and the truth of whole images int64 (B, T): uint8 (B, 2 + n_samples, 3, S, S).
+
+    ``keep_rows`` rows of pixels are given, from 0 to S - 1, by default half of them, or all but a ``hole``, bool (T,).
+    Options are those of ``complete`` or, for a hole and for a BERT network, of ``inpaint``.
+    """
+    side, total = network.config.image_size, network.config.n_positions
+    rows = side // 2 if keep_rows is None else keep_rows
+    if not 0 <= rows < side or n_samples < 1:
+        raise ValueError(
+            f"keep_rows is {rows} and n_samples {n_samples}; an image of {side} rows can keep 0 to {side - 1}, and has "
+            "at least 1 sample"
+        )
+    options["generator"] = torch.Generator(tokens.device).manual_seed(seed)
+    hidden = torch.arange(total, device=tokens.device) >= rows * side if hole is None else hole
+    if hole is None and network.config.objective == "autoregressive":
+        samples = complete(network, tokens[:, : rows * side], n_samples=n_samples, **options)
+    else:
+        if (options.pop("top_k", None), options.pop("top_p", None)) != (None, None):
+            raise ValueError("top_k and top_p are for rows below a line in an autoregressive network; leave them out")
+        repeated = tokens.repeat_interleave(n_samples, 0)
+        samples = inpaint(network, repeated, (~hidden).expand_as(repeated), **options)
+    samples = palette.dequantize(samples.reshape(-1, total)).view(len(tokens), n_samples, 3, side, side)
+    truth = palette.dequantize(tokens)[:, None]  # (B, 1, 3, S, S)
+    color = torch.tensor(HIDDEN, dtype=torch.uint8, device=truth.device)[:, None, None]
+    return torch.cat([torch.where(hidden.view(side, side), color, truth), samples, truth], 1)
+
+
+def captions(n_samples: int) -> list[str]:
+    """Headings of the columns that ``completion_rows`` makes."""
+    return ["given", *(f"sample {i}" for i in range(1, n_samples + 1)), "truth"]

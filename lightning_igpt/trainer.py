@@ -27,9 +27,9 @@ Plugin: TypeAlias = CheckpointIO | Precision | ClusterEnvironment | LayerSync
 ALWAYS = ("LayerCurve", "ClassificationReport", "RunRecord", "Throughput", "DiskCheck", "FiniteGuard", "Preempt")
 ENDS = {"max": "accuracy", "min": "(loss|cross_entropy|nats_per_pixel|bits_per_pixel)"}  # of names of metrics
 PRODUCTS = {
-    "highest": "in full",
-    "high": "as TF32 where the device has it",
-    "medium": "as TF32 or bfloat16 where the device has them",
+    "highest": "",  # in full, as torch does by itself
+    "high": "float32 products as TF32 where the device has it",
+    "medium": "float32 products as TF32 or bfloat16 where the device has them",
 }
 
 
@@ -243,9 +243,9 @@ class _Speed(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         (strategy, precision), kinds = choices(trainer, pl_module), (ours.Recompute, ours.CompileBlocks)
         again, compiles = ([str(one.decision) for one in _of(kind, trainer)] for kind in kinds)
-        rank_zero_info(", ".join([strategy, *again]))
-        products = f"float32 products {PRODUCTS[torch.get_float32_matmul_precision()]}"
-        rank_zero_info(", ".join([precision, *compiles, products]))
+        products = PRODUCTS[torch.get_float32_matmul_precision()]
+        for parts in ([strategy, *again], [precision], [*compiles, *filter(None, [products])]):
+            rank_zero_info(", ".join(parts))
 
     def teardown(self, *_: Any, **__: Any) -> None:
         if self._earlier is not None:

@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 
-from lightning_igpt.benchmarks import data, features, harness, probe, quantize, sample, train_step
+from lightning_igpt.benchmarks import data, harness, probe, quantize, sample, train_step
 from lightning_igpt.benchmarks.harness import Turns
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.palette import Palette
@@ -16,7 +16,6 @@ from lightning_igpt.palette import Palette
 NETWORK = ["--preset", "igpt_tiny", "--batch-size", "2"]
 WORDS = {
     "data": ["--images", "32", "--batch-size", "8"],
-    "features": [*NETWORK, "--precision", "bf16-mixed"],
     "probe": ["--rows", "500", "--width", "8", "--layers", "2", "--classes", "3"],
     "quantize": ["--batch-size", "3", "--size", "8", "--peer-images", "2"],
     "sample": [*NETWORK, "--steps", "3", "--precision", "int8"],
@@ -32,7 +31,7 @@ def toy(monkeypatch, tmp_path):
     monkeypatch.setitem(harness.MATRIX, "cpu", 64)
     monkeypatch.setitem(harness.COPIED_BYTES, "cpu", 2**16)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    for module in (features, sample, train_step):
+    for module in (sample, train_step):
         monkeypatch.setattr(module, "PRESETS", {"igpt_tiny": TINY})
     yield
     torch.set_num_threads(threads)
@@ -48,7 +47,7 @@ def test_the_last_line_is_json_with_every_side(name, capsys):
     for side in result["sides"].values():
         assert 0 < side["min_s"] <= side["median_s"] <= side["max_s"] and side["per_s"] > 0
         assert name != "train_step" or round(side["per_s"] * side["median_s"]) == 2 * 6 * 6
-    ours = result["precision"] if name == "sample" else getattr(module, "OURS", None) or module.ALL
+    ours = result["precision"] if name == "sample" else module.OURS
     turns = {side: result["sides"][side]["min_s"] for side in (ours, module.PEER)}
     assert 0 < result["ratio_vs_peer"] < 100 * turns[module.PEER] / turns[ours]
 
@@ -71,7 +70,6 @@ def negative(right):
 
 
 WRONG = [
-    (features, "their_features", lambda right: lambda *given: 1.01 * right(*given), "features differ by 9.9e-03"),
     (probe, "fit_logistic", negative, "accuracy on held-out"),
     (Palette, "quantize", lambda right: lambda *given: (right(*given) + 1) % 512, "of the ids"),
     (sample, "theirs", wrong_sides, "logits of transformers"),

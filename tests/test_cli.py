@@ -5,7 +5,6 @@ import copy
 import functools
 import http.server
 import importlib
-import inspect
 import io
 import json
 import os
@@ -30,7 +29,7 @@ from lightning_igpt import cli, load_pretrained
 from lightning_igpt.__main__ import OWN_VERBS, main
 from lightning_igpt.commands import recipe_words, recipes
 from lightning_igpt.commands.arguments import one_line_errors
-from lightning_igpt.commands.help import PACKAGE, parse, read, verbs
+from lightning_igpt.commands.help import parameters, texts, verbs
 from lightning_igpt.report import read_curves
 from lightning_igpt.trainer import make_trainer
 
@@ -130,19 +129,17 @@ class TestVerbs:
         assert "digits_tiny_pretrain" in out
 
     def test_signatures_read_from_source_files_are_those_of_the_functions(self):
-        ours, theirs = recipe_words.trainer_options()
-        pairs = [(ours, make_trainer), (theirs, Trainer.__init__)]
+        pairs = [*zip(recipe_words.trainers(), (make_trainer, Trainer.__init__), strict=True)]
         for verb in OWN_VERBS:
-            tree = parse(PACKAGE / "commands" / f"{verb}.py")
             module = importlib.import_module(f"lightning_igpt.commands.{verb}")
-            pairs += [(read(tree, name), getattr(module, name)) for name in verbs(tree, verb).values()]
-        for known, function in pairs:
-            parameters = {name: part for name, part in inspect.signature(function).parameters.items() if name != "self"}
-            assert [*known.hints] == [name for name, part in parameters.items() if part.kind != part.VAR_KEYWORD]
-            defaults = {name: part.default for name, part in parameters.items() if part.default is not part.empty}
-            assert known.defaults == defaults
+            pairs += [(outline, getattr(module, outline.__name__)) for outline in verbs(verb).values()]
+        for outline, function in pairs:
+            read, meant = parameters(outline), parameters(function)
+            assert [(name, part.default) for name, part in read.items()] == [(n, p.default) for n, p in meant.items()]
+            assert texts(outline) == texts(function)
             if function not in (make_trainer, Trainer.__init__):
-                assert known.hints == {name: get_type_hints(function)[name] for name in known.hints}
+                hints = get_type_hints(function)
+                assert all(part.annotation == hints[name] for name, part in read.items())
 
     @pytest.mark.parametrize(("typed", "meant"), [("fitt", "fit"), ("complet", "complete"), ("recipe", "recipes")])
     def test_a_misspelt_verb_is_wrong_usage_with_a_hint(self, typed, meant, capsys):

@@ -70,8 +70,8 @@ def test_choices_for_speed_are_told_once(tmp_path, caplog, bfloat16):
         trainer.validate(trainer.lightning_module, loader(), verbose=False)
     assert caplog.messages.count("strategy SingleDeviceStrategy (one device), activation checkpointing: off") == 1
     why = "faster on a CPU at width 16 with 16 tokens" if bfloat16 else "this CPU has no AMX or AVX512-BF16"
-    line = f"precision 32-true ({why}), compile off (saves nothing in 32-true on a CPU), float32 products in full"
-    assert caplog.messages.count(line) == 1
+    for line in (f"precision 32-true ({why})", "compile off (saves nothing in 32-true on a CPU)"):
+        assert line in caplog.messages and len(line) <= 80
 
 
 def test_choices_for_speed_can_be_overridden(tmp_path, caplog):
@@ -80,7 +80,8 @@ def test_choices_for_speed_can_be_overridden(tmp_path, caplog):
     mine = {"precision": "64-true", "compile": False, "matmul_precision": "high", "callbacks": products}
     with caplog.at_level(logging.INFO):
         make_trainer(default_root_dir=tmp_path, **mine, **options).fit(PretrainModule(TINY, "gray:8"), loader(64))
-    assert "precision 64-true (as given), compile off (as set), float32 products as TF32 where" in caplog.text
+    assert "precision 64-true (as given)" in caplog.text
+    assert "compile off (as set), float32 products as TF32 where" in caplog.text
     assert products.seen == "high" and torch.get_float32_matmul_precision() == "highest"  # it ends with the run
     mine = [CompileBlocks(False), Throughput(peak_tflops=1)]
     callbacks = make_trainer(callbacks=mine, **options).callbacks

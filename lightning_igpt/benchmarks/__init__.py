@@ -4,7 +4,6 @@
 ``train_step``          forward, loss, backward and optimizer, compared with the network of ``transformers``
 ``sample``              one more pixel with a cache, in three precisions, compared with ``transformers``
 ``quantize``            colors to tokens, compared with ``transformers``' image processor
-``features``            pooled features of all layers, compared with a plain pass and ``transformers``
 ``probe``               logistic regression on many layers, compared with scikit-learn
 ``data``                files to batches, compared with bare decoding and ``transformers``
 ======================  =====================================================================================

@@ -23,8 +23,7 @@ import torch
 from PIL import Image
 
 from lightning_igpt.benchmarks import harness
-from lightning_igpt.benchmarks.harness import Comparison
-from lightning_igpt.benchmarks.peers import pictures, transformers
+from lightning_igpt.benchmarks.harness import Comparison, pictures, transformers
 from lightning_igpt.data.folders import quiet
 from lightning_igpt.data.pretrain import PretrainDataModule
 from lightning_igpt.palette import Palette

@@ -11,13 +11,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_igpt.config import PRESETS
+from lightning_igpt.config import PRESETS, ImageGPTConfig
+from lightning_igpt.model import ImageGPT
+from lightning_igpt.palette import Palette
 from lightning_igpt.trainer import best_precision
+from lightning_igpt.weights import save_pretrained
+
+try:
+    import transformers as transformers
+except ModuleNotFoundError as error:
+    raise SystemExit('benchmarks compare with transformers: pip install ".[hf]"') from error
 
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
 MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrix product that measures the arithmetic limit
@@ -86,6 +96,37 @@ def _count(word: str) -> int:
     if int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word} must be 1 or more")
     return int(word)
+
+
+def both_networks(config: ImageGPTConfig, device: str) -> tuple[ImageGPT, Any]:
+    """A network with random weights, and an ``ImageGPTForCausalImageModeling`` with the same, in evaluation mode."""
+    torch.manual_seed(0)
+    network = ImageGPT(config)
+    torch.nn.init.normal_(network.lm_head.weight, std=0.02)  # initially zero, which would agree with anything
+    with TemporaryDirectory() as folder:
+        save_pretrained(folder, network, Palette.load("openai"))
+        theirs = transformers.ImageGPTForCausalImageModeling.from_pretrained(folder)
+    return network.eval().to(device), theirs.eval().to(device)
+
+
+def after_start(tokens: Tensor, vocab_size: int) -> Tensor:
+    """The peer's input for our tokens (B, T): its start token, then all but the last."""
+    return torch.cat([torch.full_like(tokens[:, :1], vocab_size), tokens[:, :-1]], 1)
+
+
+def random_tokens(config: ImageGPTConfig, batch_size: int, device: str) -> Tensor:
+    """Seeded int64 (B, T)."""
+    generator, shape = torch.Generator().manual_seed(1), (batch_size, config.n_positions)
+    return torch.randint(config.vocab_size, shape, generator=generator).to(device)
+
+
+def pictures(count: int, height: int, width: int, seed: int) -> Tensor:
+    """uint8 (count, 3, height, width): smooth colors and grain."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, height // 16 + 1, width // 16 + 1, generator=generator) * 255
+    smooth = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
+    grain = torch.randn(smooth.shape, generator=generator) * 8
+    return (smooth + grain).round().clamp(0, 255).to(torch.uint8)
 
 
 def seconds_of(run: Callable[[], object], device: str = "cpu") -> float:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_igpt.benchmarks import harness
-from lightning_igpt.benchmarks.harness import Comparison, Turns
-from lightning_igpt.benchmarks.peers import pictures, transformers
+from lightning_igpt.benchmarks.harness import Comparison, Turns, pictures, transformers
 from lightning_igpt.lookup import build_table
 from lightning_igpt.palette import Palette
 

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_igpt.benchmarks import harness
-from lightning_igpt.benchmarks.harness import Comparison
-from lightning_igpt.benchmarks.peers import both_networks, random_tokens, transformers
+from lightning_igpt.benchmarks.harness import Comparison, both_networks, random_tokens, transformers
 from lightning_igpt.config import PRESETS
 from lightning_igpt.decoding import Decoder, Precision
 from lightning_igpt.model import ImageGPT

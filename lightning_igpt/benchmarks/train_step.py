@@ -20,8 +20,14 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from lightning_igpt.benchmarks import harness
-from lightning_igpt.benchmarks.harness import PRECISIONS, Comparison
-from lightning_igpt.benchmarks.peers import after_start, both_networks, random_tokens, transformers
+from lightning_igpt.benchmarks.harness import (
+    PRECISIONS,
+    Comparison,
+    after_start,
+    both_networks,
+    random_tokens,
+    transformers,
+)
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.objectives import next_pixel_loss

@@ -3,8 +3,6 @@
 from lightning_igpt.callbacks.classification import ClassificationReport as ClassificationReport
 from lightning_igpt.callbacks.compile import CompileBlocks as CompileBlocks
 from lightning_igpt.callbacks.completions import CompletionGrid as CompletionGrid
-from lightning_igpt.callbacks.completions import captions as captions
-from lightning_igpt.callbacks.completions import completion_rows as completion_rows
 from lightning_igpt.callbacks.finite_guard import DiskCheck as DiskCheck
 from lightning_igpt.callbacks.finite_guard import FiniteGuard as FiniteGuard
 from lightning_igpt.callbacks.layer_curve import LayerCurve as LayerCurve

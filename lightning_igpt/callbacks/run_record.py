@@ -120,6 +120,7 @@ def comparable(record: Mapping[str, Any]) -> dict[str, Any]:
     """What of an entry a resumed run should share with the run that it continues."""
     settings, names = record["data"]["hparams"], ("palette_sha256", "module_seed")
     shared = {f"data_{name}": settings.get(name) for name in DATA} | {name: record[name] for name in names}
+    shared["precision"] = record["trainer"]["precision"]
     shared["data_source"] = Path(str(settings.get("source"))).name  # whole paths must not be published
     return shared | dict(record["versions"]) | dict(record["images"])
 

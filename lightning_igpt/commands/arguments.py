@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import itertools
 import os
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from lightning_igpt.commands.help import PACKAGE, PROGRAM, Parser, Signature, check_paths, parse, read, verbs
+import docstring_parser
+
+from lightning_igpt.commands.help import PROGRAM, Parser, check_paths, parameters, texts, verbs
 from lightning_igpt.files import shown
 
 SEEDS = 2**32  # NumPy's generators take seeds from 0 to one less
@@ -25,43 +28,42 @@ def run_verb(verb: str, words: Sequence[str], *, positional: bool = False) -> No
 
     ``positional`` takes required arguments without their names.
     """
-    tree, prog = parse(PACKAGE / "commands" / f"{verb}.py"), f"{PROGRAM} {verb}"
-    names = verbs(tree, verb)
-    parts = {name: read(tree, function) for name, function in names.items()}
-    name, options = read_words(parts, words, prog, positional=positional)
+    functions, prog = verbs(verb), f"{PROGRAM} {verb}"
+    name, options = read_words(functions, words, prog, positional=positional)
     with one_line_errors(prog):
         check_seed("seed", options.get("seed"))
         check_paths(options)
-        getattr(importlib.import_module(f"lightning_igpt.commands.{verb}"), names[name])(**options)
+        getattr(importlib.import_module(f"lightning_igpt.commands.{verb}"), functions[name].__name__)(**options)
 
 
 def read_words(
-    parts: Mapping[str, Signature], words: Sequence[str], prog: str, *, positional: bool = False
+    functions: Mapping[str, Any], words: Sequence[str], prog: str, *, positional: bool = False
 ) -> tuple[str, dict[str, Any]]:
     """(sub-verb, values by parameter): of the functions of several sub-verbs, or of one, whose name is empty."""
-    if "" in parts:
-        parser = Parser(prog=prog, description=parts[""].doc.description or "")
-        _add(parser, parts[""], positional)
+    docs = {name: docstring_parser.parse(function.__doc__) for name, function in functions.items()}
+    if "" in functions:
+        parser = Parser(prog=prog, description=docs[""].description or "")
+        _add(parser, functions[""], positional)
     else:
         parser = Parser(prog=prog, add_help=True)
-        group = parser.add_subparsers(dest="verb", required=True, metavar="|".join(parts), title="verbs")
-        for name, part in parts.items():
-            summary = part.doc.short_description
+        group = parser.add_subparsers(dest="verb", required=True, metavar="|".join(functions), title="verbs")
+        for name, function in functions.items():
+            summary = docs[name].short_description
             added = group.add_parser(name, prog=f"{prog} {name}", description=summary, help=summary)
-            _add(added, part, positional)
+            _add(added, function, positional)
     options = vars(parser.parse_args(list(words)))
     return options.pop("verb", ""), options
 
 
-def _add(parser: argparse.ArgumentParser, function: Signature, positional: bool) -> None:
+def _add(parser: argparse.ArgumentParser, function: Any, positional: bool) -> None:
     """Add an option for every parameter."""
-    texts = function.texts
+    about = texts(function)
     needed, rest = parser.add_argument_group("needed"), parser.add_argument_group("options")
     called = [parser.prog]
-    for name, kind in function.hints.items():
-        options = reader(kind) | {"help": _text(texts.get(name, ""), function.defaults.get(name))}
-        if name in function.defaults:
-            rest.add_argument(f"--{name}", default=function.defaults[name], **options)
+    for name, part in parameters(function).items():
+        options = reader(part.annotation) | {"help": _text(about.get(name, ""), part.default)}
+        if part.default is not part.empty:
+            rest.add_argument(f"--{name}", default=part.default, **options)
         elif positional:
             action = needed.add_argument(name, **options | {"metavar": name.upper()})
             called.append(f"{action.metavar} ..." if action.nargs == "+" else str(action.metavar))
@@ -74,7 +76,7 @@ def _add(parser: argparse.ArgumentParser, function: Signature, positional: bool)
 
 def _text(text: str, default: Any) -> str:
     """The description of an option, with its default where that says something."""
-    if default not in (None, False, "") and "efault" not in text:
+    if default not in (None, False, "", inspect.Parameter.empty) and "efault" not in text:
         text += f" Default: {' '.join(map(str, default)) if isinstance(default, tuple) else str(default).lower()}."
     return text.replace("%", "%%")
 

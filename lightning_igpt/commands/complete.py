@@ -8,16 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_igpt.callbacks import captions, completion_rows
-from lightning_igpt.callbacks.completions import HIDDEN
 from lightning_igpt.commands.arguments import check_folder
 from lightning_igpt.commands.images import decoded, fitted, to_tensor
 from lightning_igpt.decoding import Precision
 from lightning_igpt.files import shown
 from lightning_igpt.images import BadImageError, decode, resize_center_crop
 from lightning_igpt.pictures import CELL, image_grid, save_png
-from lightning_igpt.sampling import inpaint
-from lightning_igpt.weights import Pretrained, load_pretrained
+from lightning_igpt.sampling import captions, completion_rows
+from lightning_igpt.weights import load_pretrained
 
 DEFAULT, TEMPERATURE = "photos", 0.8  # the network that needs no training; small ones draw noise at 1
 STEM = 100  # bytes of an image's name in those of its samples; file systems take 143 to 255 for the whole name
@@ -81,16 +79,12 @@ def complete(
     loaded.network.to(place)
     tokens = loaded.palette.quantize(torch.stack(pixels)).to(place)
     options: dict[str, Any] = {"n_samples": n_samples, "seed": seed, "temperature": temperature, "precision": precision}
-    line = None
-    if hole is not None:
-        rows = inpainted_rows(loaded, tokens, hole.to(place), **options).cpu()
-    else:
-        line = 3 * size // 4 if keep_rows is None else keep_rows  # small networks continue a half badly
-        options |= {"keep_rows": line, "top_k": top_k, "top_p": top_p}
-        rows = completion_rows(loaded.network, loaded.palette, tokens, **options).cpu()
+    line = 3 * size // 4 if keep_rows is None else keep_rows  # small networks continue a half badly
+    options |= {"keep_rows": line, "top_k": top_k, "top_p": top_p} if hole is None else {"hole": hole.to(place)}
+    rows = completion_rows(loaded.network, loaded.palette, tokens, **options).cpu()
     folder = Path(out)
     whole = image_grid([photo[None] for photo in photos], scale=1, captions=["image"])
-    grid = image_grid(rows, captions=captions(n_samples), line=line)
+    grid = image_grid(rows, captions=captions(n_samples), line=line if hole is None else None)
     save_png(torch.cat([whole, grid], 2), folder / "completions.png")
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
         stem = shown(Path(name).stem).encode()[:STEM].decode(errors="ignore")
@@ -115,21 +109,6 @@ def read_mask(path: str, size: int) -> Tensor:
     if not hole.any():
         raise ValueError(f"mask {path} has no white pixel at {size} x {size}; mark in white what to redraw")
     return hole
-
-
-def inpainted_rows(
-    loaded: Pretrained, tokens: Tensor, hole: Tensor, *, n_samples: int, seed: int, **options: Any
-) -> Tensor:
-    """As ``completion_rows``, with a hole in bool (T,) to be redrawn; ``options`` are those of ``inpaint``."""
-    if n_samples < 1:
-        raise ValueError(f"n_samples is {n_samples}; it must be at least 1")
-    repeated = tokens.repeat_interleave(n_samples, 0)
-    generator = torch.Generator(tokens.device).manual_seed(seed)
-    drawn = inpaint(loaded.network, repeated, (~hole).expand_as(repeated), generator=generator, **options)
-    truth = loaded.palette.dequantize(tokens)[:, None]  # (B, 1, 3, S, S)
-    samples = loaded.palette.dequantize(drawn).view(len(tokens), n_samples, *truth.shape[2:])
-    hidden = torch.tensor(HIDDEN, dtype=torch.uint8, device=truth.device)[:, None, None]
-    return torch.cat([torch.where(hole.view(truth.shape[-2:]), hidden, truth), samples, truth], 1)
 
 
 def pick_device(name: str) -> torch.device:

@@ -67,9 +67,7 @@ def convert(
         what = f"{peer.logits:,} {'color' if head is None else 'class'} logits up to {peer.largest:.3g}"
         print(row("transformers", f"largest difference {peer.difference:.3g} over {what}"))
         if not peer.difference <= TOLERANCE * max(1.0, peer.largest):
-            raise ValueError(
-                f"the logits of transformers differ by up to {peer.difference:.3g}; do not use this export"
-            )
+            raise ValueError(f"logits of transformers differ by up to {peer.difference:.3g}; do not use this export")
     card = loaded.card.filled(title=title, data=data, license=license)
     loaded.network.to(kind)
     if to == "hf":

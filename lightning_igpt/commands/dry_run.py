@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 
 from lightning_igpt import planning
 from lightning_igpt.callbacks import Recompute
@@ -40,7 +41,7 @@ def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | 
     yield row("data", f"{source}: {f'{shown} images' if shown else 'not opened, to avoid a download or conversion'}")
     chosen = choices(trainer, model)
     if verb == "fit":
-        yield from _fit(trainer, model, data, counts.get("train"), counts.get("val", 0))
+        yield from _fit(trainer, model, data, counts.get("train"))
     yield from (row("", text) for text in chosen)
     places = [str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]
     yield row("results", ", ".join(dict.fromkeys(places)) or str(trainer.default_root_dir))
@@ -60,24 +61,23 @@ def images(data: Any) -> dict[str, int]:
     return {role: len(part) for role, part in data.parts.items()}
 
 
-def _fit(trainer: Trainer, model: Any, data: Any, n_images: int | None, n_val: int) -> Iterator[str]:
+def _fit(trainer: Trainer, model: Any, data: Any, n_images: int | None) -> Iterator[str]:
     step, world, parts = getattr(data, "batch_size", None), trainer.world_size, trainer.accumulate_grad_batches
     trained = hasattr(model, "network") and any(weight.requires_grad for weight in model.network.parameters())
     if not isinstance(step, int):
         yield row("length", "unknown: the data has no batch_size")
         return
     if step % (world * parts):
-        raise ValueError(
-            f"batch_size {step} is no multiple of {world} devices x {parts} batches accumulated; change one"
-        )
+        raise ValueError(f"batch_size {step} is no multiple of {world} devices x {parts} batches each; change one")
     if trained and n_images is not None and n_images < step:
         raise ValueError(f"batch_size {step} exceeds the {n_images} training images; lower batch_size")
     steps = length(trainer, step, n_images)
     shared = f"{step // (world * parts)} at once x {world} devices x {parts} accumulated"
     yield row("length", f"{'unknown' if steps is None else f'{steps:,}'} steps of {step:,} images ({shared})")
     if hasattr(model, "network"):
-        validated = evaluated(trainer, step, steps or 1, n_images, n_val)
-        yield from _costs(trainer, model, Schedule(step, steps or 1), trained, validated)
+        yield from _costs(trainer, model, step, steps, trained)
+        limits = [float(one.time_remaining() or 0) for one in trainer.callbacks if isinstance(one, Timer)]  # type: ignore[attr-defined]
+        yield from (row("", f"ends after {hours(seconds)} (max_time)") for seconds in limits)
 
 
 def length(trainer: Trainer, step: int, n_images: int | None) -> int | None:
@@ -90,34 +90,24 @@ def length(trainer: Trainer, step: int, n_images: int | None) -> int | None:
     return min((end for end in ends if end > 0), default=None)
 
 
-def evaluated(trainer: Trainer, step: int, steps: int, n_images: int | None, n_val: int) -> float:
-    """Images that all validations of a run see together; 0 where it is not known how many there are."""
-    limit, every, parts = trainer.limit_val_batches, trainer.val_check_interval, trainer.accumulate_grad_batches
-    seen = limit * n_val if isinstance(limit, float) else min(n_val, limit * (step // (trainer.world_size * parts)))
-    if isinstance(every, float):  # of as many epochs
-        every *= (trainer.check_val_every_n_epoch or 1) * ((n_images or 0) * parts // step)
-    return seen * (steps * parts // max(1, int(every)))
-
-
-def _costs(trainer: Trainer, model: Any, schedule: Schedule, trained: bool, validated: float) -> Iterator[str]:
-    """Memory and time, by the formulas of ``planning``; on a CPU by the speed of a few training steps."""
+def _costs(trainer: Trainer, model: Any, step: int, steps: int | None, trained: bool) -> Iterator[str]:
+    """Memory and time by the formulas of ``planning``; on a CPU by the speed of a few training steps."""
     place, precision, config = trainer.strategy.root_device, str(trainer.precision), model.config
     kind, world = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type, trainer.world_size
     device = planning.device_called(kind) if precision in planning.ACTIVATION_BYTES else None
     if kind == "cpu" and precision in planning.ACTIVATION_BYTES:
-        images = schedule.batch_size // (world * trainer.accumulate_grad_batches)
+        images = step // (world * trainer.accumulate_grad_batches)
         device = measured_cpu(config, images, precision, getattr(model, "optimizer", "adam"))
     if device is None:
         yield row("costs", f"unknown for {kind} in {precision}")
         return
-    run = make_run(config, schedule, device, world, precision)
+    run = make_run(config, Schedule(step, steps or 1), device, world, precision)
     speed = f"{device.name}, {device.peak(precision) / 1e12:,.3g} TFLOP/s"
     if trained:
-        yield row("memory", _memory(trainer, config, schedule.batch_size, device))
+        yield row("memory", _memory(trainer, config, step, device))
         share = f"{run.mfu:.0%} of {speed}" if device.torch_name else f"the speed of {STEPS} training steps now"
-        seconds = run.seconds * (1 + validated / 3 / schedule.images)  # a third of a step is its forward pass
-        yield row("time", f"about {hours(seconds)}, at {share}")
-        yield row("", "reading images and drawing pictures come on top")
+        yield row("time", f"about {hours(run.seconds)}{' per step' * (steps is None)}, at {share}")
+        yield row("", "reading images, validating and drawing pictures come on top")
     else:
         rate = device.reached(precision) / (config.n_positions * planning.forward_flops_per_token(config))
         yield row("time", f"features: at most {rate:,.3g} images/s, without fitting ({speed})")

@@ -7,16 +7,16 @@ import argparse
 import ast
 import builtins
 import glob
-import importlib.util
-import itertools
+import inspect
 import re
 import shutil
 import sys
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import docstring_parser
 
@@ -94,69 +94,43 @@ def plain(text: str | None) -> str:
     return " ".join(text.replace("`", "").split())
 
 
-class Signature(NamedTuple):
-    """Parameters of a function: their types, defaults and descriptions."""
+class Source(dict[str, Any]):
+    """What a source file defines: constants, and functions without bodies; names of libraries mean ``object``."""
 
-    doc: docstring_parser.Docstring
-    hints: dict[str, Any]
-    defaults: dict[str, Any]  # of those that have one
-
-    @property
-    def texts(self) -> dict[str, str]:
-        """What the docstring says about each parameter."""
-        return {item.arg_name: plain(item.description) for item in self.doc.params}
-
-
-class _Names(dict[str, Any]):
-    """What the names in a file's annotations mean; ``object`` where that is a class of a library."""
-
-    def __init__(self, tree: ast.Module) -> None:
-        super().__init__(vars(builtins) | vars(typing))
-        self.tree = tree
+    def __init__(self, path: Path) -> None:
+        super().__init__(vars(builtins) | vars(typing) | {"__annotations__": {}})
+        self.homes = dict[str, str]()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for part in node.body if isinstance(node, ast.ClassDef) else [node]:
+                if isinstance(part, ast.ImportFrom):
+                    self.homes |= dict.fromkeys([alias.name for alias in part.names], str(part.module))
+                elif isinstance(part, ast.FunctionDef):
+                    docstring = ast.Expr(ast.Constant(ast.get_docstring(part) or ""))
+                    part.body, part.decorator_list = [docstring], []
+                if isinstance(part, (ast.FunctionDef, ast.Assign, ast.AnnAssign)):
+                    with suppress(Exception):  # what a library's class would be needed for
+                        exec(compile(ast.fix_missing_locations(ast.Module([part], [])), str(path), "exec"), self)
 
     def __missing__(self, name: str) -> Any:
-        for node in self.tree.body:
-            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name:
-                return self.read(node.value)
-            if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
-                file = PACKAGE.parent / f"{str(node.module).replace('.', '/')}.py"
-                return _Names(parse(file))[name] if file.is_relative_to(PACKAGE) else object
-        return object
-
-    def read(self, expression: ast.expr | None) -> Any:
-        try:
-            return eval(ast.unparse(expression), {}, self) if expression else object
-        except (AttributeError, TypeError):  # such as an attribute of such a class
-            return object
+        file = PACKAGE.parent / f"{self.homes.get(name, '').replace('.', '/')}.py"
+        return Source(file)[name] if file.is_relative_to(PACKAGE) else object
 
 
-def parse(path: Path) -> ast.Module:
-    """The syntax tree of a source file."""
-    return ast.parse(path.read_text(encoding="utf-8"))
+def verbs(verb: str) -> dict[str, Any]:
+    """The functions of a verb's file by sub-verb; that of the verb itself where it has none."""
+    source = Source(PACKAGE / "commands" / f"{verb}.py")
+    return source.get("VERBS") or {"": source[verb]}
 
 
-def trainer_file() -> Path:
-    """The file that defines Lightning's Trainer."""
-    spec = importlib.util.find_spec("lightning")
-    return Path(str(spec and spec.origin)).parent / "pytorch" / "trainer" / "trainer.py"
+def parameters(function: Any) -> dict[str, inspect.Parameter]:
+    """The parameters of a function that have names."""
+    pairs = inspect.signature(function).parameters.items()
+    return {name: part for name, part in pairs if name != "self" and part.kind != part.VAR_KEYWORD}
 
 
-def read(tree: ast.Module, name: str) -> Signature:
-    """The signature of the first function of that name in a file."""
-    node = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
-    given, names = node.args, _Names(tree)
-    firsts = itertools.chain(itertools.repeat(None, len(given.args) - len(given.defaults)), given.defaults)
-    pairs = [*zip(given.args, firsts, strict=True), *zip(given.kwonlyargs, given.kw_defaults, strict=True)]
-    hints = {argument.arg: names.read(argument.annotation) for argument, _ in pairs if argument.arg != "self"}
-    defaults = {argument.arg: names.read(default) for argument, default in pairs if default is not None}
-    return Signature(docstring_parser.parse(ast.get_docstring(node) or ""), hints, defaults)
-
-
-def verbs(tree: Any, verb: str) -> dict[str, str]:
-    """Names of the functions of a verb's file by sub-verb; that of the verb itself where it has none."""
-    tables = [node.value for node in tree.body if ast.unparse(node).startswith("VERBS = ")]
-    pairs = [pair for table in tables for pair in zip(table.keys, table.values, strict=True)]
-    return {key.value: part.id for key, part in pairs} or {"": verb}
+def texts(function: Any) -> dict[str, str]:
+    """What the docstring of a function says about each parameter."""
+    return {item.arg_name: plain(item.description) for item in docstring_parser.parse(function.__doc__ or "").params}
 
 
 def check_paths(options: Mapping[str, Any]) -> None:

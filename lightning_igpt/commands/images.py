@@ -1,18 +1,20 @@
 """Images for the verbs: a file, a folder, or any source of the data modules."""
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lightning_igpt.data.folders import TABLES
-from lightning_igpt.data.sources import Source, open_source
 from lightning_igpt.files import shown
 from lightning_igpt.images import SUFFIXES, BadImageError, decode, resize_center_crop
+
+if TYPE_CHECKING:
+    from lightning_igpt.data.sources import Source
 
 SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # in the order of preference: unseen images first
 
@@ -34,11 +36,12 @@ def decoded(
         raise ValueError(f"asked for {limit} images; ask for at least 1")
     path = Path(source).expanduser()
     rows = iter([(path.name, {"path": str(path)})])
-    if path.is_file() and path.suffix.lower() not in SUFFIXES | TABLES.keys():
-        kinds = " ".join(sorted(SUFFIXES | TABLES.keys()))
-        raise ValueError(f"{shown(path)} holds no images: a file ends in one of {kinds}; or name a folder")
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
-        opened = open_source(source)
+        sources = importlib.import_module("lightning_igpt.data.sources")  # 4 s of imports that a file does without
+        if path.is_file() and path.suffix.lower() not in sources.TABLES:
+            kinds = " ".join(sorted(SUFFIXES | sources.TABLES.keys()))
+            raise ValueError(f"{shown(path)} holds no images: a file ends in one of {kinds}; or name a folder")
+        opened = sources.open_source(source)
         opened.need_images()
         split = split or next((name for name in SPLITS if name in opened.splits), next(iter(opened.splits)))
         check_split(opened, split)
@@ -57,7 +60,9 @@ def decoded(
         raise ValueError(f"none of the {n_bad} images of {source} can be read" if n_bad else f"{source} has no images")
 
 
-def rows_of(source: Source, split: str, limit: int | None = None, *, spread: bool = True) -> Iterator[tuple[str, Any]]:
+def rows_of(
+    source: "Source", split: str, limit: int | None = None, *, spread: bool = True
+) -> Iterator[tuple[str, Any]]:
     """``limit`` of a split's (name, undecoded image), or all, one in memory at a time.
 
     They are evenly spread, as many datasets are sorted by class, or else the first. A name is the end of the image's
@@ -71,7 +76,7 @@ def rows_of(source: Source, split: str, limit: int | None = None, *, spread: boo
         yield "/".join(Path(str(path)).parts[-2:]) if path else f"{split}-{place:05d}", value
 
 
-def images_of(source: Source, split: str, limit: int | None = None) -> Iterator[Image.Image]:
+def images_of(source: "Source", split: str, limit: int | None = None) -> Iterator[Image.Image]:
     """The images of ``rows_of``; the BadImageError of one that cannot be decoded names it."""
     for name, value in rows_of(source, split, limit):
         try:
@@ -91,7 +96,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def check_split(source: Source, split: str) -> None:
+def check_split(source: "Source", split: str) -> None:
     """Raise unless the source has the split."""
     if split not in source.splits:
         raise ValueError(f"{source.name} has no split {split!r}; it has {', '.join(source.splits)}")

@@ -162,8 +162,8 @@ def finetune(folder: Path, palette: Palette, seed: int) -> dict[str, float]:
     """Fine-tune on the labeled images, pretrained and from scratch, and test the last step; nothing is held out."""
     results: dict[str, float] = {}
     for prefix, weights in (("", str(folder / "pretrain.ckpt")), ("scratch_", None)):
-        options: dict[str, Any] = {"lr": 0.003, "schedule": "cosine", "warmup_steps": FINETUNE_STEPS // 20, "seed": seed}
-        module = FineTuneModule(weights, N_CLASSES, network=NETWORK, palette=palette, **options)
+        options: dict[str, Any] = {"lr": 0.003, "schedule": "cosine", "warmup_steps": FINETUNE_STEPS // 20}
+        module = FineTuneModule(weights, N_CLASSES, network=NETWORK, palette=palette, seed=seed, **options)
         data = FineTuneDataModule("emoji", batch_size=BATCH_SIZE, val_fraction=0.0, pad=1, seed=seed)
         name = f"finetune-{'pretrained' if weights else 'scratch'}"
         runner = trainer(folder / name, max_steps=FINETUNE_STEPS, limit_val_batches=0)

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_igpt import __version__, report
-from lightning_igpt.callbacks import captions, completion_rows
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import image_grid, plot_curves, save_png, surprise_limit, surprise_map, swatch
-from lightning_igpt.sampling import score
+from lightning_igpt.sampling import captions, completion_rows, score
 
 N_PICTURES, N_SAMPLES, TEMPERATURE = 10, 4, 0.8
 NEXT_STEPS = "Complete your own pictures, train on them, or start from a commented recipe:"

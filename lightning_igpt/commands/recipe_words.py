@@ -1,6 +1,6 @@
 """The command line of Lightning's verbs without Lightning: its help, and checks before torch is imported."""
 
-import difflib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -15,36 +15,25 @@ from lightning_igpt.commands.help import (
     PACKAGE,
     PROGRAM,
     Parser,
-    Signature,
+    Source,
     check_paths,
     columns,
-    parse,
-    read,
-    trainer_file,
+    parameters,
+    texts,
     usage_error,
 )
 
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # values of Lightning's ckpt_path that are no paths
-RESUME = (
-    "fit: Continue an interrupted run in its folder, from a checkpoint or the newest one of a run folder. auto "
-    "searches default_root_dir, and starts a new run if there is no checkpoint."
-)
+RESUME = "fit: Continue a run in its folder from a checkpoint, or the newest of a folder; auto: of default_root_dir."
+SEED = f"Seed for initialization, data order and sampling, 0 to {SEEDS - 1}; true picks one at random. Default: 0."
 WHAT = (  # names, what stands for the value, explanation
-    (
-        "-c --config",
-        "RECIPE",
-        "A YAML file or a shipped recipe's name; later ones override earlier ones, options all.",
-    ),
+    ("-c --config", "RECIPE", "A YAML file or a shipped recipe's name; later ones override earlier ones, options all."),
     ("--model", "CLASS", "PretrainModule, ProbeModule or FineTuneModule; its options are --model.NAME."),
     ("--data", "CLASS", "PretrainDataModule, ProbeDataModule or FineTuneDataModule; its options are --data.NAME."),
     ("--resume", "auto|PATH", RESUME),
     ("--ckpt_path", "CHECKPOINT", "Checkpoint of a run of this recipe: fit continues it, the others evaluate it."),
     ("--random_weights", "true", "validate, test, predict: Run an untrained network, as a baseline."),
-    (
-        "--seed_everything",
-        "N",
-        f"Seed for initialization, data order and sampling, 0 to {SEEDS - 1}; true picks one at random. Default: 0.",
-    ),
+    ("--seed_everything", "N", SEED),
     ("--dry_run", "", "Print what would run, with sizes and, for fit, memory and time; train and write nothing."),
     ("--trust", "NAME", "A package, module, class or address that the recipe may name, in addition to the safe ones."),
     ("--model.help", "CLASS", "The options of a class; likewise --data.help and --trainer.callbacks.help."),
@@ -55,9 +44,11 @@ WHAT = (  # names, what stands for the value, explanation
 FIRST = ("default_root_dir", "accumulate_grad_batches", "num_nodes", "logger")  # Lightning's options needed most
 
 
-def trainer_options() -> tuple[Signature, Signature]:
-    """Signatures of make_trainer and of Lightning's Trainer, whose options it passes on."""
-    return read(parse(PACKAGE / "trainer.py"), "make_trainer"), read(parse(trainer_file()), "__init__")
+def trainers() -> tuple[Any, Any]:
+    """make_trainer, and Lightning's Trainer, whose options it passes on, as functions without bodies."""
+    spec = importlib.util.find_spec("lightning")
+    file = Path(str(spec and spec.origin)).parent / "pytorch" / "trainer" / "trainer.py"
+    return Source(PACKAGE / "trainer.py")["make_trainer"], Source(file)["__init__"]
 
 
 def page(verb: str) -> str:
@@ -65,17 +56,17 @@ def page(verb: str) -> str:
     prog = f"{PROGRAM} {verb}"
     usage = f"{prog} --config RECIPE{' --ckpt_path CHECKPOINT' * (verb != 'fit')} [options]"
     text = Parser(prog=prog, usage=usage, description=LIGHTNING_VERBS[verb].capitalize())
-    ours, theirs = trainer_options()
-    further = theirs.texts
-    trainer = {name: ours.texts[name] for name in ours.hints if name not in ("module", "data")}
+    ours, theirs = trainers()
+    further, about, known = texts(theirs), texts(ours), parameters(theirs) | parameters(ours)
+    trainer = {name: about[name] for name in parameters(ours) if name not in ("module", "data")}
     trainer |= {name: further.pop(name).partition(". ")[0] for name in FIRST}
-    hints = theirs.hints | ours.hints
-    rows = [(f"--trainer.{name}", reader(hints[name])["metavar"] or "VALUE", text) for name, text in trainer.items()]
+    values = {name: reader(known[name].annotation)["metavar"] or "VALUE" for name in trainer}
+    rows = [(f"--trainer.{name}", values[name], words) for name, words in trainer.items()]
     for heading, options in {"what to run": WHAT, "the trainer": rows}.items():
         group = text.add_argument_group(heading)
-        for names, value, about in options:
+        for names, value, words in options:
             takes: dict[str, Any] = {"metavar": value} if value else {"action": "store_true"}
-            group.add_argument(*names.split(), help=about.replace("%", "%%"), **takes)
+            group.add_argument(*names.split(), help=words.replace("%", "%%"), **takes)
     others = fill(" ".join(name for name in further if name not in trainer), columns() - 2, break_on_hyphens=False)
     text.add_argument_group("further options of Lightning's Trainer, as --trainer.NAME", others)
     return text.format_help()
@@ -88,28 +79,19 @@ def check(words: Sequence[str]) -> None:
         print(page(verb), end="")
         raise SystemExit(0)
     known = {name.lstrip("-").partition(".")[0] for names, *_ in WHAT for name in names.split()} | {"trainer"}
-    trainer = {name for part in trainer_options() for name in part.hints}
+    trainer = {"", "help"}.union(*map(parameters, trainers()))
+    options = dict(_options(words[1:]))
+    runs = not any(name.startswith("print_") for name in options)
     with one_line_errors(prog):
-        options = dict(_options(words[1:]))
-        both = {"resume", "ckpt_path"} <= options.keys()
-        runs = not any(name.startswith("print_") for name in options)
         for name, value in options.items():
             top, _, rest = name.rstrip("+").partition(".")
-            part = rest.partition(".")[0]
-            is_wrong = part not in {"", "help", *trainer} if top == "trainer" else top not in known
-            if is_wrong:
-                near = difflib.get_close_matches(part or top, trainer if part else known, n=1)
-                hint = f"; the closest is --{'trainer.' * bool(part)}{near[0]}" if near else ""
-                usage_error(prog, f"there is no option --{name}{hint}")
+            if top not in known or (top == "trainer" and rest.partition(".")[0] not in trainer):
+                usage_error(prog, f"there is no option --{name}")
             if top in ("c", "config") and value:
                 _check_recipe(value, prog)
-            elif name in ("ckpt_path", "resume") and not both:
+            elif name in ("ckpt_path", "resume") and not {"resume", "ckpt_path"} <= options.keys():
                 check_checkpoint(**{name.removeprefix("ckpt_"): value})
-            elif (
-                runs
-                and value != "null"
-                and rest in ("source", "pretrained", "init_args.source", "init_args.pretrained")
-            ):
+            elif runs and value != "null" and rest.removeprefix("init_args.") in ("source", "pretrained"):
                 check_paths({rest.removeprefix("init_args."): value})
 
 

@@ -20,8 +20,17 @@ from lightning_igpt.files import write_text
 from lightning_igpt.model import NORM_EPS, ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights.card import ModelCard
-from lightning_igpt.weights.names import Name, check_keys, rows
-from lightning_igpt.weights.native import Pretrained, Source, assemble, check_head, labels, palette_for
+from lightning_igpt.weights.native import (
+    Name,
+    Pretrained,
+    Source,
+    assemble,
+    check_head,
+    check_keys,
+    labels,
+    palette_for,
+    rows,
+)
 from lightning_igpt.weights.safety import read_json, read_safetensors, read_torch, save_safetensors, tensors_in
 
 PROCESSING = {

@@ -10,8 +10,7 @@ from torch import Tensor
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
-from lightning_igpt.weights.names import Name, check_keys, rows
-from lightning_igpt.weights.native import Pretrained, Source, assemble, palette_for
+from lightning_igpt.weights.native import Name, Pretrained, Source, assemble, check_keys, palette_for, rows
 
 PREFIX = "model/"
 

@@ -3,10 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_igpt.callbacks import CompletionGrid, captions, completion_rows
-from lightning_igpt.callbacks.completions import HIDDEN
+from lightning_igpt.callbacks import CompletionGrid
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.palette import Palette
+from lightning_igpt.sampling import HIDDEN, captions, completion_rows
 from tests.modules.helpers import BERT, TINY, loader, quiet_trainer
 from tests.networks import random_network
 

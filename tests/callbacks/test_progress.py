@@ -52,12 +52,10 @@ def test_a_terminal_shows_one_line_that_fits_and_continues_after_a_resumption(co
         monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "handlers", [handler])
         fit(tmp_path, ckpt_path=resumed)
         assert sys.stderr is terminal and handler.stream is terminal
-        *above, last, end = [line for line in terminal.lines()]
-        assert (
-            not end
-            and max(len(part) for line in terminal.lines() for part in line if part.startswith("step ")) < columns
-        )
-        shown = [re.fullmatch(LINE, part) for line in [*above, last] for part in line if part.startswith("step ")]
+        *above, last, end = terminal.lines()
+        parts = [part for line in [*above, last] for part in line if part.startswith("step ")]
+        assert not end and max(map(len, parts)) < columns
+        shown = [re.fullmatch(LINE, part) for part in parts]
         steps = [(int(match[1]), int(match[2])) for match in shown if match]
         assert {total for _, total in steps} == {8} and steps == sorted(steps)
         assert (steps[0][0], steps[-1][0]) == (5 if resumed else 1, 8) and shown[-1][4] and shown[-1][5]

@@ -114,8 +114,8 @@ def test_a_resumed_run_is_warned_of_what_changed(tmp_path, monkeypatch):
     _, (warning,) = fit(tmp_path, ckpt_path=ckpt, seed=9)
     assert f"module_seed 0 -> 9, numpy {version('numpy')!r} -> '0.1'" in warning
     monkeypatch.undo()
-    _, (warning,) = fit(tmp_path, ckpt_path=ckpt, source=25)
-    assert "val_images 3 -> 2" in warning and "seed" not in warning
+    _, (warning,) = fit(tmp_path, ckpt_path=ckpt, source=25, precision="bf16-mixed")
+    assert "precision '32-true' -> 'bf16-mixed', val_images 3 -> 2" in warning and "seed" not in warning
     kept = torch.load(ckpt, weights_only=True)
     assert str(tmp_path) not in str(kept[RECORD])
     kept[RECORD] |= {"data_source": "\x1b[2J%s{0}"}  # a name is shown, and nothing else

@@ -1,13 +1,11 @@
 """How our own verbs read their words: from a function's signature and docstring."""
 
-from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from lightning_igpt.__main__ import main
 from lightning_igpt.commands.arguments import read_words
-from lightning_igpt.commands.help import parse, read
 
 
 def show(
@@ -41,8 +39,7 @@ def show(
 
 def run(words, positional=False, sub=""):
     """Call ``show`` as a verb, or as its sub-verb, would be called."""
-    parts = {sub: read(parse(Path(__file__)), "show")}
-    name, options = read_words(parts, words, "lightning-igpt show", positional=positional)
+    name, options = read_words({sub: show}, words, "lightning-igpt show", positional=positional)
     assert name == sub
     show(**options)
 

@@ -1,15 +1,17 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from lightning_igpt.__main__ import main
-from lightning_igpt.callbacks.completions import HIDDEN
-from lightning_igpt.commands.complete import inpainted_rows, read_mask
+from lightning_igpt.commands.complete import read_mask
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.palette import Palette
-from lightning_igpt.weights import Pretrained
+from lightning_igpt.sampling import HIDDEN, completion_rows
 from tests.image_files import save_images
 from tests.modules.helpers import BERT, TINY, quiet_trainer
 from tests.networks import random_network
@@ -88,18 +90,27 @@ def test_mask_redraws_the_hole_alone(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("config", [TINY, BERT], ids=["autoregressive", "BERT"])
 def test_rows_hold_what_was_given_draws_and_the_truth(config):
-    loaded = Pretrained(random_network(config), PALETTE, "random")
+    network = random_network(config)
     tokens, hole = torch.randint(8, (3, 16), generator=torch.manual_seed(0)), torch.zeros(16, dtype=torch.bool)
     hole[HOLE] = True
-    rows = inpainted_rows(loaded, tokens, hole, n_samples=2, seed=4)
+    rows = completion_rows(network, PALETTE, tokens, hole=hole, n_samples=2, seed=4)
     assert rows.shape == (3, 4, 3, 4, 4) and rows.dtype == torch.uint8
     flat, truth = rows.flatten(3), PALETTE.dequantize(tokens).flatten(2)
     assert torch.equal(flat[:, -1], truth)
     assert torch.equal(flat[..., ~hole], truth[:, None][..., ~hole].expand(3, 4, 3, 12))
     assert (flat[:, 0][..., hole] == torch.tensor(HIDDEN)[:, None]).all()
     assert not torch.equal(flat[:, 1], flat[:, 2])
-    assert torch.equal(rows, inpainted_rows(loaded, tokens, hole, n_samples=2, seed=4))
-    assert not torch.equal(rows, inpainted_rows(loaded, tokens, hole, n_samples=2, seed=5))
+    assert torch.equal(rows, completion_rows(network, PALETTE, tokens, hole=hole, n_samples=2, seed=4))
+    assert not torch.equal(rows, completion_rows(network, PALETTE, tokens, hole=hole, n_samples=2, seed=5))
+
+
+def test_an_image_file_is_completed_without_lightning_and_datasets(tmp_path):
+    save_images(tmp_path, ["photo.png"])
+    words = ["complete", "--images", str(tmp_path / "photo.png"), "--out", str(tmp_path / "out"), "--n_samples", "1"]
+    code = f"import sys; from lightning_igpt.__main__ import main; main({words})\n"
+    code += "assert not {'lightning', 'datasets', 'sklearn'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert (tmp_path / "out" / "000-photo-sample1.png").is_file()
 
 
 @pytest.mark.parametrize("words", [["--keep_rows", "0"], ["--top_k", "3"], ["--top_p", "0.5"]])

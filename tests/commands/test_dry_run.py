@@ -41,9 +41,8 @@ def test_fit_says_what_would_run(capsys):
     assert rows["length"] == f"{steps} steps of 16 images (16 at once x 1 devices x 1 accumulated)"
     assert rows["results"].startswith("runs/digits_tiny_pretrain")
     assert re.fullmatch(r"0\.\d+ of [\d.]+ GiB usable per device, recompute none", rows["memory"])
-    images = 800 * 16 + 10 * 144 / 3  # and ten validations, of which each image takes a third
     assert steps == 800 and "strategy SingleDeviceStrategy" in said and "precision " in said
-    seconds = images * 64 * train_flops_per_token(ImageGPTConfig(6, 4, 96, vocab_size=16, image_size=8)) / 1e10
+    seconds = 800 * 16 * 64 * train_flops_per_token(ImageGPTConfig(6, 4, 96, vocab_size=16, image_size=8)) / 1e10
     assert rows["time"] == f"about {plan.hours(seconds)}, at the speed of 5 training steps now"
 
 
@@ -80,6 +79,13 @@ def test_epochs_are_counted_in_steps(capsys):
     words = ["--model.network", "igpt_tiny", "--model.pretrained", "null", "--trainer.limit_train_batches", "3"]
     rows, _ = dry(capsys, "fit", "--config", "digits_tiny_probe", *words)
     assert rows["length"].startswith("3 steps of ") and rows["time"].startswith("features: at most ")
+
+
+def test_a_run_that_ends_by_the_clock(capsys):
+    words = ["--config", "digits_tiny_pretrain", "--trainer.max_steps", "-1", "--trainer.max_time", "00:02:00:00"]
+    rows, text = dry(capsys, "fit", *words)
+    assert rows["length"].startswith("unknown steps") and " per step, at " in rows["time"]
+    assert "ends after 2 hours (max_time)" in text
 
 
 def test_resume_auto_and_checkpoints_are_tried(capsys):
