@@ -56,7 +56,9 @@ def is_constant(node, value):
 
 def test_no_call_can_run_what_a_file_holds():
     for path in FILES:
-        assert list(found_in(path.read_text(encoding="utf-8"))) == [], path
+        # The command line executes the constants and signatures of this package's own files before it imports torch.
+        own = {"exec", "compile"} if path.match("commands/help.py") else set()
+        assert [call for call in found_in(path.read_text(encoding="utf-8")) if call[1] not in own] == [], path
 
 
 def test_the_search_finds_calls_by_any_name_and_lets_others_pass():

@@ -99,6 +99,6 @@ def test_a_hold_out_keeps_variants_together(cls, seed):
 def test_a_stream_keeps_variants_together():
     data = PretrainDataModule("emoji", image_size=16, streaming=True, batch_size=64, train_split="train_variants")
     data.setup("fit")
-    parts = {role: data._stream_part(role, False).rows for role in ("train", "val")}
+    parts = {role: data._stream_part(role, False, data.training_resize()).rows for role in ("train", "val")}
     groups = {role: {row["variants_of"] for row in rows} for role, rows in parts.items()}
     assert not groups["train"] & groups["val"] and len(groups["val"]) >= 10

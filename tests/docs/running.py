@@ -185,6 +185,8 @@ def parse(command):
     """Check the words of a command without running it: by ``--print_config``, or against the verb's help."""
     verb, *words = command.ours
     if verb in LIGHTNING_VERBS:
+        if "--ckpt_path" in words:  # of a run that has not been made
+            del words[(place := words.index("--ckpt_path")) : place + 2]
         call(command, [verb, *(word for word in words if word != "--dry_run"), "--print_config"])
     else:
         text = call(command, [verb, "--help"])
