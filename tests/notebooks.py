@@ -43,6 +43,8 @@ def main():
         notebook.metadata.language_info = {"name": "python"}
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
+            if "outputs" in cell:  # without log messages
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.get("outputs", []):
                 output.get("data", {}).pop("image/jpeg", None)  # a copy of the PNG
                 output.get("data", {}).pop("text/plain", None) if "image/png" in output.get("data", {}) else None
