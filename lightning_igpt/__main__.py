@@ -33,13 +33,9 @@ INTERRUPTED, NO_READER = 130, 141  # as shells report programs that SIGINT and S
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one verb, by the words after the program's name, which default to those of the command line.
+    """Run one verb, by the words after the program's name; returns or raises the exit status.
 
-    Returns:
-        The exit status: 0 when the work is done, 130 after Ctrl-C, 141 if the reader of stdout is gone.
-
-    Raises:
-        SystemExit: Wrong usage (2), a signal that ended a run (143), or one line about a wrong value (1).
+    0 when the work is done, 1 something given was wrong, 2 wrong usage, 130 Ctrl-C, 141 no reader, 143 a signal.
     """
     words = list(sys.argv[1:] if args is None else args)
     _prepare_streams()

@@ -159,10 +159,8 @@ class RecipeCLI(LightningCLI):
                 raise ValueError(f"--resume {resume} and --ckpt_path {path} both name a checkpoint; drop one of them")
             path = self._resumed(resume) if resume else path
         elif not (path or self.config["random_weights"] or pretrained):
-            raise ValueError(
-                f"{self.verb} would run on random weights: pass --ckpt_path with the checkpoint of a run (or, for "
-                "pretraining, model.pretrained); --random_weights true runs them as a baseline"
-            )
+            cure = "the checkpoint of a run (or, for pretraining, model.pretrained); --random_weights true runs them"
+            raise ValueError(f"{self.verb} would run on random weights: pass --ckpt_path with {cure} as a baseline")
         check_checkpoint(path)
         return path or None
 
@@ -177,18 +175,13 @@ class RecipeCLI(LightningCLI):
         return str(newest) if newest else None
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a log record is a warning or not Lightning's own."""
-    return record.levelno >= logging.WARNING or not record.pathname.startswith(lightning.__path__[0])
-
-
 def run(words: Sequence[str]) -> RecipeCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` with its options, and return what the recipe made."""
     verb, *rest = words
     # A deprecation within Lightning; a resumed run; epochs that are shorter than the interval between logs.
     warnings.filterwarnings("ignore", ".*(LeafSpec|Checkpoint directory .* is not empty|smaller than the logging).*")
     for handler in logging.getLogger("lightning.pytorch").handlers + logging.getLogger("lightning.fabric").handlers:
-        handler.addFilter(_is_news)
+        handler.addFilter(lambda log: log.levelno > logging.INFO or not log.pathname.startswith(lightning.__path__[0]))
     # Not options of the recipe's parser: a recipe must not be able to trust itself.
     flags = Parser(prog=f"{PROGRAM} {verb}")
     flags.add_argument("--dry_run", action="store_true")

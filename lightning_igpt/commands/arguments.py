@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import inspect
 import itertools
 import os
 import sys
@@ -24,10 +23,7 @@ CACHES = ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE")  # variables that name
 
 
 def run_verb(verb: str, words: Sequence[str], *, positional: bool = False) -> None:
-    """Parse the words after a verb, whose file is imported only once they are understood, and call its function.
-
-    ``positional`` takes required arguments without their names.
-    """
+    """Parse the words after a verb, whose file is imported only once they are understood, and call its function."""
     functions, prog = verbs(verb), f"{PROGRAM} {verb}"
     name, options = read_words(functions, words, prog, positional=positional)
     with one_line_errors(prog):
@@ -39,7 +35,7 @@ def run_verb(verb: str, words: Sequence[str], *, positional: bool = False) -> No
 def read_words(
     functions: Mapping[str, Any], words: Sequence[str], prog: str, *, positional: bool = False
 ) -> tuple[str, dict[str, Any]]:
-    """(sub-verb, values by parameter): of the functions of several sub-verbs, or of one, whose name is empty."""
+    """(sub-verb or "", values by parameter); ``positional`` takes required arguments without their names."""
     docs = {name: docstring_parser.parse(function.__doc__) for name, function in functions.items()}
     if "" in functions:
         parser = Parser(prog=prog, description=docs[""].description or "")
@@ -56,14 +52,16 @@ def read_words(
 
 
 def _add(parser: argparse.ArgumentParser, function: Any, positional: bool) -> None:
-    """Add an option for every parameter."""
     about = texts(function)
     needed, rest = parser.add_argument_group("needed"), parser.add_argument_group("options")
     called = [parser.prog]
     for name, part in parameters(function).items():
-        options = reader(part.annotation) | {"help": _text(about.get(name, ""), part.default)}
-        if part.default is not part.empty:
-            rest.add_argument(f"--{name}", default=part.default, **options)
+        text, default = about.get(name, ""), part.default
+        if default not in (None, False, "", part.empty) and "efault" not in text:  # where that says something
+            text += f" Default: {' '.join(map(str, default)) if isinstance(default, tuple) else str(default).lower()}."
+        options = reader(part.annotation) | {"help": text.replace("%", "%%")}
+        if default is not part.empty:
+            rest.add_argument(f"--{name}", default=default, **options)
         elif positional:
             action = needed.add_argument(name, **options | {"metavar": name.upper()})
             called.append(f"{action.metavar} ..." if action.nargs == "+" else str(action.metavar))
@@ -72,13 +70,6 @@ def _add(parser: argparse.ArgumentParser, function: Any, positional: bool) -> No
             called.append(f"--{name} {action.metavar or name.upper()}")
     rest.add_argument("-h", "--help", action="help", help="Show this help and exit.")
     parser.usage = " ".join([*called, "[options]"])
-
-
-def _text(text: str, default: Any) -> str:
-    """The description of an option, with its default where that says something."""
-    if default not in (None, False, "", inspect.Parameter.empty) and "efault" not in text:
-        text += f" Default: {' '.join(map(str, default)) if isinstance(default, tuple) else str(default).lower()}."
-    return text.replace("%", "%%")
 
 
 def reader(hint: Any) -> dict[str, Any]:
@@ -97,8 +88,7 @@ def reader(hint: Any) -> dict[str, Any]:
 
     metavar = "|".join([*values, *("X" if kind is float else "N" if kind is int else "")])
     read.__name__ = metavar or "text"  # for argparse's message
-    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    several = any(get_origin(part) in (list, tuple) for part in parts)
+    several = any(get_origin(part) in (list, tuple) for part in (hint, *get_args(hint)))
     amount = {"nargs": "+"} if several else {"nargs": "?", "const": True} if leaves == [bool] else {}
     return {"type": read, "metavar": metavar or None} | amount
 
@@ -120,10 +110,7 @@ def check_seed(name: str, seed: Any) -> None:
 
 
 def check_file(path: str | Path, option: str, example: str, suffix: str = "") -> None:
-    """Raise ValueError or OSError unless a file can be written, or replaced, and its name ends in ``suffix``.
-
-    ``option`` is what names it, such as ``--out``, and ``example`` such a file's name, both for the message.
-    """
+    """Raise ValueError or OSError unless ``option`` names a file to write or replace that ends in ``suffix``."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; {option} takes the name of a file, such as {path / example}")
@@ -160,15 +147,13 @@ def one_line_errors(prog: str) -> Iterator[None]:
     """Turn errors that this package raised on purpose into SystemExit with one line, status 1; let others through."""
     try:
         yield
-    except BrokenPipeError:  # the reader of stdout has gone, which is no mistake
-        raise
     except Exception as error:
         references = getattr(sys.modules.get("omegaconf.errors"), "OmegaConfBaseException", ())
-        if not isinstance(error, (references, ValueError, TypeError, OSError, ModuleNotFoundError)):
-            raise
         # Wrong paths and references of a recipe are the user's, whoever raises.
         own = error if isinstance(error, (OSError, references)) else _own(error)
-        if os.environ.get("LIGHTNING_IGPT_TRACEBACK") or own is None:
+        told = isinstance(error, (references, ValueError, TypeError, OSError, ModuleNotFoundError))
+        told = told and not isinstance(error, BrokenPipeError)  # the reader of stdout has gone, which is no mistake
+        if own is None or not told or os.environ.get("LIGHTNING_IGPT_TRACEBACK"):
             raise
         text = str(own)
         if isinstance(own, OSError) and own.filename:

@@ -94,10 +94,7 @@ def complete(
 
 
 def read_mask(path: str, size: int) -> Tensor:
-    """The pixels nearer to white than to black in the middle square of an image file, bool (size * size,).
-
-    Transparent pixels are black. A file without a white pixel, or that cannot be read, is a ValueError.
-    """
+    """The pixels nearer to white than to black in the middle square of an image file, bool (size * size,)."""
     try:
         image = decode({"path": str(Path(path).expanduser())}, background=(0, 0, 0)).convert("L")
     except BadImageError as error:

@@ -28,10 +28,7 @@ def measured_cpu(config: ImageGPTConfig, images: int, precision: str, optimizer:
 
 
 def train_speed(config: ImageGPTConfig, images: int, precision: str, optimizer: Any = "adam") -> float:
-    """Operations per second of training steps on this CPU: the median of a few, with random tokens.
-
-    Where a step would take long, it is one of fewer images, of one block, or of fewer tokens.
-    """
+    """Operations per second: the median of a few training steps, of fewer images, blocks, tokens if they take long."""
 
     def flops() -> int:  # per image
         return planning.train_flops_per_token(config) * config.n_positions

@@ -2,9 +2,7 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterator
 from math import sqrt
-from typing import Any
 
 import torch
 from PIL import Image
@@ -56,7 +54,7 @@ def show(
     print(row("source", opened.name))
     print(row("splits", ", ".join(f"{split} {len(rows):,}" for split, rows in opened.splits.items())))
     print(row("columns", f"{opened.image_column}, {opened.label_column or 'no labels'}"))
-    print(*map(shown, class_lines(opened)), sep="\n", flush=True)
+    print(*class_lines(opened), sep="\n", flush=True)
     modes: Counter[str] = Counter()
     sizes, squares, bad, counts = [], [], [], []  # (width, height) upright, of the palette's error, names, of splits
     for split, rows in opened.splits.items():
@@ -67,7 +65,8 @@ def show(
             except BadImageError as error:
                 bad.append(f"{name}: {' '.join(str(error).split())}")
                 continue
-            modes[file_mode(value)] += 1
+            with Image.open(io.BytesIO(fetch(value)["bytes"]), formats=FORMATS) as file:
+                modes[str(file.mode)] += 1  # before it was decoded
             sizes.append(image.size)
             squares.append(colors.rmse(to_tensor(resize_center_crop(image, image_size))[None]) ** 2)
     print(row("looked at", ", ".join(counts)))
@@ -84,34 +83,22 @@ def show(
     print(f"wrote {out}: {n_shown} images ({', '.join(HEADINGS)})")
 
 
-def class_lines(source: Source) -> Iterator[str]:
+def class_lines(source: Source) -> list[str]:
     """The classes with their numbers of images in the training split."""
     names, split = source.class_names, "train" if "train" in source.splits else next(iter(source.splits))
     if names is None:
-        yield f"{'classes':<18}none"
-        return
+        return [row("classes", "none")]
     try:
         counts = torch.bincount(source.labels(split), minlength=len(names)).tolist()
     except ValueError as error:  # pretraining needs no labels
-        yield f"{'classes':<18}{len(names):,}, but the labels cannot be used: {error}"
-        return
-    yield f"{'classes':<18}{len(names):,}, with {min(counts):,} to {max(counts):,} images of {split} each"
-    yield from (f"  {name}  {count:,}" for name, count in zip(names[:N_CLASSES], counts, strict=False))
-    if len(names) > N_CLASSES:
-        yield f"  and {len(names) - N_CLASSES:,} more"
-
-
-def file_mode(value: Any) -> str:
-    """The Pillow mode of an undecoded image that can be read."""
-    with Image.open(io.BytesIO(fetch(value)["bytes"]), formats=FORMATS) as file:
-        return str(file.mode)
+        return [row("classes", f"{len(names):,}, but the labels cannot be used: {error}")]
+    head = row("classes", f"{len(names):,}, with {min(counts):,} to {max(counts):,} images of {split} each")
+    lines = [f"  {shown(name)}  {count:,}" for name, count in zip(names[:N_CLASSES], counts, strict=False)]
+    return [head, *lines, *[f"  and {len(names) - N_CLASSES:,} more"] * (len(names) > N_CLASSES)]
 
 
 def contact_sheet(source: Source, size: int, palette: Palette, n_images: int) -> tuple[torch.Tensor, int]:
-    """Images of the training split, or else the first, next to what the network reads, without bad ones.
-
-    Returns uint8 (3, H, W) and the number of images on it.
-    """
+    """Images, and what the network reads, uint8 (3, H, W), and their number; of the training or else first split."""
     split = "train" if "train" in source.splits else next(iter(source.splits))
     parts: list[torch.Tensor] = []
     for name, value in rows_of(source, split, n_images):
@@ -122,8 +109,7 @@ def contact_sheet(source: Source, size: int, palette: Palette, n_images: int) ->
         resized = to_tensor(resize_center_crop(image, size))[None]
         squares = torch.cat([resized, palette.dequantize(palette.quantize(resized))])
         enlarged = enlarge(squares, max(1, CELL // size))
-        side = enlarged.shape[-1]
-        pictures = torch.cat([fitted(image, side)[None], enlarged])
+        pictures = torch.cat([fitted(image, enlarged.shape[-1])[None], enlarged])
         grid = image_grid(pictures[None], scale=1, captions=None if parts else HEADINGS)
         parts += [grid, heading(f"{name}, {image.width} x {image.height}")]
     return (stack(parts) if parts else heading("no image could be read")), len(parts) // 2

@@ -82,15 +82,10 @@ def make_app(studios: Sequence[Studio], host: str) -> Any:
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     worker, text = ThreadPoolExecutor(1, thread_name_prefix="demo"), PAGE.read_text(encoding="utf-8")
-    app.state.ends, places = set(), dict(enumerate(studios))
+    app.state.ends = set()
 
     async def work(function: Callable[[Any], Any], given: Any) -> JSONResponse:
         return JSONResponse(await asyncio.get_running_loop().run_in_executor(worker, function, given))
-
-    def room(network: int) -> Studio:
-        if network not in places:
-            raise ValueError(f"there is no network {network} of {len(places)}; load the page again")
-        return places[network]
 
     headers = {"content-security-policy": POLICY, "cross-origin-resource-policy": "same-origin"}
     headers |= {"referrer-policy": "no-referrer", "x-content-type-options": "nosniff", "cache-control": "no-store"}
@@ -112,15 +107,15 @@ def make_app(studios: Sequence[Studio], host: str) -> Any:
 
     @app.post("/{network}/image")
     async def image(network: int, request: Request) -> JSONResponse:
-        return await work(room(network).read, await request.body())
+        return await work(studios[network].read, await request.body())
 
     @app.post("/{network}/score")
     async def score(network: int, ask: Ask) -> JSONResponse:
-        return await work(room(network).score, ask.tokens)
+        return await work(studios[network].score, ask.tokens)
 
     @app.post("/{network}/draw")
     async def draw(network: int, ask: Ask) -> StreamingResponse:
-        lines = drawn_lines(room(network), worker, ask, app.state.ends)
+        lines = drawn_lines(studios[network], worker, ask, app.state.ends)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
     @app.exception_handler(ValueError)

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -62,17 +62,10 @@ class Studio:
 
     def start(self) -> dict[str, Any]:
         """What the page has to know: the network, its colors and the pictures offered."""
-        return {
-            "origin": self.loaded.origin,
-            "layers": self.config.n_layer,
-            "width": self.config.n_embd,
-            "side": self.config.image_size,
-            "autoregressive": self.autoregressive,
-            "colors": self.loaded.palette.rgb.tolist(),
-            "scale": surprise_colors()[::15].tolist(),
-            "pictures": self.pictures,
-            "device": str(self.device),
-        }
+        facts = {"origin": self.loaded.origin, "device": str(self.device), "autoregressive": self.autoregressive}
+        size = {"layers": self.config.n_layer, "width": self.config.n_embd, "side": self.config.image_size}
+        colors = {"colors": self.loaded.palette.rgb.tolist(), "scale": surprise_colors()[::15].tolist()}
+        return {**facts, **size, **colors, "pictures": self.pictures}
 
     def read(self, content: bytes) -> dict[str, Any]:
         """What is ``seen`` of an image file; BadImageError where it cannot be decoded."""
@@ -100,11 +93,7 @@ class Studio:
         return {"nats": nats.tolist(), "heat": heat.tolist(), **numbers}
 
     def draw(self, ask: Ask, emit: Emit, gone: threading.Event) -> None:
-        """Draw, and emit the new pixels after each row, or step of a BERT network, until ``gone`` is set.
-
-        Emits {"begun": true}; {"positions": n lists, "tokens": n lists, "done": share of the hole} each time; last
-        {"seconds": s} or {"error": text}.
-        """
+        """Emit {"begun": true}, the pixels of each row or step until ``gone`` is set, and seconds or an error."""
         try:
             emit({"begun": True})
             started = time.monotonic()
@@ -119,37 +108,30 @@ class Studio:
             emit({"error": f"{type(error).__name__}: {error}"})
 
     def _draw(self, ask: Ask, emit: Emit, gone: threading.Event) -> None:
-        for name, most in (("n_samples", MAX_SAMPLES), ("steps", MAX_STEPS)):
-            if not 1 <= getattr(ask, name) <= most:
-                raise ValueError(f"{name} is {getattr(ask, name)}; it must be from 1 to {most}")
-        if not 0 <= ask.seed < 2**63:
-            raise ValueError(f"seed is {ask.seed}; it must be from 0 to 2^63 - 1")
+        for name, least, most in (("n_samples", 1, MAX_SAMPLES), ("steps", 1, MAX_STEPS), ("seed", 0, 2**63 - 1)):
+            if not least <= getattr(ask, name) <= most:
+                raise ValueError(f"{name} is {getattr(ask, name)}; it must be from {least} to {most}")
         tokens, hole = self._picture(ask.tokens), self._hole(ask)
         by_line = ask.keep_rows is not None and self.autoregressive
         if not by_line and (ask.top_k, ask.top_p) != (None, None):
             raise ValueError("top_k and top_p are for an autoregressive network below a line; drop them")
         known = (~hole).expand(ask.n_samples, -1)
-        options: dict[str, Any] = {
-            "temperature": ask.temperature,
-            "precision": "half" if self.device.type == "cuda" else "full",
-            "generator": torch.Generator(self.device).manual_seed(ask.seed),
-            "on_progress": _progress(known.to(self.device), emit, gone),
-        }
+        precision, generator = "half" if self.device.type == "cuda" else "full", torch.Generator(self.device)
+        options: dict[str, Any] = {"precision": precision, "generator": generator.manual_seed(ask.seed)}
+        options |= {"temperature": ask.temperature, "on_progress": _progress(known.to(self.device), emit, gone)}
         if by_line:
             options |= {"n_samples": ask.n_samples, "top_k": ask.top_k, "top_p": ask.top_p}
             sampling.complete(self.network, tokens[:, ~hole], **options)
         else:
             sampling.inpaint(self.network, tokens.expand(ask.n_samples, -1), known, steps=ask.steps, **options)
 
-    def _picture(self, tokens: Sequence[int]) -> Tensor:
-        """Int64 (1, T)."""
+    def _picture(self, tokens: Sequence[int]) -> Tensor:  # int64 (1, T)
         side, total = self.config.image_size, self.config.n_positions
         if len(tokens) != total:
             raise ValueError(f"{len(tokens)} pixels; this network reads {side} x {side} = {total}")
         return torch.tensor([tokens], dtype=torch.long)
 
-    def _hole(self, ask: Ask) -> Tensor:
-        """Bool (T,), true where to draw."""
+    def _hole(self, ask: Ask) -> Tensor:  # bool (T,), true where to draw
         side, total = self.config.image_size, self.config.n_positions
         if (ask.keep_rows is None) == (not ask.hole):
             raise ValueError("give keep_rows, or a hole with at least one position, and not both")
@@ -177,11 +159,9 @@ def _progress(known: Tensor, emit: Emit, gone: threading.Event) -> Callable[[Ten
     return progress
 
 
-def examples(data: str | None) -> Iterator[tuple[str, Image.Image]]:
+def examples(data: str | None) -> list[tuple[str, Image.Image]]:
     """Names and images: the first test images, not picked, of the embedded data of a training; or photographs."""
     if data in EMBEDDED:
-        for number, (_, image) in enumerate(decoded(data, split="test", limit=N_EXAMPLES), 1):
-            yield f"{data}, test image {number}", image
-    else:
-        for name, image in decoded(str(ASSETS / "photos" / "examples")):
-            yield Path(name).stem, image
+        images = decoded(data, split="test", limit=N_EXAMPLES)
+        return [(f"{data}, test image {number}", image) for number, (_, image) in enumerate(images, 1)]
+    return [(Path(name).stem, image) for name, image in decoded(str(ASSETS / "photos" / "examples"))]

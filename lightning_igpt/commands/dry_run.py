@@ -122,11 +122,9 @@ def _memory(trainer: Trainer, config: ImageGPTConfig, step: int, device: Device)
     options: dict[str, Any] = {"precision": str(trainer.precision), "devices": world, "sharded": sharded}
     for how in asked or (planning.RECOMPUTE[:1] if trainer.strategy.root_device.type == "cpu" else planning.RECOMPUTE):
         needed: int = sum(planning.training_bytes(config, step // (world * parts), recompute=how, **options).values())
+        text = f"{needed / GIB:.2f} of {device.usable / GIB:.1f} GiB usable per device, recompute {how}"
         if needed <= device.usable:
-            break
-    text = f"{needed / GIB:.2f} of {device.usable / GIB:.1f} GiB usable per device, recompute {how}"
-    if needed <= device.usable:
-        return text
+            return text
     most, share = planning.largest_batch(config, device.usable, recompute=how, **options), step // world
     fitting = [number for number in range(parts, share + 1) if share % number == 0 and share // number <= most]
     cure = f"--trainer.accumulate_grad_batches {fitting[0]} does" if fitting else "nor does a single image"

@@ -1,7 +1,4 @@
-"""argparse with help that fits the terminal and ends with examples, and with errors of one line.
-
-Signatures and docstrings are read from source files, so that a wrong option is answered before torch is imported.
-"""
+"""argparse with errors of one line; signatures are read from source files, to answer before torch is imported."""
 
 import argparse
 import ast
@@ -33,9 +30,7 @@ LIGHTNING_VERBS = {
 }
 EXAMPLES: Mapping[str, Sequence[str]] = {
     "fit": ("fit --config digits_tiny_pretrain", "fit -c cifar10_s_pretrain --data.source photos --resume auto"),
-    "validate": ("validate -c digits_tiny_pretrain --ckpt_path final.ckpt",),
-    "test": ("test --config digits_tiny_pretrain --ckpt_path final.ckpt",),
-    "predict": ("predict --config digits_tiny_pretrain --ckpt_path final.ckpt",),
+    **{verb: (f"{verb} -c digits_tiny_pretrain --ckpt_path final.ckpt",) for verb in ("validate", "test", "predict")},
     "quickstart": ("quickstart", "quickstart --out first-look --steps 200"),
     "complete": ("complete --pretrained runs --images photos", "complete --pretrained runs --images digits"),
     "demo": ("demo", "demo --pretrained final.ckpt --port 8080 --open"),

@@ -28,10 +28,7 @@ def read_images(source: str, size: int, **options: Any) -> tuple[Tensor, list[st
 def decoded(
     source: str, *, split: str | None = None, limit: int | None = None, on_bad_image: Literal["error", "skip"] = "error"
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Names and images of a file or the first of a source; ValueError if there are none.
-
-    The split is by default the first of test, validation and train that is there.
-    """
+    """Names and images of a file or the first of a source, whose split is by default the first of ``SPLITS``."""
     if limit is not None and limit < 1:
         raise ValueError(f"asked for {limit} images; ask for at least 1")
     path = Path(source).expanduser()
@@ -63,11 +60,7 @@ def decoded(
 def rows_of(
     source: "Source", split: str, limit: int | None = None, *, spread: bool = True
 ) -> Iterator[tuple[str, Any]]:
-    """``limit`` of a split's (name, undecoded image), or all, one in memory at a time.
-
-    They are evenly spread, as many datasets are sorted by class, or else the first. A name is the end of the image's
-    path, or split and number.
-    """
+    """Names and undecoded images: ``limit`` of a split, evenly spread (datasets are sorted by class) or the first."""
     rows = source.splits[split].select_columns([source.image_column])
     count = min(len(rows), limit or len(rows))
     for place in (number * len(rows) // count if spread else number for number in range(count)):

@@ -108,18 +108,15 @@ def lowdata(
 
 
 def draw_subsets(labels: Tensor, class_names: Sequence[str], largest: int, n_subsets: int, *, seed: int) -> Tensor:
-    """Rows of balanced random subsets, drawn without replacement: int64 (S, C, n).
+    """Rows of ``n_subsets`` random subsets with ``largest`` images of each class, int64 (S, C, n).
 
-    ``labels`` are int64 (N,), of C classes; ``largest`` is n, ``n_subsets`` S. The first m rows of a class are its
-    subset of the budget m, so that results do not depend on the other budgets. ValueError: a class has too few images.
+    The first m rows of a class are its subset of the budget m, so that results do not depend on the other budgets.
     """
     classes = [np.flatnonzero(labels.numpy() == number) for number in range(len(class_names))]
     name, fewest = min(zip(class_names, map(len, classes), strict=True), key=lambda pair: pair[1])
     if fewest < largest:
-        raise ValueError(
-            f"class {name!r} has {fewest} training images, fewer than the {largest} labels asked for; set "
-            f"--labels_per_class to at most {fewest}"
-        )
+        what = f"class {name!r} has {fewest} training images, fewer than the {largest} labels asked for"
+        raise ValueError(f"{what}; set --labels_per_class to at most {fewest}")
     generators = [np.random.default_rng([seed, subset]) for subset in range(n_subsets)]
     return torch.from_numpy(np.array([[rng.permutation(rows)[:largest] for rows in classes] for rng in generators]))
 
@@ -128,10 +125,7 @@ def draw_subsets(labels: Tensor, class_names: Sequence[str], largest: int, n_sub
 def features(
     loaded: Pretrained, layers: list[int], images: Any, rows: list[int], seed: int, batch_size: int, num_workers: int
 ) -> Tensor:
-    """Features of rows of a dataset in batches: float32 (len(rows), layers, D), on the CPU.
-
-    A BERT network sees each image under one mask, a pure function of the seed and the image's row.
-    """
+    """Features of rows of a dataset, on the CPU: float32 (R, layers, D); BERT's masks depend on seed and row alone."""
     network, config = loaded.network, loaded.config
     draws = [[(row, row) for row in rows[i : i + batch_size]] for i in range(0, len(rows), batch_size)]
     parts = []
@@ -147,10 +141,7 @@ def features(
 def measure(
     x: Tensor, labels: Tensor, x_test: Tensor, test_labels: Tensor, subsets: Tensor, c: float
 ) -> dict[str, list[float] | float | None]:
-    """Test accuracy of a logistic regression on each subset, with mean and sample standard deviation.
-
-    ``x`` is float (R, D), ``x_test`` (N, D), ``labels`` int64 (R,), ``test_labels`` (N,); ``subsets`` int64 (S, C, n).
-    """
+    """Test accuracy of a logistic regression on each subset, rows (S, C, n) of ``x``, with mean and deviation."""
     heads = (fit_logistic(x[subset], labels[subset], subsets.shape[1], c=c) for subset in subsets.flatten(1))
     right = [(x_test @ weight.T + bias).argmax(1) == test_labels for weight, bias in heads]
     accuracies = [part.double().mean().item() for part in right]

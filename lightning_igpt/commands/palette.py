@@ -52,8 +52,7 @@ def fit(
     palette = fit_palette(images_of(opened, split, n_images), n_colors, seed=seed)
     palette.save(path)
     save_png(swatch(palette.rgb), picture)
-    n_checked = min(n_images, N_CHECKED)
-    squares, n_pixels = 0.0, 0
+    squares, n_pixels, n_checked = 0.0, 0, min(n_images, N_CHECKED)
     for image in images_of(opened, split, n_checked):
         size = image.width * image.height
         squares, n_pixels = squares + palette.rmse(to_tensor(image)[None]) ** 2 * size, n_pixels + size

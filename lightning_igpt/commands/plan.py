@@ -41,18 +41,15 @@ def plan(
         steps: Optimizer steps.
         devices: Number of devices.
         device_kind: Their kind, such as a100-40, h100 or rtx4090; for cpu, this one trains for a few steps.
-        precision: bf16-mixed (or bf16), 16-mixed (or 16), 32-true (or 32), or bf16-true. Default: as fit chooses on the
-            device.
+        precision: bf16-mixed (or bf16), 16-mixed (or 16), 32-true (or 32), or bf16-true. Default: as fit chooses.
         mfu: Share of the device's peak that training reaches, such as 0.45; default by the network's size, on a CPU 1.
     """
     config = ImageGPTConfig.resolve(network)
     config = replace(config, image_size=image_size or config.image_size, objective=objective or config.objective)
     parts = devices * accumulate_grad_batches
     if min(batch_size, devices, accumulate_grad_batches) < 1 or batch_size % parts:
-        raise ValueError(
-            f"batch_size {batch_size} is no multiple of {devices} devices x {accumulate_grad_batches} batches each; "
-            f"take {max(1, batch_size // max(parts, 1)) * parts}"
-        )
+        what = f"batch_size {batch_size} is no multiple of {devices} devices x {accumulate_grad_batches} batches each"
+        raise ValueError(f"{what}; take {max(1, batch_size // max(parts, 1)) * parts}")
     precision = PRECISIONS.get(precision or "", precision)
     if device_kind.lower() == "cpu":
         cpu = importlib.import_module("lightning_igpt.commands.cpu")  # planning for other devices needs no torch

@@ -8,20 +8,10 @@ from typing import Any
 
 from jsonargparse import get_loader
 
+from lightning_igpt.commands import help as shared
 from lightning_igpt.commands import recipes
 from lightning_igpt.commands.arguments import SEEDS, one_line_errors, reader
-from lightning_igpt.commands.help import (
-    LIGHTNING_VERBS,
-    PACKAGE,
-    PROGRAM,
-    Parser,
-    Source,
-    check_paths,
-    columns,
-    parameters,
-    texts,
-    usage_error,
-)
+from lightning_igpt.commands.help import PACKAGE, PROGRAM, Source, parameters, texts, usage_error
 
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # values of Lightning's ckpt_path that are no paths
 RESUME = "fit: Continue a run in its folder from a checkpoint, or the newest of a folder; auto: of default_root_dir."
@@ -55,7 +45,7 @@ def page(verb: str) -> str:
     """The text of ``--help``: what runs, the trainer's options needed most, and names of the others."""
     prog = f"{PROGRAM} {verb}"
     usage = f"{prog} --config RECIPE{' --ckpt_path CHECKPOINT' * (verb != 'fit')} [options]"
-    text = Parser(prog=prog, usage=usage, description=LIGHTNING_VERBS[verb].capitalize())
+    text = shared.Parser(prog=prog, usage=usage, description=shared.LIGHTNING_VERBS[verb].capitalize())
     ours, theirs = trainers()
     further, about, known = texts(theirs), texts(ours), parameters(theirs) | parameters(ours)
     trainer = {name: about[name] for name in parameters(ours) if name not in ("module", "data")}
@@ -67,7 +57,8 @@ def page(verb: str) -> str:
         for names, value, words in options:
             takes: dict[str, Any] = {"metavar": value} if value else {"action": "store_true"}
             group.add_argument(*names.split(), help=words.replace("%", "%%"), **takes)
-    others = fill(" ".join(name for name in further if name not in trainer), columns() - 2, break_on_hyphens=False)
+    others = " ".join(name for name in further if name not in trainer)
+    others = fill(others, shared.columns() - 2, break_on_hyphens=False)
     text.add_argument_group("further options of Lightning's Trainer, as --trainer.NAME", others)
     return text.format_help()
 
@@ -92,7 +83,7 @@ def check(words: Sequence[str]) -> None:
             elif name in ("ckpt_path", "resume") and not {"resume", "ckpt_path"} <= options.keys():
                 check_checkpoint(**{name.removeprefix("ckpt_"): value})
             elif runs and value != "null" and rest.removeprefix("init_args.") in ("source", "pretrained"):
-                check_paths({rest.removeprefix("init_args."): value})
+                shared.check_paths({rest.removeprefix("init_args."): value})
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -105,10 +96,8 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _check_recipe(value: str, prog: str) -> None:
     path = Path(value) if Path(value).exists() else recipes.find(value)
-    if not path.is_file():
-        return  # a pipe, which can be read once only
-    try:
-        get_loader("yaml")(path.read_bytes().decode("utf-8", "replace"))
+    try:  # a pipe can be read once only
+        get_loader("yaml")(path.read_bytes().decode("utf-8", "replace") if path.is_file() else "")
     except Exception as error:  # PyYAML's
         usage_error(prog, f"{path} is no YAML: {error}")
 

@@ -34,10 +34,7 @@ def find(name: str) -> Path:
 
 
 def check_texts(config: Namespace, typed: Sequence[str], trusted: Sequence[str]) -> None:
-    """Raise ValueError where a configuration has an address that was neither typed nor trusted, or an empty name.
-
-    Loggers and checkpoints of Lightning would open it, and could send what the recipe reads.
-    """
+    """Raise ValueError where a configuration has an empty name, or an address (which is opened) that nobody gave."""
     for name, text in _texts("", config):
         whole = rf"(?<![^\s=,\"'\[{{]){re.escape(text)}(?![^\s,\"'\]}}])"  # not a part of another address
         known = any(f"{text}/".startswith(f"{address.rstrip('/')}/") for address in trusted)

@@ -51,8 +51,7 @@ def score(
     """
     if batch_size < 1 or pictures < 0:
         raise ValueError(f"batch_size is {batch_size} and pictures {pictures}; they must be at least 1 and 0")
-    path = Path(out)
-    sheet = path.with_name(f"{path.stem}_surprise.png")
+    path, sheet = Path(out), Path(out).with_name(f"{Path(out).stem}_surprise.png")
     for file in (path, sheet) if pictures else (path,):
         check_file(file, "--out", "scores.csv")
     loaded = load_pretrained(pretrained, palette=palette)
@@ -88,16 +87,12 @@ def summary(per_image: Tensor, uniform: float) -> str:
 
 
 def surprise_sheet(tokens: Tensor, nats: Tensor, names: Sequence[str], palette: Palette, *, pictures: int) -> Tensor:
-    """The most surprising images and a few of the least, each next to its heat map, with a legend: uint8 (3, h, w).
-
-    ``tokens`` are int64 (N, T), ``nats`` float (N, T), the surprise of each pixel; ``pictures`` counts the most.
-    """
+    """The most surprising images and a few of the least, next to heat maps of ``nats`` (N, T): uint8 (3, h, w)."""
     per_image = nats.mean(1, dtype=torch.float64)
     n, side = len(names), math.isqrt(nats.shape[1])
     ranked = list(enumerate(per_image.argsort(descending=True, stable=True).tolist(), 1))
     most, least = ranked[:pictures], ranked[max(pictures, n - N_LEAST) :]
-    indices = [index for _, index in most + least]
-    limit = drawing.surprise_limit(nats[indices], len(palette))
+    limit = drawing.surprise_limit(nats[[index for _, index in most + least]], len(palette))
     parts = [drawing.heading("surprise of each pixel in nats"), drawing.surprise_bar(limit, len(palette))]
     for title, part in ((f"the most surprising of {n} images", most), ("the least surprising", least)):
         if part:
