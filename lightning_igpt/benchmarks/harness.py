@@ -109,11 +109,6 @@ def both_networks(config: ImageGPTConfig, device: str) -> tuple[ImageGPT, Any]:
     return network.eval().to(device), theirs.eval().to(device)
 
 
-def after_start(tokens: Tensor, vocab_size: int) -> Tensor:
-    """The peer's input for our tokens (B, T): its start token, then all but the last."""
-    return torch.cat([torch.full_like(tokens[:, :1], vocab_size), tokens[:, :-1]], 1)
-
-
 def random_tokens(config: ImageGPTConfig, batch_size: int, device: str) -> Tensor:
     """Seeded int64 (B, T)."""
     generator, shape = torch.Generator().manual_seed(1), (batch_size, config.n_positions)
