@@ -193,10 +193,7 @@ def check_logits(network: ImageGPT) -> Tensor:
 
 @torch.no_grad()
 def compare_with_transformers(network: ImageGPT, palette: Palette, head: Tensor | None = None) -> Comparison:
-    """Compare with transformers' ImageGPT on one picture of random tokens, both on the CPU in float32.
-
-    A network with a class head is compared by its class logits, another by its color logits; a BERT network cannot be.
-    """
+    """Compare with transformers' ImageGPT in float32: color logits, or the class logits of a network with a head."""
     config = network.config
     if config.objective == "bert":
         raise ValueError("transformers cannot run a BERT network, so there is nothing to compare with")
