@@ -276,10 +276,8 @@ def completion_rows(
     side, total = network.config.image_size, network.config.n_positions
     rows = side // 2 if keep_rows is None else keep_rows
     if not 0 <= rows < side or n_samples < 1:
-        raise ValueError(
-            f"keep_rows is {rows} and n_samples {n_samples}; an image of {side} rows can keep 0 to {side - 1}, and has "
-            "at least 1 sample"
-        )
+        limits = f"an image of {side} rows can keep 0 to {side - 1}, and has at least 1 sample"
+        raise ValueError(f"keep_rows is {rows} and n_samples {n_samples}; {limits}")
     options["generator"] = torch.Generator(tokens.device).manual_seed(seed)
     hidden = torch.arange(total, device=tokens.device) >= rows * side if hole is None else hole
     if hole is None and network.config.objective == "autoregressive":

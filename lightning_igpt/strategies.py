@@ -107,10 +107,9 @@ def choose_strategy(
         smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
         images = max(1, batch_size // (total * accumulate))
         plan = choose(config, images, total, usable_bytes(smallest), precision)
-    whole = "one device" if total == 1 else f"{total} devices, each with the whole network"
-    reason = plan.reason if plan else whole
     if total == 1:
-        return Chosen("auto", reason)
+        return Chosen("auto", plan.reason if plan else "one device")
+    reason = plan.reason if plan else f"{total} devices, each with the whole network"
     if plan is not None and plan.strategy == "fsdp":
         return Chosen(FullyShardedStrategy(total), reason)
     # Buffers are the same everywhere: the palette, and a probe's scale, which is of all processes' images.

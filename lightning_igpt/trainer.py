@@ -104,7 +104,8 @@ def make_trainer(
     steps = max_steps if max_steps > 0 and max_epochs is None else None  # of a run counted in steps
     val_check_interval = _interval(val_check_interval, checkpoint_every, steps, chosen, kwargs)
     config, network = getattr(module, "config", None), getattr(module, "network", torch.nn.Identity())
-    given = bool(precision) or _has_precision([*parts, getattr(strategy, "precision_plugin", None)])
+    precisions = (one for one in [*parts, getattr(strategy, "precision_plugin", None)] if isinstance(one, Precision))
+    given = bool(precision) or any(type(one) is not Precision for one in precisions)
     precision = precision if given else best_precision(accelerator, config)[0]
     parallel = choose_strategy(
         strategy or "auto",
@@ -131,17 +132,9 @@ def make_trainer(
         plugins=parts if any(hasattr(one, "save_checkpoint") for one in parts) else [*parts, AtomicCheckpointIO()],
         **kwargs,
     )
-    _make_steady(trainer)
-    return trainer
-
-
-def _make_steady(trainer: Trainer) -> None:
     for logger in trainer.loggers:
         logger.__class__ = STEADY.get(type(logger), type(logger))
-
-
-def _has_precision(plugins: list[Any]) -> bool:
-    return any(isinstance(one, Precision) and type(one) is not Precision for one in plugins)
+    return trainer
 
 
 def _interval(
@@ -284,9 +277,7 @@ def _fill(chosen: list[Callback], savers: list[ModelCheckpoint], kwargs: dict[st
     _add(chosen, *(getattr(ours, name)() for name in ALWAYS))
 
 
-def _add(
-    chosen: list[Callback], *defaults: Callback, of: type[Callback] | tuple[type[Callback], ...] | None = None
-) -> None:
+def _add(chosen: list[Callback], *defaults: Callback, of: Any = None) -> None:
     """Append callbacks of whose class, or of classes ``of``, there is none."""
     chosen += [new for new in defaults if not any(isinstance(old, of or type(new)) for old in chosen)]
 

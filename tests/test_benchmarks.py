@@ -53,7 +53,6 @@ def test_the_last_line_is_json_with_every_side(name, capsys):
 
 
 def test_a_ratio_is_the_median_over_the_turns():
-    assert Turns((1.0, 4.0, 2.0)).median == 2.0
     assert Turns((1.0, 1.0, 4.0)).ratio_to(Turns((3.0, 2.0, 20.0))) == 3.0
 
 

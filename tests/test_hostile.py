@@ -206,11 +206,7 @@ DEMOS = "lightning.pytorch.demos.boring_classes.Boring"
 RECIPE = {
     "model": {"class_path": f"{DEMOS}Model"},
     "data": {"class_path": f"{DEMOS}DataModule"},
-    "trainer": {
-        "max_steps": 1,
-        "accelerator": "cpu",
-        "logger": False,
-    },
+    "trainer": {"max_steps": 1, "accelerator": "cpu", "logger": False},
 }
 
 

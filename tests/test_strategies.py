@@ -34,14 +34,11 @@ def test_processes_on_cpus_each_hold_the_network(devices, num_nodes, total):
     assert chosen.reason == f"{total} devices, each with the whole network"
 
 
-@pytest.mark.parametrize("devices", [1, "auto", "1", None])
-def test_one_device_needs_no_strategy(devices):
-    assert choose(accelerator="cpu", devices=devices) == ("auto", "one device")
-
-
-@pytest.mark.parametrize("given", ["ddp", "ddp_spawn", "deepspeed_stage_2", DDPStrategy()])
-def test_what_the_user_names_is_taken(given):
-    assert choose(given, accelerator="cpu", devices=2) == (given, "as given")
+def test_one_device_needs_no_strategy_and_what_the_user_names_is_taken():
+    for devices in (1, "auto", "1", None):
+        assert choose(accelerator="cpu", devices=devices) == ("auto", "one device")
+    for given in ("ddp", "ddp_spawn", "deepspeed_stage_2", DDPStrategy()):
+        assert choose(given, accelerator="cpu", devices=2) == (given, "as given")
 
 
 @pytest.mark.parametrize("given", ["fsdp2", "FSDP2"])

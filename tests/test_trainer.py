@@ -33,11 +33,6 @@ def test_every_choice_can_be_overridden(tmp_path):
     assert not checkpoints(make_trainer(max_steps=1, accelerator="cpu", enable_checkpointing=False))
 
 
-def test_a_run_without_an_end_is_refused():
-    with pytest.raises(ValueError, match=r"max_steps.*or max_epochs"):
-        make_trainer()
-
-
 @pytest.mark.parametrize(("width", "side", "given"), [(96, 16, 0), (128, 8, 0), (64, 32, 0), (8, 8, "bf16-mixed")])
 def test_precision_follows_hardware_and_network(width, side, given, bfloat16, tmp_path):
     expected = "bf16-mixed" if given or (bfloat16 and width != 96) else "32-true"

@@ -69,12 +69,7 @@ class Turns:
 def parse(
     name: str, about: str | None, words: Sequence[str] | None, precisions: Sequence[str] = (), /, **own: tuple[Any, str]
 ) -> argparse.Namespace:
-    """The options of a benchmark, from ``words`` or the command line.
-
-    ``precisions`` are choices of ``--precision``, which comes with ``--preset``; the default is that of training or,
-    where it is no choice, the first. ``own`` has defaults and texts of further options: whole numbers of at least 1,
-    and switches, whose default is False.
-    """
+    """The options of a benchmark; ``own`` has defaults and texts of further ones: numbers from 1 on, switches."""
     prog, layout = f"python -m lightning_igpt.benchmarks.{name}", argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog, description=about, formatter_class=layout)
     parser.set_defaults(benchmark=name)
@@ -107,11 +102,6 @@ def both_networks(config: ImageGPTConfig, device: str) -> tuple[ImageGPT, Any]:
         save_pretrained(folder, network, Palette.load("openai"))
         theirs = transformers.ImageGPTForCausalImageModeling.from_pretrained(folder)
     return network.eval().to(device), theirs.eval().to(device)
-
-
-def after_start(tokens: Tensor, vocab_size: int) -> Tensor:
-    """The peer's input for our tokens (B, T): its start token, then all but the last."""
-    return torch.cat([torch.full_like(tokens[:, :1], vocab_size), tokens[:, :-1]], 1)
 
 
 def random_tokens(config: ImageGPTConfig, batch_size: int, device: str) -> Tensor:
@@ -202,10 +192,7 @@ class Comparison:
             print(f"  {name:<42}{figures}", flush=True)
 
     def print_result(self, options: argparse.Namespace, *libraries: Any, **rest: Any) -> None:
-        """Print the last line, one JSON object: ratios, seconds of every side, the options and the conditions.
-
-        The fraction of the limit is that of our row or, where its limit is not known, of the first whose limit is.
-        """
+        """Print one JSON object; its limit is that of our row or, if unknown, of the first that has one."""
         ours, limited = self.rows[self.ours], self.ours if self.ours in self.least else next(iter(self.least))
         cpu = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
         on_cuda = torch.device(options.device).type == "cuda"

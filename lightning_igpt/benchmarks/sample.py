@@ -12,7 +12,6 @@ image, which is timed, too. Ratios in the last line are those of ``--precision``
 
 import functools
 import inspect
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -79,8 +78,14 @@ def theirs(network: Any, prompt: Tensor, vocab_size: int) -> Side:
     return Side(lambda pixel: network(pixel, **options).logits[:, -1, :vocab_size], reset)
 
 
-def measure(options: Namespace) -> None:
-    """Check, time, print."""
+@torch.inference_mode()
+def main(words: Sequence[str] | None = None) -> None:
+    """Read the options, check, time, print."""
+    own = {"batch_size": (1, "images"), "steps": (24, "pixels of one turn")}
+    options = harness.parse("sample", __doc__, words, ("half", "full", "int8"), **own)
+    total = PRESETS[options.preset].n_positions
+    if options.steps > total - 2:
+        raise SystemExit(f"--steps {options.steps} is too many; an image has {total} pixels, so at most {total - 2}")
     config, device, steps, batch = PRESETS[options.preset], options.device, options.steps, options.batch_size
     network, peer = both_networks(config, device)
     tokens = random_tokens(config, batch, device)
@@ -102,17 +107,6 @@ def measure(options: Namespace) -> None:
     whole = harness.seconds_of(lambda: network(tokens), device)
     print(f"without a cache, as OpenAI's sampler: {whole * 1e3:,.0f} ms per pixel")
     comparison.print_result(options, transformers, bytes_per_second_limit=limit, logits_off=off, uncached_s=whole)
-
-
-@torch.inference_mode()
-def main(words: Sequence[str] | None = None) -> None:
-    """Read the options, measure, print."""
-    own = {"batch_size": (1, "images"), "steps": (24, "pixels of one turn")}
-    options = harness.parse("sample", __doc__, words, ("half", "full", "int8"), **own)
-    total = PRESETS[options.preset].n_positions
-    if options.steps > total - 2:
-        raise SystemExit(f"--steps {options.steps} is too many; an image has {total} pixels, so at most {total - 2}")
-    measure(options)
 
 
 if __name__ == "__main__":

@@ -117,10 +117,7 @@ def blocks_of(module: nn.Module) -> list[Block]:
 
 
 def _works(block: Block, compiled: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Whether both passes compile, tried before the step depends on it.
-
-    No gradient is kept, no hook of a distributed strategy runs, and no random number of the run is used up.
-    """
+    """Whether both passes compile; no gradient is kept, no hook of a strategy runs, no random number is used up."""
     devices = [x.device] if x.device.type == "cuda" else []
     # Activation checkpointing must not see the tensors that are saved for this backward pass.
     own: Any = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)

@@ -31,10 +31,7 @@ def _spared(name: str) -> Any:
 
 
 class _Steady(Logger):
-    """Where no version was given, the folder is that of the first version which no other run has made.
-
-    It is locked from the first use to ``finalize``.
-    """
+    """Where no version is given, the folder is the first that no other run has made; locked until ``finalize``."""
 
     _own: int | str | None = None  # the version, once its folder is made or locked
     _is_new = False  # whether this logger made the folder
@@ -98,12 +95,12 @@ class _Steady(Logger):
         if lock := _LOCKS.pop(self, None):
             lock.release()
             folder = Path(str(self.log_dir))
-            files = [path for path in folder.glob("*") if path.name != ".lock"]
-            empty = all(path.name.startswith(("events.", "hparams.", "config.")) for path in files)
+            files = [*folder.glob("*")]
+            empty = all(path.name.startswith((".lock", "events.", "hparams.", "config.")) for path in files)
             if status == "failed" and self._is_new and empty:
                 with suppress(OSError):
-                    for path in [*files, folder / ".lock"]:
-                        path.unlink(missing_ok=True)
+                    for path in files:
+                        path.unlink()
                     for place in (folder, *folder.parents[:2]):
                         place.rmdir()  # if it is empty
 

@@ -38,17 +38,15 @@ class MetricsFile(Logger):
     def write(self) -> None:
         """Append the rows, all or none; where they have new columns, replace the file."""
         self._rows, self._row = [*self._rows, *filter(None, [self._row])], {}
-        columns, names, rows = set[str]().union(*self._rows), list[str](), self._rows
         with sparing(self.path):
-            size = self.path.stat().st_size if self.path.exists() else 0
-            if size:
-                names, older = read_rows(self.path)
-                rows = rows if columns <= set(names) else [*older, *rows]
-            new = sorted(columns - set(names))
+            names, older = read_rows(self.path)
+            new = sorted(set[str]().union(*self._rows).difference(names))
+            rows = [*older, *self._rows] if new else self._rows
             cells = [[row.get(name, "") for name in names + new] for row in rows]
             if new:
                 write_csv(self.path, [names + new, *cells])
             elif cells:
+                size = self.path.stat().st_size
                 try:
                     with self.path.open("a", newline="", encoding="utf-8") as file:
                         csv.writer(file).writerows(cells)

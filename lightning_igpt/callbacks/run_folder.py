@@ -98,10 +98,9 @@ def _warn_once(key: str, message: str) -> None:
 
 def _new_folder(parent: Path) -> Path:
     """Make the first folder of ``pictures``, ``pictures_1``, ... that does not exist."""
-    parent.mkdir(parents=True, exist_ok=True)
     for number in count():
         folder = parent / (f"pictures_{number}" if number else "pictures")
         with contextlib.suppress(FileExistsError):
-            folder.mkdir()
+            folder.mkdir(parents=True)
             break
     return folder

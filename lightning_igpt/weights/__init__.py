@@ -70,10 +70,9 @@ def load_pretrained(
             raise
         raise ValueError(f"{source} is damaged or no Image GPT: {type(error).__name__}: {error}") from error
     if given is not None and given != loaded.palette:
-        raise ValueError(
-            f"{source} uses the palette {loaded.palette.sha256[:12]} ({len(loaded.palette)} colors), but the palette "
-            f"given is {given.sha256[:12]} ({len(given)} colors); leave out palette to use the stored one"
-        )
+        stored, other = (f"{one.sha256[:12]} ({len(one)} colors)" for one in (loaded.palette, given))
+        text = f"{source} uses the palette {stored}, but the palette given is {other}"
+        raise ValueError(f"{text}; leave out palette to use the stored one")
     adapted = loaded if image_size is None else loaded.adapted(replace(loaded.config, image_size=image_size))
     if adapted is not loaded:
         log.info("%s", adapted.origin)
@@ -178,10 +177,10 @@ def _load(source: str | Path, palette: Palette | None) -> Pretrained:
     if hub and path.suffix not in FILES:
         loaded = huggingface.load_folder(_download(hub["name"], hub["revision"]), palette)
         return replace(loaded, origin=f"hub repository {text}", path=None)
-    raise FileNotFoundError(
-        f"{text} does not exist; name a .ckpt file, a run folder, a Hugging Face folder, a hub id, or an embedded "
-        f"network ({', '.join(EMBEDDED)})"
+    kinds = (
+        f"a .ckpt file, a run folder, a Hugging Face folder, a hub id, or an embedded network ({', '.join(EMBEDDED)})"
     )
+    raise FileNotFoundError(f"{text} does not exist; name {kinds}")
 
 
 def _download(repository: str, revision: str | None) -> Path:

@@ -19,18 +19,8 @@ from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.files import write_text
 from lightning_igpt.model import NORM_EPS, ImageGPT
 from lightning_igpt.palette import Palette
+from lightning_igpt.weights import native
 from lightning_igpt.weights.card import ModelCard
-from lightning_igpt.weights.native import (
-    Name,
-    Pretrained,
-    Source,
-    assemble,
-    check_head,
-    check_keys,
-    labels,
-    palette_for,
-    rows,
-)
 from lightning_igpt.weights.safety import read_json, read_safetensors, read_torch, save_safetensors, tensors_in
 
 PROCESSING = {
@@ -83,10 +73,10 @@ def read_config(config: Mapping[str, Any], *, bias: bool = False) -> ImageGPTCon
 def from_state_dict(state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> ImageGPT:
     """A network from transformers' weights and config; biases that are all zero are left out."""
     names = {name for name in state if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
-    check_keys({row.huggingface for row in rows(read_config(config, bias=True))}, names, where)
+    native.check_keys({row.huggingface for row in native.rows(read_config(config, bias=True))}, names, where)
     biased = any(bool(state[name].any()) for name in names if name.endswith(".bias"))
     ours = read_config(config, bias=biased)
-    return assemble(ours, {row.ours: _source(row) for row in rows(ours)}, state.__getitem__, where)
+    return native.assemble(ours, {row.ours: _source(row) for row in native.rows(ours)}, state.__getitem__, where)
 
 
 def to_state_dict(network: ImageGPT) -> dict[str, Tensor]:
@@ -94,7 +84,7 @@ def to_state_dict(network: ImageGPT) -> dict[str, Tensor]:
     state = {name: value.cpu() for name, value in network.state_dict().items()}
     start = state.get("sos", torch.zeros_like(state["wte.weight"][0]))
     theirs = {"transformer.wte.weight": torch.cat([state["wte.weight"], start[None]])}  # (K + 1, D)
-    for row in rows(ImageGPTConfig(**{**network.config.to_dict(), "bias": True})):
+    for row in native.rows(ImageGPTConfig(**{**network.config.to_dict(), "bias": True})):
         if row.huggingface not in theirs:
             value = state.get(row.ours)
             if value is None:  # a bias that our network does not have
@@ -123,30 +113,29 @@ def _to_config(
     return values
 
 
-def load_folder(folder: Path, palette: Palette | None = None) -> Pretrained:
+def load_folder(folder: Path, palette: Palette | None = None) -> native.Pretrained:
     """What a folder in the layout of transformers holds; ``palette`` is for folders without one."""
     config = read_json(folder / CONFIG)
     if (folder / PROCESSOR).is_file() and "clusters" in read_json(folder / PROCESSOR):
         palette = Palette.load(str(folder / PROCESSOR))
-    palette = palette_for(read_config(config).vocab_size, palette, str(folder))
+    palette = native.palette_for(read_config(config).vocab_size, palette, str(folder))
     expected = _marker(config).get(SHA256, palette.sha256)
     if palette.sha256 != expected:
-        raise ValueError(
-            f"{folder}: {CONFIG} says that the network uses the palette {str(expected)[:12]}, but this one is "
-            f"{palette.sha256[:12]}: restore {PROCESSOR}, or name the palette (palette=)"
-        )
+        found = f"{str(expected)[:12]}, but this one is {palette.sha256[:12]}"
+        cure = f"restore {PROCESSOR}, or name the palette (palette=)"
+        raise ValueError(f"{folder}: {CONFIG} says that the network uses the palette {found}: {cure}")
     state, where = _read_weights(folder)
     head = state.pop(HEAD, None)
     if head is not None and (folder / COLOR_HEAD).is_file():
         state |= read_safetensors(folder / COLOR_HEAD)[0]
     network = from_state_dict(state, config, where)
     card, names = ModelCard.read(_marker(config).get("card")), config.get("id2label")
-    head = None if head is None else check_head(head, network.config.n_embd, where)
+    head = None if head is None else native.check_head(head, network.config.n_embd, where)
     if head is None or not isinstance(names, Mapping):
         names = None
     else:
         names = [str(names.get(str(number), f"LABEL_{number}")) for number in range(len(head))]
-    return Pretrained(network, palette, f"Hugging Face folder {folder}", head, names, card, folder)
+    return native.Pretrained(network, palette, f"Hugging Face folder {folder}", head, names, card, folder)
 
 
 def save_folder(
@@ -159,10 +148,8 @@ def save_folder(
 ) -> None:
     """Write a folder that transformers' ImageGPT classes load as it is; a head has names."""
     if len(palette) != network.config.vocab_size:
-        raise ValueError(
-            f"the palette has {len(palette)} colors (sha256 {palette.sha256[:12]}), the network "
-            f"{network.config.vocab_size}; save a network with the palette that it was trained with"
-        )
+        sizes = f"{len(palette)} colors (sha256 {palette.sha256[:12]}), the network {network.config.vocab_size}"
+        raise ValueError(f"the palette has {sizes}; save a network with the palette that it was trained with")
     colors: dict[str, Any] = {"clusters": palette.to_list(), SHA256: palette.sha256}
     if head is not None:  # transformers.pipeline would classify without sos, and be wrong; so it ends in an error
         colors["do_color_quantize"] = False
@@ -206,10 +193,7 @@ def check_logits(network: ImageGPT) -> Tensor:
 
 @torch.no_grad()
 def compare_with_transformers(network: ImageGPT, palette: Palette, head: Tensor | None = None) -> Comparison:
-    """Compare with transformers' ImageGPT on one picture of random tokens, both on the CPU in float32.
-
-    A network with a class head is compared by its class logits, another by its color logits; a BERT network cannot be.
-    """
+    """Compare with transformers' ImageGPT in float32: color logits, or the class logits of a network with a head."""
     config = network.config
     if config.objective == "bert":
         raise ValueError("transformers cannot run a BERT network, so there is nothing to compare with")
@@ -218,7 +202,7 @@ def compare_with_transformers(network: ImageGPT, palette: Palette, head: Tensor 
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('the comparison needs transformers: pip install ".[hf]"') from error
     with tempfile.TemporaryDirectory() as folder:
-        save_folder(Path(folder), network, palette, head, None if head is None else labels(head, None))
+        save_folder(Path(folder), network, palette, head, None if head is None else native.labels(head, None))
         kind = ImageGPTForCausalImageModeling if head is None else ImageGPTForImageClassification
         theirs = kind.from_pretrained(folder).eval()
     tokens = torch.randint(config.vocab_size, (1, config.n_positions), generator=torch.Generator().manual_seed(0))
@@ -245,10 +229,10 @@ def _read(path: Path) -> dict[str, Tensor]:
     return read_safetensors(path)[0] if path.suffix == ".safetensors" else tensors_in(read_torch(path), path)
 
 
-def _source(row: Name) -> Source:
+def _source(row: native.Name) -> native.Source:
     rules: dict[str, Callable[[Tensor], Tensor]] = {"wte.weight": lambda wte: wte[:-1], "sos": lambda wte: wte[-1]}
     rule = rules.get(row.ours, (lambda value: value.T) if row.huggingface_transposed else (lambda value: value))
-    return Source((row.huggingface,), rule)
+    return native.Source((row.huggingface,), rule)
 
 
 def _marker(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -218,11 +218,9 @@ def palette_for(vocab_size: int, palette: Palette | None, source: str) -> Palett
     """The palette of weights in another program's files: theirs or the one given, else OpenAI's, if that fits."""
     colors = palette or Palette.load("openai")
     if len(colors) != vocab_size:
-        raise ValueError(
-            f"{source} has a network of {vocab_size} colors but "
-            + (f"a palette of {len(colors)} (sha256 {colors.sha256[:12]})" if palette else "no palette")
-            + "; name the palette that it was trained with: load_pretrained(source, palette=...) or --palette"
-        )
+        what = f"a palette of {len(colors)} (sha256 {colors.sha256[:12]})" if palette else "no palette"
+        cure = "name the palette that it was trained with: load_pretrained(source, palette=...) or --palette"
+        raise ValueError(f"{source} has a network of {vocab_size} colors but {what}; {cure}")
     if palette is None:
         log.warning("%s has no palette; assuming OpenAI's, which also has 512 colors (if not, set palette=)", source)
     return colors
@@ -267,10 +265,8 @@ def _converted(values: list[Tensor], convert: Callable[..., Tensor], shape: torc
         raise ValueError(f"{where} is of type {values[0].dtype}; weights must be floating-point numbers")
     converted: Tensor = convert(*values)
     if converted.shape != shape:
-        raise ValueError(
-            f"{where} has the shape {shapes}; the network described there needs {tuple(shape)} after conversion, "
-            f"not {tuple(converted.shape)}"
-        )
+        needed = f"{tuple(shape)} after conversion, not {tuple(converted.shape)}"
+        raise ValueError(f"{where} has the shape {shapes}; the network described there needs {needed}")
     copy = converted.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if not torch.linalg.vector_norm(copy, ord=torch.inf).isfinite():  # one pass, no further copy
         what = f"{int((~copy.isfinite()).sum())} of {copy.numel()} values are not finite"

@@ -36,10 +36,7 @@ SHARDS = (
 
 
 def read_torch(path: Path, map_location: Any = "cpu", *, mmap: bool = True) -> Any:
-    """Tensors and plain values from a file by ``torch.save``; ValueError for damage and objects.
-
-    With ``mmap`` tensors of archives (torch 1.6 or later) are read where they are used, and processes share memory.
-    """
+    """Tensors and plain values of a file by ``torch.save``, archives mapped; ValueError for damage and objects."""
     try:
         return torch.load(path, map_location, weights_only=True, mmap=mmap and _starts(path, b"PK"))
     except Exception as error:  # damage ends in any kind of error, also in an OSError
@@ -72,10 +69,7 @@ PLAINER: tuple[tuple[Any, Callable[[Any], Any]], ...] = (  # of the kinds that a
 
 
 def plain(value: Any, report: Callable[[str, Any], Any], key: str = "") -> Any:
-    """A value with plain ones, which ``weights_only=True`` reads, in place of objects; the value itself if it has none.
-
-    Where no plain value says the same, what ``report`` makes of the key (``a.b`` in a dict of dicts) and the object.
-    """
+    """A value without objects; where no plain value says the same, what ``report`` makes of key ``a.b`` and object."""
     kind = type(value)
     if kind in PLAIN or isinstance(value, Tensor) or kind in torch.serialization.get_safe_globals():
         return value

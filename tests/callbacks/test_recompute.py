@@ -75,10 +75,6 @@ def test_auto_takes_the_least_that_fits():
             assert decide(config, 32, needed(how, **options), **options).how == how
         nothing = decide(config, 32, needed("full", **options) - 1, **options)
         assert nothing.how == "full" and "which does not fit; 31 images at once would" in nothing.reason
-    decision = decide(config, 32, 74 * GIB)
-    none, takes = (f"{needed(how) / GIB:.1f}" for how in ("none", "selective"))
-    reason = f"about {takes} of 74.0 GiB; none would take {none}"
-    assert str(decision) == f"activation checkpointing: selective ({reason})"
     assert "not even one image does" in decide(PRESETS["igpt_xl"], 1, 74 * GIB).reason
 
 

@@ -76,11 +76,7 @@ def test_bytes_survive_a_normalisation_that_was_undone():
         (IMAGES > 9, TypeError, "got torch.bool"),
         ({"photo": IMAGES, "kind": LABELS}, TypeError, r"\['kind', 'photo'\], but .* exactly one of image, .*keys="),
         ({"img": IMAGES, "image": IMAGES}, TypeError, r"\['image', 'img'\], but a module reads exactly one"),
-        (
-            [IMAGES, IMAGES],
-            TypeError,
-            r"Tensor \(3, 3, 4, 4\), Tensor .*: train on one view and one loader",
-        ),
+        ([IMAGES, IMAGES], TypeError, r"Tensor \(3, 3, 4, 4\), Tensor .*: train on one view and one loader"),
         ([IMAGES, LABELS, IMAGES], TypeError, "one view and one loader"),
         ([{"image": IMAGES}, {"image": IMAGES}], TypeError, r"of dict \(\), dict \(\): train on one view"),
         ({"a": {"image": IMAGES}, "b": [IMAGES]}, TypeError, r"\['a', 'b'\]"),

@@ -4,11 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import ImageGPTConfig as TheirConfig
-from transformers import (
-    ImageGPTForCausalImageModeling,
-    ImageGPTForImageClassification,
-    ImageGPTImageProcessorPil,
-)
+from transformers import ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTImageProcessorPil
 
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.modules import FineTuneModule
