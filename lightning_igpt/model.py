@@ -61,7 +61,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Where torch has no fused kernel, its norm and the gradient are some thirty passes over memory.
-        eager = torch.is_grad_enabled() and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        eager = torch.is_grad_enabled() and not traced
         if eager and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
             apply: Any = Normed.apply  # typed in torch from 2.14 on
             return apply(x, self.weight)  # type: ignore[no-any-return]

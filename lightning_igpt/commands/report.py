@@ -16,4 +16,4 @@ def report(runs: list[str], out: str = "report.html") -> None:
     check_file(out, "--out", "report.html")
     unique = {run.folder.resolve(): run for folder in runs for run in page.read_runs(Path(folder))}
     page.write_runs(Path(out), list(unique.values()))
-    print(f"wrote {out}: {len(unique)} run{'s' * (len(unique) > 1)}")
+    print(f"wrote {out}: {len(unique)} run{'s' * (len(unique) > 1)}; open {Path(out).resolve().as_uri()}")
