@@ -104,8 +104,7 @@ def make_trainer(
     steps = max_steps if max_steps > 0 and max_epochs is None else None  # of a run counted in steps
     val_check_interval = _interval(val_check_interval, checkpoint_every, steps, chosen, kwargs)
     config, network = getattr(module, "config", None), getattr(module, "network", torch.nn.Identity())
-    precisions = (one for one in [*parts, getattr(strategy, "precision_plugin", None)] if isinstance(one, Precision))
-    given = bool(precision) or any(type(one) is not Precision for one in precisions)
+    given = bool(precision) or _has_precision([*parts, getattr(strategy, "precision_plugin", None)])
     precision = precision if given else best_precision(accelerator, config)[0]
     parallel = choose_strategy(
         strategy or "auto",
@@ -132,9 +131,17 @@ def make_trainer(
         plugins=parts if any(hasattr(one, "save_checkpoint") for one in parts) else [*parts, AtomicCheckpointIO()],
         **kwargs,
     )
-    for logger in trainer.loggers:
-        logger.__class__ = STEADY.get(type(logger), type(logger))
+    _make_steady(trainer.loggers)
     return trainer
+
+
+def _has_precision(plugins: list[Any]) -> bool:
+    return any(isinstance(plugin, Precision) and type(plugin) is not Precision for plugin in plugins)
+
+
+def _make_steady(loggers: list[Any]) -> None:
+    for logger in loggers:
+        logger.__class__ = STEADY.get(type(logger), type(logger))
 
 
 def _interval(

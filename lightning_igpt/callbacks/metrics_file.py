@@ -1,6 +1,7 @@
 """``metrics.csv``, one row for each logged step, and the learning rates in it."""
 
 import csv
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,9 +40,9 @@ class MetricsFile(Logger):
         """Append the rows, all or none; where they have new columns, replace the file."""
         self._rows, self._row = [*self._rows, *filter(None, [self._row])], {}
         with sparing(self.path):
-            names, older = read_rows(self.path)
+            names, _ = read_rows(self.path, 0)
             new = sorted(set[str]().union(*self._rows).difference(names))
-            rows = [*older, *self._rows] if new else self._rows
+            rows = [*read_rows(self.path)[1], *self._rows] if new else self._rows
             cells = [[row.get(name, "") for name in names + new] for row in rows]
             if new:
                 write_csv(self.path, [names + new, *cells])
@@ -56,13 +57,13 @@ class MetricsFile(Logger):
             self._rows = []
 
 
-def read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and rows of a metrics.csv, which need not exist."""
+def read_rows(path: Path, most: int | None = None) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows, at most so many, of a metrics.csv, which need not exist."""
     if not path.exists():
         return [], []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file)
-        return list(reader.fieldnames or ()), list(reader)
+        return list(reader.fieldnames or ()), list(itertools.islice(reader, most))
 
 
 def cut_rows(path: Path, step: int) -> None:
