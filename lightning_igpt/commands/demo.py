@@ -87,6 +87,11 @@ def make_app(studios: Sequence[Studio], host: str) -> Any:
     async def work(function: Callable[[Any], Any], given: Any) -> JSONResponse:
         return JSONResponse(await asyncio.get_running_loop().run_in_executor(worker, function, given))
 
+    def room(network: int) -> Studio:
+        if not 0 <= network < len(studios):
+            raise ValueError(f"there is no network {network} of {len(studios)}; load the page again")
+        return studios[network]
+
     headers = {"content-security-policy": POLICY, "cross-origin-resource-policy": "same-origin"}
     headers |= {"referrer-policy": "no-referrer", "x-content-type-options": "nosniff", "cache-control": "no-store"}
 
@@ -107,15 +112,15 @@ def make_app(studios: Sequence[Studio], host: str) -> Any:
 
     @app.post("/{network}/image")
     async def image(network: int, request: Request) -> JSONResponse:
-        return await work(studios[network].read, await request.body())
+        return await work(room(network).read, await request.body())
 
     @app.post("/{network}/score")
     async def score(network: int, ask: Ask) -> JSONResponse:
-        return await work(studios[network].score, ask.tokens)
+        return await work(room(network).score, ask.tokens)
 
     @app.post("/{network}/draw")
     async def draw(network: int, ask: Ask) -> StreamingResponse:
-        lines = drawn_lines(studios[network], worker, ask, app.state.ends)
+        lines = drawn_lines(room(network), worker, ask, app.state.ends)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
     @app.exception_handler(ValueError)
