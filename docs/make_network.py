@@ -39,7 +39,7 @@ TEXTS = {
         "title": "Image GPT of emoji, 16 x 16",
         "data": "emoji",
         "license": "apache-2.0",
-        "lacks": "It has seen some 3,300 color emoji on white, many of them variants of one another, so it can repeat "
+        "lacks": "It has seen 2,715 color emoji on white, many of them variants of one another, so it can repeat "
         "training images. A photograph is foreign to it. It knows neither text nor flags by name, and small symbols "
         "lose their details at 16 x 16.",
         "recipe": "emoji_tiny_pretrain",
