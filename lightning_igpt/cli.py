@@ -175,13 +175,19 @@ class RecipeCLI(LightningCLI):
         return str(newest) if newest else None
 
 
+def _is_news(log: logging.LogRecord) -> bool:
+    """Whether a message is not Lightning's, a warning, or says where a run resumes or how many processes it has."""
+    ours = not log.pathname.startswith(lightning.__path__[0])
+    return ours or log.levelno > logging.INFO or re.search("Restored|Starting with", log.getMessage()) is not None
+
+
 def run(words: Sequence[str]) -> RecipeCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` with its options, and return what the recipe made."""
     verb, *rest = words
     # A deprecation within Lightning; a resumed run; epochs that are shorter than the interval between logs.
     warnings.filterwarnings("ignore", ".*(LeafSpec|Checkpoint directory .* is not empty|smaller than the logging).*")
     for handler in logging.getLogger("lightning.pytorch").handlers + logging.getLogger("lightning.fabric").handlers:
-        handler.addFilter(lambda log: log.levelno > logging.INFO or not log.pathname.startswith(lightning.__path__[0]))
+        handler.addFilter(_is_news)
     # Not options of the recipe's parser: a recipe must not be able to trust itself.
     flags = Parser(prog=f"{PROGRAM} {verb}")
     flags.add_argument("--dry_run", action="store_true")

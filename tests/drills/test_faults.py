@@ -33,7 +33,7 @@ def test_killed_twice(tmp_path, twin):
         run.wait_for(name, process)
         process.kill()
         process.communicate()
-    assert "Restoring states" in run.finish("--resume", "auto")
+    assert "Restored all states" in run.finish("--resume", "auto")
     assert_same_end(run, twin)
 
 
