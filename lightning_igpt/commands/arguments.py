@@ -151,9 +151,9 @@ def one_line_errors(prog: str) -> Iterator[None]:
         references = getattr(sys.modules.get("omegaconf.errors"), "OmegaConfBaseException", ())
         # Wrong paths and references of a recipe are the user's, whoever raises.
         own = error if isinstance(error, (OSError, references)) else _own(error)
-        told = isinstance(error, (references, ValueError, TypeError, OSError, ModuleNotFoundError))
-        told = told and not isinstance(error, BrokenPipeError)  # the reader of stdout has gone, which is no mistake
-        if own is None or not told or os.environ.get("LIGHTNING_IGPT_TRACEBACK"):
+        meant = isinstance(error, (references, ValueError, TypeError, OSError, ModuleNotFoundError))
+        meant = meant and not isinstance(error, BrokenPipeError)  # the reader of stdout has gone, which is no mistake
+        if own is None or not meant or os.environ.get("LIGHTNING_IGPT_TRACEBACK"):
             raise
         text = str(own)
         if isinstance(own, OSError) and own.filename:

@@ -77,7 +77,8 @@ def divide(
             chosen[role] = name
             if not source.streaming and not len(source.splits[name]):
                 raise ValueError(f"{source.name} has no rows in the split {name!r}")
-    if unused := [split for split in source.splits if not any(split in name for name in chosen.values())]:
+    others = (split for split in source.splits if not any(split in name for name in chosen.values()))
+    if unused := [split for split in others if not split.startswith("test")]:
         cure = f"train_split={chosen['train']}+{unused[0]}"
         rank_zero_info(f"{source.name}: splits not used: {', '.join(unused)}; to train on one more, set {cure}")
     return Division(source, chosen)
