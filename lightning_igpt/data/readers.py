@@ -20,6 +20,7 @@ from lightning_igpt.images import BadImageError, decode
 OnBadImage: TypeAlias = Literal["error", "skip"]
 
 BAD = "bad_images"  # key of a batch: what was left out; the loader removes it
+KEPT_BYTES = 2**26  # of decoded images, in each process; at 8 x 8 decoding takes 4 % of a training step
 MAX_STAND_INS = 100  # tried for one image before the dataset itself is called bad
 REPAIR = "Repair or remove it; on_bad_image=skip leaves such images out"
 _SHOWN = 10  # warnings of single images; the list has them all
@@ -74,27 +75,44 @@ class Reader(Protocol):
 
 
 class ImageReader:
-    """Decodes and resizes image files."""
+    """Decodes and resizes image files; keeps the decoded images of a dataset that has few and small ones."""
 
     def __init__(self, part: Part, image_column: str, resize: Resize) -> None:
         self.part, self.image_column, self.resize = part, image_column, resize
         self._mode = mode_of(part.dataset, image_column)
         self._images = part.dataset.select_columns([image_column]).with_format("arrow")
+        self._kept: dict[int, Image.Image] = {}  # by place
 
     def read(self, places: list[int], samples: list[int]) -> tuple[NDArray[Any], dict[int, BadImage]]:
-        size, rows = self.resize.size, self.part.rows_of(places)
+        size = self.resize.size
         # One tall picture becomes an array once; an array of every image and a stack take twice as long.
         tall = Image.new("RGB", (size, size * len(places)))
         bad: dict[int, BadImage] = {}
+        images = self._decode(places)
+        for index, (place, sample) in enumerate(zip(places, samples, strict=True)):
+            if isinstance(image := images[place], BadImage):
+                bad[index] = image
+            else:
+                tall.paste(self.resize(image, sample), (0, index * size))
+        return np.asarray(tall).reshape(-1, size, size, 3).transpose(0, 3, 1, 2).copy(), bad
+
+    def _decode(self, places: list[int]) -> dict[int, Image.Image | BadImage]:
+        images: dict[int, Image.Image | BadImage] = {
+            place: self._kept[place] for place in places if place in self._kept
+        }
+        if not (missing := [place for place in dict.fromkeys(places) if place not in images]):
+            return images
+        rows = self.part.rows_of(missing)
         contents, paths = (column.to_pylist() for column in self._images[rows][self.image_column].flatten())
-        for index, (content, path) in enumerate(zip(contents, paths, strict=True)):
+        for place, row, content, path in zip(missing, rows, contents, paths, strict=True):
             try:
                 value = {"bytes": content, "path": path}  # both are None where an image is missing
-                image = decode(value, mode=self._mode, remote=self.part.remote)
-                tall.paste(self.resize(image, samples[index]), (0, index * size))
+                image = images[place] = decode(value, mode=self._mode, remote=self.part.remote)
+                if 4 * image.width * image.height * len(self.part) <= KEPT_BYTES:
+                    self._kept[place] = image
             except BadImageError as error:
-                bad[index] = BadImage(self.part.describe(rows[index], path), str(error), places[index])
-        return np.asarray(tall).reshape(-1, size, size, 3).transpose(0, 3, 1, 2).copy(), bad
+                images[place] = BadImage(self.part.describe(row, path), str(error), place)
+        return images
 
 
 class ImageBatches(Dataset[dict[str, Any]]):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_igpt.data import PretrainDataModule, tokenize
+from lightning_igpt.data import PretrainDataModule, readers, tokenize
 from lightning_igpt.data.loaders import make_loader, n_steps
 from lightning_igpt.data.order import EvalOrder
 from lightning_igpt.data.readers import BadImages, ImageBatches, ImageReader
@@ -43,6 +43,20 @@ def test_a_batch_holds_the_images_in_order():
     assert set(batches(rows(images))[[(0, 0)]]) == {"image", "sample"}
     part = batches(tiny(9), np.array([2, 5, 8]))
     assert len(part) == 3 and part[[(2, 0), (0, 1)]]["image"][:, 0, 0, 0].tolist() == [8, 2]
+
+
+def test_small_images_are_decoded_once_and_large_datasets_are_not_kept(monkeypatch):
+    images, decoded = [noise((4, 4), seed) for seed in range(5)], []
+    decode = readers.decode
+    monkeypatch.setattr(readers, "decode", lambda *a, **k: decoded.append(1) or decode(*a, **k))
+    for limit, n_decoded in ((4 * 4 * 4 * 5, 4), (4 * 4 * 4 * 5 - 1, 6)):
+        monkeypatch.setattr(readers, "KEPT_BYTES", limit)
+        part = batches(rows(images))
+        for places in ([4, 0, 4], [0, 3, 2, 4]):
+            batch = part[[(place, 0) for place in places]]
+            assert torch.equal(batch["image"], torch.stack([by_hand(images[place]) for place in places]))
+        assert len(decoded) == n_decoded, limit
+        decoded.clear()
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB", "CMYK"])
