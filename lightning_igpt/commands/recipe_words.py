@@ -1,5 +1,6 @@
 """The command line of Lightning's verbs without Lightning: its help, and checks before torch is imported."""
 
+import difflib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,10 @@ WHAT = (  # names, what stands for the value, explanation
     ("--print_config", "", "Print all options and their values as YAML, and exit."),
     ("--print_completion", "SHELL", "Print a script that completes options: shtab-bash, shtab-zsh (needs shtab)."),
 )
+OURS = {  # files that define the options of --model and --data
+    "model": ("modules/pretrain", "modules/probe", "modules/finetune"),
+    "data": ("data/datamodule", "data/pretrain", "data/probe", "data/finetune"),
+}
 FIRST = ("default_root_dir", "accumulate_grad_batches", "num_nodes", "logger")  # Lightning's options needed most
 
 
@@ -69,21 +74,42 @@ def check(words: Sequence[str]) -> None:
     if {"-h", "--help"} & {*words}:
         print(page(verb), end="")
         raise SystemExit(0)
-    known = {name.lstrip("-").partition(".")[0] for names, *_ in WHAT for name in names.split()} | {"trainer"}
-    trainer = {"", "help"}.union(*map(parameters, trainers()))
-    options = dict(_options(words[1:]))
-    runs = not any(name.startswith("print_") for name in options)
+    options = list(_options(words[1:]))
+    names = {name for name, _ in options}
+    runs = not any(name.startswith("print_") for name in names)
     with one_line_errors(prog):
-        for name, value in options.items():
-            top, _, rest = name.rstrip("+").partition(".")
-            if top not in known or (top == "trainer" and rest.partition(".")[0] not in trainer):
-                usage_error(prog, f"there is no option --{name}")
-            if top in ("c", "config") and value:
-                _check_recipe(value, prog)
-            elif name in ("ckpt_path", "resume") and not {"resume", "ckpt_path"} <= options.keys():
+        recipes_given = [_recipe(value, prog) for name, value in options if name in ("c", "config") and value]
+        parts = {"trainer": {"help"}.union(*map(parameters, trainers()))} | {
+            top: _inner(top, [recipe.get(top) for recipe in recipes_given] + [v for n, v in options if n == top])
+            for top in OURS
+            if any(name.startswith(f"{top}.") for name in names)
+        }
+        for name, value in options:
+            _check_name(name.rstrip("+"), parts, prog)
+            rest = name.partition(".")[2].removeprefix("init_args.")
+            if name in ("ckpt_path", "resume") and not {"resume", "ckpt_path"} <= names:
                 check_checkpoint(**{name.removeprefix("ckpt_"): value})
-            elif runs and value != "null" and rest.removeprefix("init_args.") in ("source", "pretrained"):
-                shared.check_paths({rest.removeprefix("init_args."): value})
+            elif runs and value != "null" and rest in ("source", "pretrained"):
+                shared.check_paths({rest: value})
+
+
+def _check_name(name: str, parts: dict[str, set[str]], prog: str) -> None:
+    known = {name.lstrip("-").partition(".")[0] for names, *_ in WHAT for name in names.split()} | {"trainer"}
+    top, _, rest = name.partition(".")
+    inner = rest.removeprefix("init_args.").partition(".")[0]
+    choices = parts.get(top) or {inner}
+    if top not in known or inner not in choices | {""}:
+        near = difflib.get_close_matches(inner, choices, n=1) if top in known else ()
+        usage_error(prog, f"there is no option --{name}{''.join(f' (the closest is --{top}.{word})' for word in near)}")
+
+
+def _inner(top: str, classes: list[Any]) -> set[str]:
+    """The options of this package's classes for --model or --data; empty, that is any, where others are named."""
+    named = [str(value.get("class_path", "") if isinstance(value, dict) else value or "") for value in classes]
+    if any("." in name and not name.startswith("lightning_igpt.") for name in named):
+        return set()
+    functions = [Source(PACKAGE / f"{file}.py")["__init__"] for file in OURS[top]]
+    return {"class_path", "init_args", "dict_kwargs", "help"}.union(*map(parameters, functions))
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -94,12 +120,13 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name, value if is_joined else following
 
 
-def _check_recipe(value: str, prog: str) -> None:
+def _recipe(value: str, prog: str) -> dict[str, Any]:
     path = Path(value) if Path(value).exists() else recipes.find(value)
     try:  # a pipe can be read once only
-        get_loader("yaml")(path.read_bytes().decode("utf-8", "replace") if path.is_file() else "")
+        recipe = get_loader("yaml")(path.read_bytes().decode("utf-8", "replace") if path.is_file() else "")
     except Exception as error:  # PyYAML's
         usage_error(prog, f"{path} is no YAML: {error}")
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def check_checkpoint(path: str | None = None, resume: str | None = None) -> None:

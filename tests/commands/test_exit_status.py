@@ -12,7 +12,7 @@ import pytest
 import lightning_igpt
 from lightning_igpt import cli
 from lightning_igpt.__main__ import LIGHTNING_VERBS, OWN_VERBS, main
-from lightning_igpt.commands import recipes
+from lightning_igpt.commands import recipe_words, recipes
 from lightning_igpt.commands.arguments import one_line_errors
 
 # What is wrong with what is given, though it is well formed.
@@ -74,6 +74,15 @@ def test_wrong_usage_of_a_recipe_is_one_line_that_names_it(words, named, capsys)
     said = capsys.readouterr().err
     assert said.startswith("lightning-igpt fit: ") and said.endswith("See lightning-igpt fit --help\n")
     assert named in said and said.count("\n") == 1
+
+
+def test_options_of_our_classes_are_checked_without_torch_and_others_are_left_to_them(tmp_path):
+    (tmp_path / "other.yaml").write_text("model:\n  class_path: somewhere.Network\n")
+    words = ["fit", "--model", "PretrainModule", "--data.init_args.batch_size=3", "--data.image_size", "8"]
+    recipe_words.check([*words, "--model.network.n_layer", "3", "--data.help", "--model.betas+", "1"])
+    recipe_words.check([*words, "-c", "other.yaml", "--model.lrr", "1"])
+    with pytest.raises(SystemExit):
+        recipe_words.check([*words, "--model.lrr", "1"])
 
 
 @pytest.mark.parametrize("signal_number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
