@@ -1,4 +1,4 @@
-"""The data sets that come with the package, by the name that ``source`` takes; they need neither network nor cache."""
+"""The datasets that come with the package, by the name that ``source`` takes; they need neither network nor cache."""
 
 import itertools
 from collections.abc import Callable
