@@ -184,8 +184,9 @@ def _is_news(log: logging.LogRecord) -> bool:
 def run(words: Sequence[str]) -> RecipeCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` with its options, and return what the recipe made."""
     verb, *rest = words
-    # A deprecation within Lightning; a resumed run; epochs that are shorter than the interval between logs.
-    warnings.filterwarnings("ignore", ".*(LeafSpec|Checkpoint directory .* is not empty|smaller than the logging).*")
+    # A deprecation within Lightning; a resumed run; short epochs; a probe's network, which is meant to be in eval mode.
+    expected = "LeafSpec|Checkpoint directory .* is not empty|smaller than the logging|in eval mode at the start"
+    warnings.filterwarnings("ignore", f".*({expected}).*")
     for handler in logging.getLogger("lightning.pytorch").handlers + logging.getLogger("lightning.fabric").handlers:
         handler.addFilter(_is_news)
     # Not options of the recipe's parser: a recipe must not be able to trust itself.
