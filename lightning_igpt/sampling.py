@@ -188,8 +188,8 @@ def inpaint(
     pick = partial(draw, temperature=temperature, generator=generator)
     with _evaluating(network):
         if network.config.objective == "bert":
-            chance = torch.rand(known.shape, generator=generator, device=device) if order == "random" else None
-            return _fill(network, tokens, known, pick, steps, on_progress, chance)
+            lots = torch.rand(known.shape, generator=generator, device=device) if order == "random" else None
+            return _fill(network, tokens, known, pick, steps, on_progress, lots)
         return _decode(network, tokens, known, pick, precision, on_progress)
 
 
@@ -200,10 +200,10 @@ def _fill(
     pick: Draw,
     steps: int,
     report: Progress | None,
-    chance: Tensor | None,
+    lots: Tensor | None,
 ) -> Tensor:
     holes, finite = (~known).sum(1), torch.ones((), dtype=torch.bool, device=tokens.device)
-    if chance is not None:
+    if lots is not None:
         steps = min(steps, max(1, int(holes.max())))
     for step in range(1, steps + 1):
         logits = network(tokens, masked=~known)  # (B, T, K)
@@ -211,8 +211,8 @@ def _fill(
         drawn = pick(logits.flatten(0, 1)).view_as(tokens)
         sure = F.log_softmax(logits.float(), -1).gather(-1, drawn[..., None])[..., 0]  # (B, T)
         left = (holes * math.cos(math.pi / 2 * step / steps)).floor().long() if step < steps else holes * 0
-        if chance is not None:
-            sure, left = chance, holes * (steps - step) // steps
+        if lots is not None:
+            sure, left = lots, holes * (steps - step) // steps
         order = sure.masked_fill(known, math.inf).argsort(-1, descending=True).argsort(-1)  # rank, known pixels first
         keep = order < (tokens.shape[1] - left)[:, None]
         tokens = torch.where(keep & ~known, drawn, tokens)

@@ -37,16 +37,13 @@ def nats_by_order(network):
     return torch.stack(rows)
 
 
+@torch.no_grad()
 def test_the_bound_is_the_average_over_all_orders(network):
     by_order, mean = nats_by_order(network), torch.zeros(81, dtype=torch.float64)
     for k in range(1, 5):
-        masks = [
-            torch.tensor([pixel in hidden for pixel in range(4)]) for hidden in itertools.combinations(range(4), k)
-        ]
-        for masked in (mask.expand(81, 4) for mask in masks):
-            with torch.no_grad():
-                nats = hidden_nats(network(PICTURES, masked=masked), PICTURES, masked)
-            mean += nats / 4 / len(masks)
+        for hidden in itertools.combinations(range(4), k):
+            masked = torch.tensor([pixel in hidden for pixel in range(4)]).expand(81, 4)
+            mean += hidden_nats(network(PICTURES, masked=masked), PICTURES, masked) / 4 / math.comb(4, k)
     torch.testing.assert_close(4 * mean, by_order.mean(0))
     likelihood = by_order.neg().exp().mean(0)  # of the mixture of all orders
     assert likelihood.sum().item() == pytest.approx(1)
@@ -57,12 +54,10 @@ def test_the_bound_is_the_average_over_all_orders(network):
 def test_score_estimates_the_bound_and_its_error(network, antithetic):
     expected = nats_by_order(network).mean(0) / 4
     found = score(network, PICTURES.repeat(50, 1), n_draws=8, antithetic=antithetic, batch_size=4096)
-    assert found.shape == (81 * 50, 4 if antithetic else 8)
     found = found.unflatten(0, (50, 81)).transpose(0, 1).flatten(1)  # (81, draws)
-    error = found.std(1) / math.sqrt(found.shape[1])
-    deviations = (found.mean(1) - expected) / error  # standard normal
+    assert found.shape[1] == 50 * (4 if antithetic else 8)
+    deviations = (found.mean(1) - expected) / found.std(1) * math.sqrt(found.shape[1])  # standard normal
     assert deviations.abs().max() < 4.5 and deviations.std() < 1.3
-    assert found.std() > 0
 
 
 def test_whole_pictures_in_random_order_follow_the_mixture_of_orders(network):
@@ -70,15 +65,13 @@ def test_whole_pictures_in_random_order_follow_the_mixture_of_orders(network):
     nothing = torch.zeros(20_000, 4, dtype=torch.bool)
     drawn = inpaint(network, nothing.long(), nothing, steps=99, order="random", generator=torch.manual_seed(0))
     frequency = torch.bincount((drawn * torch.tensor([27, 9, 3, 1])).sum(1), minlength=81) / 20_000
-    error = (likelihood * (1 - likelihood) / 20_000).sqrt()
-    assert ((frequency - likelihood).abs() <= 5 * error).all()
+    assert ((frequency - likelihood).abs() <= 5 * (likelihood * (1 - likelihood) / 20_000).sqrt()).all()
 
 
 def test_random_order_draws_equally_many_in_each_step():
     network, seen = random_network(SMALL_BERT), []
     network.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["masked"]), with_kwargs=True)
-    tokens, known = random_tokens(), torch.zeros(2, 16, dtype=torch.bool)
-    known[1, :8] = True
+    tokens, known = random_tokens(), torch.arange(32).view(2, 16) // 8 == 2  # nothing of one, half of the other
     filled = inpaint(network, tokens, known, steps=4, order="random", generator=torch.manual_seed(0))
     assert [masked.sum(1).tolist() for masked in seen] == [[16, 8], [12, 6], [8, 4], [4, 2]]
     assert all(not (later & ~earlier).any() for earlier, later in itertools.pairwise(seen))
@@ -99,7 +92,7 @@ def test_antithetic_draws_vary_less():
         optimizer.step()
     independent = score(network, tokens, n_draws=16, antithetic=False).mean(1)
     pairs = score(network, tokens, n_draws=16).mean(1)
-    assert pairs.mean().item() == pytest.approx(independent.mean().item(), abs=0.02) == pytest.approx(0.27, abs=0.05)
+    assert (pairs.mean().item(), independent.mean().item()) == pytest.approx((math.log(3) / 4,) * 2, abs=0.04)
     assert pairs.var() / independent.var() == pytest.approx(2 / 3, abs=0.12)  # 1 + rho, rho = -1/3
 
 
@@ -109,10 +102,8 @@ def test_draws_depend_on_seed_and_place_alone():
     assert found.shape == (7, 3) and found.dtype == torch.float32 and network.training
     torch.testing.assert_close(score(network, tokens, n_draws=6, seed=5, batch_size=3), found)
     assert (score(network, tokens, n_draws=6, seed=6) - found).abs().min() > 1e-4
-    torch.testing.assert_close(score(network, tokens, n_draws=10, seed=5)[:, :3], found)
-    for wrong in (5, 0):
-        with pytest.raises(ValueError, match=f"n_draws is {wrong}"):
-            score(network, tokens, n_draws=wrong)
+    with pytest.raises(ValueError, match="n_draws is 5; it must be at least 1, and even for antithetic pairs"):
+        score(network, tokens, n_draws=5)
 
 
 def test_uniform_masks_hide_every_set_of_whole_pixels_as_often_as_they_should():
@@ -134,24 +125,13 @@ def test_a_network_trained_with_uniform_masks_logs_the_bound(tmp_path):
     torch.nn.init.normal_(model.network.lm_head.weight)
     found = quiet_trainer(tmp_path).validate(model, DataLoader(rows, batch_size=5), verbose=False)[0]
     tokens, masked = model.palette.quantize(images), draw_mask(torch.arange(13), 16, seed=4, ratio="uniform")
-    with torch.no_grad():
-        logits = model.network(tokens, masked=masked)
-    expected = masked_pixel_loss(logits, tokens, masked).item()
+    expected = masked_pixel_loss(model.network(tokens, masked=masked), tokens, masked).item()
     assert found["val/nats_per_pixel_bound"] == found["val/nats_per_pixel"] == pytest.approx(expected, rel=1e-5)
     model.log = lambda *args, **kwargs: None
-    loss = model.training_step({"image": images, "sample": torch.arange(13)}, 0).item()
-    assert loss == pytest.approx(expected, rel=1e-5)
+    assert model.training_step({"image": images, "sample": torch.arange(13)}, 0).item() == pytest.approx(expected)
     fixed = quiet_trainer(tmp_path).validate(module(BERT), DataLoader(rows, batch_size=5), verbose=False)[0]
     assert "val/nats_per_pixel_bound" not in fixed
-
-
-@pytest.mark.parametrize(
-    ("config", "ratio", "message"),
-    [
-        (TINY, "uniform", "mask_ratio is uniform, but an autoregressive network hides no pixels; set objective=bert"),
-        (BERT, "unifrom", "mask_ratio is unifrom; it must lie between 0 and 1, or in pretraining be uniform"),
-    ],
-)
-def test_ratios_that_mean_nothing_are_refused(config, ratio, message):
-    with pytest.raises(ValueError, match=message):
-        module(config, mask_ratio=ratio)
+    with pytest.raises(ValueError, match="mask_ratio is uniform, but an autoregressive network hides no pixels"):
+        module(TINY, mask_ratio="uniform")
+    with pytest.raises(ValueError, match="mask_ratio is unifrom; it must lie between 0 and 1, or in pretraining be"):
+        module(BERT, mask_ratio="unifrom")

@@ -87,14 +87,9 @@ def complete(
     print(shown(f"{loaded.origin}: {what}, on {place} in {precision} precision"))
     loaded.network.to(place)
     tokens = loaded.palette.quantize(torch.stack(pixels)).to(place)
-    options: dict[str, Any] = {
-        "n_samples": n_samples,
-        "seed": seed,
-        "temperature": temperature,
-        "precision": precision,
-        **passes,
-    }
+    options: dict[str, Any] = {"n_samples": n_samples, "seed": seed, "temperature": temperature, "precision": precision}
     line = 3 * size // 4 if keep_rows is None else keep_rows  # small networks continue a half badly
+    options |= passes
     options |= {"keep_rows": line, "top_k": top_k, "top_p": top_p} if hole is None else {"hole": hole.to(place)}
     rows = completion_rows(loaded.network, loaded.palette, tokens, **options).cpu()
     folder = Path(out)
