@@ -263,7 +263,7 @@ def score(
     if n_draws < 1 or (n_draws % 2 and antithetic):
         raise ValueError(f"n_draws is {n_draws}; it must be at least 1, and even for antithetic pairs")
     device, masked = network.wte.weight.device, network.config.objective == "bert"
-    numbers = torch.arange(len(tokens), device=device).split(batch_size)
+    numbers = torch.split(torch.arange(len(tokens), device=device), batch_size)
     bound = partial(bound_estimates, network, n_draws=n_draws, antithetic=antithetic, seed=seed)
     with _evaluating(network):
         parts = [

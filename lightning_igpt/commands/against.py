@@ -83,6 +83,7 @@ def detection(normal: Tensor, anomalous: Tensor) -> tuple[float, float]:
     """
     scores = torch.cat([normal, anomalous])
     positive = (torch.arange(len(scores)) >= len(normal)).long()
-    ranks = scores.unique(return_inverse=True)[1] / len(scores)  # torchmetrics applies a sigmoid beyond [0, 1]
+    # Ranks, equal for equal scores: torchmetrics applies a sigmoid to what exceeds 1, which makes large scores equal.
+    ranks = torch.searchsorted(scores.sort().values, scores) / len(scores)
     fpr, tpr, _ = binary_roc(ranks, positive)
     return binary_auroc(ranks, positive).item(), fpr[tpr >= TPR].min().item()

@@ -70,11 +70,11 @@ def score(
     loaded = load_pretrained(pretrained, palette=palette)
     print(shown(loaded.origin))
     loaded.network.to(pick_device(device))
-    reading = {"split": split, "limit": limit, "on_bad_image": on_bad_image}
-    drawing_masks = {"batch_size": batch_size, "n_draws": n_draws, "seed": seed}
+    reading: dict[str, Any] = {"split": split, "limit": limit, "on_bad_image": on_bad_image}
+    scoring: dict[str, Any] = {"batch_size": batch_size, "n_draws": n_draws, "seed": seed}
     tokens, names = read_tokens(loaded, images, **reading)
     others = read_tokens(loaded, against, **reading) if against else None
-    nats, per_image = surprise(loaded, tokens, names, **drawing_masks)
+    nats, per_image = surprise(loaded, tokens, names, **scoring)
     ranked = [(names[i], per_image[i].item(), i) for i in per_image.argsort(descending=True, stable=True).tolist()]
     rows = [[name, f"{value:.6f}", f"{nats_to_bits(value):.6f}"] for name, value, _ in ranked]
     heads, bounded = ["image", "nats_per_pixel", "bits_per_pixel"], loaded.config.objective == "bert"
@@ -91,7 +91,7 @@ def score(
         print(f"{rank:>6}  {value:>14.4f}  {shown(name)}")
     print(f"wrote {path}")
     if others is not None:
-        _, foreign = surprise(loaded, *others, **drawing_masks)
+        _, foreign = surprise(loaded, *others, **scoring)
         comparing.compare(loaded.palette, (tokens, per_image, names), (others[0], foreign, others[1]), path)
     if pictures and not bounded:
         drawing.save_png(surprise_sheet(tokens, nats, names, loaded.palette, pictures=pictures), sheet)
