@@ -34,7 +34,11 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     "quickstart": ("quickstart", "quickstart --out first-look --steps 200"),
     "complete": ("complete --pretrained runs --images photos", "complete --pretrained runs --images digits"),
     "demo": ("demo", "demo --pretrained final.ckpt --port 8080 --open"),
-    "score": ("score --pretrained runs --images photos --limit 500", "score --images photos --against digits"),
+    "score": (
+        "score --pretrained runs --images photos --limit 500",
+        "score --pretrained runs/bert --images photos --n_draws 64",
+        "score --images photos --against digits",
+    ),
     "lowdata": ("lowdata --pretrained runs --source digits --out few",),
     "report": ("report runs", "report runs/pretrain runs/probe --out report.html"),
     "data show": ("data show photos --image_size 32",),
