@@ -4,11 +4,15 @@ A pixel is one palette token. Nats divided by ln 2 are bits per pixel, not the b
 """
 
 import math
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_igpt.model import ImageGPT
+
+MaskRatio: TypeAlias = float | Literal["uniform"]
 MASK_RATIO = 0.15  # paper, section 3.4: 15 %; 25 % and more were worse
 
 
@@ -31,17 +35,58 @@ def next_pixel_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def masked_pixel_loss(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
     """Mean nats over the pixels hidden by bool ``masked`` (B, T), per image, then over images that have some."""
-    hidden = masked.sum(1)  # (B,)
-    per_image = (pixel_nats(logits, tokens) * masked).sum(1) / hidden.clamp(min=1)
-    return per_image.sum() / (hidden > 0).sum().clamp(min=1)
+    return hidden_nats(logits, tokens, masked).sum() / masked.any(1).sum().clamp(min=1)
 
 
-def draw_mask(samples: Tensor, n_positions: int, *, seed: int, ratio: float = MASK_RATIO) -> Tensor:
-    """Independent masks, bool (B, n_positions), in which a pixel is hidden with probability ``ratio``.
+def hidden_nats(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
+    """Mean nats over the pixels of each image that bool ``masked`` (B, T) hides, (B,); 0 where it hides none.
 
-    A function of the seed and the numbers ``samples``, int64 (B,), alone, so a resumed run repeats it on any device.
+    Under masks of ``ratio="uniform"`` the expectation is the average, over all orders of the pixels, of the image's
+    nats per pixel when its pixels are predicted one by one in that order. By Jensen's inequality that is an upper bound
+    of its negative log-likelihood under the mixture of all orders, from which ``inpaint`` draws in random order.
     """
-    return counter_uniform(samples, n_positions, seed=seed) <= ratio
+    return (pixel_nats(logits, tokens) * masked).sum(1) / masked.sum(1).clamp(min=1)
+
+
+def draw_mask(
+    samples: Tensor, n_positions: int, *, seed: int, ratio: MaskRatio = MASK_RATIO, tokens_per_pixel: int = 1
+) -> Tensor:
+    """Independent masks, bool (B, n_positions), in which a pixel, with all its tokens, is hidden at rate ``ratio``.
+
+    ``"uniform"`` hides k pixels, k drawn uniformly from 1 to all of them. A function of the seed and the numbers
+    ``samples``, int64 (B,), alone, so a resumed run repeats it on any device.
+    """
+    if ratio == "uniform":
+        return antithetic_masks(samples, n_positions, seed=seed, tokens_per_pixel=tokens_per_pixel)[0]
+    hidden = counter_uniform(samples, n_positions // tokens_per_pixel, seed=seed) <= ratio
+    return hidden.repeat_interleave(tokens_per_pixel, 1)
+
+
+def antithetic_masks(samples: Tensor, n_positions: int, *, seed: int, tokens_per_pixel: int = 1) -> Tensor:
+    """Two masks of each sample, bool (2, B, n_positions), each like one of ``draw_mask`` with ``ratio="uniform"``.
+
+    The first hides k of n pixels, the first k of a random order; the second its last n + 1 - k. So a loss that rises or
+    falls with k varies less in the mean of both than in that of two independent draws.
+    """
+    n = n_positions // tokens_per_pixel
+    drawn = counter_uniform(samples, n + 1, seed=seed)
+    k = 1 + (drawn[:, n:] * n).long()  # (B, 1), 1 .. n, for float32 rounds no product with a number below 1 up to n
+    rank = drawn[:, :n].argsort(dim=1, stable=True).argsort(1)  # (B, n)
+    return torch.stack([rank < k, rank >= k - 1]).repeat_interleave(tokens_per_pixel, 2)
+
+
+def bound_estimates(
+    network: ImageGPT, tokens: Tensor, samples: Tensor, *, n_draws: int, antithetic: bool, seed: int
+) -> Tensor:
+    """Independent estimates of the bound of ``hidden_nats`` in nats per pixel (B, D), each by one mask or a pair."""
+    total, estimates = network.config.n_positions, []
+    each = total // network.config.image_size**2  # tokens of a pixel
+    for number in range(n_draws // 2 if antithetic else n_draws):
+        masks = antithetic_masks(samples, total, seed=seed + 1_000_003 * number, tokens_per_pixel=each)
+        used = masks if antithetic else masks[:1]
+        nats = [hidden_nats(network(tokens, masked=masked), tokens, masked) for masked in used]
+        estimates.append(torch.stack(nats).mean(0) * each)
+    return torch.stack(estimates, 1)
 
 
 def majority_vote(votes: Tensor, samples: Tensor, num_classes: int, *, seed: int) -> Tensor:

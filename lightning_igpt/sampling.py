@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from lightning_igpt.decoding import Decoder, Precision
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.objectives import pixel_nats
+from lightning_igpt.objectives import bound_estimates, pixel_nats
 from lightning_igpt.palette import Palette
 
 Draw: TypeAlias = Callable[[Tensor], Tensor]  # logits (B, K) to colors (B,)
+Order: TypeAlias = Literal["surest", "random"]
 Progress: TypeAlias = Callable[[Tensor, Tensor], None]  # tokens int64 (B, T), and which are decided, bool (B, T)
 HIDDEN = (88, 118, 166)  # hidden pixels: a blue, since gray could be part of the picture
 COLD = 1e-6  # lower temperatures take the likeliest color, for logits divided by them may overflow
@@ -137,6 +138,7 @@ def inpaint(
     known: Tensor,
     *,
     steps: int = 8,
+    order: Order = "surest",
     temperature: float = 1.0,
     precision: Precision | None = None,
     generator: torch.Generator | None = None,
@@ -144,8 +146,10 @@ def inpaint(
 ) -> Tensor:
     """Fill the unknown pixels of each image, wherever they are.
 
-    A BERT network sees all known pixels. In each step all unknown pixels are drawn in parallel and the most probable
-    draws are kept, so that the unknown share falls as a cosine (MaskGIT, Chang et al., CVPR 2022).
+    A BERT network sees all known pixels. In each step all unknown pixels are drawn in parallel and some draws are kept:
+    with ``order="surest"`` the most probable ones, so that the unknown share falls as a cosine (MaskGIT, Chang et al.,
+    CVPR 2022); with ``"random"`` equally many in each step, wherever they are. In random order with one pixel per step
+    (``steps=T``) and nothing known, a picture comes from the distribution whose likelihood ``score`` bounds.
 
     An autoregressive network visits the pixels in raster order: it keeps known pixels and draws each unknown pixel
     given all pixels before it, ``p(x_t | x_<t)``. Known pixels after a hole do not influence it, so this is not a draw
@@ -156,7 +160,9 @@ def inpaint(
         network: Of either objective.
         tokens: int64 (B, T); values at unknown pixels are ignored.
         known: Bool (B, T), true where the pixel is given; masks may differ between images.
-        steps: Passes of a BERT network over the image; ignored by an autoregressive network.
+        steps: Passes of a BERT network over the image; ignored by an autoregressive network, as is ``order``. In random
+            order at most one for each unknown pixel.
+        order: Which draws of a BERT network are kept first: ``surest`` or ``random``.
         temperature: Divides the logits; 0 takes the likeliest color.
         precision: As in ``complete``; ignored by a BERT network.
         generator: Source of randomness, on the network's device. Equal seeds give equal images.
@@ -173,6 +179,8 @@ def inpaint(
         raise ValueError(f"tokens {tuple(tokens.shape)} and known {tuple(known.shape)} must both be (B, T)")
     network.check_length(tokens.shape[1])
     _check_options(temperature, steps=steps)
+    if order not in ("surest", "random"):
+        raise ValueError(f"order is {order!r}; it must be surest or random")
     device = network.wte.weight.device
     known = known.to(device=device, dtype=torch.bool)
     tokens = tokens.to(device).masked_fill(~known, 0)
@@ -180,18 +188,31 @@ def inpaint(
     pick = partial(draw, temperature=temperature, generator=generator)
     with _evaluating(network):
         if network.config.objective == "bert":
-            return _fill(network, tokens, known, pick, steps, on_progress)
+            lots = torch.rand(known.shape, generator=generator, device=device) if order == "random" else None
+            return _fill(network, tokens, known, pick, steps, on_progress, lots)
         return _decode(network, tokens, known, pick, precision, on_progress)
 
 
-def _fill(network: ImageGPT, tokens: Tensor, known: Tensor, pick: Draw, steps: int, report: Progress | None) -> Tensor:
+def _fill(
+    network: ImageGPT,
+    tokens: Tensor,
+    known: Tensor,
+    pick: Draw,
+    steps: int,
+    report: Progress | None,
+    lots: Tensor | None,
+) -> Tensor:
     holes, finite = (~known).sum(1), torch.ones((), dtype=torch.bool, device=tokens.device)
+    if lots is not None:
+        steps = min(steps, max(1, int(holes.max())))
     for step in range(1, steps + 1):
         logits = network(tokens, masked=~known)  # (B, T, K)
         finite &= logits.isfinite().all()
         drawn = pick(logits.flatten(0, 1)).view_as(tokens)
         sure = F.log_softmax(logits.float(), -1).gather(-1, drawn[..., None])[..., 0]  # (B, T)
         left = (holes * math.cos(math.pi / 2 * step / steps)).floor().long() if step < steps else holes * 0
+        if lots is not None:
+            sure, left = lots, holes * (steps - step) // steps
         order = sure.masked_fill(known, math.inf).argsort(-1, descending=True).argsort(-1)  # rank, known pixels first
         keep = order < (tokens.shape[1] - left)[:, None]
         tokens = torch.where(keep & ~known, drawn, tokens)
@@ -208,32 +229,48 @@ def _check_finite(finite: Tensor, precision: str) -> None:
 
 
 @torch.no_grad()
-def score(network: ImageGPT, tokens: Tensor, *, batch_size: int = 64) -> Tensor:
-    """Negative log-likelihood of each pixel given the pixels before it, under an autoregressive network.
+def score(
+    network: ImageGPT,
+    tokens: Tensor,
+    *,
+    batch_size: int = 64,
+    n_draws: int = 32,
+    antithetic: bool = True,
+    seed: int = 0,
+) -> Tensor:
+    """Nats of images whose mean over dimension 1 is an image's nats per pixel: exact, or of a BERT network a bound.
+
+    A BERT network gives an upper bound by random masks (:func:`lightning_igpt.objectives.hidden_nats`). It holds for
+    any BERT network, and is loose for those trained with another ``mask_ratio`` than ``uniform``.
 
     Args:
-        network: An autoregressive network.
+        network: Of either objective.
         tokens: int64 (N, T).
         batch_size: Images per forward pass.
+        n_draws: Masks of each image, each a pass of a BERT network; ignored by an autoregressive network.
+        antithetic: Draw the masks in pairs that hide k and T + 1 - k pixels, which varies less.
+        seed: Of the masks, which depend on it and the image's place in ``tokens`` alone, not on ``batch_size``.
 
     Returns:
-        Float32 (N, T) in nats on the network's device; the mean over T is an image's nats per pixel.
+        Float32 on the network's device, in nats. Of an autoregressive network (N, T), each pixel given the pixels
+        before it. Of a BERT network (N, D), independent estimates of the bound in nats per pixel: D is ``n_draws``, or
+        half of it for pairs; their standard deviation divided by the root of D is the mean's standard error.
 
     Raises:
-        ValueError: The network is a BERT network, or the tokens are not images of its size and palette.
+        ValueError: The tokens are not images of the network's size and palette, or n_draws is below 1 or odd.
     """
-    check_has_likelihood(network)
     check_tokens(tokens, network.config.vocab_size)
-    device = network.wte.weight.device
+    if n_draws < 1 or (n_draws % 2 and antithetic):
+        raise ValueError(f"n_draws is {n_draws}; it must be at least 1, and even for antithetic pairs")
+    device, masked = network.wte.weight.device, network.config.objective == "bert"
+    numbers = torch.split(torch.arange(len(tokens), device=device), batch_size)
+    bound = partial(bound_estimates, network, n_draws=n_draws, antithetic=antithetic, seed=seed)
     with _evaluating(network):
-        parts = [pixel_nats(network(part), part) for part in torch.split(tokens.to(device), batch_size)]
+        parts = [
+            bound(part, samples) if masked else pixel_nats(network(part), part)
+            for part, samples in zip(torch.split(tokens.to(device), batch_size), numbers, strict=True)
+        ]
     return torch.cat(parts).float()
-
-
-def check_has_likelihood(network: ImageGPT) -> None:
-    """Raise ValueError for a BERT network, which ``score`` cannot use."""
-    if network.config.objective != "autoregressive":
-        raise ValueError("score() needs an autoregressive network; a BERT network has no likelihood of a whole image")
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:

@@ -25,7 +25,7 @@ from lightning_igpt.strategies import Chosen, choose_strategy, kind_of_device
 Plugin: TypeAlias = CheckpointIO | Precision | ClusterEnvironment | LayerSync
 # Each idle where it has nothing to do.
 ALWAYS = ("LayerCurve", "ClassificationReport", "RunRecord", "Throughput", "DiskCheck", "FiniteGuard", "Preempt")
-ENDS = {"max": "accuracy", "min": "(loss|cross_entropy|nats_per_pixel|bits_per_pixel)"}  # of names of metrics
+ENDS = {"max": "accuracy", "min": "(loss|cross_entropy|nats_per_pixel(_bound)?|bits_per_pixel)"}  # of metrics' names
 PRODUCTS = {
     "highest": "",  # in full, as torch does by itself
     "high": "float32 products as TF32 where the device has it",

@@ -28,6 +28,7 @@ def run_verb(verb: str, words: Sequence[str], *, positional: bool = False) -> No
     name, options = read_words(functions, words, prog, positional=positional)
     with one_line_errors(prog):
         check_seed("seed", options.get("seed"))
+        check_draws(options.get("n_draws", 4))
         check_paths(options)
         getattr(importlib.import_module(f"lightning_igpt.commands.{verb}"), functions[name].__name__)(**options)
 
@@ -107,6 +108,12 @@ def check_seed(name: str, seed: Any) -> None:
     """Raise ValueError where a seed is out of range; what is no number (None, true) is left alone."""
     if isinstance(seed, int) and not 0 <= seed < SEEDS:
         raise ValueError(f"{name} is {seed}; it must be from 0 to {SEEDS - 1}")
+
+
+def check_draws(n_draws: int) -> None:
+    """Raise ValueError unless masks can be drawn in antithetic pairs, at least two of them for a standard error."""
+    if n_draws < 4 or n_draws % 2:
+        raise ValueError(f"n_draws is {n_draws}; it must be even and at least 4: two pairs give a standard error")
 
 
 def check_file(path: str | Path, option: str, example: str, suffix: str = "") -> None:

@@ -1,7 +1,7 @@
 """``lightning-igpt complete``: completions of the lower part of images, or of a hole in them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ def complete(
     temperature: float = TEMPERATURE,
     top_k: int | None = None,
     top_p: float | None = None,
+    steps: int | None = None,
+    order: Literal["surest", "random"] | None = None,
     precision: Precision | None = None,
     seed: int = 0,
     split: str | None = None,
@@ -55,6 +57,9 @@ def complete(
             networks look better slightly below 1.
         top_k: Draw among the k likeliest colors only.
         top_p: Draw among the fewest colors that together have this probability.
+        steps: Of a BERT network only: passes over each image; default 8.
+        order: Of a BERT network only: which pixels are drawn first, surest or random. Random order with a step for each
+            pixel and keep_rows 0 draws whole pictures from the distribution that score bounds. Default: surest.
         precision: Of the steps: full; half, which is 16 bits per weight; int8, on CPUs only. Default: half on CUDA,
             else full.
         seed: Of the draws.
@@ -67,6 +72,10 @@ def complete(
         raise ValueError("mask replaces keep_rows, and inpainting has no top_k and top_p; drop keep_rows, top_k, top_p")
     loaded = load_pretrained(pretrained, palette=palette)
     size = loaded.config.image_size
+    passes = {name: value for name, value in (("steps", steps), ("order", order)) if value is not None}
+    if passes and loaded.config.objective == "autoregressive":
+        text = "steps and order are for BERT networks, and this one is autoregressive: it draws in raster order"
+        raise ValueError(f"{text}; drop {' and '.join(passes)}")
     hole = None if mask is None else read_mask(mask, size)
     side = size * max(1, CELL // size)  # of an image in the grid
     opened = decoded(images, split=split, limit=n_images)
@@ -80,6 +89,7 @@ def complete(
     tokens = loaded.palette.quantize(torch.stack(pixels)).to(place)
     options: dict[str, Any] = {"n_samples": n_samples, "seed": seed, "temperature": temperature, "precision": precision}
     line = 3 * size // 4 if keep_rows is None else keep_rows  # small networks continue a half badly
+    options |= passes
     options |= {"keep_rows": line, "top_k": top_k, "top_p": top_p} if hole is None else {"hole": hole.to(place)}
     rows = completion_rows(loaded.network, loaded.palette, tokens, **options).cpu()
     folder = Path(out)

@@ -83,6 +83,9 @@ class Studio:
 
     def score(self, tokens: Sequence[int]) -> dict[str, Any]:
         """The surprise of each pixel: nats, colors of the map, and where its scale ends; a BERT network has none."""
+        if not self.autoregressive:
+            text = "a BERT network has a bound for a whole picture and no surprise of each pixel"
+            raise ValueError(f"{text}; lightning-igpt score prints it")
         nats = sampling.score(self.network, self._picture(tokens)).cpu()[0]  # (T,)
         if not nats.isfinite().all():
             raise ValueError("the surprise is not a finite number; the network's weights are damaged")

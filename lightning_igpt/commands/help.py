@@ -34,7 +34,11 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     "quickstart": ("quickstart", "quickstart --out first-look --steps 200"),
     "complete": ("complete --pretrained runs --images photos", "complete --pretrained runs --images digits"),
     "demo": ("demo", "demo --pretrained final.ckpt --port 8080 --open"),
-    "score": ("score --pretrained runs --images photos --limit 500",),
+    "score": (
+        "score --pretrained runs --images photos --limit 500",
+        "score --pretrained runs/bert --images photos --n_draws 64",
+        "score --images photos --against digits",
+    ),
     "lowdata": ("lowdata --pretrained runs --source digits --out few",),
     "report": ("report runs", "report runs/pretrain runs/probe --out report.html"),
     "data show": ("data show photos --image_size 32",),
@@ -130,7 +134,7 @@ def texts(function: Any) -> dict[str, str]:
 
 def check_paths(options: Mapping[str, Any]) -> None:
     """Raise FileNotFoundError where weights, images or runs are neither here nor a hub id or an embedded name."""
-    for name in ("pretrained", "images", "source", "runs", "palette"):
+    for name in ("pretrained", "images", "against", "source", "runs", "palette"):
         values = options.get(name) or []
         for value in [values] if isinstance(values, str) else values:
             path = Path(value).expanduser()

@@ -3,20 +3,21 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_igpt import pictures as drawing
 from lightning_igpt import sampling
+from lightning_igpt.commands import against as comparing
 from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.complete import DEFAULT, pick_device
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.files import shown, write_csv
 from lightning_igpt.objectives import nats_to_bits
 from lightning_igpt.palette import Palette
-from lightning_igpt.weights import load_pretrained
+from lightning_igpt.weights import Pretrained, load_pretrained
 
 N_PRINTED, N_LEAST = 5, 4  # rows of the list; least surprising images on the sheet, for contrast
 
@@ -32,49 +33,85 @@ def score(
     device: str = "auto",
     on_bad_image: Literal["error", "skip"] = "error",
     palette: str | None = None,
+    against: str | None = None,
+    n_draws: int = 32,
+    seed: int = 0,
 ) -> None:
     """Write the surprise of each image in nats per pixel and draw that of each pixel; print the mean.
 
+    A BERT network gives an upper bound of an image's surprise, and none of its pixels. With other images to compare
+    against, print how well three scores tell them apart: nats, their distance from the mean, and nats minus those of a
+    lossless file.
+
     Args:
         images: An image file, a folder of images, Parquet, a hub id, digits or emoji.
-        pretrained: An autoregressive network: an embedded one (photos, emoji), a .ckpt file or run folder, a Hugging
+        pretrained: The network: an embedded one (photos, emoji), a .ckpt file or run folder, a Hugging
             Face folder or hub id, or an OpenAI checkpoint.
         out: The CSV file, most surprising image first. Missing folders are made.
         pictures: How many of the most surprising images to draw with their heat maps, in a PNG file next to the CSV
-            file, scores_surprise.png for scores.csv; 0 draws none.
+            file, scores_surprise.png for scores.csv; 0 draws none, and so does a BERT network.
         limit: How many images, from the first on; default all.
         split: Split of a dataset; default test, else validation, else train.
         batch_size: Images per forward pass.
         device: cpu, cuda, mps, or auto.
         on_bad_image: What to do with an image that cannot be read: error stops; skip names it and leaves it out.
         palette: That of the training, where the source holds none: openai, gray:16, a .npy file, a folder or hub id.
+        against: Anomalies to detect among the images: a source like these. Writes scores_against.csv, each image's
+            scores, and scores_auroc.csv: AUROC, and the false positive rate where 95 % of the anomalies are detected.
+            Every second image gives the mean, the others are compared. Split and limit are those of the images.
+        n_draws: Random masks of each image for a BERT network's bound, an even number.
+        seed: Of these masks.
     """
     if batch_size < 1 or pictures < 0:
         raise ValueError(f"batch_size is {batch_size} and pictures {pictures}; they must be at least 1 and 0")
     path, sheet = Path(out), Path(out).with_name(f"{Path(out).stem}_surprise.png")
-    for file in (path, sheet) if pictures else (path,):
+    for file in (path, *([sheet] if pictures else []), *(comparing.files(path) if against else ())):
         check_file(file, "--out", "scores.csv")
     loaded = load_pretrained(pretrained, palette=palette)
     print(shown(loaded.origin))
-    sampling.check_has_likelihood(loaded.network)
-    pixels, names = read_images(images, loaded.config.image_size, split=split, limit=limit, on_bad_image=on_bad_image)
-    tokens = loaded.palette.quantize(pixels)  # (N, T)
-    nats = sampling.score(loaded.network.to(pick_device(device)), tokens, batch_size=batch_size).cpu()  # (N, T)
+    loaded.network.to(pick_device(device))
+    reading: dict[str, Any] = {"split": split, "limit": limit, "on_bad_image": on_bad_image}
+    scoring: dict[str, Any] = {"batch_size": batch_size, "n_draws": n_draws, "seed": seed}
+    tokens, names = read_tokens(loaded, images, **reading)
+    others = read_tokens(loaded, against, **reading) if against else None
+    nats, per_image = surprise(loaded, tokens, names, **scoring)
+    ranked = [(names[i], per_image[i].item(), i) for i in per_image.argsort(descending=True, stable=True).tolist()]
+    rows = [[name, f"{value:.6f}", f"{nats_to_bits(value):.6f}"] for name, value, _ in ranked]
+    heads, bounded = ["image", "nats_per_pixel", "bits_per_pixel"], loaded.config.objective == "bert"
+    if bounded:
+        error = nats.std(1) / math.sqrt(nats.shape[1])  # (N,), of the draws
+        heads = [heads[0], *(f"{head}_bound" for head in heads[1:]), "standard_error_nats_per_pixel"]
+        rows = [[*row, f"{error[i].item():.6f}"] for row, (_, _, i) in zip(rows, ranked, strict=True)]
+    write_csv(path, [heads, *rows])
+    print(summary(per_image, math.log(loaded.config.vocab_size)))
+    if bounded:
+        print(f"an upper bound by {n_draws} masks of each image; standard error of an image's: {error.mean():.4f}")
+    print(f"{'rank':>6}  {'nats per pixel':>14}  image")
+    for rank, (name, value, _) in enumerate(ranked[:N_PRINTED], 1):
+        print(f"{rank:>6}  {value:>14.4f}  {shown(name)}")
+    print(f"wrote {path}")
+    if others is not None:
+        _, foreign = surprise(loaded, *others, **scoring)
+        comparing.compare(loaded.palette, (tokens, per_image, names), (others[0], foreign, others[1]), path)
+    if pictures and not bounded:
+        drawing.save_png(surprise_sheet(tokens, nats, names, loaded.palette, pictures=pictures), sheet)
+        print(f"wrote {sheet}")
+
+
+def read_tokens(loaded: Pretrained, source: str, **options: Any) -> tuple[Tensor, list[str]]:
+    """The images of a source as the network reads them, int64 (N, T), and their names."""
+    pixels, names = read_images(source, loaded.config.image_size, **options)
+    return loaded.palette.quantize(pixels), names
+
+
+def surprise(loaded: Pretrained, tokens: Tensor, names: Sequence[str], **options: Any) -> tuple[Tensor, Tensor]:
+    """What ``sampling.score`` gives, and its mean for each image, nats per pixel in float64 (N,)."""
+    nats = sampling.score(loaded.network, tokens, **options).cpu()
     per_image = nats.mean(1, dtype=torch.float64)
     if not per_image.isfinite().all():
         name, value = next(pair for pair in zip(names, per_image.tolist(), strict=True) if not math.isfinite(pair[1]))
         raise ValueError(f"{name}: its surprise is {value}; the weights are damaged, or training diverged")
-    ranked = [(names[i], per_image[i].item()) for i in per_image.argsort(descending=True, stable=True).tolist()]
-    rows = ([name, f"{value:.6f}", f"{nats_to_bits(value):.6f}"] for name, value in ranked)
-    write_csv(path, [["image", "nats_per_pixel", "bits_per_pixel"], *rows])
-    print(summary(per_image, math.log(loaded.config.vocab_size)))
-    print(f"{'rank':>6}  {'nats per pixel':>14}  image")
-    for rank, (name, value) in enumerate(ranked[:N_PRINTED], 1):
-        print(f"{rank:>6}  {value:>14.4f}  {shown(name)}")
-    print(f"wrote {path}")
-    if pictures:
-        drawing.save_png(surprise_sheet(tokens, nats, names, loaded.palette, pictures=pictures), sheet)
-        print(f"wrote {sheet}")
+    return nats, per_image
 
 
 def summary(per_image: Tensor, uniform: float) -> str:

@@ -325,8 +325,8 @@ def check_settings(
 
 def check_masks(config: ImageGPTConfig, ratio: float, mask_inputs: bool = True, n_masks: int = 1) -> None:
     """Raise ValueError where BERT would hide nothing or everything, or use masks that it does not have."""
-    if not 0 < ratio < 1:
-        raise ValueError(f"mask_ratio is {ratio}; it must lie between 0 and 1")
+    if isinstance(ratio, str) or not 0 < ratio < 1:
+        raise ValueError(f"mask_ratio is {ratio}; it must lie between 0 and 1, or in pretraining be uniform")
     check_settings(above_zero={"n_masks": n_masks})
     if config.objective == "bert" and not mask_inputs and n_masks > 1:
         raise ValueError(f"mask_inputs=False uses no mask, but n_masks is {n_masks}; set n_masks=1 or mask_inputs=True")

@@ -9,7 +9,15 @@ from lightning_igpt.config import Objective, plain
 from lightning_igpt.modules import build, resume
 from lightning_igpt.modules.batches import masks_for
 from lightning_igpt.modules.build import IGPTModule, NetworkLike, PaletteLike
-from lightning_igpt.objectives import MASK_RATIO, masked_pixel_loss, nats_to_bits, next_pixel_loss, pixel_nats
+from lightning_igpt.objectives import (
+    MASK_RATIO,
+    MaskRatio,
+    hidden_nats,
+    masked_pixel_loss,
+    nats_to_bits,
+    next_pixel_loss,
+    pixel_nats,
+)
 from lightning_igpt.optim import MuonAdam, default_warmup, make_adam, warmup_cosine
 from lightning_igpt.private import allow_clipping
 from lightning_igpt.sampling import complete, inpaint
@@ -20,7 +28,8 @@ class PretrainModule(IGPTModule):
 
     A batch is ``{"image": uint8 (B, 3, S, S)}``, an ``(image, label)`` pair, or images alone; it is quantized on the
     module's device. Logs ``train/nats_per_pixel``, ``val/nats_per_pixel``, ``val/bits_per_pixel`` (and ``test/...``);
-    for BERT these are means over the masked pixels.
+    for BERT these are means over the masked pixels. With ``mask_ratio="uniform"`` their expectation is an upper bound
+    of a whole image's nats per pixel, and ``val/nats_per_pixel`` is logged as ``val/nats_per_pixel_bound`` too.
 
     Args:
         network: Preset name (igpt_tiny, igpt_s, igpt_m, igpt_l, igpt_xl) or the fields of an ImageGPTConfig. Default:
@@ -36,7 +45,8 @@ class PretrainModule(IGPTModule):
         betas: Adam's decay rates of the moments; Muon's momentum is 0.95.
         weight_decay: Decoupled weight decay on matrices.
         warmup_steps: Steps of linear warm-up. Default: one epoch, at most a tenth of the run.
-        mask_ratio: BERT only: probability that a pixel is hidden.
+        mask_ratio: BERT only: probability that a pixel is hidden; or ``uniform``, which hides k pixels of an image,
+            k drawn uniformly from 1 to all, so that the loss bounds the likelihood of whole images.
         keys: Names under which a batch has its parts, where they are others than ``image``, ``label``, ``sample`` and
             ``tokens``, or a sequence's places: ``{image: photo}``, ``{image: 0}``. Default: common ones.
         seed: Seed of BERT's masks and of the samples drawn by predict.
@@ -60,7 +70,7 @@ class PretrainModule(IGPTModule):
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
         warmup_steps: int | None = None,
-        mask_ratio: float = MASK_RATIO,
+        mask_ratio: MaskRatio = MASK_RATIO,
         keys: dict[str, str | int] | None = None,
         seed: int = 0,
     ) -> None:
@@ -74,7 +84,10 @@ class PretrainModule(IGPTModule):
         built = build.build_network(network, palette, pretrained, objective, image_size)
         names = ("optimizer", "lr", "weight_decay", "warmup_steps", "mask_ratio", "seed")
         self.register(built, *names, keys=keys, betas=list(betas))
-        build.check_masks(self.config, mask_ratio)
+        if mask_ratio != "uniform":
+            build.check_masks(self.config, mask_ratio)
+        elif self.config.objective != "bert":
+            raise ValueError("mask_ratio is uniform, but an autoregressive network hides no pixels; set objective=bert")
 
     def forward(self, batch: Any) -> Tensor:
         """Logits (B, T, K) of a batch; a BERT network sees all pixels."""
@@ -95,12 +108,11 @@ class PretrainModule(IGPTModule):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Nats per pixel of each image, float32 (B,); of a BERT network, without those that hide no pixel."""
         tokens, masked = self._inputs(batch, batch_idx)
-        nats = pixel_nats(self.network(tokens, masked=masked), tokens)  # (B, T)
+        logits = self.network(tokens, masked=masked)  # (B, T, K)
         if masked is None:
-            per_image = nats.mean(1)
-        else:
-            hidden = masked.sum(1)
-            per_image = ((nats * masked).sum(1) / hidden)[hidden > 0]  # an image that hides nothing says nothing
+            per_image = pixel_nats(logits, tokens).mean(1)
+        else:  # an image that hides nothing says nothing
+            per_image = hidden_nats(logits, tokens, masked)[masked.any(1)]
         self.metrics_of(dataloader_idx)["nats"].update(per_image)
         return per_image
 
@@ -151,3 +163,5 @@ class PretrainModule(IGPTModule):
             nats = metrics["nats"].compute()
             self.log(f"{stage}/nats_per_pixel{ending}", nats, prog_bar=True, **build.COMPLETE)
             self.log(f"{stage}/bits_per_pixel{ending}", nats_to_bits(nats), **build.COMPLETE)
+            if self.mask_ratio == "uniform":
+                self.log(f"{stage}/nats_per_pixel_bound{ending}", nats, **build.COMPLETE)

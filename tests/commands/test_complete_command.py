@@ -11,7 +11,7 @@ from lightning_igpt.commands.complete import read_mask
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.modules import PretrainModule
 from lightning_igpt.palette import Palette
-from lightning_igpt.sampling import HIDDEN, completion_rows
+from lightning_igpt.sampling import HIDDEN, completion_rows, inpaint
 from tests.image_files import save_images
 from tests.modules.helpers import BERT, TINY, quiet_trainer
 from tests.networks import random_network
@@ -111,6 +111,20 @@ def test_an_image_file_is_completed_without_lightning_and_datasets(tmp_path):
     code += "assert not {'lightning', 'datasets', 'sklearn'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert (tmp_path / "out" / "000-photo-sample1.png").is_file()
+
+
+def test_whole_pictures_in_random_order(checkpoint, tmp_path):
+    words = ("--keep_rows", "0", "--order", "random", "--steps", "16")
+    if "bert" not in checkpoint:
+        with pytest.raises(SystemExit, match=r"this one is autoregressive.*drop steps and order"):
+            run(checkpoint, tmp_path / "out", *words)
+        return
+    assert run(checkpoint, tmp_path / "out", *words) == 0
+    nothing = torch.zeros(4, 16, dtype=torch.bool)
+    options = {"steps": 16, "order": "random", "temperature": 0.8, "generator": torch.Generator().manual_seed(0)}
+    drawn = PALETTE.dequantize(inpaint(random_network(BERT), nothing.long(), nothing, **options))
+    for image, file in zip(drawn, sorted((tmp_path / "out").glob("00*.png")), strict=True):
+        assert np.array_equal(Image.open(file), image.permute(1, 2, 0))
 
 
 @pytest.mark.parametrize("words", [["--keep_rows", "0"], ["--top_k", "3"], ["--top_p", "0.5"]])

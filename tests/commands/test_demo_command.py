@@ -125,7 +125,7 @@ def test_bert_has_no_surprise(bert):
     with serving(bert) as port:
         assert not json.loads(request(port, "GET", "/start")[2])["networks"][0]["autoregressive"]
         status, [found] = ask(port, "/0/score", tokens=first_picture(bert))
-    assert status == 400 and "BERT network has no likelihood" in found["error"]
+    assert status == 400 and "no surprise of each pixel" in found["error"]
 
 
 def test_the_page_is_given_fitting_pictures(digits, photos, port):

@@ -14,12 +14,11 @@ from lightning_igpt.__main__ import main
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.commands.score import surprise_sheet
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.modules import PretrainModule
 from lightning_igpt.palette import Palette
 from lightning_igpt.sampling import score
 from lightning_igpt.weights import save_pretrained
 from tests.image_files import noise, rows, save_images
-from tests.modules.helpers import BERT, quiet_trainer
+from tests.modules.helpers import BERT
 from tests.networks import random_network
 
 CONFIG = ImageGPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=16, image_size=8)
@@ -135,12 +134,19 @@ def test_a_network_that_diverged_is_told_apart_from_surprising_images(tmp_path):
     assert not (tmp_path / "scores.csv").exists()
 
 
-def test_a_bert_network_is_refused_before_images_are_read(tmp_path):
-    trainer = quiet_trainer(tmp_path, max_steps=1)
-    trainer.strategy.connect(PretrainModule(BERT, "gray:8", objective="bert"))
-    trainer.save_checkpoint(tmp_path / "bert.ckpt")
-    with pytest.raises(SystemExit, match="a BERT network has no likelihood"):
-        run(str(tmp_path / "bert.ckpt"), tmp_path / "scores.csv", "--images", "no/where")
+def test_a_bert_network_gives_a_bound_with_the_error_of_its_draws(tmp_path, capsys):
+    network, palette, out = random_network(BERT), Palette.load("gray:8"), tmp_path / "scores.csv"
+    save_pretrained(tmp_path / "bert", network, palette)
+    words = ("--limit", "6", "--batch_size", "4", "--n_draws", "8", "--seed", "3")
+    assert run(str(tmp_path / "bert"), out, *words) == 0
+    pixels, names = read_images("digits", 4, limit=6)
+    draws = score(network, palette.quantize(pixels), n_draws=8, seed=3)  # (6, 4)
+    expected = {name: (row.mean().item(), row.std().item() / 2) for name, row in zip(names, draws, strict=True)}
+    heads, *rows = csv.reader(out.open())
+    assert heads[1:] == ["nats_per_pixel_bound", "bits_per_pixel_bound", "standard_error_nats_per_pixel"]
+    for name, nats, _, error in rows:
+        assert (float(nats), float(error)) == pytest.approx(expected[name], abs=2e-6)
+    assert "an upper bound by 8 masks" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
 
 
 def test_one_encoded_image_is_in_memory_at_a_time(tmp_path):
