@@ -52,10 +52,10 @@ def lines_of(files):
 
 def test_the_budget():
     program = [path for path in FILES if unit_of(path) in ("__main__", "cli", "commands")]
-    assert len(FILES) <= 100
-    assert lines_of(FILES) <= 15_000
-    assert lines_of(program) <= 2_700
-    assert lines_of((ROOT / "tests").rglob("*.py")) <= 16_000
+    assert len(FILES) <= 110
+    assert lines_of(FILES) <= 16_500
+    assert lines_of(program) <= 3_300
+    assert lines_of((ROOT / "tests").rglob("*.py")) <= 17_200
 
 
 def test_files_and_functions_stay_short():
