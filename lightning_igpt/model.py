@@ -345,4 +345,7 @@ class ImageGPT(nn.Module):
         """Raise ValueError unless ``length`` is the number of tokens of an image or, if not ``exact``, less."""
         side, expected = self.config.image_size, self.config.n_positions
         if length > expected or (exact and length != expected):
-            raise ValueError(f"{length} tokens; this network reads images of {side} x {side} = {expected} pixels")
+            pixels = (
+                f"{expected} pixels" if self.config.tokens_per_pixel == 1 else f"{expected // 3} pixels of 3 tokens"
+            )
+            raise ValueError(f"{length} tokens; this network reads images of {side} x {side} = {pixels}")

@@ -1,6 +1,7 @@
-"""The two losses of the paper (section 2.1), in nats per pixel, and counter-based random masks.
+"""The two losses of the paper (section 2.1), in nats per token, and counter-based random masks.
 
-A pixel is one palette token. Nats divided by ln 2 are bits per pixel, not the bits per dimension of RGB models.
+A pixel is one palette token, or three of the palette ``rgb``. Nats per pixel divided by ln 2 are bits per pixel; where
+a token is a byte (``Palette.is_exact``), nats per token divided by ln 2 are bits per dimension.
 """
 
 import math
@@ -17,31 +18,39 @@ def nats_to_bits(nats: Tensor | float) -> Tensor | float:
     return nats / math.log(2)
 
 
+def per_pixel(nats: Tensor, tokens_per_pixel: int) -> Tensor:
+    """The nats of whole pixels (B, T / tokens_per_pixel) from those of their tokens (B, T)."""
+    return nats.unflatten(1, (-1, tokens_per_pixel)).sum(2)
+
+
 def pixel_nats(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Nats of every pixel, float32 or wider (B, T), from logits (B, T, K) and int64 tokens (B, T)."""
+    """Nats of every token, float32 or wider (B, T), from logits (B, T, K) and int64 tokens (B, T)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
 
 
 def next_pixel_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean nats over all B * T pixels of logits (B, T, K), of which index t predicts pixel t of int64 tokens (B, T)."""
+    """Mean nats over all B * T tokens of logits (B, T, K), of which index t predicts token t of int64 tokens (B, T)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
 def masked_pixel_loss(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
-    """Mean nats over the pixels hidden by bool ``masked`` (B, T), per image, then over images that have some."""
+    """Mean nats over the tokens hidden by bool ``masked`` (B, T), per image, then over images that have some."""
     hidden = masked.sum(1)  # (B,)
     per_image = (pixel_nats(logits, tokens) * masked).sum(1) / hidden.clamp(min=1)
     return per_image.sum() / (hidden > 0).sum().clamp(min=1)
 
 
-def draw_mask(samples: Tensor, n_positions: int, *, seed: int, ratio: float = MASK_RATIO) -> Tensor:
-    """Independent masks, bool (B, n_positions), in which a pixel is hidden with probability ``ratio``.
+def draw_mask(
+    samples: Tensor, n_positions: int, *, seed: int, ratio: float = MASK_RATIO, tokens_per_pixel: int = 1
+) -> Tensor:
+    """Independent masks, bool (B, n_positions), in which a pixel, with all its tokens, is hidden at rate ``ratio``.
 
     A function of the seed and the numbers ``samples``, int64 (B,), alone, so a resumed run repeats it on any device.
     """
-    return counter_uniform(samples, n_positions, seed=seed) <= ratio
+    hidden = counter_uniform(samples, n_positions // tokens_per_pixel, seed=seed) <= ratio
+    return hidden.repeat_interleave(tokens_per_pixel, 1)
 
 
 def majority_vote(votes: Tensor, samples: Tensor, num_classes: int, *, seed: int) -> Tensor:

@@ -86,7 +86,8 @@ class Outline(Callback):
         config, data = getattr(pl_module, "config", None), getattr(trainer, "datamodule", None)
         if isinstance(config, ImageGPTConfig):
             size = f"{config.n_layer} layers of width {config.n_embd}, {parameter_count(config):,} parameters"
-            rank_zero_info(f"network: {size}, {config.image_size} x {config.image_size} pixels")
+            each = " of 3 tokens" * (config.tokens_per_pixel == 3)
+            rank_zero_info(f"network: {size}, {config.image_size} x {config.image_size} pixels{each}")
         if origin := trainer.ckpt_path or getattr(pl_module, "origin", None):
             rank_zero_info(f"weights: {f'step {trainer.global_step} of ' * bool(trainer.ckpt_path)}{origin}")
         parts, names = getattr(data, "parts", {}), {"train": "training", "val": "validation"}

@@ -133,7 +133,8 @@ def features(
         batch = {name: values.to(network.wpe.weight.device) for name, values in batch.items()}
         tokens, masked = read_batch(batch, loaded.palette, config).tokens, None
         if config.objective == "bert":
-            masked = draw_mask(batch["sample"], config.n_positions, seed=seed, ratio=MASK_RATIO)
+            options: dict[str, Any] = {"seed": seed, "tokens_per_pixel": config.tokens_per_pixel}
+            masked = draw_mask(batch["sample"], config.n_positions, ratio=MASK_RATIO, **options)
         parts.append(network.features(tokens, layers, masked=masked).float().cpu())  # (B, layers, D)
     return torch.cat(parts)
 

@@ -14,7 +14,7 @@ from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.complete import DEFAULT, pick_device
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.files import shown, write_csv
-from lightning_igpt.objectives import nats_to_bits
+from lightning_igpt.objectives import nats_to_bits, per_pixel
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import load_pretrained
 
@@ -60,14 +60,20 @@ def score(
     pixels, names = read_images(images, loaded.config.image_size, split=split, limit=limit, on_bad_image=on_bad_image)
     tokens = loaded.palette.quantize(pixels)  # (N, T)
     nats = sampling.score(loaded.network.to(pick_device(device)), tokens, batch_size=batch_size).cpu()  # (N, T)
+    n_tokens = loaded.palette.tokens_per_pixel
+    nats = per_pixel(nats, n_tokens)  # (N, S * S)
     per_image = nats.mean(1, dtype=torch.float64)
     if not per_image.isfinite().all():
         name, value = next(pair for pair in zip(names, per_image.tolist(), strict=True) if not math.isfinite(pair[1]))
         raise ValueError(f"{name}: its surprise is {value}; the weights are damaged, or training diverged")
     ranked = [(names[i], per_image[i].item()) for i in per_image.argsort(descending=True, stable=True).tolist()]
-    rows = ([name, f"{value:.6f}", f"{nats_to_bits(value):.6f}"] for name, value in ranked)
-    write_csv(path, [["image", "nats_per_pixel", "bits_per_pixel"], *rows])
-    print(summary(per_image, math.log(loaded.config.vocab_size)))
+    scales = {"nats_per_pixel": 1.0, "bits_per_pixel": nats_to_bits(1.0)}
+    scales |= {"bits_per_dim": nats_to_bits(1.0) / n_tokens} if loaded.palette.is_exact else {}
+    rows = ([name, *(f"{value * scale:.6f}" for scale in scales.values())] for name, value in ranked)
+    write_csv(path, [["image", *scales], *rows])
+    print(summary(per_image, n_tokens * math.log(loaded.config.vocab_size)))
+    if loaded.palette.is_exact:
+        print(f"{per_image.mean() * scales['bits_per_dim']:.4f} bits per dimension (uniform: 8.0000)")
     print(f"{'rank':>6}  {'nats per pixel':>14}  image")
     for rank, (name, value) in enumerate(ranked[:N_PRINTED], 1):
         print(f"{rank:>6}  {value:>14.4f}  {shown(name)}")
@@ -87,13 +93,14 @@ def summary(per_image: Tensor, uniform: float) -> str:
 
 
 def surprise_sheet(tokens: Tensor, nats: Tensor, names: Sequence[str], palette: Palette, *, pictures: int) -> Tensor:
-    """The most surprising images and a few of the least, next to heat maps of ``nats`` (N, T): uint8 (3, h, w)."""
+    """The most surprising images and a few of the least, next to heat maps of ``nats`` (N, S * S): uint8 (3, h, w)."""
     per_image = nats.mean(1, dtype=torch.float64)
     n, side = len(names), math.isqrt(nats.shape[1])
     ranked = list(enumerate(per_image.argsort(descending=True, stable=True).tolist(), 1))
     most, least = ranked[:pictures], ranked[max(pictures, n - N_LEAST) :]
-    limit = drawing.surprise_limit(nats[[index for _, index in most + least]], len(palette))
-    parts = [drawing.heading("surprise of each pixel in nats"), drawing.surprise_bar(limit, len(palette))]
+    n_colors = len(palette) ** palette.tokens_per_pixel
+    limit = drawing.surprise_limit(nats[[index for _, index in most + least]], n_colors)
+    parts = [drawing.heading("surprise of each pixel in nats"), drawing.surprise_bar(limit, n_colors)]
     for title, part in ((f"the most surprising of {n} images", most), ("the least surprising", least)):
         if part:
             places = [index for _, index in part]

@@ -31,7 +31,7 @@ class ImageDataModule(LightningDataModule):
 
     Every batch is ``{"image": uint8 (B, 3, S, S), "sample": int64 (B,), "label": int64 (B,)}``; ``sample`` numbers
     the draws of a run in training and the rows in evaluation, ``label`` is there when the source has labels. Sources
-    of tokens, and ``cache="disk"``, give ``tokens`` int16 (B, S * S) instead of ``image``. After ``setup`` there are
+    of tokens, and ``cache="disk"``, give ``tokens`` int16 (B, T) instead of ``image``. After ``setup`` there are
     ``num_classes`` and ``class_names`` (None without labels), ``batches_per_epoch``, and ``bad_images`` left out.
 
     Options can be set later, as attributes: new loaders use them, and ``hparams`` has them. Those that decide which
@@ -59,7 +59,7 @@ class ImageDataModule(LightningDataModule):
         streaming: Read rows as they arrive, without a copy of all of them first; shuffled by shards and a buffer.
         shuffle_buffer: Streams: rows of the shuffle buffer; every worker holds one, undecoded.
         val_images: Streams: images to validate on, read once and held in memory undecoded.
-        cache: disk keeps tokens of all images, 2 S^2 bytes each, in the cache of datasets, for all runs with the same
+        cache: disk keeps tokens of all images, 2 T bytes each, in the cache of datasets, for all runs with the same
             images, size and palette. none, like auto and memory of earlier versions, keeps nothing.
         palette: Of a token cache; as for the modules. Default: the network's.
         on_bad_image: What to do with an image that cannot be read: error stops the run and names it; skip leaves it
@@ -302,7 +302,9 @@ class ImageDataModule(LightningDataModule):
                 rank_zero_info(f"batches will carry no labels: {error}")
         palette = matching_palette(self.trainer, source, self.palette, cache=self.cache == "disk")
         if source.tokens is not None:
-            reader: readers.Reader = TokenReader(part, part.dataset, source.image_column, resize.size)
+            reader: readers.Reader = TokenReader(
+                part, part.dataset, source.image_column, resize.size, 1, source.tokens.tokens_per_pixel
+            )
         elif self.cache != "disk":
             reader = readers.ImageReader(part, source.image_column, resize)
         else:

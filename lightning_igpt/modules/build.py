@@ -26,7 +26,7 @@ from lightning_igpt.palette import Palette
 from lightning_igpt.private import current_datamodule
 from lightning_igpt.weights import load_pretrained
 from lightning_igpt.weights.checkpoint import STAMP
-from lightning_igpt.weights.native import COLORS
+from lightning_igpt.weights.native import COLORS, check_tokens_per_pixel
 
 MODULES = tuple(f"lightning_igpt.modules.{name}" for name in ("pretrain", "finetune", "probe"))
 # For self.log: a metric is the same on every process already, and its name says which loader's it is.
@@ -61,6 +61,7 @@ def build_network(
             cure = f"set vocab_size={len(colors)}, or fit a palette by palette fit --n_colors {config.vocab_size}"
             text = f"the palette has {len(colors)} colors but the network's vocab_size is {config.vocab_size}"
             raise ValueError(f"{text}; {cure}")
+        check_tokens_per_pixel(colors, config)
         return ImageGPT(config), colors, None, None
     with torch.device("cpu"):
         loaded = load_pretrained(pretrained, palette=palette)

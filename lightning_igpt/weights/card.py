@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ class ModelCard:
         title: Heading of the card.
         data: What the network was trained on, such as a hub id.
         steps: Optimizer steps of the training.
-        nats_per_pixel: Measured on validation data; a pixel is one palette token.
+        nats_per_pixel: Measured on validation data; a pixel is one palette token, or three of the palette ``rgb``.
         accuracy: Of the class head on validation data, 0 to 1.
         measured_at: Optimizer step at which both were measured.
         license: SPDX identifier, such as mit.
@@ -95,13 +96,15 @@ def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_name
         "shape": f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, MLP {config.mlp_width}",
         "parameters": f"{parameter_count(config):,}",
         "images": f"{config.image_size} x {config.image_size} pixels = {config.n_positions} tokens",
-        "palette": f"{len(palette)} colors, sha256 `{palette.sha256}`",
+        "palette": f"{words_for(palette)}, sha256 `{palette.sha256}`",
         "license": card.license or "not stated",
     }
     training = {"training data": card.data or _UNKNOWN}
     training["optimizer steps"] = _UNKNOWN if card.steps is None else f"{card.steps:,}"
     at = "" if card.measured_at in (None, card.steps) else f" at step {card.measured_at:,}"
     numbers = {"validation, nats per pixel": card.nats_per_pixel}
+    if palette.is_exact and not bert and card.nats_per_pixel is not None:
+        numbers["validation, bits per dimension"] = card.nats_per_pixel / palette.tokens_per_pixel / math.log(2)
     if class_names is not None:
         facts["classes"] = f"{len(class_names)}: {', '.join(class_names)}"
         numbers["validation accuracy"] = card.accuracy
@@ -125,6 +128,11 @@ def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_name
         notes=f"\n## Notes\n\n{card.notes}" if card.notes else "",
     )
     return text.rstrip() + "\n"
+
+
+def words_for(palette: Palette) -> str:
+    """The size of a palette, in words."""
+    return f"{len(palette)} colors" if palette.tokens_per_pixel == 1 else "rgb, the 256 values of each channel"
 
 
 def _front_matter(card: ModelCard, config: ImageGPTConfig, classes: bool) -> str:
