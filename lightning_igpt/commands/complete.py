@@ -60,7 +60,7 @@ def complete(
         seed: Of the draws.
         split: Split of a dataset; default test, else validation, else train.
         device: cpu, cuda, mps, or auto.
-        palette: That of the training, where the source holds none: openai, gray:16, a .npy file, a folder or hub id.
+        palette: That of the training, where the source holds none: openai, gray:16, rgb, a .npy file, a folder or id.
     """
     check_folder(out, "--out")
     if mask is not None and (keep_rows, top_k, top_p) != (None, None, None):

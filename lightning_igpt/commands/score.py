@@ -47,7 +47,7 @@ def score(
         batch_size: Images per forward pass.
         device: cpu, cuda, mps, or auto.
         on_bad_image: What to do with an image that cannot be read: error stops; skip names it and leaves it out.
-        palette: That of the training, where the source holds none: openai, gray:16, a .npy file, a folder or hub id.
+        palette: That of the training, where the source holds none: openai, gray:16, rgb, a .npy file, a folder or id.
     """
     if batch_size < 1 or pictures < 0:
         raise ValueError(f"batch_size is {batch_size} and pictures {pictures}; they must be at least 1 and 0")
