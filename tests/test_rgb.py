@@ -74,7 +74,7 @@ def test_which_tokens_are_dimensions(palette, exact):
         (lambda: igpt.PretrainModule(FIELDS, "gray:256"), "1 token of the palette but 3 of the network"),
         (lambda: igpt.PretrainModule(FIELDS | {"tokens_per_pixel": 1}, "rgb"), "3 tokens of the palette but 1"),
         (lambda: igpt.save_pretrained("no", random_network(CONFIG), "gray:256"), "but 3 of the network"),
-        (lambda: random_network(CONFIG)(torch.zeros(1, 16, dtype=torch.long)), "4 x 4 = 16 pixels of 3 tokens"),
+        (lambda: random_network(CONFIG)(torch.zeros(1, 16, dtype=torch.long)), "4 x 4 = 48 tokens, 3 of each pixel"),
         (lambda: igpt.complete(random_network(CONFIG), random_tokens(CONFIG)), "16 pixels and the image only 16"),
     ],
 )

@@ -110,6 +110,7 @@ def describe(trainer: Trainer, module: Any) -> dict[str, Any]:
         "trainer": {name: getattr(trainer, name) for name in TRAINER},
         "module": {"class": type(module).__name__, "hparams": _hparams(module)},
         "data": {"class": type(data).__name__, "hparams": _hparams(data)},
+        "resize": getattr(data, "resize_filter", None),
         "images": {f"{name}_images": len(part) for name, part in getattr(data, "parts", {}).items()},
         "module_seed": _hparams(module).get("seed"),
         "palette_sha256": getattr(getattr(module, "palette", None), "sha256", None),
@@ -119,7 +120,7 @@ def describe(trainer: Trainer, module: Any) -> dict[str, Any]:
 
 def comparable(record: Mapping[str, Any]) -> dict[str, Any]:
     """What of an entry a resumed run should share with the run that it continues."""
-    settings, names = record["data"]["hparams"], ("palette_sha256", "module_seed")
+    settings, names = record["data"]["hparams"], ("palette_sha256", "module_seed", "resize")
     shared = {f"data_{name}": settings.get(name) for name in DATA} | {name: record[name] for name in names}
     shared["precision"] = record["trainer"]["precision"]
     shared["data_source"] = Path(str(settings.get("source"))).name  # whole paths must not be published

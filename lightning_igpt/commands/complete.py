@@ -66,11 +66,11 @@ def complete(
     if mask is not None and (keep_rows, top_k, top_p) != (None, None, None):
         raise ValueError("mask replaces keep_rows, and inpainting has no top_k and top_p; drop keep_rows, top_k, top_p")
     loaded = load_pretrained(pretrained, palette=palette)
-    size = loaded.config.image_size
+    size, resize = loaded.config.image_size, loaded.resize_filter
     hole = None if mask is None else read_mask(mask, size)
     side = size * max(1, CELL // size)  # of an image in the grid
     opened = decoded(images, split=split, limit=n_images)
-    parts = [(name, to_tensor(resize_center_crop(image, size)), fitted(image, side)) for name, image in opened]
+    parts = [(name, to_tensor(resize_center_crop(image, size, resize)), fitted(image, side)) for name, image in opened]
     names, pixels, photos = zip(*parts, strict=True)
     place = pick_device(device)
     precision = precision or ("half" if place.type == "cuda" else "full")

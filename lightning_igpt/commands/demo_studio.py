@@ -77,7 +77,7 @@ class Studio:
 
     def seen(self, image: Image.Image) -> dict[str, Any]:
         """The tokens of the largest square in the middle, and the whole image as a data URL."""
-        square = to_tensor(resize_center_crop(image, self.config.image_size))
+        square = to_tensor(resize_center_crop(image, self.config.image_size, self.loaded.resize_filter))
         (whole := image.copy()).thumbnail((SIDE, SIDE))
         whole.save(file := io.BytesIO(), "PNG")
         url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -57,7 +57,8 @@ def score(
     loaded = load_pretrained(pretrained, palette=palette)
     print(shown(loaded.origin))
     sampling.check_has_likelihood(loaded.network)
-    pixels, names = read_images(images, loaded.config.image_size, split=split, limit=limit, on_bad_image=on_bad_image)
+    where = (images, loaded.config.image_size, loaded.resize_filter)
+    pixels, names = read_images(*where, split=split, limit=limit, on_bad_image=on_bad_image)
     tokens = loaded.palette.quantize(pixels)  # (N, T)
     nats = sampling.score(loaded.network.to(pick_device(device)), tokens, batch_size=batch_size).cpu()  # (N, T)
     n_tokens = loaded.palette.tokens_per_pixel

@@ -21,6 +21,7 @@ from lightning_igpt.data.streams import StreamBatches, StreamPart
 from lightning_igpt.data.tokens import TokenReader, cached_tokens
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
 from lightning_igpt.files import write_csv
+from lightning_igpt.images import BILINEAR, Filter
 
 _OPENING = ("revision", "streaming", "image_column", "label_column", "train_split")
 _DIVIDING = (*_OPENING, "source", "config_name", "val_split", "test_split", "seed", "val_fraction", "val_images")
@@ -65,6 +66,8 @@ class ImageDataModule(LightningDataModule):
         on_bad_image: What to do with an image that cannot be read: error stops the run and names it; skip leaves it
             out, trains on another one instead, and lists it in bad_images.csv.
         max_bad_share: Largest share of images to leave out; beyond it the run stops.
+        resize: Filter of Pillow's that makes images small: bilinear, bicubic, box or lanczos. Default: that of the
+            pretrained network, where it is recorded, else bilinear.
     """
 
     needs_labels: ClassVar[bool] = True
@@ -96,12 +99,13 @@ class ImageDataModule(LightningDataModule):
         palette: str | None = None,
         on_bad_image: OnBadImage = "error",
         max_bad_share: float = 0.05,
+        resize: Filter | None = None,
     ) -> None:
         super().__init__()
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.seed, self.val_fraction, self.cache, self.palette = seed, val_fraction, cache, palette
         self.shuffle_buffer, self.val_images, self.streaming = shuffle_buffer, val_images, streaming
-        self.on_bad_image, self.max_bad_share = on_bad_image, max_bad_share
+        self.on_bad_image, self.max_bad_share, self.resize = on_bad_image, max_bad_share, resize
         self.config_name, self.revision = config_name, revision
         self.image_column, self.label_column = image_column, label_column
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
@@ -163,6 +167,11 @@ class ImageDataModule(LightningDataModule):
     def bad_images(self) -> dict[str, str]:
         """Images that this process left out so far, and why."""
         return {place: reason for log in self.left_out.values() for place, reason in log.reasons.items()}
+
+    @property
+    def resize_filter(self) -> Filter:
+        """The filter in use; runs and checkpoints record it."""
+        return self.resize or getattr(loaders.module_of(self.trainer), "resize_filter", None) or BILINEAR
 
     def roles(self) -> list[str]:
         """Which of train, val and test there are; after ``setup``."""
@@ -246,7 +255,7 @@ class ImageDataModule(LightningDataModule):
         """Every image of a part once, in order, resized from its middle square."""
         self._check_role(role)
         need_labels = self.needs_labels if need_labels is None else need_labels
-        place, resize = place_of(self.trainer), CenterCrop(self._size())
+        place, resize = place_of(self.trainer), CenterCrop(self._size(), self.resize_filter)
         at_once = -(-self.batch_size // (place.world_size * place.accumulate))
         labels = None
         if self.opened.streaming:
@@ -285,7 +294,7 @@ class ImageDataModule(LightningDataModule):
             rank_zero_warn(f"{len(bad)} images could not be read and were left out; they are listed in {path}")
 
     def training_resize(self) -> Resize:
-        return CenterCrop(self._size())
+        return CenterCrop(self._size(), self.resize_filter)
 
     def augmentation(self) -> Augment | None:
         return None
@@ -302,9 +311,8 @@ class ImageDataModule(LightningDataModule):
                 rank_zero_info(f"batches will carry no labels: {error}")
         palette = matching_palette(self.trainer, source, self.palette, cache=self.cache == "disk")
         if source.tokens is not None:
-            reader: readers.Reader = TokenReader(
-                part, part.dataset, source.image_column, resize.size, 1, source.tokens.tokens_per_pixel
-            )
+            column, each = source.image_column, source.tokens.tokens_per_pixel
+            reader: readers.Reader = TokenReader(part, part.dataset, column, resize.size, 1, each)
         elif self.cache != "disk":
             reader = readers.ImageReader(part, source.image_column, resize)
         else:

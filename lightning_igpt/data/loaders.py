@@ -153,9 +153,14 @@ def n_steps(trainer: Trainer | None, per_pass: int | None, source: str) -> int:
     return per_pass
 
 
+def module_of(trainer: Trainer | None) -> Any:
+    """The module that is trained or evaluated; None where there is none."""
+    return trainer.lightning_module if trainer is not None else None
+
+
 def network_of(trainer: Trainer | None) -> tuple[int | None, Palette | None]:
     """Image size and palette of the network that is trained or evaluated; None where there is none."""
-    module = trainer.lightning_module if trainer is not None else None
+    module = module_of(trainer)
     palette, config = getattr(module, "palette", None), getattr(module, "config", None)
     size = config.image_size if isinstance(config, ImageGPTConfig) else None  # another's may mean anything
     return size, palette if isinstance(palette, Palette) else None

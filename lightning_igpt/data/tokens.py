@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import datasets
 import numpy as np
@@ -29,7 +29,7 @@ from lightning_igpt.data.sources import Rows
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import CenterCrop, Resize, square
 from lightning_igpt.files import shown
-from lightning_igpt.images import BadImageError, decode
+from lightning_igpt.images import BILINEAR, BadImageError, Filter, decode
 from lightning_igpt.palette import PALETTE_COLUMN, Colors, Palette, quantize_in_one_thread
 
 CHECKSUM_COLUMN = "crc32"  # of a row's tokens as little-endian int16
@@ -50,6 +50,7 @@ def tokenize(
     image_column: str | None = None,
     num_proc: int | None = None,
     batch_size: int = 1000,
+    resize: Filter = BILINEAR,
 ) -> DataSets:
     """Replace the images of a dataset by palette ids.
 
@@ -63,6 +64,7 @@ def tokenize(
         image_column: Column of images; needed where not exactly one column has the type Image.
         num_proc: Processes that work at the same time; a stream takes none.
         batch_size: Images that a process reads at a time.
+        resize: Filter of Pillow's: bilinear, bicubic, box or lanczos.
 
     Returns:
         A dataset of the same kind. In place of the images it has ``tokens``, size * size integers of 16 bits in raster
@@ -77,7 +79,9 @@ def tokenize(
     """
     palette = Palette.load(palette)
     palette.quantize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))  # builds its table, else each process would
-    options = (palette, size, image_column, num_proc, batch_size)
+    if resize not in get_args(Filter):
+        raise ValueError(f"resize is {resize!r}; it must be one of: {', '.join(get_args(Filter))}")
+    options = (palette, CenterCrop(size, resize), image_column, num_proc, batch_size)
     if not isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
         return _tokenize(dataset, "the dataset", *options)
     splits = dataset.items()
@@ -85,7 +89,13 @@ def tokenize(
 
 
 def _tokenize(
-    dataset: Rows, where: str, palette: Palette, size: int, wanted: str | None, num_proc: int | None, batch_size: int
+    dataset: Rows,
+    where: str,
+    palette: Palette,
+    crop: CenterCrop,
+    wanted: str | None,
+    num_proc: int | None,
+    at_once: int,
 ) -> Rows:
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         text = f"tokenize takes a Dataset or a DatasetDict, not a {type(dataset).__name__}"
@@ -100,6 +110,7 @@ def _tokenize(
     if taken := [name for name in (TOKENS_COLUMN, CHECKSUM_COLUMN, PALETTE_COLUMN) if name in features]:
         raise ValueError(f"{where} has a column {taken[0]!r} of its own, which would be lost; rename it")
     column = find_image_column(features, wanted, where=where)
+    size = crop.size
     if size < 1:
         raise ValueError(f"size is {size}; an image has a side of at least 1 pixel")
     mode = mode_of(dataset, column)
@@ -112,11 +123,11 @@ def _tokenize(
     if isinstance(dataset, datasets.Dataset) and not len(dataset):  # map would leave such a split as it is
         return datasets.Dataset.from_dict({name: [] for name in features}, features=features, split=dataset.split)
     processes = {} if num_proc is None else {"num_proc": num_proc}  # a stream has no such option
-    options = {"batch_size": batch_size, "with_indices": True, "remove_columns": [column], "features": features}
-    squares = TokenSquares(palette, column, CenterCrop(size), mode=mode)
+    options = {"batch_size": at_once, "with_indices": True, "remove_columns": [column], "features": features}
+    squares = TokenSquares(palette, column, crop, mode=mode)
     result = dataset.map(squares, batched=True, **options, **processes)
     text = f"Pictures of {size} x {size} pixels as ids in raster order of an Image GPT palette of {len(palette)} colors"
-    result.info.description = f"{text}. SHA-256 of the palette: {palette.sha256}"
+    result.info.description = f"{text}. SHA-256 of the palette: {palette.sha256}. Resize filter: {crop.filter}"
     return result
 
 

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, get_args
 
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.images import Filter
 from lightning_igpt.palette import Palette
 from lightning_igpt.planning import parameter_count
 
@@ -43,6 +44,7 @@ class ModelCard:
         license: SPDX identifier, such as mit.
         notes: Anything else, in Markdown.
         origin: The weights that training started from; None also where it started from random ones.
+        resize: Filter of Pillow's that made the images small: bilinear, bicubic, box or lanczos.
     """
 
     title: str | None = None
@@ -54,11 +56,14 @@ class ModelCard:
     license: str | None = None
     notes: str | None = None
     origin: str | None = None
+    resize: Filter | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.known().items():
             if _KINDS[name] is str and not isinstance(value, str):
                 raise ValueError(f"the card's {name} is {value!r}; it must be text")
+            if name == "resize" and value not in get_args(Filter):
+                raise ValueError(f"the card's resize is {value!r}; it must be one of: {', '.join(get_args(Filter))}")
             object.__setattr__(self, name, _KINDS[name](value))  # a tensor or a NumPy number becomes a plain one
 
     @classmethod
@@ -90,7 +95,7 @@ class ModelCard:
 
 
 _KINDS: dict[str, Any] = {"steps": int, "nats_per_pixel": float, "accuracy": float, "measured_at": int}
-_KINDS |= dict.fromkeys(("title", "data", "license", "notes", "origin"), str)
+_KINDS |= dict.fromkeys(("title", "data", "license", "notes", "origin", "resize"), str)
 
 
 def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_names: Sequence[str] | None = None) -> str:
@@ -108,6 +113,8 @@ def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_name
         "license": card.license or "not stated",
     }
     training = {"training data": card.data or _UNKNOWN}
+    if card.resize is not None:
+        training["resize filter"] = f"{card.resize} (Pillow)"
     training["optimizer steps"] = _UNKNOWN if card.steps is None else f"{card.steps:,}"
     at = "" if card.measured_at in (None, card.steps) else f" at step {card.measured_at:,}"
     numbers = {"validation, nats per pixel": card.nats_per_pixel}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.images import BILINEAR, Filter
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights.card import ModelCard
@@ -111,6 +112,11 @@ class Pretrained:
     def config(self) -> ImageGPTConfig:
         """The network's shape."""
         return self.network.config
+
+    @property
+    def resize_filter(self) -> Filter:
+        """The filter that makes images small for this network: the recorded one, else bilinear."""
+        return self.card.resize or BILINEAR
 
     @property
     def lineage(self) -> str:
