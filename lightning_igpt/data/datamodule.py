@@ -39,10 +39,10 @@ class ImageDataModule(LightningDataModule):
     rows there are (source, splits, columns, ``seed``, ``val_fraction``) need another ``setup``, as ``fit`` calls it.
 
     Args:
-        source: "digits" or "emoji" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, or
-            of WebDataset shards (.tar), or one such file; a folder written by save_to_disk. In Python also a Dataset,
-            DatasetDict, IterableDataset or IterableDatasetDict, such as interleave_datasets makes of several. Tokens
-            made by ``lightning_igpt.tokenize`` are a source, too.
+        source: "digits" or "emoji" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, of
+            WebDataset shards (.tar) or of downsampled ImageNet's .npz files, or one such file; a folder written by
+            save_to_disk. In Python also a Dataset, DatasetDict, IterableDataset or IterableDatasetDict, such as
+            interleave_datasets makes of several. Tokens made by ``lightning_igpt.tokenize`` are a source, too.
         image_size: Side S of the square images in pixels. Default: the network's, or 32 without a network.
         batch_size: Images per optimizer step, over all devices and accumulated micro-batches together.
         num_workers: Processes that read and decode; 0 reads in the main process.

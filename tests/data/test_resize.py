@@ -134,3 +134,45 @@ def test_verbs_use_the_networks_filter(tmp_path, monkeypatch):
     assert main(["complete", "--images", "one.png", "--pretrained", "hf", "--n_samples", "1"]) == 0
     drawn = np.array(Image.open("completions/000-one-sample1.png"))
     assert np.array_equal(drawn[:3], resized("lanczos")[0].permute(1, 2, 0).numpy()[:3])
+
+
+def write_npz(path, n, *, first=1, side=4, **changed):
+    data = np.random.default_rng(first).integers(0, 256, (n, 3 * side * side), dtype=np.uint8)
+    arrays = {"data": data, "labels": np.arange(first, first + n), "mean": data.mean(0)} | changed
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return data
+
+
+def test_downsampled_imagenet_is_a_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "imagenet32"
+    folder.mkdir()
+    written = {number: write_npz(folder / f"train_data_batch_{number}.npz", 2, first=number) for number in (10, 2)}
+    held_out = write_npz(folder / "val_data.npz", 3, first=998)
+    data = igpt.ProbeDataModule(str(folder), image_size=4, batch_size=4)
+    data.setup()
+    (train,), (val,) = data.train_dataloader(), data.val_dataloader()
+    planes = np.concatenate([written[2], written[10]]).reshape(-1, 3, 4, 4)  # red, then green, then blue
+    assert np.array_equal(train["image"].numpy(), planes) and train["label"].tolist() == [1, 2, 9, 10]
+    assert np.array_equal(val["image"].flatten(1).numpy(), held_out) and val["label"].tolist() == [997, 998, 999]
+    assert data.class_names[0] == "1" and data.num_classes == 1000
+    again = write_npz(folder / "val_data.npz", 3, first=7)  # a changed file is read again
+    data = igpt.ProbeDataModule(str(folder), image_size=4, batch_size=4)
+    data.setup()
+    assert np.array_equal(next(iter(data.val_dataloader()))["image"].flatten(1).numpy(), again)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("train_data_batch_1", {"data": None}, "no array 'data'; it has labels, mean"),
+        ("train_data_batch_1", {"data": np.zeros((2, 50), np.uint8)}, r"data uint8 \(2, 50\) and labels \(2,\)"),
+        ("val_data", {"labels": np.array([0, 5])}, "labels from 0 to 5; they are 1 to 1000"),
+        ("other", {}, "other.npz: the files are called train_data_batch_1.npz and val_data.npz"),
+    ],
+)
+def test_other_archives_are_refused(tmp_path, monkeypatch, name, changed, message):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_npz(tmp_path / f"{name}.npz", 2, **changed)
+    with pytest.raises(ValueError, match=message):
+        igpt.PretrainDataModule(str(tmp_path / f"{name}.npz")).prepare_data()
