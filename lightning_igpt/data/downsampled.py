@@ -63,9 +63,8 @@ def read_npz(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images uint8 (N, S, S, 3) and labels 1 to 1000 of a file; NotThisFormatError where it holds something else."""
     with np.load(path, allow_pickle=False) as file:
         if missing := {"data", "labels"} - set(file.files):
-            raise NotThisFormatError(
-                f"{shown(path)} has no array {min(missing)!r}; it has {', '.join(file.files) or 'none'}"
-            )
+            has = ", ".join(file.files) or "none"
+            raise NotThisFormatError(f"{shown(path)} has no array {min(missing)!r}; it has {has}")
         data, labels = file["data"], np.asarray(file["labels"])
     side = isqrt(data.shape[-1] // 3) if data.ndim == 2 else 0
     if data.dtype != np.uint8 or not side or data.shape != (len(labels), 3 * side**2):
