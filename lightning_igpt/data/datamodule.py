@@ -21,7 +21,7 @@ from lightning_igpt.data.streams import StreamBatches, StreamPart
 from lightning_igpt.data.tokens import TokenReader, cached_tokens
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
 from lightning_igpt.files import write_csv
-from lightning_igpt.images import BILINEAR, Filter
+from lightning_igpt.images import Filter
 
 _OPENING = ("revision", "streaming", "image_column", "label_column", "train_split")
 _DIVIDING = (*_OPENING, "source", "config_name", "val_split", "test_split", "seed", "val_fraction", "val_images")
@@ -171,7 +171,7 @@ class ImageDataModule(LightningDataModule):
     @property
     def resize_filter(self) -> Filter:
         """The filter in use; runs and checkpoints record it."""
-        return self.resize or getattr(loaders.module_of(self.trainer), "resize_filter", None) or BILINEAR
+        return loaders.matching_filter(self.trainer, self.resize)
 
     def roles(self) -> list[str]:
         """Which of train, val and test there are; after ``setup``."""

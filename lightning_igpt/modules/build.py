@@ -58,11 +58,11 @@ def build_network(
         config = ImageGPTConfig.resolve("igpt_s" if network is None else network)
         config = _changed(config, objective=objective, image_size=image_size)
         colors = Palette.load("openai" if palette is None else palette)
+        check_tokens_per_pixel(colors, config)
         if len(colors) != config.vocab_size:
             cure = f"set vocab_size={len(colors)}, or fit a palette by palette fit --n_colors {config.vocab_size}"
             text = f"the palette has {len(colors)} colors but the network's vocab_size is {config.vocab_size}"
             raise ValueError(f"{text}; {cure}")
-        check_tokens_per_pixel(colors, config)
         return ImageGPT(config), colors, None, None, None
     with torch.device("cpu"):
         loaded = load_pretrained(pretrained, palette=palette)
