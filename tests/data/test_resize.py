@@ -15,11 +15,11 @@ from lightning_igpt.__main__ import main
 from lightning_igpt.data.transforms import RandomCrop
 from lightning_igpt.images import Filter, resize_center_crop
 from lightning_igpt.weights.card import ModelCard
+from tests.image_files import rows
 from tests.networks import random_network
 
 IMAGES = [Image.fromarray(x) for x in np.random.default_rng(0).integers(0, 256, (8, 20, 24, 3), dtype=np.uint8)]
 NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 256, "image_size": 4, "tokens_per_pixel": 3}
-FEATURES = datasets.Features({"image": datasets.Image()})
 EXACT = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "enable_progress_bar": False}
 TOP_LEFT = {  # of the first image at 4 x 4: the first two pixels
     "bilinear": [[139, 119, 124], [130, 125, 107]],
@@ -36,16 +36,22 @@ def resized(name):
 
 
 def dataset():
-    return datasets.Dataset.from_dict({"image": IMAGES}, features=FEATURES)
+    return rows(IMAGES, [0] * 8)
 
 
-def fit(folder, *, pretrained=None, **options):
+def make_data(**options):
+    data = igpt.PretrainDataModule(dataset(), image_size=4, random_crop=False, **options)
+    data.setup()
+    return data
+
+
+def fit(folder, ckpt_path=None, *, pretrained=None, max_steps=1, **options):
+    """The filter that the data module used."""
     start = {"network": NETWORK, "palette": "rgb"} if pretrained is None else {"pretrained": str(pretrained)}
-    module = igpt.PretrainModule(**start)
-    data = igpt.PretrainDataModule(dataset(), batch_size=2, val_fraction=0.25, random_crop=False, **options)
-    trainer = igpt.make_trainer(max_steps=1, default_root_dir=folder, **EXACT)
-    trainer.fit(module, data)
-    return trainer, data
+    data = make_data(batch_size=2, val_fraction=0.25, **options)
+    trainer = igpt.make_trainer(max_steps=max_steps, default_root_dir=folder, **EXACT)
+    trainer.fit(igpt.PretrainModule(**start), data, ckpt_path=ckpt_path)
+    return data.resize_filter
 
 
 @pytest.mark.parametrize("name", get_args(Filter))
@@ -60,18 +66,13 @@ def test_bytes_of_each_filter(name):
 @pytest.mark.parametrize("kind", ["images", "cache", "stream"])
 def test_data_modules_use_the_filter(tmp_path, monkeypatch, name, kind):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    options = {"cache": "disk" if kind == "cache" else "none", "streaming": kind == "stream", "palette": "rgb"}
-    common = {"image_size": 4, "batch_size": 8, "val_fraction": 0, "resize": name, "random_crop": False}
-    data = igpt.PretrainDataModule(dataset(), **common, **options)
-    data.setup()
+    where = {"cache": "disk" if kind == "cache" else "none", "streaming": kind == "stream", "palette": "rgb"}
+    data = make_data(batch_size=8, val_fraction=0, resize=name, **where)
     module = igpt.PretrainModule(NETWORK, "rgb")
-    batch = next(iter(data.train_dataloader()))
-    read = module.palette.dequantize(module.tokens_of(batch))
-    assert sorted(read.flatten(1).tolist()) == sorted(resized(name).flatten(1).tolist())
-    if kind == "cache":  # made again with another filter, not read from the cache
-        data.resize = next(other for other in get_args(Filter) if other != name)
-        again = module.palette.dequantize(module.tokens_of(next(iter(data.train_dataloader()))))
-        assert sorted(again.flatten(1).tolist()) == sorted(resized(data.resize).flatten(1).tolist())
+    for used in (name, "box"):  # a token cache is made again for another filter
+        data.resize = used
+        read = module.palette.dequantize(module.tokens_of(next(iter(data.train_dataloader()))))
+        assert sorted(read.flatten(1).tolist()) == sorted(resized(used).flatten(1).tolist())
 
 
 def test_random_crops_use_the_filter():
@@ -86,40 +87,26 @@ def test_tokenize_uses_and_names_the_filter():
     assert "Resize filter: lanczos" in tokens.info.description
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: igpt.PretrainDataModule(dataset(), resize="nearest"),
-        lambda: igpt.tokenize(dataset(), resize="nearest"),
-        lambda: ModelCard(resize="nearest"),
-    ],
-)
+@pytest.mark.parametrize("call", [make_data, ModelCard, lambda resize: igpt.tokenize(dataset(), resize=resize)])
 def test_other_filters_are_refused(call):
     with pytest.raises(ValueError, match=r"'nearest'.*bilinear, bicubic, box, lanczos"):
-        call()
+        call(resize="nearest")
 
 
 def test_runs_checkpoints_and_cards_record_it_and_the_network_keeps_it(tmp_path):
-    trainer, _ = fit(tmp_path / "run", resize="box")
-    (record,) = json.loads(next((tmp_path / "run").rglob("run.json")).read_text())["runs"]
+    run, folder = tmp_path / "run", tmp_path / "hf"
+    assert fit(run, resize="box") == "box"
+    (record,) = json.loads(next(run.rglob("run.json")).read_text())["runs"]
     assert record["resize"] == "box" and record["data"]["hparams"]["resize"] == "box"
-    loaded = igpt.load_pretrained(tmp_path / "run")
-    assert loaded.card.resize == loaded.resize_filter == "box"
-    igpt.save_pretrained(tmp_path / "hf", loaded.network, loaded.palette, card=loaded.card)
-    assert "| resize filter | box (Pillow) |" in (tmp_path / "hf" / "README.md").read_text()
-    assert igpt.load_pretrained(tmp_path / "hf").resize_filter == "box"
-    _, data = fit(tmp_path / "next", pretrained=tmp_path / "hf")  # no resize= here: the network's
-    assert data.resize_filter == "box"
-    assert igpt.load_pretrained(tmp_path / "next").card.resize == "box"
-    _, data = fit(tmp_path / "other", pretrained=tmp_path / "hf", resize="bicubic")
-    assert data.resize_filter == "bicubic" and igpt.load_pretrained(tmp_path / "other").card.resize == "bicubic"
-    assert igpt.load_pretrained("photos").card.resize is None  # not recorded
-    assert igpt.load_pretrained("photos").resize_filter == igpt.PretrainDataModule().resize_filter == "bilinear"
-    fresh = igpt.PretrainModule(NETWORK, "rgb")
-    again = igpt.PretrainDataModule(dataset(), batch_size=2, val_fraction=0.25, random_crop=False)
-    trainer = igpt.make_trainer(max_steps=2, default_root_dir=tmp_path / "run", **EXACT)
-    trainer.fit(fresh, again, ckpt_path=next((tmp_path / "run").rglob("*.ckpt")))
-    assert again.resize_filter == "box"
+    loaded = igpt.load_pretrained(run)
+    igpt.save_pretrained(folder, loaded.network, loaded.palette, card=loaded.card)
+    assert "| resize filter | box (Pillow) |" in (folder / "README.md").read_text()
+    for name, options in {"box": {}, "bicubic": {"resize": "bicubic"}}.items():  # the network's, unless one is given
+        assert fit(tmp_path / name, pretrained=folder, **options) == name
+        assert igpt.load_pretrained(tmp_path / name).card.resize == name
+    assert fit(run, next(run.rglob("*.ckpt")), max_steps=2) == "box"  # resumed
+    unknown = igpt.load_pretrained("photos")
+    assert unknown.card.resize is None and unknown.resize_filter == make_data().resize_filter == "bilinear"
 
 
 def test_verbs_use_the_networks_filter(tmp_path, monkeypatch):
@@ -132,34 +119,29 @@ def test_verbs_use_the_networks_filter(tmp_path, monkeypatch):
     (line,) = Path("scores.csv").read_text().splitlines()[1:]
     assert float(line.split(",")[1]) == pytest.approx(3 * igpt.score(network, tokens).mean().item(), abs=1e-5)
     assert main(["complete", "--images", "one.png", "--pretrained", "hf", "--n_samples", "1"]) == 0
-    drawn = np.array(Image.open("completions/000-one-sample1.png"))
-    assert np.array_equal(drawn[:3], resized("lanczos")[0].permute(1, 2, 0).numpy()[:3])
+    drawn = Image.open("completions/000-one-sample1.png")
+    assert drawn.crop((0, 0, 4, 3)) == palette.to_images(tokens)[0].crop((0, 0, 4, 3))
 
 
-def write_npz(path, n, *, first=1, side=4, **changed):
-    data = np.random.default_rng(first).integers(0, 256, (n, 3 * side * side), dtype=np.uint8)
-    arrays = {"data": data, "labels": np.arange(first, first + n), "mean": data.mean(0)} | changed
+def write_npz(path, numbers, **changed):
+    data = np.random.default_rng(numbers[0]).integers(0, 256, (len(numbers), 48), dtype=np.uint8)
+    arrays = {"data": data, "labels": np.array(numbers), "mean": data.mean(0)} | changed
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
-    return data
+    return torch.from_numpy(data).view(-1, 3, 4, 4)  # red, then green, then blue
 
 
 def test_downsampled_imagenet_is_a_source(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "imagenet32"
-    folder.mkdir()
-    written = {number: write_npz(folder / f"train_data_batch_{number}.npz", 2, first=number) for number in (10, 2)}
-    held_out = write_npz(folder / "val_data.npz", 3, first=998)
-    data = igpt.ProbeDataModule(str(folder), image_size=4, batch_size=4)
-    data.setup()
-    (train,), (val,) = data.train_dataloader(), data.val_dataloader()
-    planes = np.concatenate([written[2], written[10]]).reshape(-1, 3, 4, 4)  # red, then green, then blue
-    assert np.array_equal(train["image"].numpy(), planes) and train["label"].tolist() == [1, 2, 9, 10]
-    assert np.array_equal(val["image"].flatten(1).numpy(), held_out) and val["label"].tolist() == [997, 998, 999]
-    assert data.class_names[0] == "1" and data.num_classes == 1000
-    again = write_npz(folder / "val_data.npz", 3, first=7)  # a changed file is read again
-    data = igpt.ProbeDataModule(str(folder), image_size=4, batch_size=4)
-    data.setup()
-    assert np.array_equal(next(iter(data.val_dataloader()))["image"].flatten(1).numpy(), again)
+    (folder := tmp_path / "imagenet").mkdir()
+    last, first = (write_npz(folder / f"train_data_batch_{n}.npz", [n, n + 1]) for n in (10, 2))
+    for held_out in ([998, 999, 1000], [7, 8, 9]):  # the second time the file has changed
+        images = write_npz(folder / "val_data.npz", held_out)
+        data = igpt.ProbeDataModule(str(folder), image_size=4, batch_size=4)
+        data.setup()
+        (train,), (val,) = data.train_dataloader(), data.val_dataloader()
+        assert torch.equal(train["image"], torch.cat([first, last])) and train["label"].tolist() == [1, 2, 9, 10]
+        assert torch.equal(val["image"], images) and (val["label"] + 1).tolist() == held_out
+        assert data.num_classes == 1000 and data.class_names[0] == "1"
 
 
 @pytest.mark.parametrize(
@@ -173,6 +155,6 @@ def test_downsampled_imagenet_is_a_source(tmp_path, monkeypatch):
 )
 def test_other_archives_are_refused(tmp_path, monkeypatch, name, changed, message):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    write_npz(tmp_path / f"{name}.npz", 2, **changed)
+    write_npz(tmp_path / f"{name}.npz", [1, 2], **changed)
     with pytest.raises(ValueError, match=message):
         igpt.PretrainDataModule(str(tmp_path / f"{name}.npz")).prepare_data()
