@@ -20,7 +20,7 @@ def nats_to_bits(nats: Tensor | float) -> Tensor | float:
 
 def per_pixel(nats: Tensor, tokens_per_pixel: int) -> Tensor:
     """The nats of whole pixels (B, T / tokens_per_pixel) from those of their tokens (B, T)."""
-    return nats.unflatten(1, (-1, tokens_per_pixel)).sum(2)
+    return nats.reshape(len(nats), -1, tokens_per_pixel).sum(2)
 
 
 def pixel_nats(logits: Tensor, tokens: Tensor) -> Tensor:

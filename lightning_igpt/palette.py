@@ -92,7 +92,7 @@ class Palette:
     @property
     def tokens_per_pixel(self) -> int:
         """3 for ``rgb``, else 1."""
-        return 3 // self._array.shape[1]
+        return 3 // int(self._array.shape[1])
 
     @property
     def is_exact(self) -> bool:
@@ -341,9 +341,7 @@ def side_of(tokens: object, size: int | None = None, tokens_per_pixel: int = 1) 
         raise TypeError(f"tokens must be an integer tensor, not {kind_of(tokens)}")
     size = isqrt(tokens.shape[-1] // tokens_per_pixel) if size is None and tokens.ndim else size or 0
     if tokens.ndim != 2 or tokens_per_pixel * size * size != tokens.shape[1]:
-        raise ValueError(
-            f"tokens {tuple(tokens.shape)} are not (B, T), T = {tokens_per_pixel} * {size} * {size} pixels"
-        )
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not (B, T) with T = {tokens_per_pixel} * {size}^2")
     return size
 
 

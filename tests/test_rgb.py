@@ -62,7 +62,7 @@ def test_tokens_are_the_bytes_in_raster_order_and_come_back_exactly(tmp_path):
     ("call", "message"),
     [
         (lambda: Palette(-RGB.colors), "values of the bytes 0 to 255"),
-        (lambda: RGB.dequantize(torch.zeros(1, 47, dtype=torch.long)), r"T = 3 \* 3 \* 3"),
+        (lambda: RGB.dequantize(torch.zeros(1, 47, dtype=torch.long)), r"T = 3 \* 3\^2"),
         (lambda: igpt.ImageGPTConfig(vocab_size=256, tokens_per_pixel=2), "tokens_per_pixel is 2 and vocab_size 256"),
         (lambda: igpt.ImageGPTConfig(vocab_size=512, tokens_per_pixel=3), "3 with 256 values for the palette rgb"),
         (lambda: igpt.PretrainModule(FIELDS, "gray:256"), "1 token of the palette but 3 of the network"),

@@ -65,8 +65,8 @@ class Studio:
         """What the page has to know: the network, its colors and the pictures offered."""
         facts = {"origin": self.loaded.origin, "device": str(self.device), "autoregressive": self.autoregressive}
         size = {"layers": self.config.n_layer, "width": self.config.n_embd, "side": self.config.image_size}
-        colors = None if self.config.tokens_per_pixel == 3 else self.loaded.palette.rgb.tolist()
-        colors = {"colors": colors, "scale": surprise_colors()[::15].tolist()}
+        known = None if self.config.tokens_per_pixel == 3 else self.loaded.palette.rgb.tolist()
+        colors = {"colors": known, "scale": surprise_colors()[::15].tolist()}
         return {**facts, **size, **colors, "pictures": self.pictures}
 
     def read(self, content: bytes) -> dict[str, Any]:
@@ -156,7 +156,7 @@ class Studio:
 def _pixels(tokens: Tensor, config: ImageGPTConfig) -> Tensor:
     """Tokens (B, T) as the page has them, a number for each pixel (B, S * S)."""
     weights = torch.tensor([1 << 16, 1 << 8, 1] if config.tokens_per_pixel == 3 else [1], device=tokens.device)
-    return (tokens.unflatten(1, (-1, config.tokens_per_pixel)) * weights).sum(2)
+    return (tokens.view(len(tokens), -1, config.tokens_per_pixel) * weights).sum(2)
 
 
 def _progress(

@@ -175,8 +175,8 @@ def matching_size(trainer: Trainer | None, source: Source, wanted: int | None) -
 
 def matching_filter(trainer: Trainer | None, wanted: Filter | None) -> Filter:
     """The resize filter: as ``wanted``, as recorded with the network, or bilinear."""
-    recorded = None if trainer is None else getattr(trainer.lightning_module, "resize_filter", None)
-    return wanted or (recorded if recorded in get_args(Filter) else BILINEAR)
+    recorded: Any = None if trainer is None else getattr(trainer.lightning_module, "resize_filter", None)
+    return wanted or (recorded if recorded in get_args(Filter) else None) or BILINEAR
 
 
 def matching_palette(trainer: Trainer | None, source: Source, wanted: str | None, *, cache: bool) -> Palette | None:

@@ -157,7 +157,8 @@ def check_draws(draws: Any) -> None:
 
 def as_grids(tokens: NDArray[Any], size: int) -> NDArray[Any]:
     """Tokens (B, T) as (B, tokens per pixel, S, S), which crops and mirrors apply to."""
-    return tokens.reshape(len(tokens), size, size, -1).transpose(0, 3, 1, 2)
+    grids: NDArray[Any] = tokens.reshape(len(tokens), size, size, -1).transpose(0, 3, 1, 2)
+    return grids
 
 
 def make_batch(

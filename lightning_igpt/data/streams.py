@@ -63,7 +63,7 @@ class StreamPart:
     on_bad_image: OnBadImage
 
     def read(self, row: Mapping[str, Any], sample: int) -> NDArray[Any] | BadImage:
-        """One row as a grid, uint8 (3, S, S) or int16 (1, S, S), or what is wrong with it."""
+        """One row as a grid, uint8 (3, S, S) or int16 (tokens per pixel, S, S), or what is wrong with it."""
         value, resize = row[self.source.image_column], self.resize
         if self.source.tokens is not None:
             mine, mark = self.source.tokens.sha256, row.get(PALETTE_COLUMN)
@@ -75,7 +75,8 @@ class StreamPart:
             tokens = np.asarray(value, "<i2")
             if row.get(CHECKSUM_COLUMN, checksum := zlib.crc32(tokens.tobytes())) != checksum:
                 raise DamagedDataError(f"{self.where}, draw {sample}: tokens and checksum differ; tokenize again")
-            return as_grids(tokens.astype(np.int16)[None], resize.size)[0]
+            grid: NDArray[Any] = as_grids(tokens.astype(np.int16)[None], resize.size)[0]
+            return grid
         try:
             mode = mode_of(self.rows, self.source.image_column)
             return square(resize, decode(value, mode=mode, remote=self.source.remote), sample)
