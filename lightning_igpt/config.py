@@ -15,7 +15,7 @@ from typing import Any, Literal
 Objective = Literal["autoregressive", "bert"]
 # Far beyond any network of today, so that a damaged or hostile file cannot make a process build forever.
 _MAXIMA = {"n_layer": 1000, "n_head": 1000, "n_embd": 65_536, "vocab_size": 32_768, "image_size": 1024}
-_MAXIMA["n_inner"] = 1_048_576
+_MAXIMA |= {"tokens_per_pixel": 3, "n_inner": 1_048_576}
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class ImageGPTConfig:
         n_head: Attention heads per block; divides ``n_embd``.
         n_embd: Width of the residual stream.
         vocab_size: Number of palette colors, the classes of a pixel.
-        image_size: Side of the square image in pixels; a sequence has ``image_size**2`` tokens.
+        image_size: Side of the square image in pixels; a sequence has ``tokens_per_pixel * image_size**2`` tokens.
         n_inner: Width of the MLP; ``None`` means ``4 * n_embd`` as in the paper.
         objective: ``autoregressive`` predicts the next pixel and has a start vector ``sos``; ``bert`` predicts masked
             pixels from both sides and has no ``sos``.
         bias: Give the projections biases. The published networks have none; imported weights may.
         dropout: Probability of dropping an activation in training. The paper uses none.
+        tokens_per_pixel: 1 for a palette of colors; 3 for the palette ``rgb``, whose tokens are the bytes of a pixel's
+            red, green and blue.
 
     Raises:
         ValueError: A number is out of range, ``n_head`` does not divide ``n_embd``, or the objective is unknown.
@@ -47,6 +49,7 @@ class ImageGPTConfig:
     objective: Objective = "autoregressive"
     bias: bool = False
     dropout: float = 0.0
+    tokens_per_pixel: int = 1
 
     def __post_init__(self) -> None:
         for name, maximum in _MAXIMA.items():
@@ -55,6 +58,9 @@ class ImageGPTConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= maximum:
                 raise ValueError(f"{name} is {_shown(value)}; it must be a whole number from 1 to {maximum:,}{unset}")
+        if self.tokens_per_pixel == 2 or (self.tokens_per_pixel == 3 and self.vocab_size != 256):
+            what = f"tokens_per_pixel is {self.tokens_per_pixel} and vocab_size {self.vocab_size}"
+            raise ValueError(f"{what}; it must be 1 for a palette of colors, or 3 with 256 values for the palette rgb")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if not isinstance(self.objective, str) or self.objective not in ("autoregressive", "bert"):
@@ -68,7 +74,7 @@ class ImageGPTConfig:
     @property
     def n_positions(self) -> int:
         """Tokens per image, T."""
-        return self.image_size**2
+        return self.tokens_per_pixel * self.image_size**2
 
     @property
     def mlp_width(self) -> int:

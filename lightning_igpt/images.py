@@ -7,7 +7,7 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote_to_bytes
 
 import fsspec  # type: ignore[import-untyped]
@@ -19,6 +19,8 @@ from lightning_igpt.files import shown
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # raster only: EPS and PDF would start other programs
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+Filter = Literal["bilinear", "bicubic", "box", "lanczos"]  # Pillow's, whose support grows as an image shrinks
+BILINEAR: Filter = "bilinear"  # unless another is asked for
 MAX_PIXELS = 64_000_000
 MAX_SCANNED = 2_000_000_000  # pixels times scans of a progressive JPEG; ten scans are usual
 MAX_EXIF_PARTS = 1000  # one is usual
@@ -234,17 +236,19 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, int]]:
         yield top, min(top + rows, image.height)
 
 
-def resize_center_crop(image: Image.Image, size: int) -> Image.Image:
+def resize_center_crop(image: Image.Image, size: int, resize: Filter = BILINEAR) -> Image.Image:
     """Cut the largest square out of the middle and resize it to ``size``; an image of that size is returned."""
     if image.size == (size, size):
         return image
     width, height = image.size
     side = min(width, height)
-    return cut(image, ((width - side) / 2, (height - side) / 2), side=side, size=size)
+    return cut(image, ((width - side) / 2, (height - side) / 2), side=side, size=size, resize=resize)
 
 
-def cut(image: Image.Image, corner: tuple[float, float], *, side: float, size: int) -> Image.Image:
-    """The square of ``side`` pixels at ``corner`` (left, top), resampled bilinearly to ``size``."""
+def cut(
+    image: Image.Image, corner: tuple[float, float], *, side: float, size: int, resize: Filter = BILINEAR
+) -> Image.Image:
+    """The square of ``side`` pixels at ``corner`` (left, top), resampled to ``size`` by a filter of Pillow's."""
     left, top = corner
     box = (left, top, min(left + side, image.width), min(top + side, image.height))
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return image.resize((size, size), Image.Resampling[resize.upper()], box=box)

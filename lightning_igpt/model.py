@@ -345,4 +345,5 @@ class ImageGPT(nn.Module):
         """Raise ValueError unless ``length`` is the number of tokens of an image or, if not ``exact``, less."""
         side, expected = self.config.image_size, self.config.n_positions
         if length > expected or (exact and length != expected):
-            raise ValueError(f"{length} tokens; this network reads images of {side} x {side} = {expected} pixels")
+            unit = "pixels" if self.config.tokens_per_pixel == 1 else "tokens, 3 of each pixel"
+            raise ValueError(f"{length} tokens; this network reads images of {side} x {side} = {expected} {unit}")

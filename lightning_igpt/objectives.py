@@ -1,6 +1,7 @@
-"""The two losses of the paper (section 2.1), in nats per pixel, and counter-based random masks.
+"""The two losses of the paper (section 2.1), in nats per token, and counter-based random masks.
 
-A pixel is one palette token. Nats divided by ln 2 are bits per pixel, not the bits per dimension of RGB models.
+A pixel is one palette token, or three of the palette ``rgb``. Nats per pixel divided by ln 2 are bits per pixel; where
+a token is a byte (``Palette.is_exact``), nats per token divided by ln 2 are bits per dimension.
 """
 
 import math
@@ -21,25 +22,30 @@ def nats_to_bits(nats: Tensor | float) -> Tensor | float:
     return nats / math.log(2)
 
 
+def per_pixel(nats: Tensor, tokens_per_pixel: int) -> Tensor:
+    """The nats of whole pixels (B, T / tokens_per_pixel) from those of their tokens (B, T)."""
+    return nats.reshape(len(nats), -1, tokens_per_pixel).sum(2)
+
+
 def pixel_nats(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Nats of every pixel, float32 or wider (B, T), from logits (B, T, K) and int64 tokens (B, T)."""
+    """Nats of every token, float32 or wider (B, T), from logits (B, T, K) and int64 tokens (B, T)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
 
 
 def next_pixel_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean nats over all B * T pixels of logits (B, T, K), of which index t predicts pixel t of int64 tokens (B, T)."""
+    """Mean nats over all B * T tokens of logits (B, T, K), of which index t predicts token t of int64 tokens (B, T)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
 def masked_pixel_loss(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
-    """Mean nats over the pixels hidden by bool ``masked`` (B, T), per image, then over images that have some."""
+    """Mean nats over the tokens hidden by bool ``masked`` (B, T), per image, then over images that have some."""
     return hidden_nats(logits, tokens, masked).sum() / masked.any(1).sum().clamp(min=1)
 
 
 def hidden_nats(logits: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
-    """Mean nats over the pixels of each image that bool ``masked`` (B, T) hides, (B,); 0 where it hides none.
+    """Mean nats over the tokens of each image that bool ``masked`` (B, T) hides, (B,); 0 where it hides none.
 
     Under masks of ``ratio="uniform"`` the expectation is the average, over all orders of the pixels, of the image's
     nats per pixel when its pixels are predicted one by one in that order. By Jensen's inequality that is an upper bound

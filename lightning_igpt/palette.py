@@ -34,6 +34,7 @@ PALETTE_COLUMN = "palette"
 _OPENAI = Path(__file__).parent / "assets" / "openai_512.npy"
 _HF_FILE = "preprocessor_config.json"
 _MAX_BYTES = 8_000_000  # of a file of colors; the largest palette takes 4 MB as JSON
+_CHANNEL = (np.arange(256) / 127.5 - 1)[:, None].astype(np.float32)  # the values of a channel's bytes
 _PIXELS = 1 << 22  # quantized at a time, which bounds the memory of large batches
 
 Colors: TypeAlias = Sequence[Sequence[float]] | NDArray[Any] | Tensor
@@ -44,7 +45,8 @@ class Palette:
     """K colors. Immutable; compared and hashed by their float32 bytes; a pickle holds only the colors.
 
     Args:
-        colors: (K,3) array, tensor or nested list in [-1,1], red, green, blue, 2 <= K <= 32,768; stored as float32.
+        colors: (K,3) array, tensor or nested list in [-1,1], red, green, blue, 2 <= K <= 32,768; stored as float32. Or
+            (256,1), the values of the bytes 0 to 255: the palette ``rgb``, of which a pixel is three tokens.
 
     Raises:
         ValueError: The colors are not as above, or a color occurs twice, so that its second id could never be used.
@@ -62,9 +64,9 @@ class Palette:
 
         Args:
             spec: A palette; ``"openai"`` (the 512 released colors); ``"gray:K"`` (K even steps from black to white);
-                (K,3) colors in [-1,1]; a ``.npy`` file of these; a Hugging Face folder, its
-                ``preprocessor_config.json``, or its hub id ``owner/name``. Names take precedence over paths, and paths
-                over hub ids.
+                ``"rgb"`` (the bytes of the channels, three tokens per pixel); (K,3) colors in [-1,1]; a ``.npy`` file
+                of these; a Hugging Face folder, its ``preprocessor_config.json``, or its hub id ``owner/name``. Names
+                take precedence over paths, and paths over hub ids.
 
         Raises:
             FileNotFoundError: A path does not exist.
@@ -72,19 +74,30 @@ class Palette:
         """
         if isinstance(spec, Palette):
             return spec
-        if isinstance(spec, str) and re.fullmatch(r"openai|gray:\d{1,5}", spec):
+        if isinstance(spec, str) and re.fullmatch(r"openai|rgb|gray:\d{1,5}", spec):
             return _named(spec)
         return _from_file(str(spec)) if isinstance(spec, str | Path) else cls(spec)
 
     @property
     def colors(self) -> Tensor:
-        """(K,3) float32 in [-1,1], red, green, blue; a copy."""
+        """(K,3) float32 in [-1,1], red, green, blue, or (256,1) of ``rgb``; a copy."""
         return torch.from_numpy(self._array.copy())
 
     @property
     def rgb(self) -> Tensor:
-        """The bytes of each color in an image, uint8 (K, 3), ``rint(127.5 * (c + 1))``, as a copy."""
-        return torch.from_numpy(np.rint(127.5 * (self._array.astype(np.float64) + 1)).clip(0, 255).astype(np.uint8))
+        """The bytes of each color in an image, uint8 (K, 3), ``rint(127.5 * (c + 1))``, as a copy; of ``rgb`` grays."""
+        values = np.rint(127.5 * (self._array.astype(np.float64) + 1)).clip(0, 255).astype(np.uint8)
+        return torch.from_numpy(values.repeat(self.tokens_per_pixel, axis=1))
+
+    @property
+    def tokens_per_pixel(self) -> int:
+        """3 for ``rgb``, else 1."""
+        return 3 // int(self._array.shape[1])
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a token is a byte, of a channel (``rgb``) or of a gray pixel (``gray:256``), and so one dimension."""
+        return self in (_named("rgb"), _named("gray:256"))
 
     @property
     def sha256(self) -> str:
@@ -94,14 +107,14 @@ class Palette:
     @property
     def spec(self) -> str | list[list[float]]:
         """A plain value for hyperparameters and YAML; :meth:`load` returns an equal palette for it."""
-        return next((name for name in ("openai", f"gray:{len(self)}") if _named(name) == self), self.to_list())
+        return next((name for name in ("openai", "rgb", f"gray:{len(self)}") if _named(name) == self), self.to_list())
 
     def to_list(self) -> list[list[float]]:
-        """K rows of three Python floats, exact."""
+        """K rows of three Python floats, of ``rgb`` of one, exact."""
         return self._array.tolist()  # type: ignore[no-any-return]
 
     def save(self, path: str | Path) -> None:
-        """Write the (K,3) float32 colors to a file that ends in ``.npy``; create its folder if necessary."""
+        """Write the float32 colors to a file that ends in ``.npy``; create its folder if necessary."""
         path = Path(path)
         if path.suffix != ".npy":
             raise ValueError(f"a palette is saved as a .npy file, not as {path.name!r}")
@@ -112,15 +125,17 @@ class Palette:
         """The id of the color nearest to every pixel.
 
         Nearest in squared Euclidean distance between ``byte / 127.5 - 1`` and the colors, in float64; the lowest id
-        wins a tie. Looked up in a table of all 2^24 colors, which is built once and cached on disk.
+        wins a tie. Looked up in a table of all 2^24 colors, built once and cached on disk; ``rgb`` takes the bytes.
 
         Args:
             images: uint8 (B,3,H,W) on any device; anything else is a TypeError or ValueError.
 
         Returns:
-            int64 (B,H*W) on the same device, in raster order.
+            int64 (B,H*W) on the same device, in raster order; of ``rgb`` (B,3*H*W), a pixel's channels in succession.
         """
         check_images(images)
+        if self.tokens_per_pixel == 3:
+            return images.permute(0, 2, 3, 1).long().flatten(1)
         red, green, blue = images.unbind(1)  # (B, H, W)
         codes = red.int().bitwise_left_shift_(8).bitwise_or_(green).bitwise_left_shift_(8).bitwise_or_(blue)
         table: Tensor = table_for(self, images.device)
@@ -130,23 +145,23 @@ class Palette:
         """The images of palette ids.
 
         Args:
-            tokens: (B,T) of any integer type, ids below K, T = size * size in raster order.
-            size: Side of the images in pixels; the square root of T by default.
+            tokens: (B,T) of any integer type, ids below K, as ``quantize`` returns them for (B,3,size,size).
+            size: Side of the images in pixels; by default what T says.
 
         Returns:
             uint8 (B,3,size,size) on the same device.
 
         Raises:
-            TypeError, ValueError: The tokens are not integers, T is not ``size * size``, or an id is outside 0..K-1 (on
+            TypeError, ValueError: The tokens are not integers, T does not fit the size, or an id is outside 0..K-1 (on
                 CUDA devices not checked, which would synchronize; there a device-side assertion fails).
         """
-        size = side_of(tokens, size)
+        size = side_of(tokens, size, self.tokens_per_pixel)
         tokens = tokens.long()
         if tokens.device.type != "cuda" and tokens.numel():
             low, high = (int(value) for value in tokens.aminmax())
             if low < 0 or high >= len(self):
                 raise ValueError(f"tokens run from {low} to {high}; the {len(self)} colors have ids 0..{len(self) - 1}")
-        pixels = self.rgb.to(tokens.device).index_select(0, tokens.flatten())  # (B*T, 3)
+        pixels = self.rgb[:, : self._array.shape[1]].to(tokens.device).index_select(0, tokens.flatten())
         return pixels.view(tokens.shape[0], size, size, 3).permute(0, 3, 1, 2).contiguous()
 
     def to_images(self, tokens: TokenRows, size: int | None = None) -> list[Image.Image]:
@@ -159,8 +174,8 @@ class Palette:
 
     def rmse(self, images: Tensor) -> float:
         """Root mean square error per channel, in 0..255, of ``dequantize(quantize(images))`` for uint8 (B,3,H,W)."""
-        shown = self.rgb.to(images.device)[self.quantize(images)]  # (B, H*W, 3)
-        error = shown.float() - images.flatten(2).mT.float()
+        shown = self.rgb[:, : self._array.shape[1]].to(images.device)[self.quantize(images)]  # (B, T, 3), of rgb 1
+        error = shown.flatten(1).float() - images.permute(0, 2, 3, 1).flatten(1).float()
         return float(error.square().mean(dtype=torch.float64).sqrt())
 
     def __len__(self) -> int:
@@ -181,8 +196,8 @@ class Palette:
 
 @lru_cache(maxsize=8)
 def _named(name: str) -> Palette:
-    if name == "openai":
-        return Palette(np.load(_OPENAI, allow_pickle=False))
+    if name in ("openai", "rgb"):
+        return Palette(_CHANNEL if name == "rgb" else np.load(_OPENAI, allow_pickle=False))
     return Palette(np.linspace(-1, 1, int(name.removeprefix("gray:")))[:, None].repeat(3, axis=1))
 
 
@@ -206,7 +221,7 @@ def _path_of(spec: str) -> Path:
         return path
     is_path = path.suffix in (".npy", ".json") or spec.startswith((".", "/", "~"))
     if is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
-        forms = "a palette is 'openai', 'gray:K', a .npy file, a Hugging Face folder, a hub id 'owner/name' or colors"
+        forms = "a palette is 'openai', 'gray:K', 'rgb', a .npy file, a Hugging Face folder, a hub id or colors"
         raise (FileNotFoundError if is_path else ValueError)(f"there is no palette {str(path)!r}; {forms}")
     from huggingface_hub import hf_hub_download
 
@@ -220,7 +235,7 @@ def _checked(colors: Colors) -> NDArray[np.float32]:
     """The colors as a read-only (K,3) float32 copy."""
     try:
         shape = tuple(np.shape(colors))  # before a copy: a tensor from a file may claim any size
-        if len(shape) != 2 or shape[1] != 3 or not 2 <= shape[0] <= MAX_COLORS:
+        if shape != (256, 1) and (len(shape) != 2 or shape[1] != 3 or not 2 <= shape[0] <= MAX_COLORS):
             raise ValueError(f"their shape is {shape}")
         if isinstance(colors, Tensor):
             colors = (colors.double() if colors.is_floating_point() else colors).detach().cpu().numpy()
@@ -232,6 +247,8 @@ def _checked(colors: Colors) -> NDArray[np.float32]:
     if not (np.abs(array) <= 1).all():  # NaN, too
         low, high = array.min(), array.max()
         raise ValueError(f"colors must lie in [-1, 1], not [{low:g}, {high:g}]; convert bytes by array / 127.5 - 1")
+    if array.shape[1] == 1 and not np.array_equal(array, _CHANNEL):
+        raise ValueError("colors (256, 1) must be the values of the bytes 0 to 255, as in the palette 'rgb'")
     first = np.unique(array, axis=0, return_index=True)[1]
     if len(first) < len(array):
         second = np.setdiff1d(np.arange(len(array)), first)[0]
@@ -272,7 +289,7 @@ class PaletteTransform:
 
         A ``dict`` (from ``with_transform`` and streams) is changed in place and returned: the new columns replace the
         images. For any other mapping (from ``Dataset.map``) only the new columns are returned, which ``map`` adds:
-        ``tokens``, uint16 array (B, size * size) in raster order; ``palette``, for each row the palette's SHA-256.
+        ``tokens``, uint16 array (B, T) as of ``quantize``; ``palette``, for each row the palette's SHA-256.
         BadImageError, TypeError or ValueError name the image or the column that cannot be used.
         """
         if taken := {"tokens", PALETTE_COLUMN} & set(batch):
@@ -296,7 +313,7 @@ class PaletteTransform:
 
 
 def quantize_in_one_thread(palette: Palette, pixels: NDArray[np.uint8]) -> NDArray[np.int16]:
-    """The ids (B, H*W) of uint8 pixels (B,3,H,W), part by part, in a process that ``map`` may have forked.
+    """The ids (B, T) of uint8 pixels (B,3,H,W), part by part, in a process that ``map`` may have forked.
 
     OpenMP's thread pool does not survive a fork: a parallel loop in the child would block on threads that only
     the parent has.
@@ -318,13 +335,13 @@ def token_rows(tokens: TokenRows) -> Tensor:
     return tokens if tokens.ndim != 1 else tokens[None] if len(tokens) else tokens.view(0, 0)
 
 
-def side_of(tokens: object, size: int | None = None) -> int:
+def side_of(tokens: object, size: int | None = None, tokens_per_pixel: int = 1) -> int:
     """The side in pixels of the images that (B,T) ids fill; TypeError or ValueError where they fill none."""
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise TypeError(f"tokens must be an integer tensor, not {kind_of(tokens)}")
-    size = isqrt(tokens.shape[-1]) if size is None and tokens.ndim else size or 0
-    if tokens.ndim != 2 or size * size != tokens.shape[1]:
-        raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not (B, T) with T = {size} * {size} pixels")
+    size = isqrt(tokens.shape[-1] // tokens_per_pixel) if size is None and tokens.ndim else size or 0
+    if tokens.ndim != 2 or tokens_per_pixel * size * size != tokens.shape[1]:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not (B, T) with T = {tokens_per_pixel} * {size}^2")
     return size
 
 

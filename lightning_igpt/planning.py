@@ -339,7 +339,7 @@ def usual_mfu(config: ImageGPTConfig) -> float:
 
 
 def decode_seconds(config: ImageGPTConfig, device: Device, batch_size: int = 1, precision: str = "bf16-mixed") -> float:
-    """Floor of drawing one pixel of each image: a step reads all matrices, and on average half the keys and values."""
+    """Floor of drawing one token of each image: a step reads all matrices, and on average half the keys and values."""
     matrices, width = matrix_parameters(config), widths_of(precision).product
     moved = width * matrices + cache_bytes(config, batch_size, width) / 2
     flops = batch_size * (2 * matrices + 2 * config.n_layer * config.n_embd * config.n_positions)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_igpt.decoding import Decoder, Precision
 from lightning_igpt.model import ImageGPT
-from lightning_igpt.objectives import bound_estimates, pixel_nats
+from lightning_igpt.objectives import bound_estimates, per_pixel, pixel_nats
 from lightning_igpt.palette import Palette
 
 Draw: TypeAlias = Callable[[Tensor], Tensor]  # logits (B, K) to colors (B,)
@@ -39,7 +39,7 @@ def complete(
 
     Args:
         network: An autoregressive network.
-        prompt: int64 (B, P), the first P < T pixels; P = 0 draws whole images.
+        prompt: int64 (B, P), the first P < T tokens; P = 0 draws whole images.
         n_samples: Completions of each prompt.
         temperature: Divides the logits; 1 keeps the model's distribution, 0 takes the likeliest color.
         top_k: Draw only among the k likeliest colors.
@@ -63,7 +63,8 @@ def complete(
     check_tokens(prompt, network.config.vocab_size)
     device, given, total = network.wte.weight.device, prompt.shape[1], network.config.n_positions
     if given >= total:
-        raise ValueError(f"the prompt has {given} pixels and the image only {total}: nothing is left to draw")
+        sizes = [count // network.config.tokens_per_pixel for count in (given, total)]
+        raise ValueError(f"the prompt has {sizes[0]} pixels and the image only {sizes[1]}: nothing is left to draw")
     _check_options(temperature, top_k, top_p, n_samples=n_samples)
     tokens = F.pad(prompt.to(device), (0, total - given)).repeat_interleave(n_samples, 0)  # (B * n_samples, T)
     known = (torch.arange(total, device=device) < given).expand_as(tokens)
@@ -93,12 +94,13 @@ def _decode(
     if not holes:
         return tokens
     decoder, tokens = Decoder(network, len(tokens), precision), tokens.clone()
+    row = network.config.n_positions // network.config.image_size  # of pixels, in tokens
     logits = decoder.start(tokens[:, : holes[0]])  # (B, K)
     finite = torch.ones((), dtype=torch.bool, device=tokens.device)
     for position in range(holes[0], holes[-1] + 1):
         finite &= logits.isfinite().all()  # read at the end, since reading synchronizes the device
         tokens[:, position] = torch.where(known[:, position], tokens[:, position], pick(logits))
-        if report is not None and (position == holes[-1] or (position + 1) % network.config.image_size == 0):
+        if report is not None and (position == holes[-1] or (position + 1) % row == 0):
             report(tokens, known | (torch.arange(tokens.shape[1], device=tokens.device) <= position))
         if position < holes[-1]:
             logits = decoder.step(tokens[:, position : position + 1])
@@ -159,7 +161,7 @@ def inpaint(
     Args:
         network: Of either objective.
         tokens: int64 (B, T); values at unknown pixels are ignored.
-        known: Bool (B, T), true where the pixel is given; masks may differ between images.
+        known: Bool (B, pixels), true where the pixel is given; masks may differ between images.
         steps: Passes of a BERT network over the image; ignored by an autoregressive network, as is ``order``. In random
             order at most one for each unknown pixel.
         order: Which draws of a BERT network are kept first: ``surest`` or ``random``.
@@ -175,20 +177,22 @@ def inpaint(
         ValueError: Shapes differ or are not the network's, a known token is not in the palette, or an option is out of
             range.
     """
-    if tokens.shape != known.shape or tokens.ndim != 2:
-        raise ValueError(f"tokens {tuple(tokens.shape)} and known {tuple(known.shape)} must both be (B, T)")
+    each = network.config.tokens_per_pixel
+    if tokens.ndim != 2 or known.shape != (len(tokens), tokens.shape[1] // each):
+        shapes = f"(B, T) and (B, T{f' / {each}' * (each > 1)})"
+        raise ValueError(f"tokens {tuple(tokens.shape)} and known {tuple(known.shape)} must be {shapes}")
     network.check_length(tokens.shape[1])
     _check_options(temperature, steps=steps)
     if order not in ("surest", "random"):
         raise ValueError(f"order is {order!r}; it must be surest or random")
     device = network.wte.weight.device
-    known = known.to(device=device, dtype=torch.bool)
+    known = known.to(device=device, dtype=torch.bool).repeat_interleave(each, 1)
     tokens = tokens.to(device).masked_fill(~known, 0)
     check_tokens(tokens, network.config.vocab_size)
     pick = partial(draw, temperature=temperature, generator=generator)
     with _evaluating(network):
         if network.config.objective == "bert":
-            lots = torch.rand(known.shape, generator=generator, device=device) if order == "random" else None
+            lots = torch.rand(known[:, ::each].shape, generator=generator, device=device) if order == "random" else None
             return _fill(network, tokens, known, pick, steps, on_progress, lots)
         return _decode(network, tokens, known, pick, precision, on_progress)
 
@@ -202,7 +206,9 @@ def _fill(
     report: Progress | None,
     lots: Tensor | None,
 ) -> Tensor:
-    holes, finite = (~known).sum(1), torch.ones((), dtype=torch.bool, device=tokens.device)
+    each = network.config.tokens_per_pixel  # which are kept together, as they are hidden together in training
+    holes = (~known).sum(1) // each
+    finite = torch.ones((), dtype=torch.bool, device=tokens.device)
     if lots is not None:
         steps = min(steps, max(1, int(holes.max())))
     for step in range(1, steps + 1):
@@ -211,10 +217,11 @@ def _fill(
         drawn = pick(logits.flatten(0, 1)).view_as(tokens)
         sure = F.log_softmax(logits.float(), -1).gather(-1, drawn[..., None])[..., 0]  # (B, T)
         left = (holes * math.cos(math.pi / 2 * step / steps)).floor().long() if step < steps else holes * 0
+        sure = per_pixel(sure.masked_fill(known, math.inf), each)
         if lots is not None:
-            sure, left = lots, holes * (steps - step) // steps
-        order = sure.masked_fill(known, math.inf).argsort(-1, descending=True).argsort(-1)  # rank, known pixels first
-        keep = order < (tokens.shape[1] - left)[:, None]
+            sure, left = lots.masked_fill(known[:, ::each], math.inf), holes * (steps - step) // steps
+        order = sure.argsort(-1, descending=True).argsort(-1)  # rank of each pixel, known pixels first
+        keep = (order < (order.shape[1] - left)[:, None]).repeat_interleave(each, 1)
         tokens = torch.where(keep & ~known, drawn, tokens)
         known = known | keep
         if report is not None:
@@ -252,9 +259,10 @@ def score(
         seed: Of the masks, which depend on it and the image's place in ``tokens`` alone, not on ``batch_size``.
 
     Returns:
-        Float32 on the network's device, in nats. Of an autoregressive network (N, T), each pixel given the pixels
-        before it. Of a BERT network (N, D), independent estimates of the bound in nats per pixel: D is ``n_draws``, or
-        half of it for pairs; their standard deviation divided by the root of D is the mean's standard error.
+        Float32 on the network's device, in nats. Of an autoregressive network (N, T), each token given those before it;
+        ``objectives.per_pixel`` adds those of a pixel, where it has several. Of a BERT network (N, D), independent
+        estimates of the bound in nats per pixel: D is ``n_draws``, or half of it for pairs; their standard deviation
+        divided by the root of D is the mean's standard error.
 
     Raises:
         ValueError: The tokens are not images of the network's size and palette, or n_draws is below 1 or odd.
@@ -307,23 +315,25 @@ def completion_rows(
 ) -> Tensor:
     """The prompt, completions of it and the truth of whole images int64 (B, T): uint8 (B, 2 + n_samples, 3, S, S).
 
-    ``keep_rows`` rows of pixels are given, from 0 to S - 1, by default half of them, or all but a ``hole``, bool (T,).
+    ``keep_rows`` rows of pixels are given, from 0 to S - 1, by default half of them, or all but a ``hole`` of pixels,
+    bool (S * S,).
     Options are those of ``complete`` or, for a hole and for a BERT network, of ``inpaint``.
     """
     side, total = network.config.image_size, network.config.n_positions
+    each = network.config.tokens_per_pixel
     rows = side // 2 if keep_rows is None else keep_rows
     if not 0 <= rows < side or n_samples < 1:
         limits = f"an image of {side} rows can keep 0 to {side - 1}, and has at least 1 sample"
         raise ValueError(f"keep_rows is {rows} and n_samples {n_samples}; {limits}")
     options["generator"] = torch.Generator(tokens.device).manual_seed(seed)
-    hidden = torch.arange(total, device=tokens.device) >= rows * side if hole is None else hole
+    hidden = torch.arange(side * side, device=tokens.device) >= rows * side if hole is None else hole
     if hole is None and network.config.objective == "autoregressive":
-        samples = complete(network, tokens[:, : rows * side], n_samples=n_samples, **options)
+        samples = complete(network, tokens[:, : rows * side * each], n_samples=n_samples, **options)
     else:
         if (options.pop("top_k", None), options.pop("top_p", None)) != (None, None):
             raise ValueError("top_k and top_p are for rows below a line in an autoregressive network; leave them out")
         repeated = tokens.repeat_interleave(n_samples, 0)
-        samples = inpaint(network, repeated, (~hidden).expand_as(repeated), **options)
+        samples = inpaint(network, repeated, (~hidden).expand(len(repeated), -1), **options)
     samples = palette.dequantize(samples.reshape(-1, total)).view(len(tokens), n_samples, 3, side, side)
     truth = palette.dequantize(tokens)[:, None]  # (B, 1, 3, S, S)
     color = torch.tensor(HIDDEN, dtype=torch.uint8, device=truth.device)[:, None, None]

@@ -25,7 +25,7 @@ from lightning_igpt.strategies import Chosen, choose_strategy, kind_of_device
 Plugin: TypeAlias = CheckpointIO | Precision | ClusterEnvironment | LayerSync
 # Each idle where it has nothing to do.
 ALWAYS = ("LayerCurve", "ClassificationReport", "RunRecord", "Throughput", "DiskCheck", "FiniteGuard", "Preempt")
-ENDS = {"max": "accuracy", "min": "(loss|cross_entropy|nats_per_pixel(_bound)?|bits_per_pixel)"}  # of metrics' names
+ENDS = {"max": "accuracy", "min": "(loss|cross_entropy|nats_per_pixel(_bound)?|bits_per_pixel|bits_per_dim)"}
 PRODUCTS = {
     "highest": "",  # in full, as torch does by itself
     "high": "float32 products as TF32 where the device has it",
@@ -78,7 +78,7 @@ def make_trainer(
             of a run counted in steps, at most 1000 steps; else an epoch.
         monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy or val/nats_per_pixel.
         mode: Whether the least (min) or the largest (max) value of monitor is best. Default: max for names that end in
-            accuracy; min for those that end in loss, cross_entropy, nats_per_pixel or bits_per_pixel.
+            accuracy; min for those that end in loss, cross_entropy, nats_per_pixel, bits_per_pixel or bits_per_dim.
         callbacks: Added to ModelCheckpoint, LearningRate, LayerCurve, ClassificationReport, RunRecord,
             Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and Progress. A callback of such a
             class replaces ours, as do any progress bar and LearningRateMonitor.
@@ -189,7 +189,8 @@ def best_precision(accelerator: str = "auto", config: Any = None) -> tuple[str, 
         return "32-true", "on this device nothing faster was tested"
     name, wanted = {"cuda": ("GPU", "bfloat16"), "cpu": ("CPU", "AMX or AVX512-BF16")}[kind]
     fast = multiplies_bfloat16(kind)
-    if fast and kind == "cpu" and isinstance(config, ImageGPTConfig) and config.n_embd < 128 and config.image_size < 32:
+    small = isinstance(config, ImageGPTConfig) and config.n_embd < 128 and config.n_positions < 1024
+    if fast and kind == "cpu" and small:
         return "32-true", f"faster on a CPU at width {config.n_embd} with {config.n_positions} tokens"
     return "bf16-mixed" if fast else "32-true", f"this {name} has {'' if fast else 'no '}{wanted}"
 

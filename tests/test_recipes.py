@@ -26,7 +26,7 @@ from tests.image_files import noise, rows
 from tests.test_cli import printed
 
 RECIPES = {path.stem: path for path in sorted(recipes.folder().rglob("*.yaml"))}
-TOY = {"n_layer": 4, "n_head": 2, "n_embd": 8, "vocab_size": 16, "image_size": 8}
+TOY = {"n_layer": 4, "n_head": 2, "n_embd": 8, "vocab_size": 16, "image_size": 8, "tokens_per_pixel": 1}
 IMAGENET_TRAIN = 1_281_167
 LARGE = pytest.mark.slow  # their files differ little from each other's, and not at all at toy size
 

@@ -86,7 +86,8 @@ class Outline(Callback):
         config, data = getattr(pl_module, "config", None), getattr(trainer, "datamodule", None)
         if isinstance(config, ImageGPTConfig):
             size = f"{config.n_layer} layers of width {config.n_embd}, {parameter_count(config):,} parameters"
-            rank_zero_info(f"network: {size}, {config.image_size} x {config.image_size} pixels")
+            each = " of 3 tokens" * (config.tokens_per_pixel == 3)
+            rank_zero_info(f"network: {size}, {config.image_size} x {config.image_size} pixels{each}")
         if origin := trainer.ckpt_path or getattr(pl_module, "origin", None):
             rank_zero_info(f"weights: {f'step {trainer.global_step} of ' * bool(trainer.ckpt_path)}{origin}")
         parts, names = getattr(data, "parts", {}), {"train": "training", "val": "validation"}
@@ -109,6 +110,7 @@ def describe(trainer: Trainer, module: Any) -> dict[str, Any]:
         "trainer": {name: getattr(trainer, name) for name in TRAINER},
         "module": {"class": type(module).__name__, "hparams": _hparams(module)},
         "data": {"class": type(data).__name__, "hparams": _hparams(data)},
+        "resize": getattr(data, "resize_filter", None),
         "images": {f"{name}_images": len(part) for name, part in getattr(data, "parts", {}).items()},
         "module_seed": _hparams(module).get("seed"),
         "palette_sha256": getattr(getattr(module, "palette", None), "sha256", None),
@@ -118,7 +120,7 @@ def describe(trainer: Trainer, module: Any) -> dict[str, Any]:
 
 def comparable(record: Mapping[str, Any]) -> dict[str, Any]:
     """What of an entry a resumed run should share with the run that it continues."""
-    settings, names = record["data"]["hparams"], ("palette_sha256", "module_seed")
+    settings, names = record["data"]["hparams"], ("palette_sha256", "module_seed", "resize")
     shared = {f"data_{name}": settings.get(name) for name in DATA} | {name: record[name] for name in names}
     shared["precision"] = record["trainer"]["precision"]
     shared["data_source"] = Path(str(settings.get("source"))).name  # whole paths must not be published

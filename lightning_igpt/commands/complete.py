@@ -65,13 +65,13 @@ def complete(
         seed: Of the draws.
         split: Split of a dataset; default test, else validation, else train.
         device: cpu, cuda, mps, or auto.
-        palette: That of the training, where the source holds none: openai, gray:16, a .npy file, a folder or hub id.
+        palette: That of the training, where the source holds none: openai, gray:16, rgb, a .npy file, a folder or id.
     """
     check_folder(out, "--out")
     if mask is not None and (keep_rows, top_k, top_p) != (None, None, None):
         raise ValueError("mask replaces keep_rows, and inpainting has no top_k and top_p; drop keep_rows, top_k, top_p")
     loaded = load_pretrained(pretrained, palette=palette)
-    size = loaded.config.image_size
+    size, resize = loaded.config.image_size, loaded.resize_filter
     passes = {name: value for name, value in (("steps", steps), ("order", order)) if value is not None}
     if passes and loaded.config.objective == "autoregressive":
         text = "steps and order are for BERT networks, and this one is autoregressive: it draws in raster order"
@@ -79,7 +79,7 @@ def complete(
     hole = None if mask is None else read_mask(mask, size)
     side = size * max(1, CELL // size)  # of an image in the grid
     opened = decoded(images, split=split, limit=n_images)
-    parts = [(name, to_tensor(resize_center_crop(image, size)), fitted(image, side)) for name, image in opened]
+    parts = [(name, to_tensor(resize_center_crop(image, size, resize)), fitted(image, side)) for name, image in opened]
     names, pixels, photos = zip(*parts, strict=True)
     place = pick_device(device)
     precision = precision or ("half" if place.type == "cuda" else "full")

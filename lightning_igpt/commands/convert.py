@@ -9,6 +9,7 @@ from lightning_igpt.commands.arguments import check_file, check_folder
 from lightning_igpt.commands.help import row
 from lightning_igpt.commands.plan import shape
 from lightning_igpt.weights import load_pretrained, native, save_pretrained
+from lightning_igpt.weights.card import words_for
 from lightning_igpt.weights.huggingface import check_logits, compare_with_transformers
 
 TOLERANCE = 1e-4  # of the largest logit; float32 in another order of operations stays far below
@@ -37,7 +38,7 @@ def convert(
             config in its header.
         check: Compare with transformers on random tokens and print the largest difference.
         image_size: Side of the images of the written network; positions are interpolated where it is another.
-        palette: That of the training, where the source holds none: openai, gray:16, a .npy file, a folder or hub id.
+        palette: That of the training, where the source holds none: openai, gray:16, rgb, a .npy file, a folder or id.
         title: Heading of the model card (hf).
         data: What the network was trained on, for the model card; default what the checkpoint says.
         license: SPDX identifier of the weights' license, for the model card.
@@ -59,7 +60,7 @@ def convert(
     print(row("read", loaded.origin))
     print(row("network", f"{shape(config)}, {config.objective}"))
     print(row("images", f"{config.image_size} x {config.image_size} = {config.n_positions} tokens"))
-    print(row("palette", f"{len(loaded.palette)} colors, sha256 {loaded.palette.sha256[:12]}"))
+    print(row("palette", f"{words_for(loaded.palette)}, sha256 {loaded.palette.sha256[:12]}"))
     if head is not None:
         print(row("classes", f"{len(head)}: {', '.join(loaded.class_names or ['without names'])}"))
     if check:

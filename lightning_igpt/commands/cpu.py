@@ -37,7 +37,7 @@ def train_speed(config: ImageGPTConfig, images: int, precision: str, optimizer: 
     config = replace(config, n_layer=1) if flops() > TRIAL else config
     config = replace(config, image_size=8) if flops() > TRIAL else config
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        colors = torch.rand(config.vocab_size, 3).tolist()
+        colors = "rgb" if config.tokens_per_pixel == 3 else torch.rand(config.vocab_size, 3).tolist()
         module = PretrainModule(config.to_dict(), colors, optimizer=optimizer)
         module.train().to(torch.bfloat16 if precision == "bf16-true" else torch.float32)
         module.log = lambda *_, **__: None  # type: ignore[method-assign]  # there is no trainer

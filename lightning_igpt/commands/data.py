@@ -15,6 +15,7 @@ from lightning_igpt.files import shown
 from lightning_igpt.images import FORMATS, BadImageError, decode, fetch, resize_center_crop
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import CELL, enlarge, heading, image_grid, save_png, stack
+from lightning_igpt.weights.card import words_for
 
 N_CLASSES, N_BAD = 20, 10  # lines at most
 HEADINGS = ("original", "resized", "quantized")
@@ -36,7 +37,7 @@ def show(
     Args:
         source: A folder of images, Parquet, a hub id, digits or emoji.
         image_size: Side of the square images that a network would read.
-        palette: openai, gray:16, a .npy file, a Hugging Face folder or hub id.
+        palette: openai, gray:16, rgb, a .npy file, a Hugging Face folder or hub id.
         out: The contact sheet to write. Missing folders are made.
         limit: Images to open per split, evenly spread; 0 means all.
         n_images: Rows of the contact sheet.
@@ -75,7 +76,7 @@ def show(
         kinds = ", ".join(f"{mode} {count:,}" for mode, count in modes.most_common())
         print(row("images", f"{kinds}; {small[0]} x {small[1]} to {large[0]} x {large[1]}"))
         rmse = sqrt(sum(squares) / len(squares))
-        print(row("palette", f"{palette}, {len(colors)} colors: RMSE {rmse:.2f} of 255 per channel at {image_size}"))
+        print(row("palette", f"{palette}, {words_for(colors)}: RMSE {rmse:.2f} of 255 per channel at {image_size}"))
     print(row("bad images", f"{len(bad):,}; on_bad_image=skip leaves them out" if bad else "none"))
     print(*(f"  {shown(line)}" for line in bad[:N_BAD]), sep="\n", end="\n" * bool(bad))
     sheet, n_shown = contact_sheet(opened, image_size, colors, n_images)

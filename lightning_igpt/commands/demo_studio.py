@@ -18,9 +18,10 @@ from torch import Tensor
 
 from lightning_igpt import sampling
 from lightning_igpt.commands.images import decoded, to_tensor
+from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.embedded import EMBEDDED
 from lightning_igpt.images import decode, resize_center_crop
-from lightning_igpt.objectives import nats_to_bits
+from lightning_igpt.objectives import nats_to_bits, per_pixel
 from lightning_igpt.pictures import surprise_colors, surprise_limit, surprise_map
 from lightning_igpt.weights import ASSETS, Pretrained
 
@@ -36,9 +37,9 @@ log = logging.getLogger(__name__)
 class Ask:
     """What to draw; the same ask gives the same pictures."""
 
-    tokens: list[int]  # the picture, T palette ids in raster order
+    tokens: list[int]  # the picture, S * S pixels in raster order: palette ids, of rgb R << 16 | G << 8 | B
     keep_rows: int | None = None  # that are given, from the top; the rest is drawn
-    hole: list[int] | None = None  # instead, the positions to draw, 0 to T - 1
+    hole: list[int] | None = None  # instead, the pixels to draw, 0 to S * S - 1
     n_samples: int = 4  # 1 to MAX_SAMPLES
     temperature: float = 1.0
     top_k: int | None = None  # with keep_rows and an autoregressive network only
@@ -64,7 +65,8 @@ class Studio:
         """What the page has to know: the network, its colors and the pictures offered."""
         facts = {"origin": self.loaded.origin, "device": str(self.device), "autoregressive": self.autoregressive}
         size = {"layers": self.config.n_layer, "width": self.config.n_embd, "side": self.config.image_size}
-        colors = {"colors": self.loaded.palette.rgb.tolist(), "scale": surprise_colors()[::15].tolist()}
+        known = None if self.config.tokens_per_pixel == 3 else self.loaded.palette.rgb.tolist()
+        colors = {"colors": known, "scale": surprise_colors()[::15].tolist()}
         return {**facts, **size, **colors, "pictures": self.pictures}
 
     def read(self, content: bytes) -> dict[str, Any]:
@@ -75,23 +77,24 @@ class Studio:
 
     def seen(self, image: Image.Image) -> dict[str, Any]:
         """The tokens of the largest square in the middle, and the whole image as a data URL."""
-        square = to_tensor(resize_center_crop(image, self.config.image_size))
+        square = to_tensor(resize_center_crop(image, self.config.image_size, self.loaded.resize_filter))
         (whole := image.copy()).thumbnail((SIDE, SIDE))
         whole.save(file := io.BytesIO(), "PNG")
         url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        return {"tokens": self.loaded.palette.quantize(square[None])[0].tolist(), "whole": url}
+        return {"tokens": _pixels(self.loaded.palette.quantize(square[None]), self.config)[0].tolist(), "whole": url}
 
     def score(self, tokens: Sequence[int]) -> dict[str, Any]:
         """The surprise of each pixel: nats, colors of the map, and where its scale ends; a BERT network has none."""
         if not self.autoregressive:
             text = "a BERT network has a bound for a whole picture and no surprise of each pixel"
             raise ValueError(f"{text}; lightning-igpt score prints it")
-        nats = sampling.score(self.network, self._picture(tokens)).cpu()[0]  # (T,)
+        nats = sampling.score(self.network, self._picture(tokens)).cpu()
+        nats = per_pixel(nats, self.config.tokens_per_pixel)[0]  # (S * S,)
         if not nats.isfinite().all():
             raise ValueError("the surprise is not a finite number; the network's weights are damaged")
-        side, n_colors = self.config.image_size, self.config.vocab_size
+        side, n_colors = self.config.image_size, self.config.vocab_size**self.config.tokens_per_pixel
         limit, mean = surprise_limit(nats, n_colors), float(nats.mean(dtype=torch.float64))
-        heat = surprise_map(nats.view(side, side), limit=limit).flatten(1).T  # (T, 3)
+        heat = surprise_map(nats.view(side, side), limit=limit).flatten(1).T  # (S * S, 3)
         numbers = {"mean": mean, "bits": nats_to_bits(mean), "uniform": math.log(n_colors), "high": limit}
         return {"nats": nats.tolist(), "heat": heat.tolist(), **numbers}
 
@@ -121,21 +124,28 @@ class Studio:
         known = (~hole).expand(ask.n_samples, -1)
         precision, generator = "half" if self.device.type == "cuda" else "full", torch.Generator(self.device)
         options: dict[str, Any] = {"precision": precision, "generator": generator.manual_seed(ask.seed)}
-        options |= {"temperature": ask.temperature, "on_progress": _progress(known.to(self.device), emit, gone)}
+        options |= {
+            "temperature": ask.temperature,
+            "on_progress": _progress(known.to(self.device), self.config, emit, gone),
+        }
         if by_line:
             options |= {"n_samples": ask.n_samples, "top_k": ask.top_k, "top_p": ask.top_p}
-            sampling.complete(self.network, tokens[:, ~hole], **options)
+            given = ~hole.repeat_interleave(self.config.tokens_per_pixel)
+            sampling.complete(self.network, tokens[:, given], **options)
         else:
             sampling.inpaint(self.network, tokens.expand(ask.n_samples, -1), known, steps=ask.steps, **options)
 
     def _picture(self, tokens: Sequence[int]) -> Tensor:  # int64 (1, T)
-        side, total = self.config.image_size, self.config.n_positions
+        side, total = self.config.image_size, self.config.image_size**2
         if len(tokens) != total:
             raise ValueError(f"{len(tokens)} pixels; this network reads {side} x {side} = {total}")
-        return torch.tensor([tokens], dtype=torch.long)
+        pixels = torch.tensor([tokens], dtype=torch.long)
+        if self.config.tokens_per_pixel == 1:
+            return pixels
+        return torch.stack([pixels >> 16, pixels >> 8 & 255, pixels & 255], 2).flatten(1)
 
-    def _hole(self, ask: Ask) -> Tensor:  # bool (T,), true where to draw
-        side, total = self.config.image_size, self.config.n_positions
+    def _hole(self, ask: Ask) -> Tensor:  # bool (S * S,), true where to draw
+        side, total = self.config.image_size, self.config.image_size**2
         if (ask.keep_rows is None) == (not ask.hole):
             raise ValueError("give keep_rows, or a hole with at least one position, and not both")
         if ask.keep_rows is not None and not 0 <= ask.keep_rows < side:
@@ -146,12 +156,21 @@ class Studio:
         return torch.zeros(total, dtype=torch.bool).index_fill_(0, torch.tensor(list(positions)), True)
 
 
-def _progress(known: Tensor, emit: Emit, gone: threading.Event) -> Callable[[Tensor, Tensor], None]:
+def _pixels(tokens: Tensor, config: ImageGPTConfig) -> Tensor:
+    """Tokens (B, T) as the page has them, a number for each pixel (B, S * S)."""
+    weights = torch.tensor([1 << 16, 1 << 8, 1] if config.tokens_per_pixel == 3 else [1], device=tokens.device)
+    return (tokens.view(len(tokens), -1, config.tokens_per_pixel) * weights).sum(2)
+
+
+def _progress(
+    known: Tensor, config: ImageGPTConfig, emit: Emit, gone: threading.Event
+) -> Callable[[Tensor, Tensor], None]:
     """An ``on_progress`` that emits the pixels decided since its last call, and raises when the reader is gone."""
     before, holes = known, max(1, int((~known).sum()))
 
     def progress(tokens: Tensor, known: Tensor) -> None:
         nonlocal before
+        tokens, known = _pixels(tokens, config), known[:, :: config.tokens_per_pixel]
         fresh, before = (known & ~before).cpu(), known
         if gone.is_set():
             raise ReaderGoneError

@@ -32,7 +32,8 @@ def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | 
     config, counts, origin = getattr(model, "config", None), images(data), getattr(model, "origin", None)
     if isinstance(config, ImageGPTConfig):
         side, size = config.image_size, getattr(data, "image_size", None) or config.image_size
-        yield row("network", f"{config.objective}, {shape(config)}, {side} x {side} pixels, {config.vocab_size} colors")
+        colors = f"{config.vocab_size} colors" if config.tokens_per_pixel == 1 else "3 tokens each (rgb)"
+        yield row("network", f"{config.objective}, {shape(config)}, {side} x {side} pixels, {colors}")
         if size != side:
             raise ValueError(f"image_size is {size}, but the network reads images of {side} x {side}; leave it out")
     yield row("weights", checkpoint or (f"those of {origin}" if origin else "drawn at random"))

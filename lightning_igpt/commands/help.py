@@ -45,7 +45,11 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     "palette fit": ("palette fit photos mine.npy --n_colors 256 --limit 5000",),
     "palette show": ("palette show --palette mine.npy --out mine.png",),
     "convert": ("convert final.ckpt mine", "convert openai/imagegpt-small small --check"),
-    "plan": ("plan --network igpt_l --devices 8", "plan --network igpt_tiny --device_kind cpu"),
+    "plan": (
+        "plan --network igpt_l --devices 8",
+        "plan --network igpt_s --rgb true",
+        "plan --network igpt_tiny --device_kind cpu",
+    ),
     "recipes list": ("recipes list",),
     "recipes show": ("recipes show digits_tiny_pretrain",),
     "recipes copy": ("recipes copy digits_tiny_pretrain --to mine.yaml",),

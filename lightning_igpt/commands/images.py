@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lightning_igpt.files import shown
-from lightning_igpt.images import SUFFIXES, BadImageError, decode, resize_center_crop
+from lightning_igpt.images import BILINEAR, SUFFIXES, BadImageError, Filter, decode, resize_center_crop
 
 if TYPE_CHECKING:
     from lightning_igpt.data.sources import Source
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # in the order of preference: unseen images first
 
 
-def read_images(source: str, size: int, **options: Any) -> tuple[Tensor, list[str]]:
+def read_images(source: str, size: int, resize: Filter = BILINEAR, **options: Any) -> tuple[Tensor, list[str]]:
     """Images uint8 (N, 3, S, S), cut to the square in the middle and resized to ``size``, and names, of ``decoded``."""
-    pairs = [(to_tensor(resize_center_crop(image, size)), name) for name, image in decoded(source, **options)]
+    pairs = [(to_tensor(resize_center_crop(image, size, resize)), name) for name, image in decoded(source, **options)]
     return torch.stack([image for image, _ in pairs]), [name for _, name in pairs]
 
 

@@ -85,7 +85,7 @@ def lowdata(
     reading: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "num_workers": num_workers}
     where: dict[str, Any] = {"config_name": config_name, "image_column": image_column, "label_column": label_column}
     where |= {"train_split": train_split, "test_split": test_split, "val_fraction": val_fraction}
-    data: Any = ProbeDataModule(source, image_size=config.image_size, cache="none", **reading, **where)
+    data: Any = ProbeDataModule(source, image_size=config.image_size, resize=loaded.resize_filter, **reading, **where)
     data.setup()
     train, test, names = data.train_dataloader().dataset, data.test_dataloader().dataset, data.class_names or []
     subsets = draw_subsets(train.labels, names, budgets[-1], n_subsets, seed=seed)
@@ -133,7 +133,8 @@ def features(
         batch = {name: values.to(network.wpe.weight.device) for name, values in batch.items()}
         tokens, masked = read_batch(batch, loaded.palette, config).tokens, None
         if config.objective == "bert":
-            masked = draw_mask(batch["sample"], config.n_positions, seed=seed, ratio=MASK_RATIO)
+            options: dict[str, Any] = {"seed": seed, "tokens_per_pixel": config.tokens_per_pixel}
+            masked = draw_mask(batch["sample"], config.n_positions, ratio=MASK_RATIO, **options)
         parts.append(network.features(tokens, layers, masked=masked).float().cpu())  # (B, layers, D)
     return torch.cat(parts)
 

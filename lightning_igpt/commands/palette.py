@@ -65,7 +65,7 @@ def show(palette: str = "openai", out: str = "palette.png") -> None:
     """Write a PNG of a palette's colors and print its size, digest and range.
 
     Args:
-        palette: openai, gray:K, a .npy file, a Hugging Face folder or a hub id.
+        palette: openai, gray:K, rgb, a .npy file, a Hugging Face folder or a hub id.
         out: The PNG file to write. Missing folders are made.
     """
     check_file(out, "--out", "palette.png", ".png")

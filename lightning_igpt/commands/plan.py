@@ -29,6 +29,7 @@ def plan(
     device_kind: str = "h100",
     precision: str | None = None,
     mfu: float | None = None,
+    rgb: bool = False,
 ) -> None:
     """Print what a training run costs: parameters, operations, memory and time. ``fit --dry_run`` plans a recipe.
 
@@ -43,8 +44,10 @@ def plan(
         device_kind: Their kind, such as a100-40, h100 or rtx4090; for cpu, this one trains for a few steps.
         precision: bf16-mixed (or bf16), 16-mixed (or 16), 32-true (or 32), or bf16-true. Default: as fit chooses.
         mfu: Share of the device's peak that training reaches, such as 0.45; default by the network's size, on a CPU 1.
+        rgb: With the palette rgb: 256 values and three tokens per pixel.
     """
     config = ImageGPTConfig.resolve(network)
+    config = replace(config, vocab_size=256, tokens_per_pixel=3) if rgb else config
     config = replace(config, image_size=image_size or config.image_size, objective=objective or config.objective)
     parts = devices * accumulate_grad_batches
     if min(batch_size, devices, accumulate_grad_batches) < 1 or batch_size % parts:
@@ -77,7 +80,8 @@ def lines(name: str, run: Run, micro_batch: int) -> Iterator[str]:
     config, device, schedule = run.config, run.device, run.schedule
     tokens, per_token = config.n_positions, planning.train_flops_per_token(config)
     yield row("network", f"{name}, {config.objective}: {shape(config)}")
-    yield row("images", f"{config.image_size} x {config.image_size} = {tokens:,} tokens")
+    each = f" x {config.tokens_per_pixel} channels" * (config.tokens_per_pixel > 1)
+    yield row("images", f"{config.image_size} x {config.image_size}{each} = {tokens:,} tokens")
     step = f"{per_token * tokens * schedule.batch_size:.3e} per step of {schedule.batch_size:,} images"
     yield row("training FLOPs", f"{per_token:.3e} per token, {step}")
     yield row("", f"{run.flops:.3e} in {schedule.steps:,} steps, {run.tokens:.3e} tokens")

@@ -15,7 +15,7 @@ from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.complete import DEFAULT, pick_device
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.files import shown, write_csv
-from lightning_igpt.objectives import nats_to_bits
+from lightning_igpt.objectives import nats_to_bits, per_pixel
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import Pretrained, load_pretrained
 
@@ -55,7 +55,7 @@ def score(
         batch_size: Images per forward pass.
         device: cpu, cuda, mps, or auto.
         on_bad_image: What to do with an image that cannot be read: error stops; skip names it and leaves it out.
-        palette: That of the training, where the source holds none: openai, gray:16, a .npy file, a folder or hub id.
+        palette: That of the training, where the source holds none: openai, gray:16, rgb, a .npy file, a folder or id.
         against: Anomalies to detect among the images: a source like these. Writes scores_against.csv, each image's
             scores, and scores_auroc.csv: AUROC, and the false positive rate where 95 % of the anomalies are detected.
             Every second image gives the mean, the others are compared. Split and limit are those of the images.
@@ -76,14 +76,19 @@ def score(
     others = read_tokens(loaded, against, **reading) if against else None
     nats, per_image = surprise(loaded, tokens, names, **scoring)
     ranked = [(names[i], per_image[i].item(), i) for i in per_image.argsort(descending=True, stable=True).tolist()]
-    rows = [[name, f"{value:.6f}", f"{nats_to_bits(value):.6f}"] for name, value, _ in ranked]
-    heads, bounded = ["image", "nats_per_pixel", "bits_per_pixel"], loaded.config.objective == "bert"
+    n_tokens, bounded = loaded.palette.tokens_per_pixel, loaded.config.objective == "bert"
+    scales = {"nats_per_pixel": 1.0, "bits_per_pixel": nats_to_bits(1.0)}
+    scales |= {"bits_per_dim": nats_to_bits(1.0) / n_tokens} if loaded.palette.is_exact else {}
+    heads = ["image", *scales]
+    rows = [[name, *(f"{value * scale:.6f}" for scale in scales.values())] for name, value, _ in ranked]
     if bounded:
         error = nats.std(1) / math.sqrt(nats.shape[1])  # (N,), of the draws
         heads = [heads[0], *(f"{head}_bound" for head in heads[1:]), "standard_error_nats_per_pixel"]
         rows = [[*row, f"{error[i].item():.6f}"] for row, (_, _, i) in zip(rows, ranked, strict=True)]
     write_csv(path, [heads, *rows])
-    print(summary(per_image, math.log(loaded.config.vocab_size)))
+    print(summary(per_image, n_tokens * math.log(loaded.config.vocab_size)))
+    if loaded.palette.is_exact:
+        print(f"{per_image.mean() * scales['bits_per_dim']:.4f} bits per dimension (uniform: 8.0000)")
     if bounded:
         print(f"an upper bound by {n_draws} masks of each image; standard error of an image's: {error.mean():.4f}")
     print(f"{'rank':>6}  {'nats per pixel':>14}  image")
@@ -100,13 +105,15 @@ def score(
 
 def read_tokens(loaded: Pretrained, source: str, **options: Any) -> tuple[Tensor, list[str]]:
     """The images of a source as the network reads them, int64 (N, T), and their names."""
-    pixels, names = read_images(source, loaded.config.image_size, **options)
+    pixels, names = read_images(source, loaded.config.image_size, loaded.resize_filter, **options)
     return loaded.palette.quantize(pixels), names
 
 
 def surprise(loaded: Pretrained, tokens: Tensor, names: Sequence[str], **options: Any) -> tuple[Tensor, Tensor]:
     """What ``sampling.score`` gives, and its mean for each image, nats per pixel in float64 (N,)."""
     nats = sampling.score(loaded.network, tokens, **options).cpu()
+    if loaded.config.objective == "autoregressive":
+        nats = per_pixel(nats, loaded.palette.tokens_per_pixel)
     per_image = nats.mean(1, dtype=torch.float64)
     if not per_image.isfinite().all():
         name, value = next(pair for pair in zip(names, per_image.tolist(), strict=True) if not math.isfinite(pair[1]))
@@ -124,13 +131,14 @@ def summary(per_image: Tensor, uniform: float) -> str:
 
 
 def surprise_sheet(tokens: Tensor, nats: Tensor, names: Sequence[str], palette: Palette, *, pictures: int) -> Tensor:
-    """The most surprising images and a few of the least, next to heat maps of ``nats`` (N, T): uint8 (3, h, w)."""
+    """The most surprising images and a few of the least, next to heat maps of ``nats`` (N, S * S): uint8 (3, h, w)."""
     per_image = nats.mean(1, dtype=torch.float64)
     n, side = len(names), math.isqrt(nats.shape[1])
     ranked = list(enumerate(per_image.argsort(descending=True, stable=True).tolist(), 1))
     most, least = ranked[:pictures], ranked[max(pictures, n - N_LEAST) :]
-    limit = drawing.surprise_limit(nats[[index for _, index in most + least]], len(palette))
-    parts = [drawing.heading("surprise of each pixel in nats"), drawing.surprise_bar(limit, len(palette))]
+    n_colors = len(palette) ** palette.tokens_per_pixel
+    limit = drawing.surprise_limit(nats[[index for _, index in most + least]], n_colors)
+    parts = [drawing.heading("surprise of each pixel in nats"), drawing.surprise_bar(limit, n_colors)]
     for title, part in ((f"the most surprising of {n} images", most), ("the least surprising", least)):
         if part:
             places = [index for _, index in part]

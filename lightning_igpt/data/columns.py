@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_igpt.palette import PALETTE_COLUMN
+from lightning_igpt.palette import PALETTE_COLUMN, Palette
 
 TOKENS_COLUMN = "tokens"
 VARIANTS_COLUMN = "variants_of"  # rows of equal values are near-copies, which a hold-out keeps together
@@ -27,6 +27,7 @@ class TokenMark(NamedTuple):
 
     sha256: str  # of the palette
     image_size: int  # side of the pictures in pixels
+    tokens_per_pixel: int = 1
 
 
 def is_tokenized(features: Mapping[str, Any]) -> bool:
@@ -53,10 +54,12 @@ def marked_palette(rows: datasets.Dataset) -> TokenMark:
     length = getattr(rows.features[TOKENS_COLUMN], "length", -1)
     if length < 0:
         length = len(rows.with_format(None)[0][TOKENS_COLUMN]) if len(rows) else 0
-    size = isqrt(length)
-    if not length or size * size != length:
-        raise ValueError(f"rows of {length} tokens fill no square picture; the nearest is {size} x {size} = {size**2}")
-    return TokenMark(str(hashes[0]), size)
+    each = 3 if hashes[0] == Palette.load("rgb").sha256 else 1
+    size = isqrt(length // each)
+    if not length or each * size * size != length:
+        nearest = f"{size} x {size}{f' x {each}' * (each > 1)} = {each * size**2}"
+        raise ValueError(f"rows of {length} tokens fill no square picture; the nearest is {nearest}")
+    return TokenMark(str(hashes[0]), size, each)
 
 
 def find_image_column(features: datasets.Features, wanted: str | None, *, where: str) -> str:

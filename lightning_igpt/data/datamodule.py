@@ -21,6 +21,7 @@ from lightning_igpt.data.streams import StreamBatches, StreamPart
 from lightning_igpt.data.tokens import TokenReader, cached_tokens
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
 from lightning_igpt.files import write_csv
+from lightning_igpt.images import Filter
 
 _OPENING = ("revision", "streaming", "image_column", "label_column", "train_split")
 _DIVIDING = (*_OPENING, "source", "config_name", "val_split", "test_split", "seed", "val_fraction", "val_images")
@@ -31,17 +32,17 @@ class ImageDataModule(LightningDataModule):
 
     Every batch is ``{"image": uint8 (B, 3, S, S), "sample": int64 (B,), "label": int64 (B,)}``; ``sample`` numbers
     the draws of a run in training and the rows in evaluation, ``label`` is there when the source has labels. Sources
-    of tokens, and ``cache="disk"``, give ``tokens`` int16 (B, S * S) instead of ``image``. After ``setup`` there are
+    of tokens, and ``cache="disk"``, give ``tokens`` int16 (B, T) instead of ``image``. After ``setup`` there are
     ``num_classes`` and ``class_names`` (None without labels), ``batches_per_epoch``, and ``bad_images`` left out.
 
     Options can be set later, as attributes: new loaders use them, and ``hparams`` has them. Those that decide which
     rows there are (source, splits, columns, ``seed``, ``val_fraction``) need another ``setup``, as ``fit`` calls it.
 
     Args:
-        source: "digits" or "emoji" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, or
-            of WebDataset shards (.tar), or one such file; a folder written by save_to_disk. In Python also a Dataset,
-            DatasetDict, IterableDataset or IterableDatasetDict, such as interleave_datasets makes of several. Tokens
-            made by ``lightning_igpt.tokenize`` are a source, too.
+        source: "digits" or "emoji" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, of
+            WebDataset shards (.tar) or of downsampled ImageNet's .npz files, or one such file; a folder written by
+            save_to_disk. In Python also a Dataset, DatasetDict, IterableDataset or IterableDatasetDict, such as
+            interleave_datasets makes of several. Tokens made by ``lightning_igpt.tokenize`` are a source, too.
         image_size: Side S of the square images in pixels. Default: the network's, or 32 without a network.
         batch_size: Images per optimizer step, over all devices and accumulated micro-batches together.
         num_workers: Processes that read and decode; 0 reads in the main process.
@@ -59,12 +60,14 @@ class ImageDataModule(LightningDataModule):
         streaming: Read rows as they arrive, without a copy of all of them first; shuffled by shards and a buffer.
         shuffle_buffer: Streams: rows of the shuffle buffer; every worker holds one, undecoded.
         val_images: Streams: images to validate on, read once and held in memory undecoded.
-        cache: disk keeps tokens of all images, 2 S^2 bytes each, in the cache of datasets, for all runs with the same
+        cache: disk keeps tokens of all images, 2 T bytes each, in the cache of datasets, for all runs with the same
             images, size and palette. none, like auto and memory of earlier versions, keeps nothing.
         palette: Of a token cache; as for the modules. Default: the network's.
         on_bad_image: What to do with an image that cannot be read: error stops the run and names it; skip leaves it
             out, trains on another one instead, and lists it in bad_images.csv.
         max_bad_share: Largest share of images to leave out; beyond it the run stops.
+        resize: Filter of Pillow's that makes images small: bilinear, bicubic, box or lanczos. Default: that of the
+            pretrained network, where it is recorded, else bilinear.
     """
 
     needs_labels: ClassVar[bool] = True
@@ -96,12 +99,13 @@ class ImageDataModule(LightningDataModule):
         palette: str | None = None,
         on_bad_image: OnBadImage = "error",
         max_bad_share: float = 0.05,
+        resize: Filter | None = None,
     ) -> None:
         super().__init__()
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.seed, self.val_fraction, self.cache, self.palette = seed, val_fraction, cache, palette
         self.shuffle_buffer, self.val_images, self.streaming = shuffle_buffer, val_images, streaming
-        self.on_bad_image, self.max_bad_share = on_bad_image, max_bad_share
+        self.on_bad_image, self.max_bad_share, self.resize = on_bad_image, max_bad_share, resize
         self.config_name, self.revision = config_name, revision
         self.image_column, self.label_column = image_column, label_column
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
@@ -163,6 +167,11 @@ class ImageDataModule(LightningDataModule):
     def bad_images(self) -> dict[str, str]:
         """Images that this process left out so far, and why."""
         return {place: reason for log in self.left_out.values() for place, reason in log.reasons.items()}
+
+    @property
+    def resize_filter(self) -> Filter:
+        """The filter in use; runs and checkpoints record it."""
+        return loaders.matching_filter(self.trainer, self.resize)
 
     def roles(self) -> list[str]:
         """Which of train, val and test there are; after ``setup``."""
@@ -246,7 +255,7 @@ class ImageDataModule(LightningDataModule):
         """Every image of a part once, in order, resized from its middle square."""
         self._check_role(role)
         need_labels = self.needs_labels if need_labels is None else need_labels
-        place, resize = place_of(self.trainer), CenterCrop(self._size())
+        place, resize = place_of(self.trainer), CenterCrop(self._size(), self.resize_filter)
         at_once = -(-self.batch_size // (place.world_size * place.accumulate))
         labels = None
         if self.opened.streaming:
@@ -285,7 +294,7 @@ class ImageDataModule(LightningDataModule):
             rank_zero_warn(f"{len(bad)} images could not be read and were left out; they are listed in {path}")
 
     def training_resize(self) -> Resize:
-        return CenterCrop(self._size())
+        return CenterCrop(self._size(), self.resize_filter)
 
     def augmentation(self) -> Augment | None:
         return None
@@ -302,7 +311,8 @@ class ImageDataModule(LightningDataModule):
                 rank_zero_info(f"batches will carry no labels: {error}")
         palette = matching_palette(self.trainer, source, self.palette, cache=self.cache == "disk")
         if source.tokens is not None:
-            reader: readers.Reader = TokenReader(part, part.dataset, source.image_column, resize.size)
+            column, each = source.image_column, source.tokens.tokens_per_pixel
+            reader: readers.Reader = TokenReader(part, part.dataset, column, resize.size, 1, each)
         elif self.cache != "disk":
             reader = readers.ImageReader(part, source.image_column, resize)
         else:

@@ -19,6 +19,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_igpt.data.columns import LABEL_NAMES
+from lightning_igpt.data.downsampled import open_npz
 from lightning_igpt.files import shown
 from lightning_igpt.images import SUFFIXES
 
@@ -34,7 +35,7 @@ _CARD = re.compile("^(configs|dataset_info):", re.M)
 UNREADABLE = {".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".raw", ".psd", ".svg"}
 TABLES = {".parquet": "Parquet", ".arrow": "Arrow", ".tar": "WebDataset"}
 _KINDS = dict.fromkeys(SUFFIXES, "image") | dict.fromkeys(UNREADABLE, "unreadable") | TABLES
-_KINDS |= dict.fromkeys((".json", ".csv", ".jsonl"), "other")
+_KINDS |= dict.fromkeys((".json", ".csv", ".jsonl"), "other") | {".npz": "npz"}
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -70,13 +71,15 @@ def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -
     suffix = path.suffix.lower()
     if path.is_file() and suffix in TABLES:
         return datasets.load_dataset(TABLES[suffix].lower(), data_files=[_literal(path)], streaming=streaming)
+    if path.is_file() and suffix == ".npz":
+        return open_npz([path])
     if not path.is_dir():
         kind = "a single image" if suffix in SUFFIXES | UNREADABLE else "no Parquet file, Arrow file or WebDataset tar"
         raise ValueError(f"{shown(path)} is {kind}; give the folder that holds your images, as JPEG or PNG")
     files: dict[str, list[Path]] = defaultdict(list)
     for file in list_files(path, _KINDS):
         files[_KINDS[file.suffix.lower()]].append(file)
-    others, unreadable = files.pop("other", []), files.pop("unreadable", [])
+    others, unreadable, archives = (files.pop(kind, []) for kind in ("other", "unreadable", "npz"))
     names = {(file.parent, file.name) for file in others}
     if saved := {
         place for place, name in names if name == "dataset_dict.json"
@@ -100,6 +103,8 @@ def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -
         return open_image_folder(path, files["image"], [file for file in others if file.name in _METADATA])
     if files:
         return _open_tables(path, next(iter(files.values())), name, streaming)
+    if archives:
+        return open_npz([path / file for file in archives])
     if unreadable:
         raise ValueError(f"{shown(path)} holds {problem}; convert them to JPEG or PNG")
     kinds = "Parquet, Arrow or WebDataset (.tar) files, and no dataset written by save_to_disk, at any depth"

@@ -4,7 +4,7 @@ import os
 import signal
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import Trainer
@@ -16,7 +16,7 @@ from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.readers import BAD, BadImages
 from lightning_igpt.data.sources import Source
 from lightning_igpt.data.streams import STATE
-from lightning_igpt.images import BadImageError
+from lightning_igpt.images import BILINEAR, BadImageError, Filter
 from lightning_igpt.palette import Palette
 from lightning_igpt.private import forget_iterator, stop_workers
 
@@ -171,6 +171,12 @@ def matching_size(trainer: Trainer | None, source: Source, wanted: int | None) -
     if own not in (None, size):
         raise ValueError(f"image_size is {size}, but {source.name} holds tokens of {own} x {own} images; set {own}")
     return size
+
+
+def matching_filter(trainer: Trainer | None, wanted: Filter | None) -> Filter:
+    """The resize filter: as ``wanted``, as recorded with the network, or bilinear."""
+    recorded: Any = None if trainer is None else getattr(trainer.lightning_module, "resize_filter", None)
+    return wanted or (recorded if recorded in get_args(Filter) else None) or BILINEAR
 
 
 def matching_palette(trainer: Trainer | None, source: Source, wanted: str | None, *, cache: bool) -> Palette | None:

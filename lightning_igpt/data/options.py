@@ -4,6 +4,7 @@ from numbers import Integral
 from typing import Any, Literal, get_args
 
 from lightning_igpt.data.readers import OnBadImage
+from lightning_igpt.images import Filter
 
 Cache = Literal["none", "disk", "auto", "memory"]
 _LEAST = dict.fromkeys(("batch_size", "image_size", "n_crops", "shuffle_buffer", "val_images"), 1)
@@ -22,9 +23,15 @@ def check(data: Any) -> None:
         raise ValueError(f"val_fraction is {data.val_fraction}; it must be at least 0 and below 1")
     if not 0 <= data.max_bad_share <= 1:
         raise ValueError(f"max_bad_share is {data.max_bad_share}; it must lie from 0 to 1")
-    for name, choices in (("cache", get_args(Cache)), ("on_bad_image", get_args(OnBadImage))):
+    for name, choices in (
+        ("cache", get_args(Cache)),
+        ("on_bad_image", get_args(OnBadImage)),
+        ("resize", (None, *get_args(Filter))),
+    ):
         if getattr(data, name) not in choices:
-            raise ValueError(f"{name} is {getattr(data, name)!r}; it must be one of: {', '.join(choices)}")
+            raise ValueError(
+                f"{name} is {getattr(data, name)!r}; it must be one of: {', '.join(filter(None, choices))}"
+            )
     if data.n_crops > 1 and not (data.random_crop and data.cache == "disk"):
         text = f"n_crops is {data.n_crops}, but random_crop is {data.random_crop} and cache is {data.cache!r}"
         raise ValueError(f"{text}; set random_crop=True and cache=disk, or n_crops=1")

@@ -38,4 +38,4 @@ class PretrainDataModule(ImageDataModule):
         crops = self.random_crop and (self.cache != "disk" or self.n_crops > 1)
         if self.random_crop and not crops:
             rank_zero_info("cache=disk keeps the center of large images; n_crops=10 keeps ten random squares of each")
-        return RandomCrop(self._size(), self.seed) if crops else super().training_resize()
+        return RandomCrop(self._size(), self.seed, self.resize_filter) if crops else super().training_resize()

@@ -70,7 +70,7 @@ class Reader(Protocol):
     part: Part
 
     def read(self, places: list[int], samples: list[int]) -> tuple[NDArray[Any], dict[int, BadImage]]:
-        """Draws as uint8 (B, 3, S, S) pixels or int16 (B, 1, S, S) tokens, and by index what cannot be read."""
+        """Draws as uint8 (B, 3, S, S) pixels or int16 (B, tokens per pixel, S, S), and by index what cannot be read."""
         ...
 
 
@@ -173,14 +173,22 @@ def check_draws(draws: Any) -> None:
         raise TypeError(f"{text}. To overfit, give a small source and limit_train_batches")
 
 
+def as_grids(tokens: NDArray[Any], size: int) -> NDArray[Any]:
+    """Tokens (B, T) as (B, tokens per pixel, S, S), which crops and mirrors apply to."""
+    grids: NDArray[Any] = tokens.reshape(len(tokens), size, size, -1).transpose(0, 3, 1, 2)
+    return grids
+
+
 def make_batch(
     grids: NDArray[Any], samples: Sequence[int], labels: Tensor | None, bad: list[BadImage], augment: Augment | None
 ) -> dict[str, Any]:
     """Augment what was read and give it the keys that modules read."""
     if augment is not None:
         grids = augment(grids, samples)
-    values = torch.from_numpy(np.ascontiguousarray(grids))
-    batch: dict[str, Any] = {"tokens": values.flatten(1)} if values.shape[1] == 1 else {"image": values}
+    if grids.dtype == np.uint8:
+        batch: dict[str, Any] = {"image": torch.from_numpy(np.ascontiguousarray(grids))}
+    else:
+        batch = {"tokens": torch.from_numpy(np.ascontiguousarray(grids.transpose(0, 2, 3, 1))).flatten(1)}
     batch["sample"] = torch.tensor(samples, dtype=torch.int64, device="cpu")
     if labels is not None:
         batch["label"] = labels

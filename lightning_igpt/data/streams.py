@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, get_worker_info
 from lightning_igpt.data.columns import HIDDEN, VARIANTS_COLUMN, mode_of
 from lightning_igpt.data.folders import DamagedDataError
 from lightning_igpt.data.order import Draw
-from lightning_igpt.data.readers import MAX_STAND_INS, BadImage, OnBadImage, check_draws, make_batch
+from lightning_igpt.data.readers import MAX_STAND_INS, BadImage, OnBadImage, as_grids, check_draws, make_batch
 from lightning_igpt.data.sources import Source
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.tokens import CHECKSUM_COLUMN
@@ -63,18 +63,20 @@ class StreamPart:
     on_bad_image: OnBadImage
 
     def read(self, row: Mapping[str, Any], sample: int) -> NDArray[Any] | BadImage:
-        """One row as a grid, uint8 (3, S, S) or int16 (1, S, S), or what is wrong with it."""
+        """One row as a grid, uint8 (3, S, S) or int16 (tokens per pixel, S, S), or what is wrong with it."""
         value, resize = row[self.source.image_column], self.resize
         if self.source.tokens is not None:
             mine, mark = self.source.tokens.sha256, row.get(PALETTE_COLUMN)
             if isinstance(mark, str) and mark != mine:
                 raise ValueError(f"{self.where} holds tokens of two palettes, {mine[:12]} and {mark[:12]}; use one")
-            if len(value) != resize.size**2:
-                raise ValueError(f"{self.where}, draw {sample}: {len(value)} tokens, not {resize.size}^2")
+            each = self.source.tokens.tokens_per_pixel
+            if len(value) != each * resize.size**2:
+                raise ValueError(f"{self.where}, draw {sample}: {len(value)} tokens, not {each} x {resize.size}^2")
             tokens = np.asarray(value, "<i2")
             if row.get(CHECKSUM_COLUMN, checksum := zlib.crc32(tokens.tobytes())) != checksum:
                 raise DamagedDataError(f"{self.where}, draw {sample}: tokens and checksum differ; tokenize again")
-            return tokens.astype(np.int16).reshape(1, resize.size, resize.size)
+            grid: NDArray[Any] = as_grids(tokens.astype(np.int16)[None], resize.size)[0]
+            return grid
         try:
             mode = mode_of(self.rows, self.source.image_column)
             return square(resize, decode(value, mode=mode, remote=self.source.remote), sample)

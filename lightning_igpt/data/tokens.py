@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import datasets
 import numpy as np
@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 
 from lightning_igpt.data.columns import TOKENS_COLUMN, find_image_column, is_tokenized, mode_of
 from lightning_igpt.data.folders import DamagedDataError, check_files, quiet
-from lightning_igpt.data.readers import REPAIR, BadImage
+from lightning_igpt.data.readers import REPAIR, BadImage, as_grids
 from lightning_igpt.data.sources import Rows
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import CenterCrop, Resize, square
 from lightning_igpt.files import shown
-from lightning_igpt.images import BadImageError, decode
+from lightning_igpt.images import BILINEAR, BadImageError, Filter, decode
 from lightning_igpt.palette import PALETTE_COLUMN, Colors, Palette, quantize_in_one_thread
 
 CHECKSUM_COLUMN = "crc32"  # of a row's tokens as little-endian int16
@@ -50,6 +50,7 @@ def tokenize(
     image_column: str | None = None,
     num_proc: int | None = None,
     batch_size: int = 1000,
+    resize: Filter = BILINEAR,
 ) -> DataSets:
     """Replace the images of a dataset by palette ids.
 
@@ -63,11 +64,13 @@ def tokenize(
         image_column: Column of images; needed where not exactly one column has the type Image.
         num_proc: Processes that work at the same time; a stream takes none.
         batch_size: Images that a process reads at a time.
+        resize: Filter of Pillow's: bilinear, bicubic, box or lanczos.
 
     Returns:
         A dataset of the same kind. In place of the images it has ``tokens``, size * size integers of 16 bits in raster
-        order, ``crc32``, their checksum, which this package's data modules compare before they train, and ``palette``,
-        a ClassLabel whose one name is the SHA-256 of the colors; rows of a stream hold the name itself.
+        order (of the palette ``rgb`` three times as many), ``crc32``, their checksum, which this package's data modules
+        compare before they train, and ``palette``, a ClassLabel whose one name is the SHA-256 of the colors; rows of a
+        stream hold the name itself.
 
     Raises:
         BadImageError: An image cannot be used; the message names its row and path.
@@ -76,7 +79,9 @@ def tokenize(
     """
     palette = Palette.load(palette)
     palette.quantize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))  # builds its table, else each process would
-    options = (palette, size, image_column, num_proc, batch_size)
+    if resize not in get_args(Filter):
+        raise ValueError(f"resize is {resize!r}; it must be one of: {', '.join(get_args(Filter))}")
+    options = (palette, CenterCrop(size, resize), image_column, num_proc, batch_size)
     if not isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
         return _tokenize(dataset, "the dataset", *options)
     splits = dataset.items()
@@ -84,7 +89,13 @@ def tokenize(
 
 
 def _tokenize(
-    dataset: Rows, where: str, palette: Palette, size: int, wanted: str | None, num_proc: int | None, batch_size: int
+    dataset: Rows,
+    where: str,
+    palette: Palette,
+    crop: CenterCrop,
+    wanted: str | None,
+    num_proc: int | None,
+    at_once: int,
 ) -> Rows:
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         text = f"tokenize takes a Dataset or a DatasetDict, not a {type(dataset).__name__}"
@@ -99,22 +110,24 @@ def _tokenize(
     if taken := [name for name in (TOKENS_COLUMN, CHECKSUM_COLUMN, PALETTE_COLUMN) if name in features]:
         raise ValueError(f"{where} has a column {taken[0]!r} of its own, which would be lost; rename it")
     column = find_image_column(features, wanted, where=where)
+    size = crop.size
     if size < 1:
         raise ValueError(f"size is {size}; an image has a side of at least 1 pixel")
     mode = mode_of(dataset, column)
     dataset = dataset.with_format(None).cast_column(column, datasets.Image(mode=mode, decode=False))
     others = {name: feature for name, feature in dataset.features.items() if name != column}
     label = datasets.ClassLabel(names=[palette.sha256])
-    columns = {TOKENS_COLUMN: datasets.List(_ID, length=size * size), PALETTE_COLUMN: label, CHECKSUM_COLUMN: _CHECKSUM}
+    ids = datasets.List(_ID, length=palette.tokens_per_pixel * size * size)
+    columns = {TOKENS_COLUMN: ids, PALETTE_COLUMN: label, CHECKSUM_COLUMN: _CHECKSUM}
     features = datasets.Features({**others, **columns})
     if isinstance(dataset, datasets.Dataset) and not len(dataset):  # map would leave such a split as it is
         return datasets.Dataset.from_dict({name: [] for name in features}, features=features, split=dataset.split)
     processes = {} if num_proc is None else {"num_proc": num_proc}  # a stream has no such option
-    options = {"batch_size": batch_size, "with_indices": True, "remove_columns": [column], "features": features}
-    squares = TokenSquares(palette, column, CenterCrop(size), mode=mode)
+    options = {"batch_size": at_once, "with_indices": True, "remove_columns": [column], "features": features}
+    squares = TokenSquares(palette, column, crop, mode=mode)
     result = dataset.map(squares, batched=True, **options, **processes)
     text = f"Pictures of {size} x {size} pixels as ids in raster order of an Image GPT palette of {len(palette)} colors"
-    result.info.description = f"{text}. SHA-256 of the palette: {palette.sha256}"
+    result.info.description = f"{text}. SHA-256 of the palette: {palette.sha256}. Resize filter: {crop.filter}"
     return result
 
 
@@ -137,7 +150,7 @@ class TokenSquares:
     files: str | None = None  # of a cache: changes when image files outside of the dataset do
 
     def __call__(self, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-        """Tokens int16 (rows, n_crops * S * S), checksums; for a cache errors, "" where there are none, else palettes.
+        """Tokens int16 (rows, n_crops * T), checksums; for a cache errors, "" where there are none, else palettes.
 
         BadImageError names the row and path of an image that cannot be used.
         """
@@ -186,7 +199,8 @@ def cached_tokens(
         kind: dict[str, Any] = {"features": images.features, "split": datasets.Split(str(images.split))}
         with _first_on_its_node(trainer):
             images = datasets.Dataset.from_generator(_rows, gen_kwargs={"images": images}, **kind)
-    files, length = _state_of_files(images, column), n_crops * resize.size**2
+    each = palette.tokens_per_pixel
+    files, length = _state_of_files(images, column), n_crops * each * resize.size**2
     columns = {TOKENS_COLUMN: datasets.List(_ID, length=length), CHECKSUM_COLUMN: _CHECKSUM}
     features = datasets.Features({**columns, _ERROR_COLUMN: datasets.Value("string")})
     options: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": [column], "features": features}
@@ -198,7 +212,7 @@ def cached_tokens(
         with quiet(), _first_on_its_node(trainer):
             try:
                 made = images.map(squares, **options)
-                TokenReader(replace(part, rows=None), made, TOKENS_COLUMN, resize.size, n_crops)
+                TokenReader(replace(part, rows=None), made, TOKENS_COLUMN, resize.size, n_crops, each)
             except (DamagedDataError, pa.ArrowException, OSError) as error:
                 rank_zero_warn(f"the token cache is made again: {error}")
                 made = images.map(squares, load_from_cache_file=False, **options)
@@ -209,7 +223,7 @@ def cached_tokens(
     wrong = [row for row, error in enumerate(errors) if error]
     paths = [value and value["path"] for value in images[wrong][column]] if wrong else []
     bad = {row: BadImage(part.describe(row, path), errors[row]) for row, path in zip(wrong, paths, strict=True)}
-    return TokenReader(part, made, TOKENS_COLUMN, resize.size, n_crops, bad, checked=True)
+    return TokenReader(part, made, TOKENS_COLUMN, resize.size, n_crops, each, bad, checked=True)
 
 
 def _rows(images: datasets.Dataset) -> Any:
@@ -228,7 +242,7 @@ def _state_of_files(images: datasets.Dataset, column: str) -> str:
 
 
 class TokenReader:
-    """Reads a column of lists of n_crops * size * size tokens in place, over the chunks of its Arrow table.
+    """Reads a column of lists of n_crops * size * size * tokens_per_pixel tokens in place, over its Arrow chunks.
 
     Every pass over the part takes the next of the squares. ``bad`` are rows whose images could not be read when the
     tokens were made; ``checked`` says that the checksums were compared before.
@@ -241,23 +255,27 @@ class TokenReader:
         column: str,
         size: int,
         n_crops: int = 1,
+        tokens_per_pixel: int = 1,
         bad: Mapping[int, BadImage] | None = None,
         checked: bool = False,
     ) -> None:
         self.part, self.size, self.n_crops, self.bad = part, size, n_crops, bad or {}
-        self._made_of = (part, dataset, column, size, n_crops, bad, True)
+        self.tokens_per_pixel = tokens_per_pixel
+        self._made_of = (part, dataset, column, size, n_crops, tokens_per_pixel, bad, True)
         files = [str(file["filename"]) for file in dataset.cache_files]
         if not checked:
             check_files(files)
-        self._views: list[NDArray[Any]] = []  # the chunks, (rows, n_crops * S * S) each
+        self._views: list[NDArray[Any]] = []  # the chunks, (rows, n_crops * T) each
         (chunked,) = dataset.select_columns([column]).with_format("arrow")[:].columns
-        length, self._ends = n_crops * size**2, np.cumsum([len(chunk) for chunk in chunked.chunks])
+        length, self._ends = n_crops * tokens_per_pixel * size**2, np.cumsum([len(chunk) for chunk in chunked.chunks])
         for chunk, end in zip(chunked.chunks, self._ends, strict=True):
             lengths = pc.list_value_length(chunk).fill_null(0).to_numpy(zero_copy_only=False)
             if (lengths != length).any():
                 wrong = int(np.flatnonzero(lengths != length)[0])
                 row = part.describe(int(end) - len(chunk) + wrong)
-                raise ValueError(f"{row}: there are {lengths[wrong]} tokens, not {size}^2")
+                raise ValueError(
+                    f"{row}: there are {lengths[wrong]} tokens, not {'3 x ' * (tokens_per_pixel == 3)}{size}^2"
+                )
             self._views.append(chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, length))
         if not checked and CHECKSUM_COLUMN in dataset.column_names:
             sums = np.concatenate([_checksums(view) for view in self._views])
@@ -272,10 +290,10 @@ class TokenReader:
     def read(self, places: list[int], samples: list[int]) -> tuple[NDArray[Any], dict[int, BadImage]]:
         rows = np.asarray(self.part.rows_of(places))
         chunks = np.searchsorted(self._ends, rows, side="right")
-        grids = np.empty((len(rows), 1, self.size, self.size), np.int16)
-        flat, area, turns = grids.reshape(len(rows), -1), self.size**2, len(self.part)
+        area, turns = self.tokens_per_pixel * self.size**2, len(self.part)
+        flat = np.empty((len(rows), area), np.int16)
         for index, (chunk, row) in enumerate(zip(chunks.tolist(), (rows - self._ends[chunks]).tolist(), strict=True)):
             start = samples[index] // turns % self.n_crops * area
             flat[index] = self._views[chunk][row, start : start + area]  # row counts from the end of the chunk
         wrong = {i: self.bad[row] for i, row in enumerate(rows.tolist()) if row in self.bad}
-        return grids, {i: bad._replace(number=places[i]) for i, bad in wrong.items()}
+        return as_grids(flat, self.size), {i: bad._replace(number=places[i]) for i, bad in wrong.items()}

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_igpt.images import cut, resize_center_crop
+from lightning_igpt.images import BILINEAR, Filter, cut, resize_center_crop
 from lightning_igpt.objectives import counter_uniform
 
 # The paper resizes the shorter side to 256..384 and crops 224. In units of the crop this fits any size.
@@ -34,9 +34,10 @@ class CenterCrop:
     """Evaluation, probing, fine-tuning: the largest centered square."""
 
     size: int
+    filter: Filter = BILINEAR
 
     def __call__(self, image: Image.Image, sample: int) -> Image.Image:
-        return resize_center_crop(image, self.size)
+        return resize_center_crop(image, self.size, self.filter)
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,15 @@ class RandomCrop:
 
     size: int
     seed: int = 0
+    filter: Filter = BILINEAR
 
     def __call__(self, image: Image.Image, sample: int) -> Image.Image:
         if min(image.size) < 2 * self.size:
-            return resize_center_crop(image, self.size)
+            return resize_center_crop(image, self.size, self.filter)
         generator, (width, height) = draw_generator(self.seed, sample), image.size
         side = min(width, height) / generator.uniform(*_SHORTER_SIDE)
         left, top = generator.random(2) * (width - side, height - side)
-        return cut(image, (float(left), float(top)), side=side, size=self.size)
+        return cut(image, (float(left), float(top)), side=side, size=self.size, resize=self.filter)
 
 
 # Maps an image and the number of its draw to a size x size image.

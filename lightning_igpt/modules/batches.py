@@ -155,6 +155,7 @@ def masks_for(module: Any, batch: Batch, batch_idx: int, count: int = 1) -> list
     if not getattr(module, "mask_inputs", True):
         return [torch.zeros_like(batch.tokens, dtype=torch.bool)]
     samples, options = sample_numbers(module, batch, batch_idx), {"ratio": module.mask_ratio}
+    options["tokens_per_pixel"] = module.config.tokens_per_pixel
     seeds = [module.seed + 1_000_003 * number for number in range(count)]  # far from the seeds that people choose
     return [draw_mask(samples, module.config.n_positions, seed=seed, **options) for seed in seeds]
 
@@ -213,7 +214,8 @@ def _check_tokens(tokens: Any, config: ImageGPTConfig) -> Tensor:
         raise TypeError(f'tokens must be one tensor (B, T); got {got}: with_format("torch") makes tensors of lists')
     ids: Tensor = tokens.to(torch.int64)
     if ids.ndim != 2 or ids.shape[1] != config.n_positions:
-        shape = f"(B, {config.n_positions}) for image_size={config.image_size}"
+        pixels = f"image_size={config.image_size}" + " and tokens_per_pixel=3" * (config.tokens_per_pixel == 3)
+        shape = f"(B, {config.n_positions}) for {pixels}"
         raise ValueError(f"tokens must have the shape {shape}; got {tuple(ids.shape)}")
     if ids.device.type == "cpu":  # as for labels
         check_tokens(ids, config.vocab_size)

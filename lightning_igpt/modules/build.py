@@ -26,7 +26,7 @@ from lightning_igpt.palette import Palette
 from lightning_igpt.private import current_datamodule
 from lightning_igpt.weights import load_pretrained
 from lightning_igpt.weights.checkpoint import STAMP
-from lightning_igpt.weights.native import COLORS
+from lightning_igpt.weights.native import COLORS, check_tokens_per_pixel
 
 MODULES = tuple(f"lightning_igpt.modules.{name}" for name in ("pretrain", "finetune", "probe"))
 # For self.log: a metric is the same on every process already, and its name says which loader's it is.
@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 
 NetworkLike = ImageGPTConfig | str | dict[str, Any] | None
 PaletteLike = str | Palette | list[list[float]] | None
-# A network with its palette, the origin of its weights in words that may be published, and their file or folder.
-Built = tuple[ImageGPT, Palette, str | None, Path | None]
+# A network with its palette, the origin of its weights in words that may be published, their file or folder, and the
+# filter that made images small for them.
+Built = tuple[ImageGPT, Palette, str | None, Path | None, str | None]
 
 
 def build_network(
@@ -57,11 +58,12 @@ def build_network(
         config = ImageGPTConfig.resolve("igpt_s" if network is None else network)
         config = _changed(config, objective=objective, image_size=image_size)
         colors = Palette.load("openai" if palette is None else palette)
+        check_tokens_per_pixel(colors, config)
         if len(colors) != config.vocab_size:
             cure = f"set vocab_size={len(colors)}, or fit a palette by palette fit --n_colors {config.vocab_size}"
             text = f"the palette has {len(colors)} colors but the network's vocab_size is {config.vocab_size}"
             raise ValueError(f"{text}; {cure}")
-        return ImageGPT(config), colors, None, None
+        return ImageGPT(config), colors, None, None, None
     with torch.device("cpu"):
         loaded = load_pretrained(pretrained, palette=palette)
     if isinstance(network, Mapping):  # it may name only the fields that differ
@@ -76,7 +78,7 @@ def build_network(
         raise ValueError(f"pretrained={pretrained!r} is a network of {_differences(loaded.config, fixed)}; {cure}")
     loaded = loaded.adapted(wanted)
     log.info("weights and palette from %s", loaded.origin)
-    return loaded.network, loaded.palette, loaded.lineage, loaded.path
+    return loaded.network, loaded.palette, loaded.lineage, loaded.path, loaded.card.resize
 
 
 class IGPTModule(LightningModule):
@@ -95,7 +97,7 @@ class IGPTModule(LightningModule):
         """Attach network and palette; keep attributes and values as hyperparameters, so that checkpoints open alone."""
         self.metrics: dict[int, dict[str, Any]] = {}  # of each loader in the evaluation that runs
         self.batch_keys = check_keys(keys)
-        self.network, self.palette, self.origin, self.origin_path = built
+        self.network, self.palette, self.origin, self.origin_path, self.resize_filter = built
         side, colors = self.config.image_size, self.palette.to_list()
         self.example = self.example_input_array = torch.zeros(1, 3, side, side, dtype=torch.uint8, device="cpu")
         self.register_buffer(COLORS, torch.tensor(colors, dtype=torch.float32, device="cpu"))  # (K, 3)
@@ -224,6 +226,7 @@ class IGPTModule(LightningModule):
             "palette_sha256": self.palette.sha256,
             "steps": int(checkpoint.get("global_step", 0)),
             "data": self.data_name,
+            "resize": self.resize_filter,
             "classes": self.trained_classes,
             "origin": self.origin,
             "validation": metrics,
@@ -235,7 +238,7 @@ class IGPTModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)
         stamp, self.origin_path = checkpoint[STAMP], None
-        self.data_name, self.origin = stamp.get("data"), stamp.get("origin")
+        self.data_name, self.origin, self.resize_filter = (stamp.get(name) for name in ("data", "origin", "resize"))
         resume.load_run_state(self, checkpoint)
 
 

@@ -130,7 +130,7 @@ class FineTuneModule(IGPTModule):
             return classification
         tokens, pixels = whole.tokens, self.network.lm_head(hidden)  # (B, T), (B, T, K)
         generative = next_pixel_loss(pixels, tokens) if masked is None else masked_pixel_loss(pixels, tokens, masked)
-        self.log("train/nats_per_pixel", generative)
+        self.log("train/nats_per_pixel", generative * self.config.tokens_per_pixel)
         return classification + self.generative_weight * generative
 
     def new_metrics(self) -> dict[str, Any]:

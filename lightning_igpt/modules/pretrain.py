@@ -30,12 +30,15 @@ class PretrainModule(IGPTModule):
     module's device. Logs ``train/nats_per_pixel``, ``val/nats_per_pixel``, ``val/bits_per_pixel`` (and ``test/...``);
     for BERT these are means over the masked pixels. With ``mask_ratio="uniform"`` their expectation is an upper bound
     of a whole image's nats per pixel, and ``val/nats_per_pixel`` is logged as ``val/nats_per_pixel_bound`` too.
+    Where each token is a byte (palettes ``rgb`` and ``gray:256``), an autoregressive network also logs
+    ``val/bits_per_dim``.
 
     Args:
         network: Preset name (igpt_tiny, igpt_s, igpt_m, igpt_l, igpt_xl) or the fields of an ImageGPTConfig. Default:
             the network of ``pretrained``, else igpt_s.
-        palette: ``openai`` (the 512 released colors), ``gray:K``, a .npy file, a Hugging Face folder or hub id, or the
-            colors as a list. Default: the palette of ``pretrained``, else openai.
+        palette: ``openai`` (the 512 released colors), ``gray:K``, ``rgb`` (the bytes of the channels; the network then
+            has vocab_size 256 and tokens_per_pixel 3), a .npy file, a Hugging Face folder or hub id, or the colors as a
+            list. Default: the palette of ``pretrained``, else openai.
         objective: ``autoregressive`` or ``bert``. Default: the network's own.
         pretrained: Weights to start from: an embedded network (photos, emoji), a .ckpt file or run folder, a Hugging
             Face folder or hub id, or an OpenAI checkpoint. To continue an interrupted run use ckpt_path instead.
@@ -99,7 +102,7 @@ class PretrainModule(IGPTModule):
         tokens, masked = self._inputs(batch, batch_idx)
         logits = self.network(tokens, masked=masked)  # (B, T, K)
         loss = next_pixel_loss(logits, tokens) if masked is None else masked_pixel_loss(logits, tokens, masked)
-        self.log("train/nats_per_pixel", loss, prog_bar=True)
+        self.log("train/nats_per_pixel", loss * self.config.tokens_per_pixel, prog_bar=True)
         return loss
 
     def new_metrics(self) -> dict[str, Any]:
@@ -113,6 +116,7 @@ class PretrainModule(IGPTModule):
             per_image = pixel_nats(logits, tokens).mean(1)
         else:  # an image that hides nothing says nothing
             per_image = hidden_nats(logits, tokens, masked)[masked.any(1)]
+        per_image = per_image * self.config.tokens_per_pixel
         self.metrics_of(dataloader_idx)["nats"].update(per_image)
         return per_image
 
@@ -129,9 +133,10 @@ class PretrainModule(IGPTModule):
         tokens = self.tokens_of(batch)
         number = (dataloader_idx << 40) + batch_idx * 65_536 + self.global_rank
         generator = torch.Generator(self.device).manual_seed(self.seed + number)
-        given = self.config.image_size // 2 * self.config.image_size  # tokens in whole rows
+        size = self.config.image_size
+        given = size // 2 * size * self.config.tokens_per_pixel  # tokens in whole rows
         if self.config.objective == "bert":
-            known = (torch.arange(tokens.shape[1], device=tokens.device) < given).expand_as(tokens)
+            known = torch.arange(size * size, device=tokens.device).expand(len(tokens), -1) < size // 2 * size
             return self.palette.dequantize(inpaint(self.network, tokens, known, generator=generator))
         return self.palette.dequantize(complete(self.network, tokens[:, :given], generator=generator)[:, 0])
 
@@ -165,3 +170,6 @@ class PretrainModule(IGPTModule):
             self.log(f"{stage}/bits_per_pixel{ending}", nats_to_bits(nats), **build.COMPLETE)
             if self.mask_ratio == "uniform":
                 self.log(f"{stage}/nats_per_pixel_bound{ending}", nats, **build.COMPLETE)
+            if self.palette.is_exact and self.config.objective == "autoregressive":
+                bits = nats_to_bits(nats / self.config.tokens_per_pixel)
+                self.log(f"{stage}/bits_per_dim{ending}", bits, **build.COMPLETE)

@@ -81,6 +81,8 @@ def start_training(module: Any) -> None:
     run_of(trainer)
     module.random_states = module.validated_at = None
     module.data_name = _data_name(trainer)
+    if (data := own_data(trainer)) is not None:
+        module.resize_filter = None if data.opened.tokens else data.resize_filter  # of tokens nobody knows it
     if states is not None and len(states) == trainer.world_size:
         mine = states[trainer.global_rank]
         torch.set_rng_state(mine["cpu"].cpu())

@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, get_args
 
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.images import Filter
 from lightning_igpt.palette import Palette
 from lightning_igpt.planning import parameter_count
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 _UNKNOWN = "not recorded"
+COMPARISONS = {  # by tokens per pixel
+    1: "A pixel is one token of the palette, so nats per pixel compare between networks with the same palette and "
+    "image size only,\n  and not with the bits per dimension of RGB models.",
+    3: "A pixel is three tokens, the bytes of its channels, so bits per dimension compare with those of other models "
+    "for images that\n  were made the same way: size, crop and resize filter.",
+}
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,13 @@ class ModelCard:
         title: Heading of the card.
         data: What the network was trained on, such as a hub id.
         steps: Optimizer steps of the training.
-        nats_per_pixel: Measured on validation data; a pixel is one palette token.
+        nats_per_pixel: Measured on validation data; a pixel is one palette token, or three of the palette ``rgb``.
         accuracy: Of the class head on validation data, 0 to 1.
         measured_at: Optimizer step at which both were measured.
         license: SPDX identifier, such as mit.
         notes: Anything else, in Markdown.
         origin: The weights that training started from; None also where it started from random ones.
+        resize: Filter of Pillow's that made the images small: bilinear, bicubic, box or lanczos.
     """
 
     title: str | None = None
@@ -47,11 +56,14 @@ class ModelCard:
     license: str | None = None
     notes: str | None = None
     origin: str | None = None
+    resize: Filter | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.known().items():
             if _KINDS[name] is str and not isinstance(value, str):
                 raise ValueError(f"the card's {name} is {value!r}; it must be text")
+            if name == "resize" and value not in get_args(Filter):
+                raise ValueError(f"the card's resize is {value!r}; it must be one of: {', '.join(get_args(Filter))}")
             object.__setattr__(self, name, _KINDS[name](value))  # a tensor or a NumPy number becomes a plain one
 
     @classmethod
@@ -83,25 +95,31 @@ class ModelCard:
 
 
 _KINDS: dict[str, Any] = {"steps": int, "nats_per_pixel": float, "accuracy": float, "measured_at": int}
-_KINDS |= dict.fromkeys(("title", "data", "license", "notes", "origin"), str)
+_KINDS |= dict.fromkeys(("title", "data", "license", "notes", "origin", "resize"), str)
 
 
 def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_names: Sequence[str] | None = None) -> str:
     """README.md: front matter for the hub, what the network is and is for, what was measured, how to load it."""
     words = json.loads((_ASSETS / "model_card.json").read_text(encoding="utf-8"))[config.objective]
-    classes, bert = class_names is not None, config.objective == "bert"
+    classes, bert, n = class_names is not None, config.objective == "bert", config.tokens_per_pixel
+    kind = "classifier" if classes else "transformers"
+    rgb = {"classifier": "rgb_classifier", "transformers": "rgb"}
     facts = {
         "objective": words["objective"],
         "shape": f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads, MLP {config.mlp_width}",
         "parameters": f"{parameter_count(config):,}",
         "images": f"{config.image_size} x {config.image_size} pixels = {config.n_positions} tokens",
-        "palette": f"{len(palette)} colors, sha256 `{palette.sha256}`",
+        "palette": f"{words_for(palette)}, sha256 `{palette.sha256}`",
         "license": card.license or "not stated",
     }
     training = {"training data": card.data or _UNKNOWN}
+    if card.resize is not None:
+        training["resize filter"] = f"{card.resize} (Pillow)"
     training["optimizer steps"] = _UNKNOWN if card.steps is None else f"{card.steps:,}"
     at = "" if card.measured_at in (None, card.steps) else f" at step {card.measured_at:,}"
     numbers = {"validation, nats per pixel": card.nats_per_pixel}
+    if palette.is_exact and not bert and card.nats_per_pixel is not None:
+        numbers["validation, bits per dimension"] = card.nats_per_pixel / palette.tokens_per_pixel / math.log(2)
     if class_names is not None:
         facts["classes"] = f"{len(class_names)}: {', '.join(class_names)}"
         numbers["validation accuracy"] = card.accuracy
@@ -118,13 +136,19 @@ def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_name
         kind="classifier" if classes else "network",
         facts=_table(facts),
         size=config.image_size,
-        n_colors=len(palette),
+        n_colors=f"{len(palette)} colors" if n == 1 else "256 values of each channel",
+        comparison=COMPARISONS[n],
         training=_table(training),
         measured=_table({name: _UNKNOWN if x is None else f"{x:.4f}{at}" for name, x in numbers.items()}),
-        transformers=_fill(f"model_card_{'bert' if bert else 'classifier' if classes else 'transformers'}.md").rstrip(),
+        transformers=_fill(f"model_card_{'bert' if bert else rgb[kind] if n == 3 else kind}.md").rstrip(),
         notes=f"\n## Notes\n\n{card.notes}" if card.notes else "",
     )
     return text.rstrip() + "\n"
+
+
+def words_for(palette: Palette) -> str:
+    """The size of a palette, in words."""
+    return f"{len(palette)} colors" if palette.tokens_per_pixel == 1 else "rgb, the 256 values of each channel"
 
 
 def _front_matter(card: ModelCard, config: ImageGPTConfig, classes: bool) -> str:

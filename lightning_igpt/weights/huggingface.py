@@ -54,8 +54,9 @@ def read_config(config: Mapping[str, Any], *, bias: bool = False) -> ImageGPTCon
     sizes = {"n_layer": 24, "n_head": 8, "n_embd": 512, "vocab_size": 513, "n_positions": 1024}
     sizes |= {name: config[name] for name in sizes if name in config}
     try:
-        vocab_size, image_size = sizes.pop("vocab_size") - 1, math.isqrt(sizes["n_positions"])  # sos is no color
-        if image_size**2 != sizes.pop("n_positions"):
+        vocab_size, each = sizes.pop("vocab_size") - 1, _marker(config).get("tokens_per_pixel", 1)  # sos is no color
+        image_size = math.isqrt(sizes["n_positions"] // each)
+        if each * image_size**2 != sizes.pop("n_positions"):
             raise ValueError(f"n_positions {config['n_positions']} is no square image")
         return ImageGPTConfig(
             **sizes,
@@ -65,8 +66,9 @@ def read_config(config: Mapping[str, Any], *, bias: bool = False) -> ImageGPTCon
             objective=_marker(config).get("objective", "autoregressive"),
             bias=bias,
             dropout=_marker(config).get("dropout", 0.0),  # transformers' own default of 0.1 is not the paper's
+            tokens_per_pixel=each,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"config.json describes no network: {error}") from error
 
 
@@ -96,6 +98,7 @@ def to_state_dict(network: ImageGPT) -> dict[str, Tensor]:
 def _to_config(
     config: ImageGPTConfig, palette: Palette, class_names: list[str] | None, card: Mapping[str, Any] | None
 ) -> dict[str, Any]:
+    marker = {"objective": config.objective, "dropout": config.dropout, "tokens_per_pixel": config.tokens_per_pixel}
     values: dict[str, Any] = {
         "architectures": ["ImageGPTForCausalImageModeling"],
         "model_type": "imagegpt",
@@ -104,7 +107,7 @@ def _to_config(
         **PUBLISHED,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
         "tie_word_embeddings": False,
-        MARKER: {"objective": config.objective, "dropout": config.dropout, SHA256: palette.sha256, "card": card or {}},
+        MARKER: marker | {SHA256: palette.sha256, "card": card or {}},
     }
     if class_names is not None:
         values["architectures"] = ["ImageGPTForImageClassification"]
@@ -118,7 +121,7 @@ def load_folder(folder: Path, palette: Palette | None = None) -> native.Pretrain
     config = read_json(folder / CONFIG)
     if (folder / PROCESSOR).is_file() and "clusters" in read_json(folder / PROCESSOR):
         palette = Palette.load(str(folder / PROCESSOR))
-    palette = native.palette_for(read_config(config).vocab_size, palette, str(folder))
+    palette = native.palette_for(read_config(config), palette, str(folder))
     expected = _marker(config).get(SHA256, palette.sha256)
     if palette.sha256 != expected:
         found = f"{str(expected)[:12]}, but this one is {palette.sha256[:12]}"
@@ -151,7 +154,9 @@ def save_folder(
         sizes = f"{len(palette)} colors (sha256 {palette.sha256[:12]}), the network {network.config.vocab_size}"
         raise ValueError(f"the palette has {sizes}; save a network with the palette that it was trained with")
     colors: dict[str, Any] = {"clusters": palette.to_list(), SHA256: palette.sha256}
-    if head is not None:  # transformers.pipeline would classify without sos, and be wrong; so it ends in an error
+    native.check_tokens_per_pixel(palette, network.config)
+    # transformers.pipeline would classify without sos, and be wrong; and its processor knows no tokens of channels.
+    if head is not None or palette.tokens_per_pixel > 1:
         colors["do_color_quantize"] = False
     size = dict.fromkeys(("height", "width"), network.config.image_size)
     texts = {

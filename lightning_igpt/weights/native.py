@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.images import BILINEAR, Filter
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights.card import ModelCard
@@ -113,6 +114,11 @@ class Pretrained:
         return self.network.config
 
     @property
+    def resize_filter(self) -> Filter:
+        """The filter that makes images small for this network: the recorded one, else bilinear."""
+        return self.card.resize or BILINEAR
+
+    @property
     def lineage(self) -> str:
         """Where the weights came from and what those were trained from, without the folders that files lie in."""
         words, card = self.origin if self.path is None else self.path.absolute().name, self.card
@@ -130,7 +136,7 @@ class Pretrained:
             origin += f", positions interpolated from {old} x {old} to {new} x {new}"
             card = replace(card, nats_per_pixel=None, accuracy=None, measured_at=None)  # of the old size
         state = self.network.state_dict()
-        state["wpe.weight"] = interpolate_positions(state["wpe.weight"], new)
+        state["wpe.weight"] = interpolate_positions(state["wpe.weight"], new, config.tokens_per_pixel)
         with torch.device("meta"):
             network = ImageGPT(config)
         network.load_state_dict(state, assign=True)
@@ -204,7 +210,7 @@ def save_file(
 
 def check_palette(colors: Tensor | None, config: ImageGPTConfig, sha256: Any, where: str) -> Palette:
     """The palette of these colors; ValueError unless it is the one that the network was trained with."""
-    shape, expected = None if colors is None else tuple(colors.shape), (config.vocab_size, 3)
+    shape, expected = None if colors is None else tuple(colors.shape), (config.vocab_size, 3 // config.tokens_per_pixel)
     if colors is None or shape != expected:
         raise ValueError(f"{where} is damaged: its palette has the shape {shape}; the network's needs {expected}")
     palette = Palette(colors)
@@ -214,9 +220,12 @@ def check_palette(colors: Tensor | None, config: ImageGPTConfig, sha256: Any, wh
     return palette
 
 
-def palette_for(vocab_size: int, palette: Palette | None, source: str) -> Palette:
+def palette_for(config: ImageGPTConfig, palette: Palette | None, source: str) -> Palette:
     """The palette of weights in another program's files: theirs or the one given, else OpenAI's, if that fits."""
-    colors = palette or Palette.load("openai")
+    colors, vocab_size = palette or Palette.load("openai"), config.vocab_size
+    if palette is None and config.tokens_per_pixel == 3:
+        return Palette.load("rgb")
+    check_tokens_per_pixel(colors, config)
     if len(colors) != vocab_size:
         what = f"a palette of {len(colors)} (sha256 {colors.sha256[:12]})" if palette else "no palette"
         cure = "name the palette that it was trained with: load_pretrained(source, palette=...) or --palette"
@@ -224,6 +233,15 @@ def palette_for(vocab_size: int, palette: Palette | None, source: str) -> Palett
     if palette is None:
         log.warning("%s has no palette; assuming OpenAI's, which also has 512 colors (if not, set palette=)", source)
     return colors
+
+
+def check_tokens_per_pixel(palette: Palette, config: ImageGPTConfig) -> None:
+    """ValueError where a pixel is one token of the palette and three of the network, or the other way round."""
+    mine, theirs = palette.tokens_per_pixel, config.tokens_per_pixel
+    if mine != theirs:
+        text = f"a pixel has {mine} token{'s' * (mine > 1)} of the palette but {theirs} of the network"
+        cure = f"take another palette, or set the network's tokens_per_pixel to {mine} and vocab_size to {len(palette)}"
+        raise ValueError(f"{text}; {cure}")
 
 
 def check_head(head: Any, n_embd: int, where: str) -> Tensor:
@@ -244,18 +262,19 @@ def labels(head: Tensor, names: Sequence[str] | None) -> list[str]:
     return texts
 
 
-def interpolate_positions(table: Tensor, image_size: int) -> Tensor:
+def interpolate_positions(table: Tensor, image_size: int, tokens_per_pixel: int = 1) -> Tensor:
     """Stretch or shrink a table of positions in two dimensions, bicubic, averaging where it shrinks.
 
     Row t of the table (S * S, D) belongs to the pixel that is predicted at t, in raster order, so the table is an image
-    of D channels. The result is (image_size * image_size, D), the table itself where the size stays.
+    of D channels, and with n tokens per pixel one of n D channels. The result is (n * image_size * image_size, D), the
+    table itself where the size stays.
     """
-    side = round(len(table) ** 0.5)
+    side, width = round((len(table) / tokens_per_pixel) ** 0.5), table.shape[1]
     if side == image_size:
         return table
-    grid = table.T.reshape(1, -1, side, side)  # (1, D, S, S)
+    grid = table.reshape(side * side, -1).T.reshape(1, -1, side, side)  # (1, n D, S, S)
     grid = F.interpolate(grid, size=(image_size, image_size), mode="bicubic", antialias=image_size < side)
-    return grid.flatten(2)[0].T.contiguous()
+    return grid.flatten(2)[0].T.reshape(-1, width).contiguous()
 
 
 def _converted(values: list[Tensor], convert: Callable[..., Tensor], shape: torch.Size, where: str) -> Tensor:

@@ -29,7 +29,7 @@ def load_checkpoint(path: Path, palette: Palette | None = None) -> Pretrained:
         if name.startswith(PREFIX) and "adam" not in name.lower() and not name.endswith("_step")  # no slots
     }
     network = from_variables(shapes, lambda name: torch.from_numpy(np.array(reader.get_tensor(PREFIX + name))), prefix)
-    colors = palette_for(network.config.vocab_size, palette, prefix)
+    colors = palette_for(network.config, palette, prefix)
     return Pretrained(network, colors, f"OpenAI checkpoint {prefix}", path=path)
 
 

@@ -27,8 +27,9 @@ HEAVY = (*LIGHTNING_VERBS, "quickstart", "lowdata")  # verbs that take minutes o
 def small_network(network, palette="openai"):
     """Few small blocks, with the image size (at most 32), colors and objective of the network."""
     config = ImageGPTConfig.resolve(network)
-    colors = len(Palette.load(palette))
-    shape = {"image_size": min(config.image_size, 32), "vocab_size": colors, "objective": config.objective}
+    colors = Palette.load(palette)
+    shape = {"image_size": min(config.image_size, 32), "vocab_size": len(colors), "objective": config.objective}
+    shape["tokens_per_pixel"] = colors.tokens_per_pixel
     return BLOCKS | shape
 
 
