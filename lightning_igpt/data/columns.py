@@ -27,7 +27,11 @@ class TokenMark(NamedTuple):
 
     sha256: str  # of the palette
     image_size: int  # side of the pictures in pixels
-    tokens_per_pixel: int = 1
+
+    @property
+    def tokens_per_pixel(self) -> int:
+        """3 of the palette ``rgb``, else 1."""
+        return 3 if self.sha256 == Palette.load("rgb").sha256 else 1
 
 
 def is_tokenized(features: Mapping[str, Any]) -> bool:
@@ -54,12 +58,12 @@ def marked_palette(rows: datasets.Dataset) -> TokenMark:
     length = getattr(rows.features[TOKENS_COLUMN], "length", -1)
     if length < 0:
         length = len(rows.with_format(None)[0][TOKENS_COLUMN]) if len(rows) else 0
-    each = 3 if hashes[0] == Palette.load("rgb").sha256 else 1
+    each = TokenMark(str(hashes[0]), 0).tokens_per_pixel
     size = isqrt(length // each)
     if not length or each * size * size != length:
         nearest = f"{size} x {size}{f' x {each}' * (each > 1)} = {each * size**2}"
         raise ValueError(f"rows of {length} tokens fill no square picture; the nearest is {nearest}")
-    return TokenMark(str(hashes[0]), size, each)
+    return TokenMark(str(hashes[0]), size)
 
 
 def find_image_column(features: datasets.Features, wanted: str | None, *, where: str) -> str:

@@ -58,6 +58,8 @@ def fit(folder, ckpt_path=None, *, pretrained=None, max_steps=1, **options):
 def test_bytes_of_each_filter(name):
     assert resized(name)[0, :, 0, :2].T.tolist() == TOP_LEFT[name]
     assert resize_center_crop(IMAGES[0], 4).tobytes() == resize_center_crop(IMAGES[0], 4, "bilinear").tobytes()
+    crops = [RandomCrop(4, filter=other)(IMAGES[0], 5).tobytes() for other in get_args(Filter)]
+    assert len(set(crops)) == 4 and RandomCrop(4)(IMAGES[0], 5).tobytes() == crops[0]
     means = np.stack(IMAGES)[0, :, 2:22].reshape(4, 5, 4, 5, 3).mean((1, 3))
     assert np.abs(resized("box")[0].permute(1, 2, 0).numpy() - means).max() < 1  # Pillow rounds rows and columns
 
@@ -69,22 +71,13 @@ def test_data_modules_use_the_filter(tmp_path, monkeypatch, name, kind):
     where = {"cache": "disk" if kind == "cache" else "none", "streaming": kind == "stream", "palette": "rgb"}
     data = make_data(batch_size=8, val_fraction=0, resize=name, **where)
     module = igpt.PretrainModule(NETWORK, "rgb")
+    tokens = igpt.tokenize(dataset(), "rgb", size=4, resize=name)
+    assert tokens["tokens"][:] == module.palette.quantize(resized(name)).tolist()
+    assert f"Resize filter: {name}" in tokens.info.description
     for used in (name, "box"):  # a token cache is made again for another filter
         data.resize = used
         read = module.palette.dequantize(module.tokens_of(next(iter(data.train_dataloader()))))
         assert sorted(read.flatten(1).tolist()) == sorted(resized(used).flatten(1).tolist())
-
-
-def test_random_crops_use_the_filter():
-    crops = [RandomCrop(4, seed=0, filter=name)(IMAGES[0], 5).tobytes() for name in get_args(Filter)]
-    assert len(set(crops)) == 4 and RandomCrop(4)(IMAGES[0], 5).tobytes() == crops[0]
-
-
-def test_tokenize_uses_and_names_the_filter():
-    tokens = igpt.tokenize(dataset(), "rgb", size=4, resize="lanczos")
-    wanted = igpt.Palette.load("rgb").quantize(resized("lanczos"))
-    assert tokens.with_format("torch")["tokens"][:].tolist() == wanted.tolist()
-    assert "Resize filter: lanczos" in tokens.info.description
 
 
 @pytest.mark.parametrize("call", [make_data, ModelCard, lambda resize: igpt.tokenize(dataset(), resize=resize)])
