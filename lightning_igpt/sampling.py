@@ -1,7 +1,7 @@
 """Uses of a trained network as a density of tokens: complete images, inpaint them, score them."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,6 +16,7 @@ from lightning_igpt.objectives import pixel_nats
 from lightning_igpt.palette import Palette
 
 Draw: TypeAlias = Callable[[Tensor], Tensor]  # logits (B, K) to colors (B,)
+Randomness: TypeAlias = torch.Generator | Sequence[torch.Generator] | None  # for all images, or one for each
 Progress: TypeAlias = Callable[[Tensor, Tensor], None]  # tokens int64 (B, T), and which are decided, bool (B, T)
 HIDDEN = (88, 118, 166)  # hidden pixels: a blue, since gray could be part of the picture
 COLD = 1e-6  # lower temperatures take the likeliest color, for logits divided by them may overflow
@@ -31,7 +32,7 @@ def complete(
     top_k: int | None = None,
     top_p: float | None = None,
     precision: Precision | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     on_progress: Progress | None = None,
 ) -> Tensor:
     """Draw the remaining pixels of each image in raster order, with cached keys and values.
@@ -46,7 +47,8 @@ def complete(
         precision: Of a step, see :class:`lightning_igpt.decoding.Decoder`: ``full``, ``half`` or ``int8``. The prompt
             is always processed in the network's own. docs/how-to/sampling.md states the cost of each in nats and time.
             Default: half under autocast, else full.
-        generator: Source of randomness, on the network's device. Equal seeds give equal images.
+        generator: Source of randomness, on the network's device. Equal seeds give equal images. A list has one for each
+            of the B * n_samples images, whose draws then do not depend on what else is in the batch.
         on_progress: Called after each row of pixels with the tokens, int64 (B * n_samples, T), and which of them are
             decided, bool of that shape; read-only, and the tokens change afterwards. An exception ends the drawing.
 
@@ -110,7 +112,7 @@ def draw(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
 ) -> Tensor:
     """One color per row of logits (B, K): int64 (B,)."""
     if temperature < COLD:
@@ -126,7 +128,11 @@ def draw(
         drop = torch.zeros_like(index, dtype=torch.bool).scatter(-1, index, before >= top_p)
         logits = logits.masked_fill(drop, -math.inf)
     # An exponential race picks index i with probability p_i and does not synchronize the device.
-    race = torch.empty_like(logits).exponential_(generator=generator)
+    if generator is None or isinstance(generator, torch.Generator):
+        race = torch.empty_like(logits).exponential_(generator=generator)
+    else:
+        parts = torch.empty_like(logits).split(len(logits) // len(generator))  # of a BERT network T rows per image
+        race = torch.cat([part.exponential_(generator=own) for part, own in zip(parts, generator, strict=True)])
     return (F.softmax(logits, -1) / race).argmax(-1)
 
 
@@ -139,7 +145,7 @@ def inpaint(
     steps: int = 8,
     temperature: float = 1.0,
     precision: Precision | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     on_progress: Progress | None = None,
 ) -> Tensor:
     """Fill the unknown pixels of each image, wherever they are.
@@ -159,7 +165,7 @@ def inpaint(
         steps: Passes of a BERT network over the image; ignored by an autoregressive network.
         temperature: Divides the logits; 0 takes the likeliest color.
         precision: As in ``complete``; ignored by a BERT network.
-        generator: Source of randomness, on the network's device. Equal seeds give equal images.
+        generator: As in ``complete``.
         on_progress: As in ``complete``, with tokens (B, T); after each step of a BERT network.
 
     Returns:
@@ -278,7 +284,7 @@ def completion_rows(
     if not 0 <= rows < side or n_samples < 1:
         limits = f"an image of {side} rows can keep 0 to {side - 1}, and has at least 1 sample"
         raise ValueError(f"keep_rows is {rows} and n_samples {n_samples}; {limits}")
-    options["generator"] = torch.Generator(tokens.device).manual_seed(seed)
+    options.setdefault("generator", torch.Generator(tokens.device).manual_seed(seed))
     hidden = torch.arange(total, device=tokens.device) >= rows * side if hole is None else hole
     if hole is None and network.config.objective == "autoregressive":
         samples = complete(network, tokens[:, : rows * side], n_samples=n_samples, **options)

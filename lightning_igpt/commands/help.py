@@ -35,6 +35,10 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     "complete": ("complete --pretrained runs --images photos", "complete --pretrained runs --images digits"),
     "demo": ("demo", "demo --pretrained final.ckpt --port 8080 --open"),
     "score": ("score --pretrained runs --images photos --limit 500",),
+    "distance": (
+        "distance --pretrained emoji --source emoji",
+        "distance --pretrained runs --source photos --keep_rows 0",
+    ),
     "lowdata": ("lowdata --pretrained runs --source digits --out few",),
     "report": ("report runs", "report runs/pretrain runs/probe --out report.html"),
     "data show": ("data show photos --image_size 32",),

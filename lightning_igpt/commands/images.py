@@ -38,10 +38,7 @@ def decoded(
         if path.is_file() and path.suffix.lower() not in sources.TABLES:
             kinds = " ".join(sorted(SUFFIXES | sources.TABLES.keys()))
             raise ValueError(f"{shown(path)} holds no images: a file ends in one of {kinds}; or name a folder")
-        opened = sources.open_source(source)
-        opened.need_images()
-        split = split or next((name for name in SPLITS if name in opened.splits), next(iter(opened.splits)))
-        check_split(opened, split)
+        opened, split = open_images(source, split)
         rows = rows_of(opened, split, limit, spread=False)
     n_good, n_bad = 0, 0
     for name, value in rows:
@@ -55,6 +52,15 @@ def decoded(
             n_bad += 1
     if not n_good:
         raise ValueError(f"none of the {n_bad} images of {source} can be read" if n_bad else f"{source} has no images")
+
+
+def open_images(source: str, split: str | None = None) -> tuple["Source", str]:
+    """A source of images, and the name of the split to read, by default the first of ``SPLITS``."""
+    opened = importlib.import_module("lightning_igpt.data.sources").open_source(source)
+    opened.need_images()
+    split = split or next((name for name in SPLITS if name in opened.splits), next(iter(opened.splits)))
+    check_split(opened, split)
+    return opened, split
 
 
 def rows_of(
