@@ -64,12 +64,15 @@ def open_images(source: str, split: str | None = None) -> tuple["Source", str]:
 
 
 def rows_of(
-    source: "Source", split: str, limit: int | None = None, *, spread: bool = True
+    source: "Source", split: str, limit: int | None = None, *, spread: bool = True, start: int = 0
 ) -> Iterator[tuple[str, Any]]:
-    """Names and undecoded images: ``limit`` of a split, evenly spread (datasets are sorted by class) or the first."""
+    """Names and undecoded images: ``limit`` of a split, evenly spread (datasets are sorted by class) or the first.
+
+    The first ``start`` of them are left out.
+    """
     rows = source.splits[split].select_columns([source.image_column])
     count = min(len(rows), limit or len(rows))
-    for place in (number * len(rows) // count if spread else number for number in range(count)):
+    for place in (number * len(rows) // count if spread else number for number in range(start, count)):
         value = rows[place][source.image_column]
         path = (value or {}).get("path")
         yield "/".join(Path(str(path)).parts[-2:]) if path else f"{split}-{place:05d}", value
