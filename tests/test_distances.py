@@ -1,7 +1,6 @@
 """Distances against closed forms, scipy and one process; features of every kind; the verb. Nothing is downloaded."""
 
 import json
-import os
 import re
 
 import numpy as np
@@ -119,11 +118,9 @@ def test_features_of_a_module():
         torch.testing.assert_close(
             image_features(extractor, images, batch_size=batch_size), expected, rtol=1e-6, atol=0
         )
-    for wrong in (nn.Identity(), nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192).eval().requires_grad_(False))):
-        if len(wrong_state := wrong.state_dict()):
-            wrong_state["1.running_mean"].fill_(torch.nan)
-        with pytest.raises(ValueError, match="must be finite numbers of shape"):
-            image_features(wrong, images.float())
+    for wrong in (images.float(), images.float().flatten(1) / 0):
+        with pytest.raises(ValueError, match="must be \\(B, D\\), all of them finite"):
+            image_features(nn.Identity(), wrong)
 
 
 @pytest.mark.parametrize("config", [CONFIG, BERT])
@@ -192,28 +189,30 @@ def run(folder, out, *words):
 def test_the_verb_reports_distances_floors_and_what_decides_them(network_folder, tmp_path, capsys):
     assert run(network_folder, tmp_path / "a.json", "--seed", "1", "--features", network_folder) == 0
     said, made = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
-    for part in ("temperature 1, seed 1", "20 of digits, split test", "layer 1 of", "bilinear (Pillow) to 8 x 8"):
-        assert part in said
-    assert "never with a published FID" in said and "completions of the lower 4 of 8 rows" in said
-    loaded, side = load_pretrained(network_folder), 8
-    images = torch.stack([image for image in read_images("digits", side)[0][[i * 360 // 20 for i in range(20)]]])
+    for name in ("temperature", "seed", "source", "split", "n_images", "features", "features_weights", "resize"):
+        assert f"\n{name:<18}{made[name]}\n" in said
+    assert made["features"].startswith("layer 1 of ") and made["resize"].startswith("bilinear (Pillow) to 8 x 8")
+    assert "never with a published FID" in said and made["samples"] == "completions of the lower 4 of 8 rows"
+    measured = {name: value for name, value in made.items() if isinstance(value, dict)}
+    for name, value in measured.items():
+        assert f"{name:<36}{value['frechet']:>12.4f}{value['kernel']:>12.6f}" in said
+    loaded = load_pretrained(network_folder)
+    images = read_images("digits", 8)[0][[i * 360 // 20 for i in range(20)]]  # evenly spread
     drawn, recolored = samples(loaded, images, 64, seed=1, keep_rows=4, temperature=1.0)
     x, y, z = (image_features(load_extractor(network_folder), part) for part in (images, drawn, recolored))
-    assert made["samples"]["frechet"] == pytest.approx(frechet_distance(x, y), rel=1e-6)
-    assert made["samples"]["kernel"] == pytest.approx(kernel_distance(x, y)[0], rel=1e-5)
-    assert made["floor_palette"]["frechet"] == pytest.approx(frechet_distance(x, z), abs=1e-5)
-    order = torch.from_numpy(np.random.default_rng(1).permutation(20))
-    assert made["floor_halves"]["frechet"] == pytest.approx(frechet_distance(x[order[:10]], x[order[10:]]), rel=1e-6)
-    assert made["floor_halves"]["n_images"] == [10, 10] and made["n_images"] == 20 and made["seed"] == 1
-    assert (
-        run(network_folder, tmp_path / "b.json", "--seed", "1", "--features", network_folder, "--batch_size", "3") == 0
-    )
+    first, second = np.split(np.random.default_rng(1).permutation(20), 2)
+    pairs = ((x, y), (x[first], y[second]), (x[first], x[second]), (x, z))
+    for value, pair in zip(measured.values(), pairs, strict=True):
+        assert value["frechet"] == pytest.approx(frechet_distance(*pair), rel=1e-6, abs=1e-5)
+        assert value["kernel"] == pytest.approx(kernel_distance(*pair)[0], rel=1e-5, abs=1e-7)
+        assert value["n_images"] == [*map(len, pair)]
+    words = ("--seed", "1", "--features", network_folder, "--batch_size", "3")
+    assert run(network_folder, tmp_path / "b.json", *words) == 0
     again = json.loads((tmp_path / "b.json").read_text())
-    assert again.keys() == made.keys() and again["samples"]["frechet"] == pytest.approx(
-        made["samples"]["frechet"], rel=1e-6
-    )
+    for name, value in measured.items():
+        assert again[name].pop("n_images") == value.pop("n_images") and again[name] == pytest.approx(value, abs=1e-5)
     assert run(network_folder, tmp_path / "c.json", "--keep_rows", "0") == 0
-    assert "whole images of 8 x 8" in capsys.readouterr().out
+    assert json.loads((tmp_path / "c.json").read_text())["samples"] == "whole images of 8 x 8"
 
 
 @pytest.mark.parametrize(
@@ -236,4 +235,3 @@ def test_mistakes(network_folder, tmp_path, monkeypatch, words, told):
     with pytest.raises(SystemExit, match=told) as stop:
         run(network_folder, tmp_path / "x.json", *words)
     assert "\n" not in str(stop.value.code) and not (tmp_path / "x.json").exists()
-    assert "RANK" not in os.environ

@@ -1,7 +1,6 @@
 """``lightning-igpt distance``: how far completions, or whole samples, are from real images, with what decides it."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,22 +70,31 @@ def distance(
     side = loaded.config.image_size
     rows = side // 2 if keep_rows is None else keep_rows
     opened, split = open_images(source, split)
-    images = [to_tensor(resize_center_crop(image, side)) for image in images_of(opened, split, limit)]
-    if (n := len(images)) < LEAST:
-        raise ValueError(f"{source}, split {split}, has {n} images; distances need at least {LEAST}")
-    real = torch.stack(images)
+    real = torch.stack([to_tensor(resize_center_crop(image, side)) for image in images_of(opened, split, limit)])
+    if len(real) < LEAST:
+        raise ValueError(f"{source}, split {split}, has {len(real)} images; distances need at least {LEAST}")
     drawn, recolored = samples(loaded, real, batch_size, seed=seed, keep_rows=rows, temperature=temperature)
     x, y, z = (image_features(extractor, part, batch_size=batch_size) for part in (real, drawn, recolored))
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
-    first, second = order[: n // 2], order[n // 2 :]
-    pairs = {"samples": (x, y), "samples_halves": (x[first], y[second])}
-    pairs |= {"floor_halves": (x[first], x[second]), "floor_palette": (x, z)}
+    first, second = torch.from_numpy(np.random.default_rng(seed).permutation(len(real))).tensor_split(2)
+    pairs = {"samples from real images": (x, y), "samples of one half from the other": (x[first], y[second])}
+    pairs |= {"floor: real halves": (x[first], x[second]), "floor: palette": (x, z)}
     what = f"whole images of {side} x {side}" if not rows else f"completions of the lower {side - rows} of {side} rows"
     facts: dict[str, Any] = {"network": loaded.origin, "network_weights": fingerprint(loaded.network), "samples": what}
-    facts |= {"n_images": n, "source": source, "split": split, "temperature": temperature, "seed": seed}
+    facts |= {"temperature": temperature, "seed": seed, "source": source, "split": split, "n_images": len(real)}
     facts |= {"features": getattr(extractor, "title", features), "features_weights": fingerprint(extractor)}
-    facts |= {"n_features": x.shape[1], "resize": f"bilinear (Pillow) to {side} x {side}", "version": __version__}
-    write_results(Path(out), facts, {name: measure(*pair, seed=seed) for name, pair in pairs.items()})
+    facts |= {"n_features": x.shape[1], "resize": f"bilinear (Pillow) to {side} x {side}, then as the features need"}
+    for name, value in facts.items():
+        print(row(name, str(value)))
+    print(f"\n{'distance':<36}{'Frechet':>12}{'kernel':>12}   images")
+    for name, pair in pairs.items():
+        frechet, (kernel, deviation) = frechet_distance(*pair), kernel_distance(*pair, seed=seed)
+        sizes = [len(part) for part in pair]
+        print(f"{name:<36}{frechet:>12.4f}{kernel:>12.6f}   {sizes[0]} against {sizes[1]}")
+        facts[name] = {"frechet": frechet, "kernel": kernel, "kernel_sd": deviation, "n_images": sizes}
+    if features != "inception":
+        print("These features are not Inception's: the numbers compare with their like, never with a published FID.")
+    write_text(out, json.dumps({**facts, "version": __version__}, indent=2) + "\n")
+    print(f"wrote {out}")
 
 
 def samples(loaded: Pretrained, images: Tensor, batch_size: int, *, seed: int, **options: Any) -> tuple[Tensor, Tensor]:
@@ -102,31 +110,3 @@ def samples(loaded: Pretrained, images: Tensor, batch_size: int, *, seed: int, *
         parts.append(completion_rows(loaded.network, loaded.palette, tokens, n_samples=1, generator=own, **options))
     _, drawn, recolored = torch.cat([part.cpu() for part in parts]).unbind(1)
     return drawn, recolored
-
-
-def measure(real: Tensor, other: Tensor, *, seed: int) -> dict[str, float | list[int]]:
-    """Both distances of two sets of features."""
-    kernel, deviation = kernel_distance(real, other, seed=seed)
-    sizes = [len(real), len(other)]
-    return {"frechet": frechet_distance(real, other), "kernel": kernel, "kernel_sd": deviation, "n_images": sizes}
-
-
-def write_results(path: Path, facts: dict[str, Any], results: dict[str, Any]) -> None:
-    """Print what decides the distances, then the distances; write both."""
-    write_text(path, json.dumps({**facts, **results}, indent=2) + "\n")
-    print(row("network", f"{facts['network']}, weights {facts['network_weights']}"))
-    print(row("samples", f"{facts['samples']}, temperature {facts['temperature']:g}, seed {facts['seed']}"))
-    print(row("real images", f"{facts['n_images']} of {facts['source']}, split {facts['split']}"))
-    numbers = f"{facts['n_features']} numbers, weights {facts['features_weights']}"
-    print(row("features", f"{facts['features']}, {numbers}"))
-    print(row("resize", f"{facts['resize']}, then as the features need"))
-    print(f"\n{'distance':<36}{'Frechet':>12}{'kernel':>12}   images")
-    labels = ("samples from real images", "samples of one half from the other", "floor: real halves", "floor: palette")
-    for label, result in zip(labels, results.values(), strict=True):
-        sizes = " against ".join(map(str, result["n_images"]))
-        print(f"{label:<36}{result['frechet']:>12.4f}{result['kernel']:>12.6f}   {sizes}")
-    if facts["n_images"] // 2 <= facts["n_features"]:
-        print("A half has no more images than there are features, so that bias dominates the Frechet distances.")
-    if facts["features"] != "inception":
-        print("These features are not Inception's: the numbers compare with their like, never with a published FID.")
-    print(f"wrote {path}")

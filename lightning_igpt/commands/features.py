@@ -3,11 +3,9 @@
 import itertools
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
@@ -17,10 +15,11 @@ from tqdm import tqdm
 from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.complete import DEFAULT, pick_device
 from lightning_igpt.commands.images import open_images, rows_of, to_tensor
-from lightning_igpt.distances import fingerprint
+from lightning_igpt.distances import PooledLayers, fingerprint, image_features
 from lightning_igpt.files import replacing, shown
 from lightning_igpt.images import BadImageError, decode, resize_center_crop
-from lightning_igpt.weights import Pretrained, load_pretrained
+from lightning_igpt.modules.heads import choose_layers
+from lightning_igpt.weights import load_pretrained
 
 ROWS = 1000  # of a row group, and of a part that an interrupted run keeps
 
@@ -39,8 +38,8 @@ def features(
 ) -> None:
     """Write the features of images as Parquet: a row for each image, a list of float32 for each layer.
 
-    Columns: row, image (its name), label and class_name where there are labels, and layer_8 and so on. The same command
-    continues where an interrupted one ended, from parts in a folder next to the file, features.parquet.part.
+    Columns: row, image (its name), label where there is one, and layer_8 and so on. The same command continues where an
+    interrupted one ended, from parts in a folder next to the file, features.parquet.part.
 
     Args:
         source: Images: a folder of images, Parquet, a hub id, digits or emoji.
@@ -56,12 +55,13 @@ def features(
         device: cpu, cuda, mps, or auto.
         palette: That of the training, where the source holds none: openai, gray:16, a .npy file, a folder or hub id.
     """
-    path = Path(out)
+    path, folder = Path(out), Path(f"{out}.part")
     check_file(path, "--out", "features.parquet", ".parquet")
-    if batch_size < 1 or (limit is not None and limit < 1):
+    if min(batch_size, limit or batch_size) < 1:
         raise ValueError(f"batch_size is {batch_size} and limit {limit}; both must be at least 1")
     loaded = load_pretrained(pretrained, palette=palette)
-    asked, width = chosen(layers, loaded.config.n_layer), loaded.config.n_embd
+    config, numbers = loaded.config, sorted(set(itertools.chain.from_iterable(set(layers or ()) - {"all"})))
+    asked = choose_layers("all" if "all" in (layers or ()) else numbers or [config.n_layer // 2], config.n_layer)
     opened, split = open_images(source, split)
     try:
         labels = opened.labels(split).tolist()
@@ -69,69 +69,38 @@ def features(
         print(shown(f"without labels: {error}"))
         labels = None
     n = min(len(opened.splits[split]), limit or len(opened.splits[split]))
-    facts = {"network": loaded.origin, "network_weights": fingerprint(loaded.network), "pool": pool, "source": source}
-    facts |= {"split": split, "n_images": n, "resize": f"bilinear to {loaded.config.image_size}"}
-    columns = [("row", pa.int64()), ("image", pa.string())]
-    columns += [("label", pa.int64()), ("class_name", pa.string())] if labels else []
-    columns += [(f"layer_{layer}", pa.list_(pa.float32(), width)) for layer in asked]
+    facts: dict[str, Any] = {"network": loaded.origin, "network_weights": fingerprint(loaded.network), "pool": pool}
+    facts |= {"source": source, "split": split, "n_images": n, "class_names": opened.class_names}
+    facts |= {"layers": asked, "resize": f"bilinear (Pillow) to {config.image_size}"}
+    columns = [("row", pa.int64()), ("image", pa.string()), *([("label", pa.int64())] if labels else [])]
+    columns += [(f"layer_{layer}", pa.list_(pa.float32(), config.n_embd)) for layer in asked]
     schema = pa.schema(columns, metadata={"lightning_igpt": json.dumps(facts)})
     print(shown(f"{loaded.origin}, layers {' '.join(map(str, asked))}: {n} images of {source}, split {split}"))
-    loaded.network.to(pick_device(device)).eval()
-    folder = path.with_name(f"{path.name}.part")
-    parts = [(start, folder / f"{start:09d}.parquet") for start in range(0, n, ROWS)]
-    for start, part in tqdm(parts, unit="part", disable=None):
+    extractor = PooledLayers(loaded, asked, skip=-1 if pool == "last" else 0).to(pick_device(device))
+    parts = {folder / f"{start:09d}.parquet": range(start, min(start + ROWS, n)) for start in range(0, n, ROWS)}
+    for part, places in tqdm(parts.items(), unit="part", disable=None):
         if part.exists():
-            check_part(part, schema)
+            if (stored := pq.read_schema(part).metadata) != schema.metadata:
+                text = f"{folder} is of an interrupted run with other settings, {stored} instead of {schema.metadata}"
+                raise ValueError(f"{text}; delete it, or name another file by --out")
             continue
-        rows = list(itertools.islice(rows_of(opened, split, n, spread=False, start=start), ROWS))
-        pooled = pooled_features(loaded, rows, asked, pool, batch_size)
-        values: list[Any] = [range(start, start + len(rows)), [name for name, _ in rows]]
-        if labels:
-            own = labels[start : start + len(rows)]
-            values += [own, [(opened.class_names or [])[label] for label in own]]
-        values += [pa.FixedSizeListArray.from_arrays(layer.ravel(), width) for layer in pooled]
+        rows = rows_of(opened, split, places.stop, spread=False, start=places.start)
+        names, pixels = zip(*(decoded_row(name, value, config.image_size) for name, value in rows), strict=True)
+        pooled = image_features(extractor, torch.stack(pixels), batch_size=batch_size).float().chunk(len(asked), 1)
+        values = [places, names, *([labels[places.start : places.stop]] if labels else [])]
+        values += [pa.FixedSizeListArray.from_arrays(layer.numpy().ravel(), config.n_embd) for layer in pooled]
         with replacing(part) as temporary:
             pq.write_table(pa.table(values, schema), temporary)
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for _, part in parts:
+        for part in parts:
             writer.write_table(pq.read_table(part))
     shutil.rmtree(folder)
     print(f"wrote {path}")
 
 
-def chosen(layers: Sequence[Any] | None, n_layer: int) -> list[int]:
-    """Layer numbers in ascending order, of ranges or ``all``; the middle by default."""
-    every = range(n_layer + 1)
-    asked = sorted(set(itertools.chain.from_iterable([every] if "all" in (layers or []) else layers or [])))
-    if asked and asked[-1] > n_layer:
-        raise ValueError(f"asked for the layers {asked}; this network has 0 to {n_layer}")
-    return asked or [n_layer // 2]
-
-
-def check_part(part: Path, schema: Any) -> None:
-    """Raise ValueError unless a part that is there already belongs to this run."""
-    stored = pq.read_schema(part)
-    if (stored.names, stored.metadata) != (schema.names, schema.metadata):
-        facts = (stored.metadata or {}).get(b"lightning_igpt", b"").decode()
-        text = f"{part.parent} holds features of an interrupted run with other settings"
-        raise ValueError(f"{text} ({', '.join(stored.names)}; {facts}); delete it, or name another file by --out")
-
-
-@torch.no_grad()
-def pooled_features(
-    loaded: Pretrained, rows: Sequence[tuple[str, Any]], layers: list[int], pool: str, batch_size: int
-) -> np.ndarray[Any, Any]:
-    """Float32 (layers, R, D) of undecoded images; a BERT network sees all pixels."""
-    network, place, parts = loaded.network, loaded.network.wpe.weight.device, list[Tensor]()
-    for first in range(0, len(rows), batch_size):
-        pixels = []
-        for name, value in rows[first : first + batch_size]:
-            try:
-                pixels.append(to_tensor(resize_center_crop(decode(value), loaded.config.image_size)))
-            except BadImageError as error:
-                raise ValueError(f"{name}: {error}; repair or remove it, then run the same command") from error
-        tokens = loaded.palette.quantize(torch.stack(pixels).to(place))
-        masked = torch.zeros_like(tokens, dtype=torch.bool) if loaded.config.objective == "bert" else None
-        parts.append(network.features(tokens, layers, masked=masked, skip=-1 if pool == "last" else 0).float().cpu())
-    pooled: np.ndarray[Any, Any] = torch.cat(parts).transpose(0, 1).contiguous().numpy()
-    return pooled
+def decoded_row(name: str, value: Any, size: int) -> tuple[str, Tensor]:
+    """The name and the pixels, uint8 (3, S, S), of an undecoded image; ValueError names a damaged one."""
+    try:
+        return name, to_tensor(resize_center_crop(decode(value), size))
+    except BadImageError as error:
+        raise ValueError(f"{name}: {error}; repair or remove it, then run the same command") from error

@@ -39,7 +39,7 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         "distance --pretrained emoji --source emoji",
         "distance --pretrained runs --source photos --keep_rows 0",
     ),
-    "features": ("features --pretrained emoji --source emoji --layers 2-4 --out emoji.parquet",),
+    "features": ("features --source emoji --layers 2-4 --out emoji.parquet",),
     "lowdata": ("lowdata --pretrained runs --source digits --out few",),
     "report": ("report runs", "report runs/pretrain runs/probe --out report.html"),
     "data show": ("data show photos --image_size 32",),

@@ -204,9 +204,11 @@ def check_same_probe(mine: Mapping[str, Any], saved: Mapping[str, Any], n_layer:
 
 
 def make_room(probe: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a probe load the classifiers of a state dict, of however many classes; those before 0.2 have no scores."""
+    """Let a probe load the classifiers of a state dict, of any size; those before 0.2 have no scores."""
     if (bias := state.get(f"{prefix}bias")) is not None and bias.shape[1] != probe.num_classes:
         probe.set_classes(bias.shape[1])
+    for name in ("rows", "labels") if probe.neighbors is not None else ():
+        setattr(probe.neighbors, name, torch.empty_like(state[f"{prefix}neighbors.{name}"], device=probe.device))
     for name, value in probe.scores.state_dict(prefix=f"{prefix}scores.").items():
         state.setdefault(name, value)
 

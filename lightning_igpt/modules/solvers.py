@@ -84,7 +84,6 @@ class Neighbors(nn.Module):
         self.num_classes, self.k, self.temperature = num_classes, k, temperature
         self.register_buffer("rows", torch.empty(n_layers, 0, width))
         self.register_buffer("labels", torch.empty(0, dtype=torch.long))
-        self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
 
     def keep(self, features: Tensor, labels: Tensor, place: int) -> None:
         """Take the features (N, D) of the layer in a place, of which the first makes room for all."""
@@ -105,12 +104,6 @@ class Neighbors(nn.Module):
             votes = weight.new_zeros(*weight.shape[:-1], self.num_classes)
             parts.append(votes.scatter_add_(-1, self.labels[index], weight))
         return torch.stack(parts, -2).log()
-
-
-def _make_room(neighbors: Neighbors, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name in ("rows", "labels"):
-        if (stored := state.get(f"{prefix}{name}")) is not None:
-            setattr(neighbors, name, torch.empty_like(stored, device=neighbors.rows.device))
 
 
 class Lbfgs:

@@ -9,6 +9,7 @@ from lightning_igpt.__main__ import main
 from lightning_igpt.commands import features as verb
 from lightning_igpt.commands.images import read_images
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.data.embedded import load_digits
 from lightning_igpt.palette import Palette
 from lightning_igpt.weights import save_pretrained
 from tests.image_files import save_images
@@ -51,14 +52,14 @@ def test_a_row_for_each_image_and_a_list_for_each_layer(tmp_path, config, pool):
     assert [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)] == [8, 8, 4]
     assert not (tmp_path / "x.parquet.part").exists()
     rows = datasets.Dataset.from_parquet(str(tmp_path / "x.parquet"), cache_dir=str(tmp_path / "cache"))
-    assert rows.column_names == ["row", "image", "label", "class_name", "layer_1", "layer_2", "layer_4"]
+    assert rows.column_names == ["row", "image", "label", "layer_1", "layer_2", "layer_4"]
     assert rows.features["layer_1"].length == 16 and rows.features["layer_1"].feature.dtype == "float32"
     assert rows["image"][:] == read_images("digits", 8, limit=20)[1] and rows["row"][:] == [*range(20)]
-    assert rows["class_name"][:] == [str(label) for label in rows["label"]]
+    assert rows["label"][:] == load_digits()["test"]["label"][:20]
     for layer in (1, 2, 4):
         made = rows.with_format("numpy")[f"layer_{layer}"][:]
         np.testing.assert_allclose(made, expected(config, layer, pool, 20), rtol=1e-4, atol=1e-5)
-    LogisticRegression().fit(rows.with_format("numpy")["layer_1"][:], rows["label"][:])
+    LogisticRegression().fit(made, rows["label"][:])
 
 
 def test_an_interrupted_run_continues(tmp_path, monkeypatch, capsys):
@@ -73,7 +74,9 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(verb, "decode", lambda value: counted(value, stop=18))
     assert run(tmp_path, out, "--limit", "20") == 130
     assert not out.exists() and len([*(tmp_path / "x.parquet.part").iterdir()]) == 2
-    with pytest.raises(SystemExit, match=r"features of an interrupted run with other settings .*layer_2"):
+    with pytest.raises(
+        SystemExit, match=r"interrupted run with other settings, .*layers.: \[2\].* instead of .*layers.: \[1\]"
+    ):
         run(tmp_path, out, "--limit", "20", "--layers", "1")
     with pytest.raises(SystemExit, match="delete it, or name another file by --out"):
         run(tmp_path, out, "--limit", "20", "--pool", "last")
@@ -100,7 +103,7 @@ def test_images_without_labels(tmp_path, capsys):
     [
         (["--layers", "4-2"], "invalid all|N-N value: '4-2'"),
         (["--layers", "a"], "invalid all|N-N value: 'a'"),
-        (["--layers", "3-5"], "asked for the layers [3, 4, 5]; this network has 0 to 4"),
+        (["--layers", "3-5"], "a list of one or more from 0 to 4"),
         (["--batch_size", "0"], "batch_size is 0"),
         (["--out", "x.csv"], "it must be a .parquet file"),
     ],
