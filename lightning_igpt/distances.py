@@ -110,7 +110,7 @@ def fingerprint(module: nn.Module) -> str:
 def image_features(extractor: nn.Module, images: Tensor, *, batch_size: int = 64) -> Tensor:
     """Features, float64 (N, D) on the CPU, of uint8 images (N, 3, H, W); each batch moves to the extractor's device."""
     place = next(extractor.parameters(), torch.empty(0)).device
-    features = torch.cat([extractor(part.to(place)).double().cpu() for part in images.split(batch_size)])
+    features = torch.cat([extractor(part.to(place)).double().cpu() for part in torch.split(images, batch_size)])
     if features.ndim != 2 or not features.isfinite().all():
         raise ValueError(f"the features of images are {list(features.shape)}; they must be (B, D), all of them finite")
     return features
@@ -137,11 +137,11 @@ def kernel_distance(real: Tensor, generated: Tensor, *, seed: int = 0) -> tuple[
     """
     real, generated = _of_all(real, generated)
     size = min(len(real), len(generated))
-    subsets = {"subsets": SUBSETS if size > SUBSET_SIZE else 1, "subset_size": min(size, SUBSET_SIZE)}
+    sizes: Any = {"subsets": SUBSETS if size > SUBSET_SIZE else 1, "subset_size": min(size, SUBSET_SIZE)}
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # that it keeps all features
         torch.default_generator.manual_seed(seed)
-        metric = KernelInceptionDistance(nn.Identity(), **subsets, sync_on_compute=False)
+        metric = KernelInceptionDistance(nn.Identity(), **sizes, sync_on_compute=False)
         mean, deviation = _compared(metric, real, generated)
     return float(mean), float(deviation)
 

@@ -131,7 +131,9 @@ def draw(
     if generator is None or isinstance(generator, torch.Generator):
         race = torch.empty_like(logits).exponential_(generator=generator)
     else:
-        parts = torch.empty_like(logits).split(len(logits) // len(generator))  # of a BERT network T rows per image
+        parts = torch.split(
+            torch.empty_like(logits), len(logits) // len(generator)
+        )  # of a BERT network T rows per image
         race = torch.cat([part.exponential_(generator=own) for part, own in zip(parts, generator, strict=True)])
     return (F.softmax(logits, -1) / race).argmax(-1)
 

@@ -78,7 +78,7 @@ def reader(hint: Any) -> dict[str, Any]:
     values: dict[str, Any] = {leaf: leaf for leaf in leaves if isinstance(leaf, str)}
     values |= {"true": True, "false": False} if bool in leaves else {}
     kind = next((kind for kind in (str, range, float, int) if kind in leaves), None)
-    mark = {float: "X", int: "N", range: "N-N"}.get(kind)
+    mark = {str: None, float: "X", int: "N", range: "N-N"}[kind or str]
 
     def read(word: str) -> Any:
         if not word:

@@ -1,6 +1,5 @@
 """``lightning-igpt features``: pooled features of images as Parquet, for datasets, scikit-learn and FAISS."""
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.complete import DEFAULT, pick_device
@@ -60,7 +59,8 @@ def features(
     if min(batch_size, limit or batch_size) < 1:
         raise ValueError(f"batch_size is {batch_size} and limit {limit}; both must be at least 1")
     loaded = load_pretrained(pretrained, palette=palette)
-    config, numbers = loaded.config, sorted(set(itertools.chain.from_iterable(set(layers or ()) - {"all"})))
+    config = loaded.config
+    numbers = sorted({number for span in layers or () if isinstance(span, range) for number in span})
     asked = choose_layers("all" if "all" in (layers or ()) else numbers or [config.n_layer // 2], config.n_layer)
     opened, split = open_images(source, split)
     try:

@@ -174,7 +174,8 @@ class ProbeModule(IGPTModule):
         """Class logits (..., layers, C) of features (..., layers, D); ``batches`` is for RunningScale in training."""
         with torch.autocast(self.device.type, enabled=False):  # as exact as the fit
             if self.neighbors is not None:
-                return self.neighbors(features.float())
+                votes: Tensor = self.neighbors(features.float())
+                return votes
             features = self.scale(features, batches) if self.scale is not None else features
             weight, bias = self.weight.float(), self.bias.float()
             if batches is None:
