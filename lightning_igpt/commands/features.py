@@ -56,8 +56,9 @@ def features(
     """
     path, folder = Path(out), Path(f"{out}.part")
     check_file(path, "--out", "features.parquet", ".parquet")
-    if min(batch_size, limit or batch_size) < 1:
+    if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size is {batch_size} and limit {limit}; both must be at least 1")
+    place = pick_device(device)
     loaded = load_pretrained(pretrained, palette=palette)
     config = loaded.config
     numbers = sorted({number for span in layers or () if isinstance(span, range) for number in span})
@@ -76,7 +77,7 @@ def features(
     columns += [(f"layer_{layer}", pa.list_(pa.float32(), config.n_embd)) for layer in asked]
     schema = pa.schema(columns, metadata={"lightning_igpt": json.dumps(facts)})
     print(shown(f"{loaded.origin}, layers {' '.join(map(str, asked))}: {n} images of {source}, split {split}"))
-    extractor = PooledLayers(loaded, asked, skip=-1 if pool == "last" else 0).to(pick_device(device))
+    extractor = PooledLayers(loaded, asked, skip=-1 if pool == "last" else 0).to(place)
     parts = {folder / f"{start:09d}.parquet": range(start, min(start + ROWS, n)) for start in range(0, n, ROWS)}
     for part, places in tqdm(parts.items(), unit="part", disable=None):
         if part.exists():
@@ -94,7 +95,7 @@ def features(
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for part in parts:
             writer.write_table(pq.read_table(part))
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     print(f"wrote {path}")
 
 

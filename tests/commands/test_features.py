@@ -105,6 +105,7 @@ def test_images_without_labels(tmp_path, capsys):
         (["--layers", "a"], "invalid all|N-N value: 'a'"),
         (["--layers", "3-5"], "a list of one or more from 0 to 4"),
         (["--batch_size", "0"], "batch_size is 0"),
+        (["--limit", "0"], "limit 0; both must be at least 1"),
         (["--out", "x.csv"], "it must be a .parquet file"),
     ],
 )
