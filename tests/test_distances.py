@@ -156,7 +156,7 @@ def test_features_of_a_model_of_transformers(tmp_path):
         torch.testing.assert_close(image_features(extractor, images), expected.detach().double(), rtol=1e-4, atol=1e-5)
         assert ("pooled output" in extractor.title) == pooled
     model.save_pretrained(tmp_path, state_dict={"vit.layernorm.weight": torch.ones(8)})
-    with pytest.raises(ValueError, match="its weights lack .*; such features would be random"):
+    with pytest.raises(ValueError, match=r"its weights lack .*; such features would be random"):
         load_extractor(str(tmp_path))
 
 
