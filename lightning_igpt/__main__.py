@@ -20,6 +20,8 @@ OWN_VERBS = {
     "complete": "complete the lower part of your images, or a hole, with a trained network",
     "demo": "serve a page on which to complete pictures and see what surprises the network",
     "score": "measure how surprising images are to a network, in nats per pixel",
+    "distance": "Frechet and kernel distance between completions and real images",
+    "features": "write pooled features of images, by layer, as Parquet",
     "lowdata": "classify with a few labels per class: linear probes on random subsets",
     "report": "gather runs on one HTML page: curves, layers, completions, settings",
     "data": "look at a dataset: splits, classes, bad images, palette error, a contact sheet",

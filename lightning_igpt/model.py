@@ -288,16 +288,16 @@ class ImageGPT(nn.Module):
             cache.advance(x.shape[1])
         return self.ln_f(x)  # type: ignore[no-any-return]
 
-    def features(self, tokens: Tensor, layers: Sequence[int], *, masked: Tensor | None = None) -> Tensor:
+    def features(self, tokens: Tensor, layers: Sequence[int], *, masked: Tensor | None = None, skip: int = 0) -> Tensor:
         """Pooled taps for probing, in one pass that stops at the deepest layer of ``layers``.
 
-        Tap l is the mean over positions of the norm-ed input of block l; tap L is that of the final norm (paper,
-        sections 2.2 to 2.4).
+        Tap l is the mean over positions of the norm-ed input of block l, tap L that of the final norm (paper, 2.2-2.4).
 
         Args:
             tokens: int64 (B, T).
             layers: Numbers from 0 (embeddings) to L (after the last block).
             masked: For BERT networks: bool (B, T).
+            skip: How many positions, from the first on, the mean leaves out; -1 leaves out all but the last.
 
         Returns:
             Float (B, len(layers), D) in the order of ``layers``.
@@ -311,10 +311,10 @@ class ImageGPT(nn.Module):
             raise ValueError(f"layers is {list(layers)}; it must be one or more numbers from 0 to {depth}")
         x = self._embed(tokens, masked, None)
         norms = [block.ln_1 for block in self.blocks()] + [self.ln_f]
-        taps: dict[int, Tensor] = {}
+        taps: dict[int, Tensor] = {}  # of (B, D)
         for layer in range(max(layers) + 1):
             if layer in layers:
-                taps[layer] = norms[layer](x).mean(1, dtype=torch.promote_types(x.dtype, torch.float32))  # (B, D)
+                taps[layer] = norms[layer](x[:, skip:]).mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
             if layer < max(layers):
                 x = self.h[layer](x, masked is None)
         return torch.stack([taps[layer] for layer in layers], 1)

@@ -1,7 +1,7 @@
 """Uses of a trained network as a density of tokens: complete images, inpaint them, score them."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -17,6 +17,7 @@ from lightning_igpt.palette import Palette
 
 Draw: TypeAlias = Callable[[Tensor], Tensor]  # logits (B, K) to colors (B,)
 Order: TypeAlias = Literal["surest", "random"]
+Randomness: TypeAlias = torch.Generator | Sequence[torch.Generator] | None  # for all images, or one for each
 Progress: TypeAlias = Callable[[Tensor, Tensor], None]  # tokens int64 (B, T), and which are decided, bool (B, T)
 HIDDEN = (88, 118, 166)  # hidden pixels: a blue, since gray could be part of the picture
 COLD = 1e-6  # lower temperatures take the likeliest color, for logits divided by them may overflow
@@ -32,7 +33,7 @@ def complete(
     top_k: int | None = None,
     top_p: float | None = None,
     precision: Precision | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     on_progress: Progress | None = None,
 ) -> Tensor:
     """Draw the remaining pixels of each image in raster order, with cached keys and values.
@@ -47,7 +48,8 @@ def complete(
         precision: Of a step, see :class:`lightning_igpt.decoding.Decoder`: ``full``, ``half`` or ``int8``. The prompt
             is always processed in the network's own. docs/how-to/sampling.md states the cost of each in nats and time.
             Default: half under autocast, else full.
-        generator: Source of randomness, on the network's device. Equal seeds give equal images.
+        generator: Source of randomness, on the network's device. Equal seeds give equal images. A list has one for each
+            of the B * n_samples images, whose draws then do not depend on what else is in the batch.
         on_progress: Called after each row of pixels with the tokens, int64 (B * n_samples, T), and which of them are
             decided, bool of that shape; read-only, and the tokens change afterwards. An exception ends the drawing.
 
@@ -113,7 +115,7 @@ def draw(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
 ) -> Tensor:
     """One color per row of logits (B, K): int64 (B,)."""
     if temperature < COLD:
@@ -129,8 +131,15 @@ def draw(
         drop = torch.zeros_like(index, dtype=torch.bool).scatter(-1, index, before >= top_p)
         logits = logits.masked_fill(drop, -math.inf)
     # An exponential race picks index i with probability p_i and does not synchronize the device.
-    race = torch.empty_like(logits).exponential_(generator=generator)
+    race = _filled(torch.empty_like(logits), Tensor.exponential_, generator)
     return (F.softmax(logits, -1) / race).argmax(-1)
+
+
+def _filled(values: Tensor, fill: Callable[..., Tensor], generator: Randomness) -> Tensor:
+    owners = generator if isinstance(generator, Sequence) else [generator]
+    for part, own in zip(values.split(len(values) // len(owners)), owners, strict=True):  # equal parts, in place
+        fill(part, generator=own)
+    return values
 
 
 @torch.no_grad()
@@ -143,7 +152,7 @@ def inpaint(
     order: Order = "surest",
     temperature: float = 1.0,
     precision: Precision | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     on_progress: Progress | None = None,
 ) -> Tensor:
     """Fill the unknown pixels of each image, wherever they are.
@@ -167,7 +176,7 @@ def inpaint(
         order: Which draws of a BERT network are kept first: ``surest`` or ``random``.
         temperature: Divides the logits; 0 takes the likeliest color.
         precision: As in ``complete``; ignored by a BERT network.
-        generator: Source of randomness, on the network's device. Equal seeds give equal images.
+        generator: As in ``complete``.
         on_progress: As in ``complete``, with tokens (B, T); after each step of a BERT network.
 
     Returns:
@@ -192,19 +201,13 @@ def inpaint(
     pick = partial(draw, temperature=temperature, generator=generator)
     with _evaluating(network):
         if network.config.objective == "bert":
-            lots = torch.rand(known[:, ::each].shape, generator=generator, device=device) if order == "random" else None
+            lots = _filled(per_pixel(known.float(), each), Tensor.uniform_, generator) if order == "random" else None
             return _fill(network, tokens, known, pick, steps, on_progress, lots)
         return _decode(network, tokens, known, pick, precision, on_progress)
 
 
 def _fill(
-    network: ImageGPT,
-    tokens: Tensor,
-    known: Tensor,
-    pick: Draw,
-    steps: int,
-    report: Progress | None,
-    lots: Tensor | None,
+    network: ImageGPT, tokens: Tensor, known: Tensor, pick: Draw, steps: int, tell: Progress | None, lots: Tensor | None
 ) -> Tensor:
     each = network.config.tokens_per_pixel  # which are kept together, as they are hidden together in training
     holes = (~known).sum(1) // each
@@ -224,8 +227,8 @@ def _fill(
         keep = (order < (order.shape[1] - left)[:, None]).repeat_interleave(each, 1)
         tokens = torch.where(keep & ~known, drawn, tokens)
         known = known | keep
-        if report is not None:
-            report(tokens, known)
+        if tell is not None:
+            tell(tokens, known)
     _check_finite(finite, "full")
     return tokens
 
@@ -316,8 +319,7 @@ def completion_rows(
     """The prompt, completions of it and the truth of whole images int64 (B, T): uint8 (B, 2 + n_samples, 3, S, S).
 
     ``keep_rows`` rows of pixels are given, from 0 to S - 1, by default half of them, or all but a ``hole`` of pixels,
-    bool (S * S,).
-    Options are those of ``complete`` or, for a hole and for a BERT network, of ``inpaint``.
+    bool (S * S,). Options are those of ``complete`` or, for a hole and for a BERT network, of ``inpaint``.
     """
     side, total = network.config.image_size, network.config.n_positions
     each = network.config.tokens_per_pixel
@@ -325,7 +327,7 @@ def completion_rows(
     if not 0 <= rows < side or n_samples < 1:
         limits = f"an image of {side} rows can keep 0 to {side - 1}, and has at least 1 sample"
         raise ValueError(f"keep_rows is {rows} and n_samples {n_samples}; {limits}")
-    options["generator"] = torch.Generator(tokens.device).manual_seed(seed)
+    options.setdefault("generator", torch.Generator(tokens.device).manual_seed(seed))
     hidden = torch.arange(side * side, device=tokens.device) >= rows * side if hole is None else hole
     if hole is None and network.config.objective == "autoregressive":
         samples = complete(network, tokens[:, : rows * side * each], n_samples=n_samples, **options)

@@ -83,7 +83,12 @@ def test_the_dependencies_are_what_is_imported(built):
     imported = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"lightning_igpt"}
     renamed = {"PIL": "pillow", "sklearn": "scikit-learn"}
     imported = {renamed.get(name, name).replace("_", "-") for name in imported}
-    assert imported == {name.replace("_", "-") for name in declared} - {"shtab", "starlette", "tensorboard"}
+    assert imported == {name.replace("_", "-") for name in declared} - {
+        "shtab",
+        "starlette",
+        "tensorboard",
+        "torch-fidelity",
+    }
 
 
 def test_type_checkers_see_every_public_name():

@@ -74,24 +74,35 @@ def _add(parser: argparse.ArgumentParser, function: Any, positional: bool) -> No
 
 
 def reader(hint: Any) -> dict[str, Any]:
-    """How argparse reads a parameter of a type: str, int, float, bool, words, lists, or several of these."""
+    """How argparse reads a parameter of a type: str, int, float, bool, range, words, lists, or several of these."""
     leaves = list(_leaves(hint))
     values: dict[str, Any] = {leaf: leaf for leaf in leaves if isinstance(leaf, str)}
     values |= {"true": True, "false": False} if bool in leaves else {}
-    kind = next((kind for kind in (str, float, int) if kind in leaves), None)
+    kind = next((kind for kind in (str, range, float, int) if kind in leaves), None)
+    mark = {str: None, float: "X", int: "N", range: "N-N"}[kind or str]
 
     def read(word: str) -> Any:
         if not word:
             raise argparse.ArgumentTypeError("the value is empty; perhaps a shell variable is not set")
         if kind is None and word.lower() not in values:
             raise ValueError(word)
-        return values[word.lower()] if kind is None or word in values else kind(word)
+        if kind is None or word in values:
+            return values[word.lower()]
+        return span(word) if kind is range else kind(word)
 
-    metavar = "|".join([*values, *("X" if kind is float else "N" if kind is int else "")])
+    metavar = "|".join([*values, *([mark] if mark else [])])
     read.__name__ = metavar or "text"  # for argparse's message
     several = any(get_origin(part) in (list, tuple) for part in (hint, *get_args(hint)))
     amount = {"nargs": "+"} if several else {"nargs": "?", "const": True} if leaves == [bool] else {}
     return {"type": read, "metavar": metavar or None} | amount
+
+
+def span(word: str) -> range:
+    """The numbers of 8-16, or of 8 alone; ValueError for other words."""
+    first, _, last = word.partition("-")
+    if not (numbers := range(int(first), int(last or first) + 1)):
+        raise ValueError(word)
+    return numbers
 
 
 def _leaves(hint: Any) -> Iterator[Any]:

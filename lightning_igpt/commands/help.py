@@ -39,6 +39,11 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         "score --pretrained runs/bert --images photos --n_draws 64",
         "score --images photos --against digits",
     ),
+    "distance": (
+        "distance --pretrained emoji --source emoji",
+        "distance --pretrained runs --source photos --keep_rows 0",
+    ),
+    "features": ("features --source emoji --layers 2-4 --out emoji.parquet",),
     "lowdata": ("lowdata --pretrained runs --source digits --out few",),
     "report": ("report runs", "report runs/pretrain runs/probe --out report.html"),
     "data show": ("data show photos --image_size 32",),

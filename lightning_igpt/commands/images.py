@@ -38,10 +38,7 @@ def decoded(
         if path.is_file() and path.suffix.lower() not in sources.TABLES:
             kinds = " ".join(sorted(SUFFIXES | sources.TABLES.keys()))
             raise ValueError(f"{shown(path)} holds no images: a file ends in one of {kinds}; or name a folder")
-        opened = sources.open_source(source)
-        opened.need_images()
-        split = split or next((name for name in SPLITS if name in opened.splits), next(iter(opened.splits)))
-        check_split(opened, split)
+        opened, split = open_images(source, split)
         rows = rows_of(opened, split, limit, spread=False)
     n_good, n_bad = 0, 0
     for name, value in rows:
@@ -57,13 +54,25 @@ def decoded(
         raise ValueError(f"none of the {n_bad} images of {source} can be read" if n_bad else f"{source} has no images")
 
 
+def open_images(source: str, split: str | None = None) -> tuple["Source", str]:
+    """A source of images, and the name of the split to read, by default the first of ``SPLITS``."""
+    opened = importlib.import_module("lightning_igpt.data.sources").open_source(source)
+    opened.need_images()
+    split = split or next((name for name in SPLITS if name in opened.splits), next(iter(opened.splits)))
+    check_split(opened, split)
+    return opened, split
+
+
 def rows_of(
-    source: "Source", split: str, limit: int | None = None, *, spread: bool = True
+    source: "Source", split: str, limit: int | None = None, *, spread: bool = True, start: int = 0
 ) -> Iterator[tuple[str, Any]]:
-    """Names and undecoded images: ``limit`` of a split, evenly spread (datasets are sorted by class) or the first."""
+    """Names and undecoded images: ``limit`` of a split, evenly spread (datasets are sorted by class) or the first.
+
+    The first ``start`` of them are left out.
+    """
     rows = source.splits[split].select_columns([source.image_column])
     count = min(len(rows), limit or len(rows))
-    for place in (number * len(rows) // count if spread else number for number in range(count)):
+    for place in (number * len(rows) // count if spread else number for number in range(start, count)):
         value = rows[place][source.image_column]
         path = (value or {}).get("path")
         yield "/".join(Path(str(path)).parts[-2:]) if path else f"{split}-{place:05d}", value

@@ -179,17 +179,17 @@ def check_concat(concat: int | None, n_layers: int, solver: str) -> None:
         raise ValueError(f"concat is {concat}; it must be an odd number, as the layers are centered on the best")
     if concat > n_layers:
         raise ValueError(f"concat is {concat}, but only {n_layers} layers are probed; lower it or name more in layers=")
-    if solver == "sgd":
-        raise ValueError(f"concat={concat} needs the features that solver='sgd' does not keep; use solver='lbfgs'")
+    if solver != "lbfgs":
+        raise ValueError(f"concat={concat} needs a fit to all features, which solver={solver!r} has not; use 'lbfgs'")
 
 
 def check_fit(solver: str, grid: Sequence[float], **numbers: Any) -> None:
     """Raise ValueError where a setting of a solver makes no sense."""
-    if solver not in ("lbfgs", "sgd"):
-        raise ValueError(f"solver is {solver!r}; it must be 'lbfgs' or 'sgd'")
+    if solver not in ("lbfgs", "sgd", "knn"):
+        raise ValueError(f"solver is {solver!r}; it must be 'lbfgs', 'sgd' or 'knn'")
     if not grid:
         raise ValueError("c is an empty list; give one value or several to choose from")
-    above = {name: numbers.pop(name) for name in ("max_iter", "lr")}
+    above = {name: numbers.pop(name) for name in ("max_iter", "lr", "k", "temperature")}
     check_settings(above_zero=above | {"c": min(grid)}, **numbers)
 
 
@@ -204,9 +204,11 @@ def check_same_probe(mine: Mapping[str, Any], saved: Mapping[str, Any], n_layer:
 
 
 def make_room(probe: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a probe load the classifiers of a state dict, of however many classes; those before 0.2 have no scores."""
+    """Let a probe load the classifiers of a state dict, of any size; those before 0.2 have no scores."""
     if (bias := state.get(f"{prefix}bias")) is not None and bias.shape[1] != probe.num_classes:
         probe.set_classes(bias.shape[1])
+    for name in ("rows", "labels") if probe.neighbors is not None else ():
+        setattr(probe.neighbors, name, torch.empty_like(state[f"{prefix}neighbors.{name}"], device=probe.device))
     for name, value in probe.scores.state_dict(prefix=f"{prefix}scores.").items():
         state.setdefault(name, value)
 

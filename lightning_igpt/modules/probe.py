@@ -16,7 +16,7 @@ from lightning_igpt.features import C_GRID
 from lightning_igpt.modules import batches, build, heads, resume
 from lightning_igpt.modules.batches import Batch, masks_for, read_labeled, sample_numbers
 from lightning_igpt.modules.build import IGPTModule, NetworkLike, PaletteLike
-from lightning_igpt.modules.solvers import Lbfgs, WholeFit
+from lightning_igpt.modules.solvers import Lbfgs, Neighbors, WholeFit
 from lightning_igpt.objectives import MASK_RATIO
 from lightning_igpt.optim import warmup_cosine
 
@@ -29,9 +29,10 @@ class ProbeModule(IGPTModule):
     """Measure how linearly separable the classes are at each layer of a frozen network.
 
     With solver=lbfgs, one pass over the training images collects the features of all layers, one classifier per layer
-    is fitted to them, and ``fit`` ends. With solver=sgd the classifiers are trained on batches. Validation logs
-    ``probe/layer_<l>/accuracy``, picks the best layer (by the first of several loaders) and logs its ``val/accuracy``;
-    test logs ``test/layer_<l>/accuracy`` and, as ``test/accuracy``, that of the layer picked on validation.
+    is fitted to them, and ``fit`` ends. With solver=knn it ends after that pass, whose images then vote. With sgd the
+    classifiers are trained on batches. Validation logs ``probe/layer_<l>/accuracy``, picks the best layer (by the
+    first of several loaders) and logs its ``val/accuracy``; test logs ``test/layer_<l>/accuracy`` and, as
+    ``test/accuracy``, that of the layer picked on validation.
 
     Args:
         pretrained: As in PretrainModule. None probes an untrained network, as a baseline; then give ``network``.
@@ -42,7 +43,9 @@ class ProbeModule(IGPTModule):
         num_classes: Number of classes. Default: the data's.
         class_names: Names of the classes. Default: the data's.
         solver: ``lbfgs`` fits to all features at once, as the paper does for CIFAR and STL-10. ``sgd`` keeps none, as
-            the paper does for ImageNet: momentum 0.9, a cosine to zero; it needs a loader that shuffles.
+            the paper does for ImageNet: momentum 0.9, a cosine to zero; it needs a loader that shuffles. ``knn`` fits
+            nothing: the k training images with the highest cosine to an image have exp(cosine / temperature) votes each
+            (Caron et al., 2021). Checkpoints hold the features of all training images, 4 bytes per number.
         concat: lbfgs only: an odd number of layers, centered on the best, that are fitted together once validation has
             picked that (the paper: 5); logged as ``val/concat_accuracy`` and ``test/concat_accuracy``. Default: none.
         c: lbfgs only: inverse strength of the L2 penalty, as scikit-learn's C. From a list (default: 0.001, 0.01, 0.1,
@@ -50,6 +53,8 @@ class ProbeModule(IGPTModule):
         standardize: Scale each feature to mean 0 and variance 1 first; under SGD by batch normalization without gain
             and bias, as in the probes of MAE (He et al., 2022).
         max_iter: lbfgs only: upper bound on steps per classifier.
+        k: knn only: how many neighbors vote.
+        temperature: knn only: the lower, the more the nearest count.
         lr: sgd only: learning rate at the start. The paper tried 30, 10, 3, ... and does not state its scaling.
         weight_decay: sgd only: L2 decay of the weights. The paper states none.
         mask_ratio: BERT networks only: probability that an input pixel is hidden.
@@ -74,11 +79,13 @@ class ProbeModule(IGPTModule):
         image_size: int | None = None,
         num_classes: int | None = None,
         class_names: list[str] | None = None,
-        solver: Literal["lbfgs", "sgd"] = "lbfgs",
+        solver: Literal["lbfgs", "sgd", "knn"] = "lbfgs",
         concat: int | None = None,
         c: float | list[float] | None = None,
         standardize: bool = True,
         max_iter: int = 1000,
+        k: int = 20,
+        temperature: float = 0.07,
         lr: float = 0.1,
         weight_decay: float = 0.0,
         mask_ratio: float = MASK_RATIO,
@@ -90,14 +97,16 @@ class ProbeModule(IGPTModule):
     ) -> None:
         super().__init__()
         layers, c, class_names = plain(layers), plain(c), plain(class_names)
-        self.automatic_optimization = solver == "sgd"  # L-BFGS needs all features at once, not batches
+        self.automatic_optimization = solver == "sgd"  # the others need all features at once, not batches
         grid = list(C_GRID) if c is None else list(c) if isinstance(c, (list, tuple)) else [c]
         numbers = {"max_iter": max_iter, "lr": lr, "weight_decay": weight_decay, "max_feature_bytes": max_feature_bytes}
+        numbers |= {"k": k, "temperature": temperature}
         heads.check_fit(solver, grid, **numbers)
         heads.check_class_names(class_names, num_classes)
         self.names_given = class_names is not None
         self.pretrained, self.class_names, self.lr, self.weight_decay = pretrained, class_names, lr, weight_decay
         self.solver, self.c, self.standardize, self.concat = solver, c, standardize, concat
+        self.k, self.temperature = k, temperature
         self.mask_ratio, self.mask_inputs, self.n_masks, self.seed = mask_ratio, mask_inputs, n_masks, seed
         names = ("solver", "concat", "c", "standardize", "mask_ratio", "mask_inputs", "n_masks", "seed", "class_names")
         built = build.build_network(network, palette, pretrained, image_size=image_size)
@@ -135,6 +144,11 @@ class ProbeModule(IGPTModule):
         """The c that each layer's classifier was fitted with; empty under SGD."""
         return self.scores.column(0, self.layers)
 
+    @property
+    def fitted(self) -> bool:
+        """Whether there are classifiers, or training images to compare with."""
+        return bool(self.weight.any()) if self.neighbors is None else len(self.neighbors.labels) > 0
+
     def setup(self, stage: str) -> None:
         if is_model_parallel(self.trainer.strategy):
             raise ValueError("a probe's network is frozen and is not sharded; use strategy='ddp', or one device")
@@ -142,7 +156,7 @@ class ProbeModule(IGPTModule):
             if (count := heads.classes_of_data(self.trainer)[0]) is None:
                 raise ValueError("cannot infer num_classes from the data; set num_classes=")
             self.set_classes(count)
-        if stage == "fit" and self.solver == "lbfgs":
+        if stage == "fit" and self.solver != "sgd":
             self.trained_classes = None  # a fit begins from zero, unless a checkpoint is loaded now
         heads.adopt_class_names(self)
 
@@ -159,6 +173,9 @@ class ProbeModule(IGPTModule):
     def logits(self, features: Tensor, *, batches: int | None = None) -> Tensor:
         """Class logits (..., layers, C) of features (..., layers, D); ``batches`` is for RunningScale in training."""
         with torch.autocast(self.device.type, enabled=False):  # as exact as the fit
+            if self.neighbors is not None:
+                votes: Tensor = self.neighbors(features.float())
+                return votes
             features = self.scale(features, batches) if self.scale is not None else features
             weight, bias = self.weight.float(), self.bias.float()
             if batches is None:
@@ -168,9 +185,9 @@ class ProbeModule(IGPTModule):
     def on_train_start(self) -> None:
         if self.pretrained is None:
             log.warning("no pretrained=: probing a network that was never trained")
-        if self.solver == "lbfgs":
+        if self.solver != "sgd":
             self._lbfgs.forget(self)
-        if self.solver == "lbfgs" or getattr(resume.trainer_of(self), "ckpt_path", None) is None:
+        if self.solver != "sgd" or getattr(resume.trainer_of(self), "ckpt_path", None) is None:
             self.scores = heads.Scores(len(self.layers) + 1).to(self.device)
         heads.match_classes(self)
         super().on_train_start()
@@ -178,7 +195,7 @@ class ProbeModule(IGPTModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         whole, labels = read_labeled(self, batch)
         features = self._features(whole, batch_idx)[0]
-        if self.solver == "lbfgs":
+        if self.solver != "sgd":
             self._lbfgs.collect(self, features, labels, whole.samples, batch_idx)
             return None
         logits = self.logits(features, batches=batches.count_batches(self))  # (B, layers, C)
@@ -196,7 +213,7 @@ class ProbeModule(IGPTModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         # Before the fit, a sanity check still looks for bad batches and labels; other validation has nothing to count.
-        if getattr(resume.trainer_of(self), "sanity_checking", False) or self.weight.any():
+        if getattr(resume.trainer_of(self), "sanity_checking", False) or self.fitted:
             self._evaluate(batch, batch_idx, dataloader_idx)
 
     def on_validation_start(self) -> None:
@@ -205,7 +222,7 @@ class ProbeModule(IGPTModule):
         self.begin_evaluation()
 
     def on_test_start(self) -> None:
-        if not self.weight.any():
+        if not self.fitted:
             raise ValueError("this probe was not fitted yet: call trainer.fit first, or pass ckpt_path")
         self.on_validation_start()
 
@@ -225,7 +242,7 @@ class ProbeModule(IGPTModule):
         return self.logits(features)[:, :, self._picked()].softmax(-1).mean(0)
 
     def configure_optimizers(self) -> Any:
-        if self.solver == "lbfgs":
+        if self.solver != "sgd":
             return WholeFit([self.weight])
         total, _ = resume.total_steps(self)
         groups: list[dict[str, Any]] = [
@@ -267,6 +284,8 @@ class ProbeModule(IGPTModule):
         self.scale = heads.RunningScale(n_layers, width).to(device) if scaled else None
         self.concat_head = heads.ConcatHead(self.layers, concat, num_classes, width).to(device) if concat else None
         self.scores = heads.Scores(n_layers + 1).to(device)
+        neighbors = Neighbors(n_layers, num_classes, width, self.k, self.temperature).to(device)
+        self.neighbors = neighbors if self.solver == "knn" else None
 
     def _features(self, whole: Batch, batch_idx: int, *, every_mask: bool = False) -> Tensor:
         """Pooled taps under the first or every mask of an evaluation, float32 (M, B, layers, D)."""
@@ -292,7 +311,7 @@ class ProbeModule(IGPTModule):
     def log_metrics(self, stage: str) -> None:
         """Pick the best layer on validation, and log the accuracies of every loader; the first's are ``results``."""
         evaluated, n_layers, prefix = self.end_evaluation(), len(self.layers), {"val": "probe"}.get(stage, stage)
-        if getattr(resume.trainer_of(self), "sanity_checking", False) or not self.weight.any():
+        if getattr(resume.trainer_of(self), "sanity_checking", False) or not self.fitted:
             return
         counts = [metrics["correct"] for metrics, _ in evaluated]
         if stage == "val":

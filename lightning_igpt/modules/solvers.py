@@ -1,13 +1,15 @@
 """ProbeModule's solver L-BFGS: it collects features in one pass and fits classifiers to them by ``features``."""
 
 import logging
+import math
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_igpt.features import choose_c, fit_logistic, usable_grid
@@ -71,8 +73,44 @@ class WholeFit(torch.optim.Optimizer):
         return closure()
 
 
+class Neighbors(nn.Module):
+    """Votes of the k nearest training images of each layer, by cosine."""
+
+    rows: Tensor  # features of the training images, of length 1: (layers, N, D)
+    labels: Tensor  # int64 (N,)
+
+    def __init__(self, n_layers: int, num_classes: int, width: int, k: int, temperature: float) -> None:
+        super().__init__()
+        self.num_classes, self.k, self.temperature = num_classes, k, temperature
+        self.register_buffer("rows", torch.empty(n_layers, 0, width))
+        self.register_buffer("labels", torch.empty(0, dtype=torch.long))
+
+    def keep(self, features: Tensor, labels: Tensor, place: int) -> None:
+        """Take the features (N, D) of the layer in a place, of which the first makes room for all."""
+        if place == 0:
+            self.rows, self.labels = features.new_empty(len(self.rows), *features.shape), labels
+        self.rows[place] = F.normalize(features, dim=-1)
+
+    def forget(self) -> None:
+        """Forget all training images."""
+        self.rows, self.labels = self.rows[:, :0].clone(), self.labels[:0].clone()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logarithms of the votes for each class, (..., layers, C), of features (..., layers, D)."""
+        parts = []
+        for rows, part in zip(self.rows.float(), F.normalize(features, dim=-1).unbind(-2), strict=True):
+            cosine, index = (part @ rows.T).topk(min(self.k, len(rows)))  # (..., k)
+            weight = ((cosine - cosine[..., :1]) / self.temperature).exp()  # the nearest has 1
+            votes = weight.new_zeros(*weight.shape[:-1], self.num_classes)
+            parts.append(votes.scatter_add_(-1, self.labels[index], weight))
+        return torch.stack(parts, -2).log()
+
+
 class Lbfgs:
-    """What ProbeModule does to fit its classifiers to all features at once: collect them in one pass, then fit."""
+    """What ProbeModule does to fit its classifiers to all features at once: collect them in one pass, then fit.
+
+    Where it has ``neighbors``, they keep the features instead.
+    """
 
     def __init__(self, grid: Sequence[float], standardize: bool, max_iter: int, seed: int, max_bytes: int) -> None:
         self.grid, self.seed = grid, seed
@@ -88,6 +126,8 @@ class Lbfgs:
         probe.best.fill_(-1)
         if probe.concat_head is not None:
             probe.concat_head.center.fill_(-1)
+        if probe.neighbors is not None:
+            probe.neighbors.forget()
 
     def collect(self, probe: Any, features: Tensor, labels: Tensor, samples: Any, batch_idx: int) -> None:
         """Keep the features (B, layers, D) of a training batch, and fit at the last; a sample number counts once."""
@@ -141,8 +181,9 @@ class Lbfgs:
         fitted = self._fit(probe, [[place] for place in range(len(probe.layers))])
         for place, (layer, (weight, bias, c)) in enumerate(zip(probe.layers, fitted, strict=True)):
             probe.weight.data[place], probe.bias[place] = weight, bias
-            probe.scores.put("c", [c], place)
-            probe.log(f"probe/layer_{layer}/c", c, on_step=False, on_epoch=True, sync_dist=True)
+            if probe.neighbors is None:
+                probe.scores.put("c", [c], place)
+                probe.log(f"probe/layer_{layer}/c", c, on_step=False, on_epoch=True, sync_dist=True)
         if probe.concat_head is None:
             self.close()
 
@@ -166,10 +207,15 @@ class Lbfgs:
             if bool((labels == labels[0]).all()):
                 what = f"all {len(labels)} training images have the label {labels[0]}"
                 raise ValueError(f"{what}; a probe needs two classes")
-            grid = usable_grid(self.grid, len(labels))  # here, so that a warning comes once
+            # Here, so that a warning comes once.
+            grid = usable_grid(self.grid, len(labels)) if probe.neighbors is None else self.grid
             for group in groups:
                 parts = [gather(store.column(column))[order] for column in group]
                 features = torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # (N, columns * D)
+                if probe.neighbors is not None:
+                    probe.neighbors.keep(features, labels, group[0])
+                    fitted.append((probe.weight[group[0]], probe.bias[group[0]], math.nan))
+                    continue
                 c = choose_c(features, labels, classes, grid=grid, seed=self.seed, **self.options)
                 fitted.append((*fit_logistic(features, labels, classes, c=c, **self.options), c))
             return fitted

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader
 
@@ -46,6 +47,26 @@ def test_accuracy_by_layer_equals_scikit_learn_on_the_same_features(tmp_path):
         assert module.accuracy_by_layer[layer] == pytest.approx(expected, abs=1e-6)
         ours = module.logits(torch.from_numpy(np.stack([x_test] * 3, 1)))[:, layer].softmax(-1)
         np.testing.assert_allclose(ours, theirs.predict_proba(scaler.transform(x_test)), atol=0.01)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (7, 0.02), (500, 0.5)])
+def test_neighbors_vote_as_in_scikit_learn(tmp_path, k, temperature):
+    module = probe(solver="knn", k=k, temperature=temperature)
+    train, val, test = noisy_loader(200), noisy_loader(90, seed=1), noisy_loader(90, seed=2)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, train, val)
+    trainer.save_checkpoint(tmp_path / "knn.ckpt")
+    restored = probe(solver="knn", k=k, temperature=temperature)
+    logged = quiet_trainer(tmp_path).test(restored, test, ckpt_path=tmp_path / "knn.ckpt", verbose=False)[0]
+    (x, y), (x_val, y_val), (x_test, y_test) = (features_of(module, part, [0, 1, 2]) for part in (train, val, test))
+    for layer in range(3):
+        votes = {"weights": lambda distance: np.exp((1 - distance) / temperature), "metric": "cosine"}
+        theirs = KNeighborsClassifier(min(k, 200), **votes).fit(x[:, layer], y)
+        assert module.accuracy_by_layer[layer] == pytest.approx(theirs.score(x_val[:, layer], y_val), abs=1e-6)
+        assert logged[f"test/layer_{layer}/accuracy"] == pytest.approx(theirs.score(x_test[:, layer], y_test), abs=1e-6)
+        ours = module.logits(x_test)[:, layer].softmax(-1)
+        np.testing.assert_allclose(ours, theirs.predict_proba(x_test[:, layer]), atol=1e-3)
+    assert restored.best_layer == module.best_layer and not module.c_by_layer and "probe/layer_0/c" not in logged
 
 
 def test_one_epoch_and_metrics_with_the_best_layer(tmp_path):
@@ -113,13 +134,15 @@ def test_without_validation_no_layer_is_picked(tmp_path):
         ({"c": 0.0}, "c is 0.0; it must be above 0"),
         ({"c": [1.0, -1.0]}, "c is -1.0; it must be above 0"),
         ({"c": []}, "c is an empty list"),
-        ({"solver": "adam"}, "solver is 'adam'; it must be 'lbfgs' or 'sgd'"),
+        ({"solver": "adam"}, "solver is 'adam'; it must be 'lbfgs', 'sgd' or 'knn'"),
+        ({"k": 0}, "k is 0; it must be above 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
         ({"lr": 0.0}, "lr is 0.0; it must be above 0"),
         ({"max_feature_bytes": -1}, "max_feature_bytes is -1; it must be 0 or more"),
         ({"n_masks": 0}, "n_masks is 0; it must be above 0"),
         ({"concat": 2}, "concat is 2; it must be an odd number"),
         ({"concat": 5}, "concat is 5, but only 3 layers are probed"),
-        ({"concat": 3, "solver": "sgd"}, "concat=3 needs the features that solver='sgd' does not keep"),
+        ({"concat": 3, "solver": "sgd"}, "concat=3 needs a fit to all features, which solver='sgd' has not"),
         ({"layers": "al"}, "'all', or a list"),
         ({"layers": 1}, "'all', or a list"),
     ],
