@@ -190,6 +190,28 @@ def plot_curves(
     return Plot(draw_figure(draw, LIGHT), draw_figure(draw, DARK))
 
 
+def plot_fits(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    lines: Sequence[tuple[Sequence[float], Sequence[float]]],
+    marks: tuple[Sequence[float], Sequence[float]] = ((), ()),
+    *,
+    labels: tuple[str, str],
+    scales: tuple[str, str] = ("log", "linear"),
+) -> Plot:
+    """Measured points (x, y) with a fitted line through each series, and marks; labels and scales are of x and y."""
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        colors = (theme.first, theme.second, *theme.others)
+        for number, ((label, (x, y)), line) in enumerate(zip(points.items(), lines, strict=True)):
+            color = colors[number % len(colors)]
+            axes.plot(x, y, label=label, marker="o", markersize=3.5, linestyle="", color=color)
+            axes.plot(*line, color=color, linewidth=1.2)
+        axes.plot(*marks, marker="*", markersize=9, linestyle="", color=theme.level, zorder=4)
+        axes.set(xlabel=labels[0], ylabel=labels[1], xscale=scales[0], yscale=scales[1])
+
+    return Plot(draw_figure(draw, LIGHT), draw_figure(draw, DARK))
+
+
 def draw_figure(draw: Callable[[Axes, Theme], None], theme: Theme = LIGHT, size: tuple[float, float] = SIZE) -> Figure:
     """A figure of ``size`` inches in the package's style, with a legend below if something in it has a label."""
     import matplotlib

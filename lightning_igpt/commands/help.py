@@ -42,6 +42,8 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     "palette show": ("palette show --palette mine.npy --out mine.png",),
     "convert": ("convert final.ckpt mine", "convert openai/imagegpt-small small --check"),
     "plan": ("plan --network igpt_l --devices 8", "plan --network igpt_tiny --device_kind cpu"),
+    "scaling plan": ("scaling plan cifar10_tiny_pretrain --budgets 1e13 4e13 --sizes 32x3 48x4 64x5 --out study",),
+    "scaling fit": ("scaling fit study", "scaling fit study --metric online_probe/layer_*/accuracy --out accuracy"),
     "recipes list": ("recipes list",),
     "recipes show": ("recipes show digits_tiny_pretrain",),
     "recipes copy": ("recipes copy digits_tiny_pretrain --to mine.yaml",),
