@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -193,20 +194,19 @@ def plot_curves(
 def plot_fits(
     points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     lines: Sequence[tuple[Sequence[float], Sequence[float]]],
-    marks: tuple[Sequence[float], Sequence[float]] = ((), ()),
     *,
     labels: tuple[str, str],
     scales: tuple[str, str] = ("log", "linear"),
 ) -> Plot:
-    """Measured points (x, y) with a fitted line through each series, and marks; labels and scales are of x and y."""
+    """Measured points (x, y) of several series, and fitted lines; labels and scales are of x and of y."""
 
     def draw(axes: Axes, theme: Theme) -> None:
-        colors = (theme.first, theme.second, *theme.others)
-        for number, ((label, (x, y)), line) in enumerate(zip(points.items(), lines, strict=True)):
-            color = colors[number % len(colors)]
+        for x, y in lines:
+            axes.plot(x, y, color=theme.second, linewidth=1)
+        for color, (label, (x, y)) in zip(
+            cycle((theme.first, theme.level, *theme.others)), points.items(), strict=False
+        ):
             axes.plot(x, y, label=label, marker="o", markersize=3.5, linestyle="", color=color)
-            axes.plot(*line, color=color, linewidth=1.2)
-        axes.plot(*marks, marker="*", markersize=9, linestyle="", color=theme.level, zorder=4)
         axes.set(xlabel=labels[0], ylabel=labels[1], xscale=scales[0], yscale=scales[1])
 
     return Plot(draw_figure(draw, LIGHT), draw_figure(draw, DARK))

@@ -6,16 +6,21 @@ fitted across budgets: the first three to these minima (the form of Henighan et 
 (Hoffmann et al., 2022, approach 3).
 """
 
+import csv
+import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
-from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.planning import block_matrices, parameter_count, train_flops_per_token
 
 LAWS = (
@@ -75,6 +80,79 @@ class Optimum(NamedTuple):
     c: float
     loss: float
     curvature: float
+
+
+def resized(base: ImageGPTConfig, size: str) -> ImageGPTConfig:
+    """``base`` with another shape: a preset's, WIDTHxDEPTH or WIDTHxDEPTHxHEADS; without heads, about as wide ones."""
+    match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", size)
+    if match:
+        width, depth, heads = (int(text or 0) for text in match.groups())
+    elif size in PRESETS:
+        width, depth, heads = PRESETS[size].n_embd, PRESETS[size].n_layer, PRESETS[size].n_head
+    else:
+        raise ValueError(f"the size {size} is neither WIDTHxDEPTH, such as 96x6, nor one of {', '.join(PRESETS)}")
+    heads = heads or next(n for n in range(max(1, width * base.n_head // base.n_embd), 0, -1) if width % n == 0)
+    inner = base.n_inner and base.n_inner * width // base.n_embd
+    return replace(base, n_layer=depth, n_head=heads, n_embd=width, n_inner=inner)
+
+
+def read_runs(folders: Iterable[Path], metric: str, values: Path | None = None) -> list[Run]:
+    """The runs below folders that have a metric, in ``metrics.csv`` or in a file of ``values``, at their last step.
+
+    Of several metrics that match, the best counts; of an accuracy, 1 - accuracy. ValueError where no run has it, a run
+    has not reached its last step, or what the runs reach does not fall with the budget.
+    """
+    given, runs, others = _read_values(values, metric) if values else {}, list[Run](), set[str]()
+    for folder in folders:
+        for table in sorted(folder.rglob("metrics.csv")):
+            last = _last_values(table) if (table.parent / "run.json").exists() else {}  # none of evaluations
+            place = next((place for place in table.resolve().parents if place in given), None)
+            found = [pair for name, pair in last.items() if fnmatchcase(name, metric)] if not values else []
+            if place:
+                found = [(max(step for step, _ in last.values()), given[place])]
+            if found:
+                ends = [1 - value if metric.endswith("accuracy") else value for _, value in found]
+                name = str(table.parent.relative_to(folder)).removesuffix("/lightning_logs/version_0")
+                runs.append(_read_run(table.parent / "run.json", name, 1 + max(step for step, _ in found), min(ends)))
+            others |= last.keys()
+    if not runs:
+        raise ValueError(f"no run there has {metric}; they have {', '.join(sorted(others)) or 'no metrics.csv'}")
+    first, *rest = (min((p.loss, p.c) for p in group) for group in budgets(run.point() for run in runs))
+    if rest and rest[-1][0] >= first[0]:
+        ends = " and ".join(f"{loss:.4g} at {c:.3g} FLOPs" for loss, c in (first, rest[-1]))
+        raise ValueError(f"the best {metric} is {ends}; laws are fitted to what falls: name another metric")
+    return runs
+
+
+def _last_values(table: Path) -> dict[str, tuple[int, float]]:
+    """(step, value) of the last row with each metric."""
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = [(int(row.pop("step")), row) for row in csv.DictReader(file)]
+    return {
+        name: (step, float(value)) for step, row in rows for name, value in row.items() if value and name != "epoch"
+    }
+
+
+def _read_values(path: Path, metric: str) -> dict[Path, float]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if not {"run", metric} <= {*(rows.fieldnames or ())}:
+            raise ValueError(f"{path} has the columns {', '.join(rows.fieldnames or ())}; it needs run and {metric}")
+        return {Path(row["run"]).resolve(): float(row[metric]) for row in rows}
+
+
+def _read_run(path: Path, name: str, steps: int, loss: float) -> Run:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))["runs"][-1]
+        config = ImageGPTConfig.resolve(record["module"]["hparams"]["network"])
+        batch, longest = int(record["data"]["hparams"]["batch_size"]), int(record["trainer"]["max_steps"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not say network, batch size and steps ({error!r}); leave the run out") from error
+    if steps < longest:
+        raise ValueError(f"{path.parent} was measured at step {steps} of {longest}; continue it, or leave it out")
+    if not 0 < loss < math.inf:
+        raise ValueError(f"{path.parent}: the value to fit is {loss:g}; it must be above 0, and an accuracy below 1")
+    return Run(name, config, steps * batch, loss, record["images"].get("train_images"))
 
 
 def steps_for(budget: float, config: ImageGPTConfig, batch_size: int) -> int:

@@ -1,22 +1,99 @@
-"""``lightning-igpt scaling``: plan a study of sizes and budgets, and fit scaling laws to its runs."""
+"""``lightning-igpt scaling``: plan a study of sizes and budgets as recipes, and fit scaling laws to its runs."""
 
-import csv
 import importlib
 import json
 import math
+import shlex
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from lightning_igpt import scaling
+from lightning_igpt.commands import recipes
 from lightning_igpt.commands.arguments import check_folder
-from lightning_igpt.commands.scaling_plan import HEAD, cells, plan, print_table
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.files import write_csv
-from lightning_igpt.scaling import Optimum, Point, Run
+from lightning_igpt.files import shown, write_csv, write_text
+from lightning_igpt.scaling import Point, Run
+
+HEAD = ("run", "N", "N, all", "tokens", "FLOPs", "6 N D", "tokens / N")
+SCRIPT = """#!/bin/sh
+# Trains the runs of a study one after another, and continues where it was stopped. Start it where the study was
+# planned; options, such as --data.source FOLDER, are passed on to each run.
+set -e
+for run in {names}; do
+  lightning-igpt fit --config {folder}/"$run".yaml --resume auto "$@"
+done
+"""
+
+
+def plan(
+    recipe: str,
+    *,
+    budgets: list[float],
+    sizes: list[str],
+    out: str = "runs/scaling",
+    lr: Literal["recipe", "hint"] = "recipe",
+) -> None:
+    """Write a recipe for each budget and size, and a script that trains them all and can be resumed.
+
+    Args:
+        recipe: The base, which says all but size and steps: a file or a shipped recipe that pretrains from scratch.
+        budgets: Training operations of a run, one or more, such as 1e14 4e14. Steps are what comes closest.
+        sizes: Presets, WIDTHxDEPTH such as 96x6, or WIDTHxDEPTHxHEADS; by default, heads are as many as keep them at
+            least as wide as the recipe's.
+        out: Folder for recipes, script and runs. Missing folders are made.
+        lr: The recipe's learning rate for all sizes; or hint, for 0.0283 N^-1/4, which the rates of Henighan et al.
+            (2020) follow. That is for Adam, and N leaves out embeddings.
+    """
+    folder = Path(out)
+    check_folder(folder, "--out")
+    base: Any = OmegaConf.to_container(OmegaConf.load(Path(recipe) if Path(recipe).exists() else recipes.find(recipe)))
+    options = base.setdefault("model", {}).setdefault("init_args", {})
+    if not str(base["model"].get("class_path")).endswith("PretrainModule") or options.get("pretrained"):
+        raise ValueError(f"{recipe} does not pretrain from scratch; take a recipe such as cifar10_tiny_pretrain")
+    if not all(0 < budget < math.inf for budget in budgets):
+        raise ValueError(f"budgets are {budgets}; they must be above 0")
+    batch = base.setdefault("data", {}).setdefault("init_args", {}).setdefault("batch_size", 128)
+    given = {name: options[name] for name in ("image_size", "objective") if options.get(name)}
+    network = replace(ImageGPTConfig.resolve(options.get("network") or "igpt_s"), **given)
+    rows, files = [(*HEAD, "steps", "lr", "lr hint")], dict[Path, str]()
+    for budget, size in ((budget, size) for budget in sorted(set(budgets)) for size in dict.fromkeys(sizes)):
+        config, name = scaling.resized(network, size), f"{size}_{budget:.4g}".replace("+", "")
+        run = Run(name, config, batch * scaling.steps_for(budget, config, batch))
+        hint = float(f"{0.0283 * run.block_parameters**-0.25:.3g}")
+        rate = hint if lr == "hint" else options.get("lr", 0.003)
+        files[folder / f"{name}.yaml"] = _recipe(base, run, run.images // batch, rate, folder, recipe)
+        rows.append((*cells(run), f"{run.images // batch:,}", f"{rate:g}", f"{hint:g}"))
+    names = " ".join(shlex.quote(row[0]) for row in rows[1:])
+    files[folder / "run.sh"] = SCRIPT.format(names=names, folder=shlex.quote(str(folder)))
+    for file, text in files.items():
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            raise FileExistsError(f"{file} is of another plan; remove it, or name another --out")
+    for file, text in files.items():
+        write_text(file, text)
+    print_table(rows)
+    used = "is used" if lr == "hint" else "is not used: --lr hint does"
+    print(f"The hint, 0.0283 N^-1/4 (Henighan et al., 2020), is a place to start a search, and {used}.")
+    print(f"next: sh {shown(folder / 'run.sh')}, then lightning-igpt scaling fit {shown(folder)}")
+
+
+def _recipe(base: Any, run: Run, steps: int, lr: float, folder: Path, origin: str) -> str:
+    """The text of a run's recipe. The run validates at its end only, where the fits read the metric."""
+    recipe = json.loads(json.dumps(base))
+    model, trainer = recipe["model"]["init_args"], recipe.setdefault("trainer", {})
+    if (model.get("warmup_steps") or 0) > steps:
+        what = f"{run.name} has {steps} steps and the recipe's warmup_steps is {model['warmup_steps']}"
+        raise ValueError(f"{what}; leave it out of the recipe, or raise the budget")
+    model |= {"network": {name: value for name, value in asdict(run.config).items() if value is not None}, "lr": lr}
+    batches = steps * int(trainer.get("accumulate_grad_batches") or 1)
+    trainer |= {"max_steps": steps, "val_check_interval": batches, "default_root_dir": str(folder / run.name)}
+    trainer.pop("max_epochs", None)
+    head = f"# {run.name}: {run.point().c:.4g} FLOPs; planned from {origin} by lightning-igpt scaling plan.\n#\n"
+    return f"{head}# lightning-igpt fit --config {folder / run.name}.yaml --resume auto\n\n{OmegaConf.to_yaml(recipe)}"
 
 
 def fit(
@@ -38,119 +115,70 @@ def fit(
         n_bootstrap: Fits to resampled runs, for intervals; 0 leaves them out.
         seed: Of the resampling.
     """
-    folder = Path(out)
+    folder, label = Path(out), f"1 - {metric}" if metric.endswith("accuracy") else metric
     check_folder(folder, "--out")
-    read = read_runs(runs, metric, values)
-    label = f"1 - {metric}" if metric.endswith("accuracy") else metric
+    read = scaling.read_runs([Path(place) for place in runs], metric, Path(values) if values else None)
+    points = [run.point() for run in read]
     epochs = [f"{run.images / run.train_images:.3g}" if run.train_images else "" for run in read]
-    table = [(*cells(run), passes, f"{run.loss:.4f}") for run, passes in zip(read, epochs, strict=True)]
-    table.insert(0, (*HEAD, "epochs", label))
+    table: list[Any] = [(*HEAD, "epochs", label)]
+    table += [(*cells(run), passes, f"{run.loss:.4f}") for run, passes in zip(read, epochs, strict=True)]
     write_csv(folder / "runs.csv", table)
     print_table(table)
-    points = [run.point() for run in read]
-    lows = [min(group, key=lambda point: point.loss) for group in scaling.budgets(points)]
-    if len(lows) > 1 and lows[-1].loss >= lows[0].loss:
-        what = f"the best {label} is {lows[0].loss:.4g} at {lows[0].c:.3g} FLOPs and {lows[-1].loss:.4g} at"
-        raise ValueError(
-            f"{what} {lows[-1].c:.3g}; laws are fitted to what falls with the budget, so name another metric"
-        )
-    minima, _ = scaling.optima(points)
-    print("\nminima of the parabolas in ln N, without embeddings" * bool(minima))
-    rows = [(f"{c:.3e}", f"{n:,.0f}", f"{d:.3e}", f"{d / n:.4g}", f"{loss:.4f}") for n, d, c, loss, _ in minima]
-    print_table([("FLOPs", "N_opt", "D_opt", "D_opt / N_opt", label), *rows])
-    print("", *scaling.LAWS, "", sep="\n")
-    columns, share, refused = list[dict[str, str]](), 0.0, list[str]()
-    for counted in ([run.point(embeddings=True) for run in read], points):
-        fitted, refused = scaling.fit_laws(counted)
-        drawn, share = scaling.intervals(counted, fitted, n_bootstrap, seed)
-        ranges = [
-            {name: f"{low:.3g} to {high:.3g}" for name, (low, high) in pairs.items()}
-            for pairs in (drawn, scaling.without_each_size(counted, fitted))
-        ]
-        columns = [{name: f"{value:.4g}" for name, value in fitted.items()}, *ranges, *columns]
-    table = [("", "N", "95 %", "one size left out", "N, all", "95 %", "one size left out")]
-    table += [(name, *(column.get(name, "") for column in columns)) for name in columns[0]]
-    write_csv(folder / "laws.csv", table)
-    print_table(table)
-    print(*[f"{share:.0%} of the resampled budgets had a minimum"] * (n_bootstrap > 0), *refused, sep="\n")
+    minima, refused = scaling.optima(points)
     if not minima:
         raise ValueError(refused[0])
-    draw(folder, points, minima, fitted, label)
-    print(f"wrote {folder}: runs.csv, laws.csv, profiles.png, optima.png")
+    rows = [(f"{c:.3e}", f"{n:,.0f}", f"{d:.3e}", f"{d / n:.4g}", f"{loss:.4f}") for n, d, c, loss, _ in minima]
+    print()
+    print_table([("FLOPs", "N_opt", "D_opt", "D_opt / N_opt", label), *rows])
+    columns = list[dict[str, str]]()
+    for counted in (points, [run.point(embeddings=True) for run in read]):
+        fitted, refused = scaling.fit_laws(counted)
+        drawn, share = scaling.intervals(counted, fitted, n_bootstrap, seed)
+        columns.append({name: f"{value:.4g}" for name, value in fitted.items()})
+        for ranges in (drawn, scaling.without_each_size(counted, fitted)):
+            columns.append({name: f"{low:.3g} to {high:.3g}" for name, (low, high) in ranges.items()})
+    table = [("", *("N", "95 %", "one size left out"), *("N, all", "95 %", "one size left out"))]
+    table += [(name, *(column.get(name, "") for column in columns)) for name in columns[0]]
+    write_csv(folder / "laws.csv", table)
+    print("", *scaling.LAWS, "", sep="\n")
+    print_table(table)
+    print(*[f"{share:.0%} of the resampled budgets had a minimum"] * (n_bootstrap > 0), *refused, sep="\n")
+    draw(folder, points, label)
+    print(f"wrote {shown(folder)}: runs.csv, laws.csv, profiles.png, optima.png")
 
 
-def read_runs(folders: Sequence[str], metric: str, values: str | None = None) -> list[Run]:
-    """The runs below folders that have a metric, in ``metrics.csv`` or in a file of ``values``, at their last step."""
-    read_curves = importlib.import_module("lightning_igpt.report").read_curves  # which needs torch; plan does not
-    given: dict[Path, float] = {}
-    if values:
-        with Path(values).open(newline="", encoding="utf-8") as file:
-            given = {Path(row["run"]).resolve(): float(row[metric]) for row in csv.DictReader(file)}
-    tables = {
-        table.resolve(): Path(folder) for folder in folders for table in sorted(Path(folder).rglob("metrics.csv"))
-    }
-    found, others = list[Run](), set[str]()
-    for table, folder in tables.items():
-        if not (table.parent / "run.json").exists():  # of an evaluation
-            continue
-        curves = read_curves(table)
-        place = next((place for place in table.parents if place in given), None)
-        matching = [curve for name, curve in curves.items() if fnmatchcase(name, metric)]
-        if place is None and (values or not matching):
-            others |= curves.keys()
-            continue
-        ends = [curve[1][-1] for curve in matching]
-        is_accuracy = metric.endswith("accuracy")
-        value = given[place] if place else max(ends) if is_accuracy else min(ends)
-        steps = 1 + max(curve[0][-1] for curve in (curves.values() if place else matching))
-        name = str(table.parent.relative_to(folder)).removesuffix("/lightning_logs/version_0")
-        found.append(_run(table.parent / "run.json", name, steps, 1 - value if is_accuracy else value))
-    if not found:
-        names = f"; there are {', '.join(sorted(others))}" if others else ""
-        raise ValueError(f"no run below {', '.join(folders)} has {metric}{names}")
-    return found
-
-
-def _read_values(path: Path, metric: str) -> dict[Path, float]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if not {"run", metric} <= {*(rows.fieldnames or ())}:
-            raise ValueError(f"{path} has the columns {', '.join(rows.fieldnames or ())}; it needs run and {metric}")
-        return {Path(row["run"]).resolve(): float(row[metric]) for row in rows}
-
-
-def _run(path: Path, name: str, steps: int, loss: float) -> Run:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))["runs"][-1]
-        config = ImageGPTConfig.resolve(record["module"]["hparams"]["network"])
-        batch, longest = int(record["data"]["hparams"]["batch_size"]), int(record["trainer"]["max_steps"])
-    except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not say network, batch size and steps ({error!r}); leave the run out") from error
-    if steps < longest:
-        raise ValueError(f"{path.parent} was measured at step {steps} of {longest}; continue it, or leave it out")
-    if not 0 < loss < math.inf:
-        raise ValueError(f"{path.parent}: the value to fit is {loss:g}; it must be above 0, and an accuracy below 1")
-    return Run(name, config, steps * batch, loss, record["images"].get("train_images"))
-
-
-def draw(folder: Path, points: Sequence[Point], minima: Sequence[Optimum], laws: dict[str, float], label: str) -> None:
+def draw(folder: Path, points: Sequence[Point], label: str) -> None:
     """Plot the metric over N for each budget, with parabolas, and N_opt and D_opt over C, with power laws."""
-    pictures = importlib.import_module("lightning_igpt.pictures")
-    series, lines = dict[str, Any](), list[Any]()
+    pictures = importlib.import_module("lightning_igpt.pictures")  # which needs torch, and plan does not
+    series, lines, (minima, _) = dict[str, Any](), list[Any](), scaling.optima(points)
     for group in scaling.budgets(points):
         n, _, c, loss = np.array(sorted(group)).T
         series[f"{np.exp(np.log(c).mean()):.3g} FLOPs"] = n, loss
         x = np.geomspace(n[0], n[-1], 100)
-        best = [one for one in minima if c[0] / scaling.SAME_BUDGET < one.c < c[0] * scaling.SAME_BUDGET]
-        lines.append((x, best[0].loss + best[0].curvature * np.log(x / best[0].n) ** 2) if best else ((), ()))
-    marks, names = ([one.n for one in minima], [one.loss for one in minima]), ("parameters without embeddings", label)
-    pictures.save_png(pictures.plot_fits(series, lines, marks, labels=names).light, folder / "profiles.png")
-    n, d, c, _, _ = np.array(minima).T
-    fitted = [(c, laws[factor] * c ** laws[power]) for factor, power in (("k_N", "a"), ("k_D", "b")) if power in laws]
-    names = ("training FLOPs", "parameters, tokens")
-    series = {"N_opt": (c, n), "D_opt": (c, d)}
-    plot = pictures.plot_fits(series, fitted or [((), ())] * 2, labels=names, scales=("log", "log"))
+        lines += [(x, best.loss + best.curvature * np.log(x / best.n) ** 2) for best in scaling.optima(group)[0]]
+    n, d, c, loss, _ = np.array(minima).T
+    series["minimum"] = n, loss
+    plot = pictures.plot_fits(series, lines, labels=("parameters without embeddings", label))
+    pictures.save_png(plot.light, folder / "profiles.png")
+    laws = [scaling.power_law(c, y) for y in (n, d) if len(c) > 1]
+    lines, labels = [(c, factor * c**power) for power, factor in laws], ("training FLOPs", "parameters, tokens")
+    plot = pictures.plot_fits({"N_opt": (c, n), "D_opt": (c, d)}, lines, labels=labels, scales=("log", "log"))
     pictures.save_png(plot.light, folder / "optima.png")
+
+
+def cells(run: Run) -> tuple[str, ...]:
+    """The row of a run under ``HEAD``."""
+    n, d, c, _ = run.point()
+    every = run.point(embeddings=True).n
+    return run.name, f"{n:,}", f"{every:,}", f"{d:.3e}", f"{c:.3e}", f"{6 * n * d:.3e}", f"{d / n:.4g}"
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows in columns, the first flush left."""
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for name, *texts in rows:
+        right = (text.rjust(width) for text, width in zip(texts, widths, strict=True))
+        print("  ".join([shown(name).ljust(first), *right]).rstrip())
 
 
 VERBS = {"plan": plan, "fit": fit}
