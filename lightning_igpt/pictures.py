@@ -201,6 +201,8 @@ def plot_fits(
     """Measured points (x, y) of several series, and fitted lines; labels and scales are of x and of y."""
 
     def draw(axes: Axes, theme: Theme) -> None:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
         for x, y in lines:
             axes.plot(x, y, color=theme.second, linewidth=1)
         for color, (label, (x, y)) in zip(
@@ -208,6 +210,10 @@ def plot_fits(
         ):
             axes.plot(x, y, label=label, marker="o", markersize=3.5, linestyle="", color=color)
         axes.set(xlabel=labels[0], ylabel=labels[1], xscale=scales[0], yscale=scales[1])
+        for axis in [axis for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"]:
+            axis.set_major_locator(LogLocator(subs=(1, 3)))  # two labels or more on less than a decade, too
+            axis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
+            axis.set_minor_formatter(NullFormatter())
 
     return Plot(draw_figure(draw, LIGHT), draw_figure(draw, DARK))
 

@@ -119,9 +119,9 @@ def read_runs(folders: Iterable[Path], metric: str, values: Path | None = None) 
         raise ValueError(f"no run there has {metric}; they have {', '.join(sorted(others)) or 'no metrics.csv'}")
     first, *rest = (min((p.loss, p.c) for p in group) for group in budgets(run.point() for run in runs))
     if rest and rest[-1][0] >= first[0]:
-        ends = " and ".join(f"{loss:.4g} at {c:.3g} FLOPs" for loss, c in (first, rest[-1]))
-        raise ValueError(f"the best {metric} is {ends}; laws are fitted to what falls: name another metric")
-    return runs
+        both = " and ".join(f"{loss:.4g} at {c:.3g} FLOPs" for loss, c in (first, rest[-1]))
+        raise ValueError(f"the best {metric} is {both}; laws are fitted to what falls: name another metric")
+    return sorted(runs, key=lambda run: (run.point().c, run.block_parameters))
 
 
 def _last_values(table: Path) -> dict[str, tuple[int, float]]:
@@ -227,6 +227,7 @@ def sum_of_powers(
         return np.vstack([shares, -shares[1:] * x]).T
 
     starts: list[tuple[float, Any, Any]] = []
+    exponents: Any
     for exponents in product(EXPONENTS, repeat=terms) if start is None else ():
         columns = np.vstack([0 * y + 1, np.exp(-np.array(exponents)[:, None] * x)]) / np.exp(y)
         factors, error = nnls(columns.T, 0 * y + 1)  # E and factors, given the exponents

@@ -60,14 +60,14 @@ def plan(
     batch = base.setdefault("data", {}).setdefault("init_args", {}).setdefault("batch_size", 128)
     given = {name: options[name] for name in ("image_size", "objective") if options.get(name)}
     network = replace(ImageGPTConfig.resolve(options.get("network") or "igpt_s"), **given)
-    rows, files = [(*HEAD, "steps", "lr", "lr hint")], dict[Path, str]()
+    rows, files = [[*HEAD, "steps", "lr", "lr hint"]], dict[Path, str]()
     for budget, size in ((budget, size) for budget in sorted(set(budgets)) for size in dict.fromkeys(sizes)):
         config, name = scaling.resized(network, size), f"{size}_{budget:.4g}".replace("+", "")
         run = Run(name, config, batch * scaling.steps_for(budget, config, batch))
         hint = float(f"{0.0283 * run.block_parameters**-0.25:.3g}")
         rate = hint if lr == "hint" else options.get("lr", 0.003)
         files[folder / f"{name}.yaml"] = _recipe(base, run, run.images // batch, rate, folder, recipe)
-        rows.append((*cells(run), f"{run.images // batch:,}", f"{rate:g}", f"{hint:g}"))
+        rows.append([*cells(run), f"{run.images // batch:,}", f"{rate:g}", f"{hint:g}"])
     names = " ".join(shlex.quote(row[0]) for row in rows[1:])
     files[folder / "run.sh"] = SCRIPT.format(names=names, folder=shlex.quote(str(folder)))
     for file, text in files.items():
