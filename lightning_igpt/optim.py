@@ -155,37 +155,27 @@ def warmup_constant(optimizer: torch.optim.Optimizer, *, warmup_steps: int) -> S
     return Schedule(optimizer, lambda step: 1.0, warmup_steps=warmup_steps)
 
 
-def warmup_stable_decay(
-    optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int, decay_fraction: float
+def make_schedule(
+    name: str, optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, decay_fraction: float
 ) -> Schedule:
-    """Rise linearly over ``warmup_steps``, stay constant, then fall to zero in the last ``decay_fraction`` of the run.
+    """``cosine``, ``constant``, or ``wsd``: warm-up, constant, and to zero in the last ``decay_fraction`` of the run.
 
-    The rate falls as 1 - sqrt(x), where x is the share of the decay that is done. For language models, Hägele et al.
-    (2024, arXiv 2405.18392) report that a constant rate with such an end matches a cosine of the same length, and that
-    this shape ends lower than a line. ValueError where warm-up and decay are longer than the run.
+    The rate of wsd falls as 1 - sqrt(x), where x is the share of the decay that is done. For language models, Hägele et
+    al. (2024, arXiv 2405.18392) report that a constant rate with such an end matches a cosine of the same length, and
+    that this shape ends lower than a line. ValueError where warm-up and decay are longer than the run.
     """
+    if name == "cosine":
+        return warmup_cosine(optimizer, warmup_steps=warmup_steps, total_steps=total_steps)
+    if name == "constant":
+        return warmup_constant(optimizer, warmup_steps=warmup_steps)
     decay = max(1, round(decay_fraction * total_steps))
     start = total_steps - decay
     if warmup_steps > start:
         what = f"warmup_steps is {warmup_steps} and the decay has {decay} steps, but the run has {total_steps}"
         raise ValueError(f"{what}; lower warmup_steps or decay_fraction, or train longer")
-
-    def factor(step: int) -> float:
-        return 1 - math.sqrt(min(1.0, max(0, step - start) / decay))
-
-    return Schedule(optimizer, factor, warmup_steps=warmup_steps)
-
-
-def make_schedule(
-    name: str, optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, decay_fraction: float
-) -> Schedule:
-    """The ``cosine``, ``constant`` or ``wsd`` schedule of pretraining."""
-    if name == "cosine":
-        return warmup_cosine(optimizer, warmup_steps=warmup_steps, total_steps=total_steps)
-    if name == "constant":
-        return warmup_constant(optimizer, warmup_steps=warmup_steps)
-    options: dict[str, Any] = {"total_steps": total_steps, "decay_fraction": decay_fraction}
-    return warmup_stable_decay(optimizer, warmup_steps=warmup_steps, **options)
+    return Schedule(
+        optimizer, lambda step: 1 - min(1.0, max(0, step - start) / decay) ** 0.5, warmup_steps=warmup_steps
+    )
 
 
 def default_warmup(total_steps: int, steps_per_epoch: int | None) -> int:

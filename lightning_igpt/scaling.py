@@ -56,20 +56,11 @@ class Run:
     loss: float = math.nan
     train_images: int | None = None  # different ones
 
-    @property
-    def block_parameters(self) -> int:
-        """Values in the matrices of the blocks: N without embeddings and color head."""
-        return self.config.n_layer * block_matrices(self.config)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens seen."""
-        return self.images * self.config.n_positions
-
     def point(self, *, embeddings: bool = False) -> Point:
-        """What the laws are fitted to, with exact operations; N counts embeddings and color head too, or not."""
-        n = parameter_count(self.config) if embeddings else self.block_parameters
-        return Point(n, self.tokens, self.tokens * train_flops_per_token(self.config), self.loss)
+        """What the laws are fitted to; N counts all parameters, or the matrices of the blocks alone; C is exact."""
+        n = parameter_count(self.config) if embeddings else self.config.n_layer * block_matrices(self.config)
+        tokens = self.images * self.config.n_positions
+        return Point(n, tokens, tokens * train_flops_per_token(self.config), self.loss)
 
 
 class Optimum(NamedTuple):
@@ -83,15 +74,13 @@ class Optimum(NamedTuple):
 
 
 def resized(base: ImageGPTConfig, size: str) -> ImageGPTConfig:
-    """``base`` with another shape: a preset's, WIDTHxDEPTH or WIDTHxDEPTHxHEADS; without heads, about as wide ones."""
-    match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", size)
-    if match:
-        width, depth, heads = (int(text or 0) for text in match.groups())
-    elif size in PRESETS:
-        width, depth, heads = PRESETS[size].n_embd, PRESETS[size].n_layer, PRESETS[size].n_head
-    else:
+    """``base`` with the shape of a preset, or of WIDTHxDEPTH, with heads at least as wide as those of ``base``."""
+    match = re.fullmatch(r"(\d+)x(\d+)", size)
+    if not match and size not in PRESETS:
         raise ValueError(f"the size {size} is neither WIDTHxDEPTH, such as 96x6, nor one of {', '.join(PRESETS)}")
-    heads = heads or next(n for n in range(max(1, width * base.n_head // base.n_embd), 0, -1) if width % n == 0)
+    width, depth = map(int, match.groups()) if match else (PRESETS[size].n_embd, PRESETS[size].n_layer)
+    most = max(1, width * base.n_head // base.n_embd) if match else PRESETS[size].n_head
+    heads = next(n for n in range(most, 0, -1) if width % n == 0)
     inner = base.n_inner and base.n_inner * width // base.n_embd
     return replace(base, n_layer=depth, n_head=heads, n_embd=width, n_inner=inner)
 
@@ -121,7 +110,7 @@ def read_runs(folders: Iterable[Path], metric: str, values: Path | None = None) 
     if rest and rest[-1][0] >= first[0]:
         both = " and ".join(f"{loss:.4g} at {c:.3g} FLOPs" for loss, c in (first, rest[-1]))
         raise ValueError(f"the best {metric} is {both}; laws are fitted to what falls: name another metric")
-    return sorted(runs, key=lambda run: (run.point().c, run.block_parameters))
+    return sorted(runs, key=lambda run: (float(f"{run.point().c:.2g}"), run.point().n))
 
 
 def _last_values(table: Path) -> dict[str, tuple[int, float]]:
@@ -257,24 +246,22 @@ def fit_laws(points: Sequence[Point], earlier: Mapping[str, float] | None = None
         fitted = sum_of_powers(sizes, loss, known if np.isfinite(known).all() else None)
         values.update(zip(names.split(), fitted, strict=True))
 
+    if len(minima) < 3:
+        refused.append(f"a and b take 2 budgets with a minimum, L_inf, K and alpha_C 3; there are {len(minima)}")
     if len(minima) > 1:
         values["a"], values["k_N"] = power_law(c, n)
         values["b"], values["k_D"] = power_law(c, d)
         values["a6"], _ = power_law([6 * one.n * one.d for one in minima], n)
-    else:
-        refused.append(f"a and b take two budgets with a minimum, and there are {len(minima)}")
     if len(minima) > 2:
         fit("L_inf K alpha_C", [c], loss)
-    else:
-        refused.append(f"L_inf, K and alpha_C take three budgets with a minimum, and there are {len(minima)}")
     n_sizes, n_budgets = len({point.n for point in points}), len(budgets(points))
-    if len(points) > 5 and n_sizes > 2 and n_budgets > 1:
-        sizes = [[point.n for point in points], [point.d for point in points]]
-        fit("E A B alpha beta", sizes, [point.loss for point in points])
-        values["beta/(alpha+beta)"] = values["beta"] / (values["alpha"] + values["beta"])
-    else:
-        have = f"{len(points)} runs, {n_sizes} sizes and {n_budgets} budgets"
+    if len(points) < 6 or n_sizes < 3 or n_budgets < 2:
+        have = f"{len(points)} of {n_sizes} sizes in {n_budgets}"
         refused.append(f"E, A, B, alpha and beta take 6 runs of 3 sizes in 2 budgets, and there are {have}")
+        return values, refused
+    sizes = [[point.n for point in points], [point.d for point in points]]
+    fit("E A B alpha beta", sizes, [point.loss for point in points])
+    values["beta/(alpha+beta)"] = values["beta"] / (values["alpha"] + values["beta"])
     return values, refused
 
 

@@ -43,8 +43,7 @@ def plan(
     Args:
         recipe: The base, which says all but size and steps: a file or a shipped recipe that pretrains from scratch.
         budgets: Training operations of a run, one or more, such as 1e14 4e14. Steps are what comes closest.
-        sizes: Presets, WIDTHxDEPTH such as 96x6, or WIDTHxDEPTHxHEADS; by default, heads are as many as keep them at
-            least as wide as the recipe's.
+        sizes: Presets, or WIDTHxDEPTH such as 96x6, with as many heads as keep them at least as wide as the recipe's.
         out: Folder for recipes, script and runs. Missing folders are made.
         lr: The recipe's learning rate for all sizes; or hint, for 0.0283 N^-1/4, which the rates of Henighan et al.
             (2020) follow. That is for Adam, and N leaves out embeddings.
@@ -64,7 +63,7 @@ def plan(
     for budget, size in ((budget, size) for budget in sorted(set(budgets)) for size in dict.fromkeys(sizes)):
         config, name = scaling.resized(network, size), f"{size}_{budget:.4g}".replace("+", "")
         run = Run(name, config, batch * scaling.steps_for(budget, config, batch))
-        hint = float(f"{0.0283 * run.block_parameters**-0.25:.3g}")
+        hint = float(f"{0.0283 * run.point().n ** -0.25:.3g}")
         rate = hint if lr == "hint" else options.get("lr", 0.003)
         files[folder / f"{name}.yaml"] = _recipe(base, run, run.images // batch, rate, folder, recipe)
         rows.append([*cells(run), f"{run.images // batch:,}", f"{rate:g}", f"{hint:g}"])
