@@ -28,9 +28,10 @@ OWN_VERBS = {
     "palette": "fit a palette to images, or look at one",
     "convert": "write weights for transformers or as safetensors, and check them",
     "plan": "parameters, FLOPs, memory and time of a network",
+    "scaling": "plan runs of several sizes and budgets; fit scaling laws to them",
     "recipes": "list, show or copy the shipped YAML recipes",
 }
-POSITIONAL = ("convert", "data", "palette", "recipes", "report")  # verbs whose required arguments need no names
+POSITIONAL = ("convert", "data", "palette", "recipes", "report", "scaling")  # whose required arguments need no names
 INTERRUPTED, NO_READER = 130, 141  # as shells report programs that SIGINT and SIGPIPE ended
 
 

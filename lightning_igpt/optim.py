@@ -1,7 +1,7 @@
-"""Adam, warm-up and cosine as in the paper (sections 3.4 and A.1); not in it are layer-wise decay and Muon."""
+"""Adam, warm-up and cosine as in the paper (sections 3.4 and A.1), and methods that are not in it."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,7 +114,21 @@ def _check_matrix(matrix: nn.Parameter, parts: int) -> None:
 
 
 class Schedule(torch.optim.lr_scheduler.LambdaLR):
-    """torch's LambdaLR for the groups of its start; groups added later, as by BackboneFinetuning, keep their rates."""
+    """torch's LambdaLR for the groups of its start; groups added later, as by BackboneFinetuning, keep their rates.
+
+    With ``warmup_steps``, ``factor`` is what follows a linear warm-up. A checkpoint keeps their number, so that a run
+    that continues for longer warms up as it began, though the default depends on the run's length.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float], *, warmup_steps: int | None = None
+    ) -> None:
+        def warmed(step: int) -> float:
+            return min(factor(step), (step + 1) / max(1, self.warmup_steps))
+
+        if warmup_steps is not None:
+            self.warmup_steps = warmup_steps
+        super().__init__(optimizer, factor if warmup_steps is None else warmed)
 
     def get_lr(self) -> list[float | Tensor]:  # noqa: D102 - torch's
         later = [group["lr"] for group in self.optimizer.param_groups[len(self.base_lrs) :]]
@@ -138,7 +152,30 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_
 
 def warmup_constant(optimizer: torch.optim.Optimizer, *, warmup_steps: int) -> Schedule:
     """Rise linearly over ``warmup_steps``, then stay constant."""
-    return Schedule(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
+    return Schedule(optimizer, lambda step: 1.0, warmup_steps=warmup_steps)
+
+
+def make_schedule(
+    name: str, optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, decay_fraction: float
+) -> Schedule:
+    """``cosine``, ``constant``, or ``wsd``: warm-up, constant, and to zero in the last ``decay_fraction`` of the run.
+
+    The rate of wsd falls as 1 - sqrt(x), where x is the share of the decay that is done. For language models, Hägele et
+    al. (2024, arXiv 2405.18392) report that a constant rate with such an end matches a cosine of the same length, and
+    that this shape ends lower than a line. ValueError where warm-up and decay are longer than the run.
+    """
+    if name == "cosine":
+        return warmup_cosine(optimizer, warmup_steps=warmup_steps, total_steps=total_steps)
+    if name == "constant":
+        return warmup_constant(optimizer, warmup_steps=warmup_steps)
+    decay = max(1, round(decay_fraction * total_steps))
+    start = total_steps - decay
+    if warmup_steps > start:
+        what = f"warmup_steps is {warmup_steps} and the decay has {decay} steps, but the run has {total_steps}"
+        raise ValueError(f"{what}; lower warmup_steps or decay_fraction, or train longer")
+    return Schedule(
+        optimizer, lambda step: 1 - min(1.0, max(0, step - start) / decay) ** 0.5, warmup_steps=warmup_steps
+    )
 
 
 def default_warmup(total_steps: int, steps_per_epoch: int | None) -> int:

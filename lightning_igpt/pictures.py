@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -186,6 +187,33 @@ def plot_curves(
             axes.axhline(level, color=theme.level, linestyle=style, linewidth=1.2, label=f"{label} ({level:.2f})")
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+
+    return Plot(draw_figure(draw, LIGHT), draw_figure(draw, DARK))
+
+
+def plot_fits(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    lines: Sequence[tuple[Sequence[float], Sequence[float]]],
+    *,
+    labels: tuple[str, str],
+    scales: tuple[str, str] = ("log", "linear"),
+) -> Plot:
+    """Measured points (x, y) of several series, and fitted lines; labels and scales are of x and of y."""
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        for x, y in lines:
+            axes.plot(x, y, color=theme.second, linewidth=1)
+        for color, (label, (x, y)) in zip(
+            cycle((theme.first, theme.level, *theme.others)), points.items(), strict=False
+        ):
+            axes.plot(x, y, label=label, marker="o", markersize=3.5, linestyle="", color=color)
+        axes.set(xlabel=labels[0], ylabel=labels[1], xscale=scales[0], yscale=scales[1])
+        for axis in [axis for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"]:
+            axis.set_major_locator(LogLocator(subs=(1, 3)))  # two labels or more on less than a decade, too
+            axis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
+            axis.set_minor_formatter(NullFormatter())
 
     return Plot(draw_figure(draw, LIGHT), draw_figure(draw, DARK))
 

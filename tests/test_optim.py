@@ -3,14 +3,14 @@ import math
 import pytest
 import torch
 
-from lightning_igpt.optim import default_warmup, make_adam, warmup_cosine
+from lightning_igpt.optim import default_warmup, make_adam, make_schedule
 from tests.networks import SMALL, random_network
 
 
-def rates(warmup, total):
+def rates(warmup, total, schedule="cosine"):
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=2.0)
-    scheduler = warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total)
+    scheduler = make_schedule(schedule, optimizer, warmup, total, 0.25)
     found = []
     for _ in range(total):
         found.append(optimizer.param_groups[0]["lr"])
@@ -24,6 +24,17 @@ def test_rises_linearly_then_falls_along_a_cosine_to_zero():
     assert found[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     assert found[4:] == pytest.approx([1 + math.cos(math.pi * i / 16) for i in range(16)])
     assert after == pytest.approx(0, abs=1e-12)
+
+
+def test_a_constant_rate_has_no_end_and_wsd_falls_in_the_last_part_alone():
+    start = [0.5, 1.0, 1.5, 2.0]
+    assert rates(4, 20, "constant") == ([*start, *[2.0] * 16], 2.0)
+    found, after = rates(4, 20, "wsd")
+    assert found[:16] == [*start, *[2.0] * 12]
+    assert found[16:] == pytest.approx([2 * (1 - math.sqrt(i / 5)) for i in range(1, 5)]) and after == 0
+    assert rates(0, 4, "wsd") == ([2.0] * 4, 0.0)  # one step at least is not at the full rate: the one after the end
+    with pytest.raises(ValueError, match="warmup_steps is 16 and the decay has 5 steps, but the run has 20; lower"):
+        rates(16, 20, "wsd")
 
 
 def test_default_warm_up_is_an_epoch_but_at_most_a_tenth():

@@ -30,6 +30,7 @@ PARTS = {
     "data": ["data show"],
     "palette": ["palette fit", "palette show"],
     "recipes": ["recipes list", "recipes show", "recipes copy"],
+    "scaling": ["scaling plan", "scaling fit"],
 }
 EXAMPLES = Path(__file__).parent / "examples.py"
 MEMBERS = {  # options of autodoc; other classes show their docstring alone

@@ -36,7 +36,10 @@ def run_verb(verb: str, words: Sequence[str], *, positional: bool = False) -> No
 def read_words(
     functions: Mapping[str, Any], words: Sequence[str], prog: str, *, positional: bool = False
 ) -> tuple[str, dict[str, Any]]:
-    """(sub-verb or "", values by parameter); ``positional`` takes required arguments without their names."""
+    """(sub-verb or "", values by parameter); ``positional`` takes required arguments without their names.
+
+    Those that a function takes by keyword only keep their names.
+    """
     docs = {name: docstring_parser.parse(function.__doc__) for name, function in functions.items()}
     if "" in functions:
         parser = Parser(prog=prog, description=docs[""].description or "")
@@ -63,7 +66,7 @@ def _add(parser: argparse.ArgumentParser, function: Any, positional: bool) -> No
         options = reader(part.annotation) | {"help": text.replace("%", "%%")}
         if default is not part.empty:
             rest.add_argument(f"--{name}", default=default, **options)
-        elif positional:
+        elif positional and part.kind is not part.KEYWORD_ONLY:
             action = needed.add_argument(name, **options | {"metavar": name.upper()})
             called.append(f"{action.metavar} ..." if action.nargs == "+" else str(action.metavar))
         else:

@@ -55,6 +55,8 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         "plan --network igpt_s --rgb true",
         "plan --network igpt_tiny --device_kind cpu",
     ),
+    "scaling plan": ("scaling plan mine.yaml --budgets 1e12 --sizes 16x2 24x3 32x4",),
+    "scaling fit": ("scaling fit runs/scaling", "scaling fit runs/scaling --out scaling"),
     "recipes list": ("recipes list",),
     "recipes show": ("recipes show digits_tiny_pretrain",),
     "recipes copy": ("recipes copy digits_tiny_pretrain --to mine.yaml",),

@@ -18,7 +18,7 @@ from lightning_igpt.objectives import (
     next_pixel_loss,
     pixel_nats,
 )
-from lightning_igpt.optim import MuonAdam, default_warmup, make_adam, warmup_cosine
+from lightning_igpt.optim import MuonAdam, default_warmup, make_adam, make_schedule
 from lightning_igpt.private import allow_clipping
 from lightning_igpt.sampling import complete, inpaint
 
@@ -48,6 +48,10 @@ class PretrainModule(IGPTModule):
         betas: Adam's decay rates of the moments; Muon's momentum is 0.95.
         weight_decay: Decoupled weight decay on matrices.
         warmup_steps: Steps of linear warm-up. Default: one epoch, at most a tenth of the run.
+        schedule: After the warm-up, ``cosine`` to zero at the end of the run, the paper's; ``constant``; or ``wsd``,
+            constant and then down to zero in the last ``decay_fraction``. A constant rate does not depend on the length
+            of the run: a run of either can be continued for longer from a checkpoint before the decay.
+        decay_fraction: wsd only: share of the run's steps in which the rate falls, as 1 - sqrt of the share done.
         mask_ratio: BERT only: probability that a pixel is hidden; or ``uniform``, which hides k pixels of an image,
             k drawn uniformly from 1 to all, so that the loss bounds the likelihood of whole images.
         keys: Names under which a batch has its parts, where they are others than ``image``, ``label``, ``sample`` and
@@ -73,6 +77,8 @@ class PretrainModule(IGPTModule):
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
         warmup_steps: int | None = None,
+        schedule: Literal["cosine", "constant", "wsd"] = "cosine",
+        decay_fraction: float = 0.2,
         mask_ratio: MaskRatio = MASK_RATIO,
         keys: dict[str, str | int] | None = None,
         seed: int = 0,
@@ -81,11 +87,16 @@ class PretrainModule(IGPTModule):
         betas = plain(betas)
         if optimizer not in ("adam", "muon"):
             raise ValueError(f"optimizer is {optimizer!r}; it must be adam or muon")
+        if schedule not in ("cosine", "constant", "wsd"):
+            raise ValueError(f"schedule is {schedule!r}; it must be cosine, constant or wsd")
+        if not 0 < decay_fraction < 1:
+            raise ValueError(f"decay_fraction is {decay_fraction}; it must lie between 0 and 1")
         build.check_settings(above_zero={"lr": lr}, betas=betas, weight_decay=weight_decay, warmup_steps=warmup_steps)
         self.optimizer, self.lr, self.betas, self.weight_decay = optimizer, lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.mask_ratio, self.seed = warmup_steps, mask_ratio, seed
+        self.schedule, self.decay_fraction = schedule, decay_fraction
         built = build.build_network(network, palette, pretrained, objective, image_size)
-        names = ("optimizer", "lr", "weight_decay", "warmup_steps", "mask_ratio", "seed")
+        names = ("optimizer", "lr", "weight_decay", "warmup_steps", "schedule", "decay_fraction", "mask_ratio", "seed")
         self.register(built, *names, keys=keys, betas=list(betas))
         if mask_ratio != "uniform":
             build.check_masks(self.config, mask_ratio)
@@ -141,10 +152,11 @@ class PretrainModule(IGPTModule):
         return self.palette.dequantize(complete(self.network, tokens[:, :given], generator=generator)[:, 0])
 
     def configure_optimizers(self) -> Any:
-        optimizer = allow_clipping(self._optimizer())
-        total, per_epoch = resume.total_steps(self)
-        warmup = default_warmup(total, per_epoch) if self.warmup_steps is None else self.warmup_steps
-        scheduler = warmup_cosine(optimizer, warmup_steps=warmup, total_steps=total)
+        optimizer, warmup, total = allow_clipping(self._optimizer()), self.warmup_steps, 0
+        if warmup is None or self.schedule != "constant":  # a constant rate needs no end
+            total, per_epoch = resume.total_steps(self)
+            warmup = default_warmup(total, per_epoch) if warmup is None else warmup
+        scheduler = make_schedule(self.schedule, optimizer, warmup, total, self.decay_fraction)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _optimizer(self) -> torch.optim.Optimizer:

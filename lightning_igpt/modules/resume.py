@@ -122,7 +122,7 @@ def total_steps(module: Any) -> tuple[int, int | None]:
             epochs = range(max(1, int(trainer.max_epochs or 1)))
             total = min(total, sum(-(-int(batches) // accumulate[0](epoch)) for epoch in epochs))
     if math.isinf(total):
-        raise ValueError("a cosine needs to know where the run ends: give the trainer max_steps or max_epochs")
+        raise ValueError("the schedule needs to know where the run ends: give the trainer max_steps or max_epochs")
     data, limit = own_data(trainer), trainer.limit_train_batches
     own = data is not None and type(data).train_dataloader.__module__.startswith("lightning_igpt.")
     in_pass = data.batches_per_epoch if own else None
@@ -172,6 +172,8 @@ def _keep_rates(module: Any, checkpoint: Mapping[str, Any]) -> None:
                 group["weight_decay"] = module.weight_decay
         rates += [group["initial_lr"] for group in groups]
     for state in checkpoint.get("lr_schedulers", []):
+        if getattr(module, "warmup_steps", None) is not None:  # else the warm-up is that of the run's beginning
+            state.pop("warmup_steps", None)
         if len(state.get("base_lrs", [])) == len(rates):
             state["base_lrs"] = rates
 
@@ -181,9 +183,16 @@ def _follow_schedule(trainer: Trainer) -> None:
     for config in trainer.lr_scheduler_configs:
         schedule = config.scheduler
         if isinstance(schedule, Schedule):
+            before = schedule.optimizer.param_groups[0]["lr"]
             parts = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=False)
             for group, base, factor in parts:
                 group["lr"] = base * factor(schedule.last_epoch)
+            now = schedule.optimizer.param_groups[0]["lr"]
+            if before < 0.99 * now and hasattr(schedule, "warmup_steps"):  # cosines of longer runs are expected to rise
+                text = (
+                    "the learning rate rises from %.3g to %.3g as the run continues; if the checkpoint is from a decay,"
+                )
+                log.warning(f"{text} continue from an earlier one to train on at a constant rate", before, now)
 
 
 def count_micro_batches(module: Any, checkpoint: dict[str, Any]) -> None:

@@ -32,8 +32,9 @@ WRONG = {
     "convert": ["nowhere", "out"],
     "plan": ["--network", "nothing"],
     "recipes": ["show", "nowhere"],
+    "scaling": ["fit", "nowhere"],
 }
-SUBVERBS = {"data": ["show"], "palette": ["show"], "recipes": ["list"]}
+SUBVERBS = {"data": ["show"], "palette": ["show"], "recipes": ["list"], "scaling": ["fit"]}
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(lightning_igpt.__file__).parents[1])}
 
 

@@ -19,6 +19,7 @@ from lightning_igpt.weights import save_pretrained
 from tests.docs import toys
 from tests.image_files import noise, rows
 from tests.modules.helpers import quiet_trainer
+from tests.studies import study
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -97,6 +98,7 @@ BROUGHT = {
     "runs/mine": weights,
     "runs/imagenet32_s_pretrain": weights,
     "runs/digits_tiny_probe": run,
+    "runs/study": study,
 }
 
 

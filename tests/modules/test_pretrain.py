@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_igpt.data import PretrainDataModule
@@ -154,6 +155,41 @@ def test_the_cosine_ends_with_the_run(tmp_path, options, end):
     assert rates[-1] == pytest.approx(0, abs=1e-6) and rates[-2] > 0
 
 
+def rates_of(folder, steps, ckpt_path=None, **options):
+    """The rate of each optimizer step of a run, and its weights; checkpoints of steps 12 and 20."""
+    torch.manual_seed(0)
+    model, rates = module(lr=0.5, **options), []
+    model.on_train_batch_start = lambda *args: rates.append(model.optimizers().param_groups[0]["lr"])
+    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1, save_on_train_epoch_end=False)
+    trainer = quiet_trainer(folder, max_steps=steps, limit_val_batches=0, callbacks=saver)
+    trainer.fit(model, loader(), ckpt_path=ckpt_path)
+    return rates, model.state_dict()
+
+
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_a_run_at_a_constant_rate_can_be_continued_for_longer(schedule, tmp_path, caplog):
+    options = {"schedule": schedule, "warmup_steps": 2}
+    rates_of(tmp_path / "short", 20, **options)
+    whole, weights = rates_of(tmp_path / "long", 40, **options)
+    rates, again = rates_of(tmp_path / "more", 40, tmp_path / "short" / "step=16.ckpt", **options)
+    assert rates == whole[16:] and all(torch.equal(value, again[name]) for name, value in weights.items())
+    assert "learning rate rises" not in caplog.text
+    if schedule == "wsd":  # at the end of its decay
+        rates, _ = rates_of(tmp_path / "late", 40, tmp_path / "short" / "step=20.ckpt", **options)
+        assert rates == whole[20:] and "rises from 0 to 0.5 as the run continues; if the checkpoint is" in caplog.text
+
+
+def test_the_default_warm_up_does_not_begin_again_in_a_longer_run(tmp_path):
+    rates, _ = rates_of(tmp_path / "short", 20, schedule="constant")
+    assert rates == [0.25, *[0.5] * 19]
+    rates, _ = rates_of(tmp_path / "more", 400, tmp_path / "short" / "step=20.ckpt", schedule="wsd")  # a tenth is 40
+    assert rates[:300] == [0.5] * 300 and rates[-1] < 0.01
+    rates, _ = rates_of(
+        tmp_path / "slower", 30, tmp_path / "short" / "step=4.ckpt", schedule="constant", warmup_steps=8
+    )
+    assert rates[:5] == [0.5 * step / 8 for step in (5, 6, 7, 8, 8)]  # but it is as asked for now
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -161,6 +197,8 @@ def test_the_cosine_ends_with_the_run(tmp_path, options, end):
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
         ({"warmup_steps": -5}, "warmup_steps is -5"),
         ({"betas": (0.9,)}, r"betas is \(0.9,\)"),
+        ({"schedule": "linear"}, "schedule is 'linear'; it must be cosine, constant or wsd"),
+        ({"decay_fraction": 1.0}, "decay_fraction is 1.0; it must lie between 0 and 1"),
         ({"mask_ratio": 7.0}, "mask_ratio is 7.0; it must lie between 0 and 1"),
     ],
 )
