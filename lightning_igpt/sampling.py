@@ -137,7 +137,7 @@ def draw(
 
 def _filled(values: Tensor, fill: Callable[..., Tensor], generator: Randomness) -> Tensor:
     owners = generator if isinstance(generator, Sequence) else [generator]
-    for part, own in zip(values.split(len(values) // len(owners)), owners, strict=True):  # equal parts, in place
+    for part, own in zip(torch.split(values, len(values) // len(owners)), owners, strict=True):  # equal parts, in place
         fill(part, generator=own)
     return values
 
