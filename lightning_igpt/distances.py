@@ -83,7 +83,7 @@ def load_extractor(features: str | nn.Module) -> nn.Module:
         return features.eval()
     if features == "inception":
         if importlib.util.find_spec("torch_fidelity") is None:
-            need = "features inception need the package torch-fidelity: pip install 'lightning-igpt[inception]'"
+            need = 'features inception need the package torch-fidelity: pip install ".[inception]"'
             raise ModuleNotFoundError(f"{need}; or name others, such as photos")
         inception: Any = NoTrainInceptionV3("inception-v3-compat", ["2048"])
         inception.use_antialias = False  # as in the original, with which published FIDs were computed

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lightning_igpt"
 FLOORS = [
     ["bases", "config", "files", "lookup", "pictures", "private"],
     ["model", "palette", "kmeans", "images", "optim", "planning"],
-    ["sampling", "decoding", "features", "objectives"],
+    ["sampling", "decoding", "features", "objectives", "scaling"],
     ["weights", "distances"],
     ["modules", "data", "callbacks", "checkpointing"],
     ["trainer", "strategies", "report"],
@@ -55,7 +55,7 @@ def test_the_budget():
     assert len(FILES) <= 110
     assert lines_of(FILES) <= 16_500
     assert lines_of(program) <= 3_300
-    assert lines_of((ROOT / "tests").rglob("*.py")) <= 17_200
+    assert lines_of((ROOT / "tests").rglob("*.py")) <= 17_300
 
 
 def test_files_and_functions_stay_short():
