@@ -115,11 +115,12 @@ def read_runs(folders: Iterable[Path], metric: str, values: Path | None = None) 
 
 def _last_values(table: Path) -> dict[str, tuple[int, float]]:
     """(step, value) of the last row with each metric."""
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = [(int(row.pop("step")), row) for row in csv.DictReader(file)]
-    return {
-        name: (step, float(value)) for step, row in rows for name, value in row.items() if value and name != "epoch"
-    }
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            rows = [(int(row.pop("step")), row) for row in csv.DictReader(file)]
+        return {name: (step, float(value)) for step, row in rows for name, value in row.items() if value}
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{table} is damaged ({error!r}); restore or remove it") from error
 
 
 def _read_values(path: Path, metric: str) -> dict[Path, float]:
@@ -141,7 +142,7 @@ def _read_run(path: Path, name: str, steps: int, loss: float) -> Run:
         raise ValueError(f"{path.parent} was measured at step {steps} of {longest}; continue it, or leave it out")
     if not 0 < loss < math.inf:
         raise ValueError(f"{path.parent}: the value to fit is {loss:g}; it must be above 0, and an accuracy below 1")
-    return Run(name, config, steps * batch, loss, record["images"].get("train_images"))
+    return Run(name, config, steps * batch, loss, record.get("images", {}).get("train_images"))
 
 
 def steps_for(budget: float, config: ImageGPTConfig, batch_size: int) -> int:

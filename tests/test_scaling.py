@@ -12,6 +12,7 @@ import yaml
 
 from lightning_igpt import scaling
 from lightning_igpt.__main__ import main
+from lightning_igpt.commands import recipes
 from lightning_igpt.config import PRESETS, ImageGPTConfig
 from lightning_igpt.files import write_csv
 from lightning_igpt.planning import parameter_count, train_flops_per_token
@@ -171,18 +172,23 @@ def test_a_plan_is_a_recipe_for_each_run_and_a_script_that_trains_and_resumes_th
     "words, message",
     [
         (["digits_tiny_probe"], "digits_tiny_probe does not pretrain from scratch; take a recipe such as"),
-        (["digits_tiny_pretrain", "--budgets", "1e3"], r"budget of 1e\+03 FLOPs is below one step of 16 images, 2.68e"),
-        (
-            ["digits_tiny_pretrain", "--budgets", "nan"],
-            r"budgets are \[nan\]; they must be above 0",
-        ),
-        (["digits_tiny_pretrain", "--sizes", "big"], "size big is neither WIDTHxDEPTH, such as 96x6, nor one of igpt_"),
+        (["mine.yaml", "--budgets", "1e3"], r"budget of 1e\+03 FLOPs is below one step of 16 images, 2.68e\+07"),
+        (["mine.yaml", "--budgets", "nan"], r"budgets are \[nan\]; they must be above 0"),
+        (["mine.yaml", "--sizes", "big"], "size big is neither WIDTHxDEPTH, such as 96x6, nor one of igpt_tiny"),
+        (["mine.yaml"], "16x1_1e09 has 37 steps and the recipe's warmup_steps is 99; leave it out of the recipe, or"),
+        (["none.yaml"], r"none.yaml is no recipe: .*"),
+        (["nowhere"], "there is no file or recipe 'nowhere'"),
     ],
 )
-def test_plans_that_cannot_be_run_are_refused(words, message, tmp_path):
+def test_plans_that_cannot_be_run_are_refused(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load(recipes.find("digits_tiny_pretrain").read_text())
+    recipe["model"]["init_args"]["warmup_steps"] = 99
+    Path("mine.yaml").write_text(yaml.safe_dump(recipe))
+    Path("none.yaml").write_text("model: [PretrainModule")
     with pytest.raises(SystemExit, match=message):
-        main(["scaling", "plan", "--budgets", "1e9", "--sizes", "16x1", "--out", str(tmp_path / "study"), *words])
-    assert not (tmp_path / "study").exists()
+        main(["scaling", "plan", "--budgets", "1e9", "--sizes", "16x1", "--out", "study", *words])
+    assert not Path("study").exists()
 
 
 def test_wrong_usage_is_answered_without_torch():
@@ -212,9 +218,8 @@ def test_a_study_is_fitted_from_its_run_folders(tmp_path, capsys):
     n, d = 2 * 12 * 96**2, float(row["tokens"])
     assert row["N"] == f"{n:,}" and row["N, all"] == f"{parameter_count(config):,}"
     assert float(row["FLOPs"]) == pytest.approx(8e12, rel=1e-2)
-    assert float(row["6 N D"]) == pytest.approx(6 * n * d, rel=1e-3) and float(row["epochs"]) == pytest.approx(
-        d / 64e3, rel=1e-2
-    )
+    assert float(row["6 N D"]) == pytest.approx(6 * n * d, rel=1e-3)
+    assert float(row["epochs"]) == pytest.approx(d / 64e3, rel=1e-2)
     assert float(row[METRIC]) == pytest.approx(law(n, d), abs=1e-3)
     assert all((tmp_path / "fit" / f"{name}.png").stat().st_size > 10_000 for name in ("profiles", "optima"))
 
@@ -236,17 +241,9 @@ def test_accuracies_are_fitted_as_errors_of_the_best_layer_and_other_values_come
 @pytest.mark.parametrize(
     "change, words, message",
     [
-        ({}, ["--metric", "val/none"], "no run there has val/none; they have val/bits_per_pixel, val/nats"),
-        (
-            {"budgets": (2e12,), "widths": (48, 64, 96)},
-            [],
-            r"at 2e\+12 FLOPs the parabola has no minimum .* add smaller",
-        ),
-        (
-            {"value": lambda n, d: {METRIC: d / 1e9}},
-            [],
-            "the best val/nats_per_pixel is .* laws are fitted to what falls",
-        ),
+        ({}, ["--metric", "val/none"], "no run there has val/none; they have epoch, val/bits_per_pixel, val/nats"),
+        ({"budgets": (2e12,), "widths": (48, 64, 96)}, [], r"2e\+12 FLOPs the parabola has no minimum .* add smaller"),
+        ({"value": lambda n, d: {METRIC: d / 1e9}}, [], "the best val/nats_per_pixel is .* fitted to what falls"),
         ({"value": lambda n, d: {METRIC: -1.0}}, [], "the value to fit is -1; it must be above 0"),
     ],
 )
@@ -261,9 +258,10 @@ def test_a_run_that_is_not_done_is_refused(tmp_path):
     write_run(tmp_path / "study" / "half", Run("half", config, 320), {METRIC: 2.0}, max_steps=20)
     with pytest.raises(SystemExit, match="half was measured at step 10 of 20; continue it, or leave it out"):
         fitted(tmp_path / "study")
-    (tmp_path / "study" / "half" / "run.json").write_text('{"runs": [{}]}')
-    with pytest.raises(SystemExit, match=r"run.json does not say network, batch size and steps"):
-        fitted(tmp_path / "study")
+    for name, text in {"run.json": '{"runs": [{}]}', "metrics.csv": "epoch,val/nats_per_pixel\n0,2.0\n"}.items():
+        (tmp_path / "study" / "half" / name).write_text(text)
+        with pytest.raises(SystemExit, match=f"{name} (does not say network, batch size and steps|is damaged)"):
+            fitted(tmp_path / "study")
 
 
 def test_a_planned_study_is_trained_resumed_and_read(tmp_path, monkeypatch):

@@ -50,13 +50,18 @@ def plan(
     """
     folder = Path(out)
     check_folder(folder, "--out")
-    base: Any = OmegaConf.to_container(OmegaConf.load(Path(recipe) if Path(recipe).exists() else recipes.find(recipe)))
-    options = base.setdefault("model", {}).setdefault("init_args", {})
-    if not str(base["model"].get("class_path")).endswith("PretrainModule") or options.get("pretrained"):
+    path = Path(recipe) if Path(recipe).exists() else recipes.find(recipe)
+    try:
+        base: Any = OmegaConf.to_container(OmegaConf.load(path))
+        options = base["model"].setdefault("init_args", {})
+        batch = base.setdefault("data", {}).setdefault("init_args", {}).setdefault("batch_size", 128)
+        from_scratch = base["model"]["class_path"].endswith("PretrainModule") and not options.get("pretrained")
+    except Exception as error:  # PyYAML's, and those of files that are no recipe
+        raise ValueError(f"{path} is no recipe: {error!r}") from error
+    if not from_scratch:
         raise ValueError(f"{recipe} does not pretrain from scratch; take a recipe such as cifar10_tiny_pretrain")
     if not all(0 < budget < math.inf for budget in budgets):
         raise ValueError(f"budgets are {budgets}; they must be above 0")
-    batch = base.setdefault("data", {}).setdefault("init_args", {}).setdefault("batch_size", 128)
     given = {name: options[name] for name in ("image_size", "objective") if options.get(name)}
     network = replace(ImageGPTConfig.resolve(options.get("network") or "igpt_s"), **given)
     rows, files = [[*HEAD, "steps", "lr", "lr hint"]], dict[Path, str]()
@@ -84,8 +89,8 @@ def _recipe(base: Any, run: Run, steps: int, lr: float, folder: Path, origin: st
     """The text of a run's recipe. The run validates at its end only, where the fits read the metric."""
     recipe = json.loads(json.dumps(base))
     model, trainer = recipe["model"]["init_args"], recipe.setdefault("trainer", {})
-    if (model.get("warmup_steps") or 0) > steps:
-        what = f"{run.name} has {steps} steps and the recipe's warmup_steps is {model['warmup_steps']}"
+    if isinstance(warmup := model.get("warmup_steps"), int) and warmup > steps:
+        what = f"{run.name} has {steps} steps and the recipe's warmup_steps is {warmup}"
         raise ValueError(f"{what}; leave it out of the recipe, or raise the budget")
     model |= {"network": {name: value for name, value in asdict(run.config).items() if value is not None}, "lr": lr}
     batches = steps * int(trainer.get("accumulate_grad_batches") or 1)
