@@ -161,8 +161,8 @@ def make_schedule(
     """``cosine``, ``constant``, or ``wsd``: warm-up, constant, and to zero in the last ``decay_fraction`` of the run.
 
     The rate of wsd falls as 1 - sqrt(x), where x is the share of the decay that is done. For language models, Hägele et
-    al. (2024, arXiv 2405.18392) report that a constant rate with such an end matches a cosine of the same length, and
-    that this shape ends lower than a line. ValueError where warm-up and decay are longer than the run.
+    al. (2024, arXiv 2405.18392) report that a constant rate with a decay at the end matches a cosine of the same
+    length. ValueError where warm-up and decay are longer than the run.
     """
     if name == "cosine":
         return warmup_cosine(optimizer, warmup_steps=warmup_steps, total_steps=total_steps)
