@@ -218,7 +218,7 @@ def test_the_verb_reports_distances_floors_and_what_decides_them(network_folder,
     ("words", "told"),
     [
         (["--limit", "3"], "limit 3; they must be at least 1 and 4"),
-        (["--features", "inception", "--pretrained", "no/where"], r"lightning-igpt\[inception\]"),
+        (["--features", "inception", "--pretrained", "no/where"], r"\.\[inception\]"),
         (["--features", "nowhere"], "nowhere does not exist"),
         (["--split", "dev"], "has no split 'dev'"),
         (["--keep_rows", "8"], "keep_rows is 8"),

@@ -25,6 +25,8 @@ WRONG = {
     "complete": ["--pretrained", "nowhere", "--images", "digits"],
     "score": ["--pretrained", "nowhere", "--images", "digits"],
     "lowdata": ["--pretrained", "nowhere", "--source", "digits"],
+    "distance": ["--source", "nowhere"],
+    "features": ["--source", "nowhere"],
     "report": ["nowhere"],
     "demo": ["--pretrained", "nowhere"],
     "data": ["show", "nowhere"],
