@@ -217,7 +217,7 @@ def test_the_verb_reports_distances_floors_and_what_decides_them(network_folder,
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--limit", "3"], "limit 3; they must be at least 1 and 4"),
+        (["--limit", "3"], "3 images of digits, split test, limit 3; distances need 4"),
         (["--features", "inception", "--pretrained", "no/where"], r"lightning-igpt\[inception\]"),
         (["--features", "nowhere"], "nowhere does not exist"),
         (["--split", "dev"], "has no split 'dev'"),
