@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_igpt.commands.arguments import check_folder
-from lightning_igpt.commands.images import decoded, fitted, to_tensor
+from lightning_igpt.commands.images import decoded, fitted
 from lightning_igpt.decoding import Precision
 from lightning_igpt.files import shown
 from lightning_igpt.images import BadImageError, decode, resize_center_crop
-from lightning_igpt.pictures import CELL, image_grid, save_png
+from lightning_igpt.pictures import CELL, image_grid, save_png, to_tensor
 from lightning_igpt.sampling import captions, completion_rows
 from lightning_igpt.weights import load_pretrained
 

@@ -9,12 +9,12 @@ from PIL import Image
 
 from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.help import row
-from lightning_igpt.commands.images import fitted, open_images, rows_of, to_tensor
+from lightning_igpt.commands.images import fitted, open_images, rows_of
 from lightning_igpt.data.sources import Source
 from lightning_igpt.files import shown
 from lightning_igpt.images import FORMATS, BadImageError, decode, fetch, resize_center_crop
 from lightning_igpt.palette import Palette
-from lightning_igpt.pictures import CELL, enlarge, heading, image_grid, save_png, stack
+from lightning_igpt.pictures import CELL, enlarge, heading, image_grid, save_png, stack, to_tensor
 from lightning_igpt.weights.card import words_for
 
 N_CLASSES, N_BAD = 20, 10  # lines at most

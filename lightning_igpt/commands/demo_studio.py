@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_igpt import sampling
-from lightning_igpt.commands.images import decoded, to_tensor
+from lightning_igpt.commands.images import decoded
+from lightning_igpt.commands.score import surprise
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.embedded import EMBEDDED
 from lightning_igpt.images import decode, resize_center_crop
-from lightning_igpt.objectives import nats_to_bits, per_pixel
-from lightning_igpt.pictures import surprise_colors, surprise_limit, surprise_map
+from lightning_igpt.objectives import nats_to_bits
+from lightning_igpt.pictures import surprise_colors, surprise_limit, surprise_map, to_tensor
 from lightning_igpt.weights import ASSETS, Pretrained
 
 MAX_SAMPLES, MAX_STEPS = 8, 64
@@ -88,10 +89,7 @@ class Studio:
         if not self.autoregressive:
             text = "a BERT network has a bound for a whole picture and no surprise of each pixel"
             raise ValueError(f"{text}; lightning-igpt score prints it")
-        nats = sampling.score(self.network, self._picture(tokens)).cpu()
-        nats = per_pixel(nats, self.config.tokens_per_pixel)[0]  # (S * S,)
-        if not nats.isfinite().all():
-            raise ValueError("the surprise is not a finite number; the network's weights are damaged")
+        nats = surprise(self.loaded, self._picture(tokens), ["the picture"])[0][0]  # (S * S,)
         side, n_colors = self.config.image_size, self.config.vocab_size**self.config.tokens_per_pixel
         limit, mean = surprise_limit(nats, n_colors), float(nats.mean(dtype=torch.float64))
         heat = surprise_map(nats.view(side, side), limit=limit).flatten(1).T  # (S * S, 3)
@@ -124,10 +122,8 @@ class Studio:
         known = (~hole).expand(ask.n_samples, -1)
         precision, generator = "half" if self.device.type == "cuda" else "full", torch.Generator(self.device)
         options: dict[str, Any] = {"precision": precision, "generator": generator.manual_seed(ask.seed)}
-        options |= {
-            "temperature": ask.temperature,
-            "on_progress": _progress(known.to(self.device), self.config, emit, gone),
-        }
+        options["on_progress"] = _progress(known.to(self.device), self.config, emit, gone)
+        options["temperature"] = ask.temperature
         if by_line:
             options |= {"n_samples": ask.n_samples, "top_k": ask.top_k, "top_p": ask.top_p}
             given = ~hole.repeat_interleave(self.config.tokens_per_pixel)

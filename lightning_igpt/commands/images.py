@@ -5,13 +5,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from lightning_igpt.files import shown
 from lightning_igpt.images import BILINEAR, SUFFIXES, BadImageError, Filter, decode, resize_center_crop
+from lightning_igpt.pictures import to_tensor
 
 if TYPE_CHECKING:
     from lightning_igpt.data.sources import Source
@@ -97,8 +97,3 @@ def fitted(image: Image.Image, side: int) -> Tensor:
     """The whole image on a gray square, uint8 (3, side, side)."""
     method = Image.Resampling.NEAREST if max(image.size) <= side else Image.Resampling.LANCZOS
     return to_tensor(ImageOps.pad(image, (side, side), method, color=(224, 224, 224)))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -4,11 +4,11 @@ from math import sqrt
 from pathlib import Path
 
 from lightning_igpt.commands.arguments import check_file
-from lightning_igpt.commands.images import images_of, open_images, to_tensor
+from lightning_igpt.commands.images import images_of, open_images
 from lightning_igpt.files import shown
 from lightning_igpt.kmeans import fit_palette
 from lightning_igpt.palette import Palette
-from lightning_igpt.pictures import save_png, swatch
+from lightning_igpt.pictures import save_png, swatch, to_tensor
 
 N_CHECKED = 1000  # images on which a fitted palette's error is measured
 
