@@ -1,7 +1,5 @@
 """The work behind the page of ``lightning-igpt demo``: reading a picture, drawing, and the surprise of its pixels."""
 
-import base64
-import io
 import logging
 import math
 import threading
@@ -24,6 +22,7 @@ from lightning_igpt.data.embedded import EMBEDDED
 from lightning_igpt.images import decode, resize_center_crop
 from lightning_igpt.objectives import nats_to_bits
 from lightning_igpt.pictures import surprise_colors, surprise_limit, surprise_map, to_tensor
+from lightning_igpt.report import png_url
 from lightning_igpt.weights import ASSETS, Pretrained
 
 MAX_SAMPLES, MAX_STEPS = 8, 64
@@ -80,9 +79,8 @@ class Studio:
         """The tokens of the largest square in the middle, and the whole image as a data URL."""
         square = to_tensor(resize_center_crop(image, self.config.image_size, self.loaded.resize_filter))
         (whole := image.copy()).thumbnail((SIDE, SIDE))
-        whole.save(file := io.BytesIO(), "PNG")
-        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        return {"tokens": _pixels(self.loaded.palette.quantize(square[None]), self.config)[0].tolist(), "whole": url}
+        tokens = _pixels(self.loaded.palette.quantize(square[None]), self.config)[0]
+        return {"tokens": tokens.tolist(), "whole": png_url(whole)}
 
     def score(self, tokens: Sequence[int]) -> dict[str, Any]:
         """The surprise of each pixel: nats, colors of the map, and where its scale ends; a BERT network has none."""

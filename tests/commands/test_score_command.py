@@ -100,6 +100,8 @@ def test_heat_maps_share_one_scale():
         (["--pictures", "-1"], "pictures is -1"),
         (["--limit", "0"], "limit is 0; it must be at least 1"),
         (["--images", "nowhere"], "nowhere"),
+        (["--against", "nowhere"], "nowhere does not exist"),
+        (["--n_draws", "5"], "n_draws is 5"),
     ],
 )
 def test_mistakes_are_told_in_one_line(network_folder, tmp_path, words, told):
