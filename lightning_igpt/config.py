@@ -129,14 +129,10 @@ def _shown(value: Any) -> str:
 
 PRESETS: Mapping[str, ImageGPTConfig] = MappingProxyType(
     {
-        # 861,504 parameters, for laptops and tests; not in the paper
-        "igpt_tiny": ImageGPTConfig(n_layer=6, n_head=4, n_embd=96),
-        # 76,571,648 parameters at 32 x 32; paper section 3.3
-        "igpt_s": ImageGPTConfig(n_layer=24, n_head=8, n_embd=512),
-        # 455,157,760
-        "igpt_m": ImageGPTConfig(n_layer=36, n_head=8, n_embd=1024),
-        # 1,362,250,752
-        "igpt_l": ImageGPTConfig(n_layer=48, n_head=16, n_embd=1536),
+        "igpt_tiny": ImageGPTConfig(n_layer=6, n_head=4, n_embd=96),  # 861,504 parameters; not in the paper
+        "igpt_s": ImageGPTConfig(n_layer=24, n_head=8, n_embd=512),  # 76,571,648 at 32 x 32; paper, section 3.3
+        "igpt_m": ImageGPTConfig(n_layer=36, n_head=8, n_embd=1024),  # 455,157,760
+        "igpt_l": ImageGPTConfig(n_layer=48, n_head=16, n_embd=1536),  # 1,362,250,752
         # 6,801,438,720. The head count of XL was never published; 24 gives heads 128 wide, as in M
         "igpt_xl": ImageGPTConfig(n_layer=60, n_head=24, n_embd=3072),
     }

@@ -150,13 +150,8 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_
     return Schedule(optimizer, factor)
 
 
-def warmup_constant(optimizer: torch.optim.Optimizer, *, warmup_steps: int) -> Schedule:
-    """Rise linearly over ``warmup_steps``, then stay constant."""
-    return Schedule(optimizer, lambda step: 1.0, warmup_steps=warmup_steps)
-
-
 def make_schedule(
-    name: str, optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, decay_fraction: float
+    name: str, optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, decay_fraction: float = 0.0
 ) -> Schedule:
     """``cosine``, ``constant``, or ``wsd``: warm-up, constant, and to zero in the last ``decay_fraction`` of the run.
 
@@ -167,15 +162,13 @@ def make_schedule(
     if name == "cosine":
         return warmup_cosine(optimizer, warmup_steps=warmup_steps, total_steps=total_steps)
     if name == "constant":
-        return warmup_constant(optimizer, warmup_steps=warmup_steps)
+        return Schedule(optimizer, lambda step: 1.0, warmup_steps=warmup_steps)
     decay = max(1, round(decay_fraction * total_steps))
     start = total_steps - decay
     if warmup_steps > start:
         what = f"warmup_steps is {warmup_steps} and the decay has {decay} steps, but the run has {total_steps}"
         raise ValueError(f"{what}; lower warmup_steps or decay_fraction, or train longer")
-    return Schedule(
-        optimizer, lambda step: 1 - min(1.0, max(0, step - start) / decay) ** 0.5, warmup_steps=warmup_steps
-    )
+    return Schedule(optimizer, lambda n: 1 - min(1.0, max(0, n - start) / decay) ** 0.5, warmup_steps=warmup_steps)
 
 
 def default_warmup(total_steps: int, steps_per_epoch: int | None) -> int:

@@ -151,7 +151,7 @@ def surprise_bar(limit: float, n_colors: int, *, width: int = 512) -> Tensor:
         x = margin + round(fraction * (width - 1))
         draw.line((x, _BAR, x, _BAR + 3), fill="black")
         draw.text((x - draw.textlength(text, font=_font()) // 2, _BAR + 4), text, fill="black", font=_font())
-    return _tensor(image)
+    return to_tensor(image)
 
 
 def swatch(colors: Tensor, *, side: int = 24, columns: int | None = None) -> Tensor:
@@ -205,9 +205,8 @@ def plot_fits(
 
         for x, y in lines:
             axes.plot(x, y, color=theme.second, linewidth=1)
-        for color, (label, (x, y)) in zip(
-            cycle((theme.first, theme.level, *theme.others)), points.items(), strict=False
-        ):
+        colors = cycle((theme.first, theme.level, *theme.others))
+        for color, (label, (x, y)) in zip(colors, points.items(), strict=False):
             axes.plot(x, y, label=label, marker="o", markersize=3.5, linestyle="", color=color)
         axes.set(xlabel=labels[0], ylabel=labels[1], xscale=scales[0], yscale=scales[1])
         for axis in [axis for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"]:
@@ -243,7 +242,7 @@ def render(figure: Figure) -> Tensor:
     """The pixels of a figure: uint8 (3,h,w)."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
-    return _tensor(Image.open(file).convert("RGB"))
+    return to_tensor(Image.open(file).convert("RGB"))
 
 
 def to_svg(figure: Figure) -> str:
@@ -255,6 +254,11 @@ def to_svg(figure: Figure) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata={"Creator": None, "Date": None})
     text = file.getvalue()
     return text[text.index("<svg") :]
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (3,H,W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -287,11 +291,7 @@ def _caption(text: str, width: int, background: tuple[int, int, int] = _WHITE) -
     ink = "black" if sum(background) > 382 else "white"
     draw = ImageDraw.Draw(image)
     draw.text((max(0, (width - draw.textlength(text, font=_font())) // 2), 2), text, fill=ink, font=_font())
-    return _tensor(image)
-
-
-def _tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
+    return to_tensor(image)
 
 
 @cache

@@ -145,13 +145,13 @@ def pixels(
     image = Image.fromarray(torch.cat([grid, opaque]).permute(1, 2, 0).numpy())
     above = "".join(f"<span>{html.escape(heading)}</span>" for heading in headings)
     above = f'<div class="headings">{above}</div>' if above else ""
-    content = f'{above}<img src="{_png(image)}" width="{width}" height="{height}" alt="{html.escape(alt)}">'
+    content = f'{above}<img src="{png_url(image)}" width="{width}" height="{height}" alt="{html.escape(alt)}">'
     return _figure(f'<div class="pixels" style="width: {width * scale}px">{content}</div>{below}', caption)
 
 
 def surprise_legend(limit: float) -> Markup:
     """The color scale of maps of surprise, from 0 to ``limit`` nats."""
-    bar = f'<img src="{_png(to_pil(surprise_colors().T[:, None]))}" alt="colors from low to high">'
+    bar = f'<img src="{png_url(to_pil(surprise_colors().T[:, None]))}" alt="colors from low to high">'
     return Markup(f'<div class="legend"><span>0 nats</span>{bar}<span>{limit:.1f} or more</span></div>')
 
 
@@ -215,7 +215,8 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"{prefix}{name}", " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _png(image: Image.Image) -> str:
+def png_url(image: Image.Image) -> str:
+    """An image as a data URL."""
     file = io.BytesIO()
     image.save(file, format="PNG", optimize=True)
     return _data("image/png", file.getvalue())

@@ -71,13 +71,13 @@ def complete(
     tokens = F.pad(prompt.to(device), (0, total - given)).repeat_interleave(n_samples, 0)  # (B * n_samples, T)
     known = (torch.arange(total, device=device) < given).expand_as(tokens)
     pick = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    with _evaluating(network):
+    with evaluating(network):
         tokens = _decode(network, tokens, known, pick, precision, on_progress)
     return tokens.view(len(prompt), n_samples, total)
 
 
 @contextmanager
-def _evaluating(network: ImageGPT) -> Iterator[None]:
+def evaluating(network: ImageGPT) -> Iterator[None]:
     """Evaluation mode; afterwards every module is restored to its own mode."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
@@ -199,7 +199,7 @@ def inpaint(
     tokens = tokens.to(device).masked_fill(~known, 0)
     check_tokens(tokens, network.config.vocab_size)
     pick = partial(draw, temperature=temperature, generator=generator)
-    with _evaluating(network):
+    with evaluating(network):
         if network.config.objective == "bert":
             lots = _filled(per_pixel(known.float(), each), Tensor.uniform_, generator) if order == "random" else None
             return _fill(network, tokens, known, pick, steps, on_progress, lots)
@@ -276,7 +276,7 @@ def score(
     device, masked = network.wte.weight.device, network.config.objective == "bert"
     numbers = torch.split(torch.arange(len(tokens), device=device), batch_size)
     bound = partial(bound_estimates, network, n_draws=n_draws, antithetic=antithetic, seed=seed)
-    with _evaluating(network):
+    with evaluating(network):
         parts = [
             bound(part, samples) if masked else pixel_nats(network(part), part)
             for part, samples in zip(torch.split(tokens.to(device), batch_size), numbers, strict=True)

@@ -139,9 +139,6 @@ def test_no_step_asks_the_device_for_a_number(options):
     assert reads[0] == reads[1] <= 4 and reads[2] <= reads[1]  # checks of the prompt, and where the holes are
 
 
-# --- captured steps ---------------------------------------------------------------------------------------------
-
-
 def test_a_window_of_the_cache_changes_nothing():
     """What a captured step computes, run eagerly: the position is a tensor and the window larger than what was seen."""
     network, tokens = random_network(dtype=torch.float64), random_tokens()

@@ -18,8 +18,6 @@ from tests.networks import SMALL, SMALL_BERT, random_network, random_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# --- parameters -------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     ("preset", "count"),
@@ -49,9 +47,6 @@ def test_initial_values_are_the_published_ones():
     assert network.lm_head.weight.count_nonzero() == 0
     assert network.lm_head.weight is not network.wte.weight
     assert all((norm.weight == 1).all() for norm in network.modules() if isinstance(norm, RMSNorm))
-
-
-# --- the ten facts ----------------------------------------------------------------------------------------------
 
 
 def test_sos_takes_position_zero_and_the_last_token_is_never_an_input():
@@ -90,9 +85,6 @@ def test_bert_sees_both_sides_and_hides_what_is_masked():
     assert network.sos is None
     with pytest.raises(ValueError, match="masked="):
         network(tokens)
-
-
-# --- OpenAI's numbers -------------------------------------------------------------------------------------------
 
 
 def golden(kind):
@@ -140,9 +132,6 @@ def their_gradients(network):
         found[f"h{i}/mlp/c_fc/w"] = block.mlp.c_fc.weight.grad.T
         found[f"h{i}/mlp/c_proj/w"] = block.mlp.c_proj.weight.grad.T
     return found
-
-
-# --- transformers -----------------------------------------------------------------------------------------------
 
 
 def their_model(dtype, **changes):
@@ -202,9 +191,6 @@ def test_features_stop_at_the_deepest_layer_asked_for():
         network.features(tokens, [4])
     with pytest.raises(ValueError, match="from 0 to 3"):
         network.features(tokens, [])
-
-
-# --- cache ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prompt", [0, 1, 7, 15])

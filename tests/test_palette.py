@@ -28,9 +28,6 @@ def tiles():
     return small[:, :, :192].unfold(2, 32, 32).unfold(3, 32, 32).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 32, 32)
 
 
-# The released colors
-
-
 def test_openai_palette_is_the_published_one(openai):
     assert hashlib.sha256(OPENAI_FILE.read_bytes()).hexdigest() == (
         "c614a3d27f02fd6cf02fbbaf9f02e2431fa202726f3e44750658a85eb226bebd"
@@ -55,9 +52,6 @@ def test_tokens_equal_those_of_transformers(openai, tiles):
     some = tiles[::3]  # it compares every pixel with every color
     expected = processor(list(some.permute(0, 2, 3, 1).numpy()), input_data_format="channels_last")["input_ids"]
     assert np.array_equal(openai.quantize(some).numpy(), np.stack(expected))
-
-
-# Values
 
 
 def test_a_palette_is_a_value(openai):
@@ -92,9 +86,6 @@ def test_wrong_colors_are_refused(colors, message):
         Palette(colors)
 
 
-# State that is kept
-
-
 def _inference(quantize, x):
     with torch.device("meta"), torch.inference_mode():
         quantize(x)
@@ -127,9 +118,6 @@ def test_nothing_is_kept_from_tracing(first_use):
     kept = palette.quantize(x.to("meta"))
     assert type(kept) is torch.Tensor and not kept.is_inference()
     torch.nn.Embedding(16, 2)(tokens).sum().backward()
-
-
-# Images to tokens and back
 
 
 def test_tokens_follow_the_raster(openai):
@@ -182,9 +170,6 @@ def test_a_cuda_device_gives_the_same(openai, tiles):
     assert torch.equal(tokens.cpu(), openai.quantize(tiles))
     assert torch.equal(openai.dequantize(tokens).cpu(), openai.dequantize(tokens.cpu()))
     assert openai.rmse(tiles.cuda()) == pytest.approx(openai.rmse(tiles), rel=1e-6)
-
-
-# Names and files
 
 
 def test_files_give_the_palette_back(tmp_path, openai, monkeypatch):

@@ -98,7 +98,7 @@ def test_equal_transforms_have_one_fingerprint(transform):
     assert fingerprints == {Hasher.hash(transform), Hasher.hash(pickle.loads(pickle.dumps(transform)))}
     different = [
         CORNERS.transform(size=9),
-        CORNERS.transform("img", size=8),
+        CORNERS.transform("img", 8),
         Palette(CORNERS.colors.flip(0)).transform(size=8),
     ]
     assert len({Hasher.hash(other) for other in different} | fingerprints) == 4

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_igpt.modules.batches import need_labels, read_batch
+from lightning_igpt.sampling import evaluating
 
 EPS = 1e-6  # added to variances, and Adam's: the rounding of a gradient that is zero shall not make a step
 
@@ -141,10 +142,6 @@ class OnlineProbe(Callback):
         network, batch = pl_module.network, move_data_to_device(batch, pl_module.device)
         labeled = read_batch(batch, pl_module.palette, network.config, getattr(pl_module, "batch_keys", None))
         masked = torch.zeros_like(labeled.tokens, dtype=torch.bool) if network.config.objective == "bert" else None
-        training = [part for part in network.modules() if part.training]
-        network.eval()  # without dropout
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with evaluating(network), torch.no_grad(), trainer.precision_plugin.forward_context():  # without dropout
             features = network.features(labeled.tokens, [self._layer], masked=masked)
-        for part in training:
-            part.training = True
         return features[:, 0].float(), need_labels(labeled, len(self._head.bias))

@@ -15,10 +15,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import docstring_parser
 
-from lightning_igpt.commands.help import PROGRAM, Parser, check_paths, parameters, texts, verbs
+from lightning_igpt.commands.help import PROGRAM, SHARED, Parser, check_paths, parameters, texts, verbs
 from lightning_igpt.files import shown
 
 SEEDS = 2**32  # NumPy's generators take seeds from 0 to one less
+LEAST = {"batch_size": 1, "limit": 1, "n_images": 1, "image_size": 1, "pictures": 0, "n_draws": 4}  # two pairs
 CACHES = ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE")  # variables that name folders
 
 
@@ -28,7 +29,11 @@ def run_verb(verb: str, words: Sequence[str], *, positional: bool = False) -> No
     name, options = read_words(functions, words, prog, positional=positional)
     with one_line_errors(prog):
         check_seed("seed", options.get("seed"))
-        check_draws(options.get("n_draws", 4))
+        for option, least in (LEAST | {"limit": 0} if verb == "data" else LEAST).items():  # there 0 means all
+            if (value := options.get(option)) is not None and value < least:
+                raise ValueError(f"{option} is {value}; it must be at least {least}")
+        if options.get("n_draws", 0) % 2:
+            raise ValueError(f"n_draws is {options['n_draws']}; it must be even, as masks are drawn in pairs")
         check_paths(options)
         getattr(importlib.import_module(f"lightning_igpt.commands.{verb}"), functions[name].__name__)(**options)
 
@@ -36,10 +41,7 @@ def run_verb(verb: str, words: Sequence[str], *, positional: bool = False) -> No
 def read_words(
     functions: Mapping[str, Any], words: Sequence[str], prog: str, *, positional: bool = False
 ) -> tuple[str, dict[str, Any]]:
-    """(sub-verb or "", values by parameter); ``positional`` takes required arguments without their names.
-
-    Those that a function takes by keyword only keep their names.
-    """
+    """(sub-verb or "", values by parameter); ``positional`` takes required ones without names, if not keyword-only."""
     docs = {name: docstring_parser.parse(function.__doc__) for name, function in functions.items()}
     if "" in functions:
         parser = Parser(prog=prog, description=docs[""].description or "")
@@ -56,7 +58,7 @@ def read_words(
 
 
 def _add(parser: argparse.ArgumentParser, function: Any, positional: bool) -> None:
-    about = texts(function)
+    about = SHARED | texts(function)
     needed, rest = parser.add_argument_group("needed"), parser.add_argument_group("options")
     called = [parser.prog]
     for name, part in parameters(function).items():
@@ -122,12 +124,6 @@ def check_seed(name: str, seed: Any) -> None:
     """Raise ValueError where a seed is out of range; what is no number (None, true) is left alone."""
     if isinstance(seed, int) and not 0 <= seed < SEEDS:
         raise ValueError(f"{name} is {seed}; it must be from 0 to {SEEDS - 1}")
-
-
-def check_draws(n_draws: int) -> None:
-    """Raise ValueError unless masks can be drawn in antithetic pairs, at least two of them for a standard error."""
-    if n_draws < 4 or n_draws % 2:
-        raise ValueError(f"n_draws is {n_draws}; it must be even and at least 4: two pairs give a standard error")
 
 
 def check_file(path: str | Path, option: str, example: str, suffix: str = "") -> None:

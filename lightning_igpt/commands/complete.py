@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_igpt.commands.arguments import check_folder
-from lightning_igpt.commands.images import decoded, fitted, to_tensor
+from lightning_igpt.commands.images import decoded, fitted
 from lightning_igpt.decoding import Precision
 from lightning_igpt.files import shown
 from lightning_igpt.images import BadImageError, decode, resize_center_crop
-from lightning_igpt.pictures import CELL, image_grid, save_png
+from lightning_igpt.pictures import CELL, image_grid, save_png, to_tensor
 from lightning_igpt.sampling import captions, completion_rows
 from lightning_igpt.weights import load_pretrained
 
@@ -43,9 +43,6 @@ def complete(
     """Complete the lower part of images, or a hole, and write a grid: the image, what is given, samples, the truth.
 
     Args:
-        images: An image file, a folder of images, Parquet, a hub id, digits or emoji.
-        pretrained: The network: an embedded one (photos, emoji), a .ckpt file or run folder, a Hugging Face folder or
-            hub id, or an OpenAI checkpoint.
         out: Folder for completions.png and one PNG per sample. Missing folders are made.
         n_images: How many images, from the first on.
         n_samples: Completions of each.
@@ -63,9 +60,6 @@ def complete(
         precision: Of the steps: full; half, which is 16 bits per weight; int8, on CPUs only. Default: half on CUDA,
             else full.
         seed: Of the draws.
-        split: Split of a dataset; default test, else validation, else train.
-        device: cpu, cuda, mps, or auto.
-        palette: That of the training, where the source holds none: openai, gray:16, rgb, a .npy file, a folder or id.
     """
     check_folder(out, "--out")
     if mask is not None and (keep_rows, top_k, top_p) != (None, None, None):

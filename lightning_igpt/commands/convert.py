@@ -38,7 +38,6 @@ def convert(
             config in its header.
         check: Compare with transformers on random tokens and print the largest difference.
         image_size: Side of the images of the written network; positions are interpolated where it is another.
-        palette: That of the training, where the source holds none: openai, gray:16, rgb, a .npy file, a folder or id.
         title: Heading of the model card (hf).
         data: What the network was trained on, for the model card; default what the checkpoint says.
         license: SPDX identifier of the weights' license, for the model card.

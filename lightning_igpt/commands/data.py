@@ -9,12 +9,12 @@ from PIL import Image
 
 from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.help import row
-from lightning_igpt.commands.images import fitted, rows_of, to_tensor
-from lightning_igpt.data.sources import Source, open_source
+from lightning_igpt.commands.images import fitted, open_images, rows_of
+from lightning_igpt.data.sources import Source
 from lightning_igpt.files import shown
 from lightning_igpt.images import FORMATS, BadImageError, decode, fetch, resize_center_crop
 from lightning_igpt.palette import Palette
-from lightning_igpt.pictures import CELL, enlarge, heading, image_grid, save_png, stack
+from lightning_igpt.pictures import CELL, enlarge, heading, image_grid, save_png, stack, to_tensor
 from lightning_igpt.weights.card import words_for
 
 N_CLASSES, N_BAD = 20, 10  # lines at most
@@ -35,22 +35,14 @@ def show(
     """Print splits, classes, bad images and the palette's error, and write a contact sheet.
 
     Args:
-        source: A folder of images, Parquet, a hub id, digits or emoji.
         image_size: Side of the square images that a network would read.
         palette: openai, gray:16, rgb, a .npy file, a Hugging Face folder or hub id.
         out: The contact sheet to write. Missing folders are made.
         limit: Images to open per split, evenly spread; 0 means all.
         n_images: Rows of the contact sheet.
-        config_name: Configuration of a hub dataset that has several.
-        image_column: Column of images. Default: the only column of type Image.
-        label_column: Column of labels. Default: the only ClassLabel, or integers called label or labels.
     """
-    for name, value, least in (("limit", limit, 0), ("n_images", n_images, 1), ("image_size", image_size, 1)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
     check_file(out, "--out", "data.png", ".png")
-    opened = open_source(source, name=config_name, image_column=image_column, label_column=label_column)
-    opened.need_images()
+    opened, _ = open_images(source, name=config_name, image_column=image_column, label_column=label_column)
     colors = Palette.load(palette)
     print(row("source", opened.name))
     print(row("splits", ", ".join(f"{split} {len(rows):,}" for split, rows in opened.splits.items())))

@@ -46,7 +46,6 @@ def demo(
             everyone who can reach that address.
         port: Port to listen on; 0 picks a free one.
         open: Open the page in a browser.
-        device: cpu, cuda, mps, or auto.
     """
     try:
         importlib.import_module("fastapi"), importlib.import_module("uvicorn")

@@ -1,7 +1,5 @@
 """The work behind the page of ``lightning-igpt demo``: reading a picture, drawing, and the surprise of its pixels."""
 
-import base64
-import io
 import logging
 import math
 import threading
@@ -17,12 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_igpt import sampling
-from lightning_igpt.commands.images import decoded, to_tensor
+from lightning_igpt.commands.images import decoded
+from lightning_igpt.commands.score import surprise
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.embedded import EMBEDDED
 from lightning_igpt.images import decode, resize_center_crop
-from lightning_igpt.objectives import nats_to_bits, per_pixel
-from lightning_igpt.pictures import surprise_colors, surprise_limit, surprise_map
+from lightning_igpt.objectives import nats_to_bits
+from lightning_igpt.pictures import surprise_colors, surprise_limit, surprise_map, to_tensor
+from lightning_igpt.report import png_url
 from lightning_igpt.weights import ASSETS, Pretrained
 
 MAX_SAMPLES, MAX_STEPS = 8, 64
@@ -79,19 +79,15 @@ class Studio:
         """The tokens of the largest square in the middle, and the whole image as a data URL."""
         square = to_tensor(resize_center_crop(image, self.config.image_size, self.loaded.resize_filter))
         (whole := image.copy()).thumbnail((SIDE, SIDE))
-        whole.save(file := io.BytesIO(), "PNG")
-        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        return {"tokens": _pixels(self.loaded.palette.quantize(square[None]), self.config)[0].tolist(), "whole": url}
+        tokens = _pixels(self.loaded.palette.quantize(square[None]), self.config)[0]
+        return {"tokens": tokens.tolist(), "whole": png_url(whole)}
 
     def score(self, tokens: Sequence[int]) -> dict[str, Any]:
         """The surprise of each pixel: nats, colors of the map, and where its scale ends; a BERT network has none."""
         if not self.autoregressive:
             text = "a BERT network has a bound for a whole picture and no surprise of each pixel"
             raise ValueError(f"{text}; lightning-igpt score prints it")
-        nats = sampling.score(self.network, self._picture(tokens)).cpu()
-        nats = per_pixel(nats, self.config.tokens_per_pixel)[0]  # (S * S,)
-        if not nats.isfinite().all():
-            raise ValueError("the surprise is not a finite number; the network's weights are damaged")
+        nats = surprise(self.loaded, self._picture(tokens), ["the picture"])[0][0]  # (S * S,)
         side, n_colors = self.config.image_size, self.config.vocab_size**self.config.tokens_per_pixel
         limit, mean = surprise_limit(nats, n_colors), float(nats.mean(dtype=torch.float64))
         heat = surprise_map(nats.view(side, side), limit=limit).flatten(1).T  # (S * S, 3)
@@ -124,10 +120,8 @@ class Studio:
         known = (~hole).expand(ask.n_samples, -1)
         precision, generator = "half" if self.device.type == "cuda" else "full", torch.Generator(self.device)
         options: dict[str, Any] = {"precision": precision, "generator": generator.manual_seed(ask.seed)}
-        options |= {
-            "temperature": ask.temperature,
-            "on_progress": _progress(known.to(self.device), self.config, emit, gone),
-        }
+        options["on_progress"] = _progress(known.to(self.device), self.config, emit, gone)
+        options["temperature"] = ask.temperature
         if by_line:
             options |= {"n_samples": ask.n_samples, "top_k": ask.top_k, "top_p": ask.top_p}
             given = ~hole.repeat_interleave(self.config.tokens_per_pixel)

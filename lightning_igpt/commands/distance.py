@@ -12,10 +12,9 @@ from lightning_igpt import __version__
 from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.complete import DEFAULT, pick_device
 from lightning_igpt.commands.help import row
-from lightning_igpt.commands.images import images_of, open_images, to_tensor
+from lightning_igpt.commands.images import images_of, open_images, squares
 from lightning_igpt.distances import fingerprint, frechet_distance, image_features, kernel_distance, load_extractor
 from lightning_igpt.files import write_text
-from lightning_igpt.images import resize_center_crop
 from lightning_igpt.sampling import completion_rows
 from lightning_igpt.weights import Pretrained, load_pretrained
 
@@ -42,9 +41,6 @@ def distance(
     half are compared with the other half too, and between the real images and the same images in the palette's colors.
 
     Args:
-        source: Real images: a folder of images, Parquet, a hub id, digits or emoji.
-        pretrained: The network: an embedded one (photos, emoji), a .ckpt file or run folder, a Hugging Face folder or
-            hub id, or an OpenAI checkpoint.
         features: What the distances are taken on: the middle layer of a network of this package, named as in
             pretrained; a vision model of transformers, by hub id or folder, such as facebook/dinov2-base; or inception,
             as in published FIDs, which needs torch-fidelity.
@@ -55,14 +51,8 @@ def distance(
             equal numbers only.
         temperature: Divides the logits: 1 is the network's own distribution.
         seed: Of the draws, each image having its own, and of the halves.
-        split: Split of a dataset; default test, else validation, else train.
-        batch_size: Images at a time, which decides no draw.
-        device: cpu, cuda, mps, or auto.
-        palette: That of the training, where the source holds none: openai, gray:16, a .npy file, a folder or hub id.
     """
     check_file(out, "--out", "distance.json")
-    if batch_size < 1 or limit < LEAST:
-        raise ValueError(f"batch_size is {batch_size} and limit {limit}; they must be at least 1 and {LEAST}")
     place = pick_device(device)
     extractor = load_extractor(features).to(place)
     loaded = load_pretrained(pretrained, palette=palette)
@@ -70,11 +60,9 @@ def distance(
     side = loaded.config.image_size
     rows = side // 2 if keep_rows is None else keep_rows
     opened, split = open_images(source, split)
-    real = torch.stack(
-        [to_tensor(resize_center_crop(image, side, loaded.resize_filter)) for image in images_of(opened, split, limit)]
-    )
+    real = squares(images_of(opened, split, limit), side, loaded.resize_filter)[0]
     if len(real) < LEAST:
-        raise ValueError(f"{source}, split {split}, has {len(real)} images; distances need at least {LEAST}")
+        raise ValueError(f"{len(real)} images of {source}, split {split}, limit {limit}; distances need {LEAST}")
     drawn, recolored = samples(loaded, real, batch_size, seed=seed, keep_rows=rows, temperature=temperature)
     x, y, z = (image_features(extractor, part, batch_size=batch_size) for part in (real, drawn, recolored))
     first, second = torch.from_numpy(np.random.default_rng(seed).permutation(len(real))).tensor_split(2)
@@ -84,10 +72,7 @@ def distance(
     facts: dict[str, Any] = {"network": loaded.origin, "network_weights": fingerprint(loaded.network), "samples": what}
     facts |= {"temperature": temperature, "seed": seed, "source": source, "split": split, "n_images": len(real)}
     facts |= {"features": getattr(extractor, "title", features), "features_weights": fingerprint(extractor)}
-    facts |= {
-        "n_features": x.shape[1],
-        "resize": f"{loaded.resize_filter} (Pillow) to {side} x {side}, then as the features need",
-    }
+    facts |= {"n_features": x.shape[1], "resize": f"{loaded.resize_filter} (Pillow) to {side} x {side}, then as needed"}
     for name, value in facts.items():
         print(row(name, str(value)))
     print(f"\n{'distance':<36}{'Frechet':>12}{'kernel':>12}   images")

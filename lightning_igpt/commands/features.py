@@ -7,16 +7,13 @@ from typing import Any, Literal
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
-import torch
-from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.complete import DEFAULT, pick_device
-from lightning_igpt.commands.images import open_images, rows_of, to_tensor
+from lightning_igpt.commands.images import images_of, open_images, squares
 from lightning_igpt.distances import PooledLayers, fingerprint, image_features
 from lightning_igpt.files import replacing, shown
-from lightning_igpt.images import BadImageError, Filter, decode, resize_center_crop
 from lightning_igpt.modules.heads import choose_layers
 from lightning_igpt.weights import load_pretrained
 
@@ -41,23 +38,13 @@ def features(
     interrupted one ended, from parts in a folder next to the file, features.parquet.part.
 
     Args:
-        source: Images: a folder of images, Parquet, a hub id, digits or emoji.
-        pretrained: The network: an embedded one (photos, emoji), a .ckpt file or run folder, a Hugging Face folder or
-            hub id, or an OpenAI checkpoint.
         out: The Parquet file. Missing folders are made.
         layers: Numbers such as 4 8 or 8-16, or all: 0 is the input of the first block, n_layer the final norm. Default:
             n_layer // 2.
         pool: Over positions: mean, as linear probes take it, or last, the position that has seen most pixels.
-        limit: How many images, from the first on; default all.
-        split: Split of a dataset; default test, else validation, else train.
-        batch_size: Images per forward pass.
-        device: cpu, cuda, mps, or auto.
-        palette: That of the training, where the source holds none: openai, gray:16, a .npy file, a folder or hub id.
     """
     path, folder = Path(out), Path(f"{out}.part")
     check_file(path, "--out", "features.parquet", ".parquet")
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"batch_size is {batch_size} and limit {limit}; both must be at least 1")
     place = pick_device(device)
     loaded = load_pretrained(pretrained, palette=palette)
     config = loaded.config
@@ -85,11 +72,9 @@ def features(
                 text = f"{folder} is of an interrupted run with other settings, {stored} instead of {schema.metadata}"
                 raise ValueError(f"{text}; delete it, or name another file by --out")
             continue
-        rows = rows_of(opened, split, places.stop, spread=False, start=places.start)
-        names, pixels = zip(
-            *(decoded_row(name, value, config.image_size, loaded.resize_filter) for name, value in rows), strict=True
-        )
-        pooled = image_features(extractor, torch.stack(pixels), batch_size=batch_size).float().chunk(len(asked), 1)
+        images = images_of(opened, split, places.stop, spread=False, start=places.start)
+        pixels, names = squares(images, config.image_size, loaded.resize_filter)
+        pooled = image_features(extractor, pixels, batch_size=batch_size).float().chunk(len(asked), 1)
         values = [places, names, *([labels[places.start : places.stop]] if labels else [])]
         values += [pa.FixedSizeListArray.from_arrays(layer.numpy().ravel(), config.n_embd) for layer in pooled]
         with replacing(part) as temporary:
@@ -99,11 +84,3 @@ def features(
             writer.write_table(pq.read_table(part))
     shutil.rmtree(folder, ignore_errors=True)
     print(f"wrote {path}")
-
-
-def decoded_row(name: str, value: Any, size: int, resize: Filter) -> tuple[str, Tensor]:
-    """The name and the pixels, uint8 (3, S, S), of an undecoded image; ValueError names a damaged one."""
-    try:
-        return name, to_tensor(resize_center_crop(decode(value), size, resize))
-    except BadImageError as error:
-        raise ValueError(f"{name}: {error}; repair or remove it, then run the same command") from error

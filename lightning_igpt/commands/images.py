@@ -1,17 +1,17 @@
 """Images for the verbs: a file, a folder, or any source of the data modules."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from lightning_igpt.files import shown
 from lightning_igpt.images import BILINEAR, SUFFIXES, BadImageError, Filter, decode, resize_center_crop
+from lightning_igpt.pictures import to_tensor
 
 if TYPE_CHECKING:
     from lightning_igpt.data.sources import Source
@@ -20,8 +20,13 @@ SPLITS = ("test", "validation", "valid", "val", "dev", "train")  # in the order 
 
 
 def read_images(source: str, size: int, resize: Filter = BILINEAR, **options: Any) -> tuple[Tensor, list[str]]:
-    """Images uint8 (N, 3, S, S), cut to the square in the middle and resized to ``size``, and names, of ``decoded``."""
-    pairs = [(to_tensor(resize_center_crop(image, size, resize)), name) for name, image in decoded(source, **options)]
+    """The ``squares`` of ``decoded``."""
+    return squares(decoded(source, **options), size, resize)
+
+
+def squares(named: Iterable[tuple[str, Image.Image]], size: int, resize: Filter) -> tuple[Tensor, list[str]]:
+    """Images as uint8 (N, 3, S, S), cut to the square in the middle and resized to ``size``, and their names."""
+    pairs = [(to_tensor(resize_center_crop(image, size, resize)), name) for name, image in named]
     return torch.stack([image for image, _ in pairs]), [name for _, name in pairs]
 
 
@@ -29,8 +34,6 @@ def decoded(
     source: str, *, split: str | None = None, limit: int | None = None, on_bad_image: Literal["error", "skip"] = "error"
 ) -> Iterator[tuple[str, Image.Image]]:
     """Names and images of a file or the first of a source, whose split is by default the first of ``SPLITS``."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"asked for {limit} images; ask for at least 1")
     path = Path(source).expanduser()
     rows = iter([(path.name, {"path": str(path)})])
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
@@ -54,12 +57,13 @@ def decoded(
         raise ValueError(f"none of the {n_bad} images of {source} can be read" if n_bad else f"{source} has no images")
 
 
-def open_images(source: str, split: str | None = None) -> tuple["Source", str]:
+def open_images(source: str, split: str | None = None, **options: Any) -> tuple["Source", str]:
     """A source of images, and the name of the split to read, by default the first of ``SPLITS``."""
-    opened = importlib.import_module("lightning_igpt.data.sources").open_source(source)
+    opened = importlib.import_module("lightning_igpt.data.sources").open_source(source, **options)
     opened.need_images()
     split = split or next((name for name in SPLITS if name in opened.splits), next(iter(opened.splits)))
-    check_split(opened, split)
+    if split not in opened.splits:
+        raise ValueError(f"{opened.name} has no split {split!r}; it has {', '.join(opened.splits)}")
     return opened, split
 
 
@@ -78,27 +82,18 @@ def rows_of(
         yield "/".join(Path(str(path)).parts[-2:]) if path else f"{split}-{place:05d}", value
 
 
-def images_of(source: "Source", split: str, limit: int | None = None) -> Iterator[Image.Image]:
-    """The images of ``rows_of``; the BadImageError of one that cannot be decoded names it."""
-    for name, value in rows_of(source, split, limit):
+def images_of(
+    source: "Source", split: str, limit: int | None = None, **options: Any
+) -> Iterator[tuple[str, Image.Image]]:
+    """Names and images of ``rows_of``; the BadImageError of one that cannot be decoded names it."""
+    for name, value in rows_of(source, split, limit, **options):
         try:
-            yield decode(value)
+            yield name, decode(value)
         except BadImageError as error:
-            raise BadImageError(f"{source.name}, {name}: {error}") from error
+            raise BadImageError(f"{source.name}, {name}: {error}; repair or remove it") from error
 
 
 def fitted(image: Image.Image, side: int) -> Tensor:
     """The whole image on a gray square, uint8 (3, side, side)."""
     method = Image.Resampling.NEAREST if max(image.size) <= side else Image.Resampling.LANCZOS
     return to_tensor(ImageOps.pad(image, (side, side), method, color=(224, 224, 224)))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def check_split(source: "Source", split: str) -> None:
-    """Raise unless the source has the split."""
-    if split not in source.splits:
-        raise ValueError(f"{source.name} has no split {split!r}; it has {', '.join(source.splits)}")

@@ -50,8 +50,6 @@ def lowdata(
     Prints mean and standard deviation of the test accuracy over the subsets; writes lowdata.csv and lowdata.json.
 
     Args:
-        pretrained: The network: an embedded one (photos, emoji), a .ckpt file or run folder, a Hugging Face folder or
-            hub id, or an OpenAI checkpoint.
         source: Labeled images with a test split: a folder, Parquet, a hub id, digits or emoji.
         out: Folder for lowdata.csv and lowdata.json. Missing folders are made.
         labels_per_class: Budgets, one or more, such as --labels_per_class 4 25 400.
@@ -61,13 +59,8 @@ def lowdata(
         layers: Further layers to measure: all, or numbers. Do not choose by these test accuracies.
         c: Inverse strength of the L2 penalty, as scikit-learn's C. The paper does not state it.
         seed: Of the subsets, and of a BERT network's masks, one per image.
-        batch_size: Images per forward pass.
         num_workers: Processes that read and decode; 0 reads in the main process.
-        device: cpu, cuda, mps, or auto.
         val_fraction: Share of the training split to leave out, as a run with this seed and share held it out.
-        config_name: Configuration of a hub dataset that has several.
-        image_column: Column of images. Default: the only column of type Image.
-        label_column: Column of labels. Default: the only ClassLabel, or integers called label or labels.
         train_split: Split to draw from. Default: train.
         test_split: Split to test on. Default: test.
     """

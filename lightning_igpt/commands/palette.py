@@ -4,12 +4,11 @@ from math import sqrt
 from pathlib import Path
 
 from lightning_igpt.commands.arguments import check_file
-from lightning_igpt.commands.images import check_split, images_of, to_tensor
-from lightning_igpt.data.sources import open_source
+from lightning_igpt.commands.images import images_of, open_images
 from lightning_igpt.files import shown
 from lightning_igpt.kmeans import fit_palette
 from lightning_igpt.palette import Palette
-from lightning_igpt.pictures import save_png, swatch
+from lightning_igpt.pictures import save_png, swatch, to_tensor
 
 N_CHECKED = 1000  # images on which a fitted palette's error is measured
 
@@ -28,7 +27,6 @@ def fit(
     """Fit a palette to images by k-means and write it, with a PNG of its colors next to it.
 
     Args:
-        source: A folder of images, Parquet, a hub id, digits or emoji.
         out: The .npy file to write; name it as ``palette`` in a recipe. Missing folders are made.
         n_colors: Colors of the palette, which become the network's vocab_size.
         seed: Decides the start of k-means.
@@ -42,18 +40,14 @@ def fit(
         check_file(file, "OUT", "palette.npy", suffix)
         if file.exists() and not overwrite:
             raise FileExistsError(f"{file} exists; pass --overwrite true to replace it")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; it must be at least 1")
-    opened = open_source(source, image_column=image_column)
-    opened.need_images()
-    check_split(opened, split)
+    opened, _ = open_images(source, split, image_column=image_column)
     n_images = min(len(opened.splits[split]), limit or 2**62)
     print(f"{shown(opened.name)}, split {split!r}: {n_colors} colors for {n_images} images")
-    palette = fit_palette(images_of(opened, split, n_images), n_colors, seed=seed)
+    palette = fit_palette((image for _, image in images_of(opened, split, n_images)), n_colors, seed=seed)
     palette.save(path)
     save_png(swatch(palette.rgb), picture)
     squares, n_pixels, n_checked = 0.0, 0, min(n_images, N_CHECKED)
-    for image in images_of(opened, split, n_checked):
+    for _, image in images_of(opened, split, n_checked):
         size = image.width * image.height
         squares, n_pixels = squares + palette.rmse(to_tensor(image)[None]) ** 2 * size, n_pixels + size
     print(f"K {len(palette)}, sha256 {palette.sha256}")

@@ -44,26 +44,16 @@ def score(
     lossless file.
 
     Args:
-        images: An image file, a folder of images, Parquet, a hub id, digits or emoji.
-        pretrained: The network: an embedded one (photos, emoji), a .ckpt file or run folder, a Hugging
-            Face folder or hub id, or an OpenAI checkpoint.
         out: The CSV file, most surprising image first. Missing folders are made.
         pictures: How many of the most surprising images to draw with their heat maps, in a PNG file next to the CSV
             file, scores_surprise.png for scores.csv; 0 draws none, and so does a BERT network.
-        limit: How many images, from the first on; default all.
-        split: Split of a dataset; default test, else validation, else train.
-        batch_size: Images per forward pass.
-        device: cpu, cuda, mps, or auto.
         on_bad_image: What to do with an image that cannot be read: error stops; skip names it and leaves it out.
-        palette: That of the training, where the source holds none: openai, gray:16, rgb, a .npy file, a folder or id.
         against: Anomalies to detect among the images: a source like these. Writes scores_against.csv, each image's
             scores, and scores_auroc.csv: AUROC, and the false positive rate where 95 % of the anomalies are detected.
             Every second image gives the mean, the others are compared. Split and limit are those of the images.
         n_draws: Random masks of each image for a BERT network's bound, an even number.
         seed: Of these masks.
     """
-    if batch_size < 1 or pictures < 0:
-        raise ValueError(f"batch_size is {batch_size} and pictures {pictures}; they must be at least 1 and 0")
     path, sheet = Path(out), Path(out).with_name(f"{Path(out).stem}_surprise.png")
     for file in (path, *([sheet] if pictures else []), *(comparing.files(path) if against else ())):
         check_file(file, "--out", "scores.csv")

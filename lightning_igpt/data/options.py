@@ -23,15 +23,9 @@ def check(data: Any) -> None:
         raise ValueError(f"val_fraction is {data.val_fraction}; it must be at least 0 and below 1")
     if not 0 <= data.max_bad_share <= 1:
         raise ValueError(f"max_bad_share is {data.max_bad_share}; it must lie from 0 to 1")
-    for name, choices in (
-        ("cache", get_args(Cache)),
-        ("on_bad_image", get_args(OnBadImage)),
-        ("resize", (None, *get_args(Filter))),
-    ):
-        if getattr(data, name) not in choices:
-            raise ValueError(
-                f"{name} is {getattr(data, name)!r}; it must be one of: {', '.join(filter(None, choices))}"
-            )
+    for name, kind in {"cache": Cache, "on_bad_image": OnBadImage, "resize": Filter}.items():
+        if (value := getattr(data, name)) not in get_args(kind) and not (name == "resize" and value is None):
+            raise ValueError(f"{name} is {value!r}; it must be one of: {', '.join(get_args(kind))}")
     if data.n_crops > 1 and not (data.random_crop and data.cache == "disk"):
         text = f"n_crops is {data.n_crops}, but random_crop is {data.random_crop} and cache is {data.cache!r}"
         raise ValueError(f"{text}; set random_crop=True and cache=disk, or n_crops=1")

@@ -97,9 +97,8 @@ class ImageReader:
         return np.asarray(tall).reshape(-1, size, size, 3).transpose(0, 3, 1, 2).copy(), bad
 
     def _decode(self, places: list[int]) -> dict[int, Image.Image | BadImage]:
-        images: dict[int, Image.Image | BadImage] = {
-            place: self._kept[place] for place in places if place in self._kept
-        }
+        images = dict[int, Image.Image | BadImage]()
+        images.update((place, self._kept[place]) for place in places if place in self._kept)
         if not (missing := [place for place in dict.fromkeys(places) if place not in images]):
             return images
         rows = self.part.rows_of(missing)

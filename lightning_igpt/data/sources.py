@@ -91,9 +91,8 @@ def open_source(
         stored = {split: rows for split, rows in opened.items() if isinstance(rows, datasets.Dataset)}
         if empty := [split for split, rows in stored.items() if not len(rows)]:
             raise ValueError(f"the split {empty[0]!r} has no rows, so it cannot be read as a stream")
-        opened |= {
-            split: rows.to_iterable_dataset(num_shards=min(_STREAM_SHARDS, len(rows))) for split, rows in stored.items()
-        }
+        for split, rows in stored.items():
+            opened[split] = rows.to_iterable_dataset(num_shards=min(_STREAM_SHARDS, len(rows)))
     splits = {split: rows.with_format(None) for split, rows in opened.items()}
     base = re.split(r"[\[+]", train_split or "train")[0].strip()
     train = splits.get(base, next(iter(splits.values())))
@@ -113,9 +112,8 @@ def open_source(
                 raise
             labels = None
     # A stranger's file must not make this machine open addresses; a column of strings holds nothing else.
-    remote = image_column is not None and (
-        not isinstance(source, str | Path) or isinstance(features[column], datasets.Value)
-    )
+    trusted = not isinstance(source, str | Path) or isinstance(features[column], datasets.Value)
+    remote = image_column is not None and trusted
     streams = isinstance(train, datasets.IterableDataset)
     return Source(where, splits, column, labels, classes, mark, streams, remote)
 

@@ -273,9 +273,8 @@ class TokenReader:
             if (lengths != length).any():
                 wrong = int(np.flatnonzero(lengths != length)[0])
                 row = part.describe(int(end) - len(chunk) + wrong)
-                raise ValueError(
-                    f"{row}: there are {lengths[wrong]} tokens, not {'3 x ' * (tokens_per_pixel == 3)}{size}^2"
-                )
+                wanted = f"{'3 x ' * (tokens_per_pixel == 3)}{size}^2"
+                raise ValueError(f"{row}: there are {lengths[wrong]} tokens, not {wanted}")
             self._views.append(chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, length))
         if not checked and CHECKSUM_COLUMN in dataset.column_names:
             sums = np.concatenate([_checksums(view) for view in self._views])

@@ -14,7 +14,7 @@ from lightning_igpt.modules import build, heads, resume
 from lightning_igpt.modules.batches import Batch, masks_for, read_labeled, sample_numbers
 from lightning_igpt.modules.build import IGPTModule, NetworkLike, PaletteLike
 from lightning_igpt.objectives import MASK_RATIO, masked_pixel_loss, next_pixel_loss
-from lightning_igpt.optim import make_adam, warmup_constant, warmup_cosine
+from lightning_igpt.optim import make_adam, make_schedule
 from lightning_igpt.private import allow_clipping
 
 
@@ -162,11 +162,8 @@ class FineTuneModule(IGPTModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = allow_clipping(self._adam())
-        if self.schedule == "cosine":
-            total, _ = resume.total_steps(self)
-            scheduler = warmup_cosine(optimizer, warmup_steps=self.warmup_steps, total_steps=total)
-        else:
-            scheduler = warmup_constant(optimizer, warmup_steps=self.warmup_steps)
+        total = resume.total_steps(self)[0] if self.schedule == "cosine" else 0  # a constant rate needs no end
+        scheduler = make_schedule(self.schedule, optimizer, self.warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:

@@ -33,12 +33,8 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 def own_data(trainer: Trainer) -> Any:
     """The data module in use now, if it is one of this package's; None for others, and for loaders."""
     data = current_datamodule(trainer)
-    return data if is_own(data) else None
-
-
-def is_own(data: Any) -> bool:
-    """Whether an object is one of this package's data modules, which this floor does not import."""
-    return any(kind.__module__ == "lightning_igpt.data.datamodule" for kind in type(data).__mro__)
+    is_own = any(kind.__module__ == "lightning_igpt.data.datamodule" for kind in type(data).__mro__)
+    return data if is_own else None  # by name, since this floor does not import them
 
 
 def is_evaluating(module: LightningModule) -> bool:
@@ -189,10 +185,8 @@ def _follow_schedule(trainer: Trainer) -> None:
                 group["lr"] = base * factor(schedule.last_epoch)
             now = schedule.optimizer.param_groups[0]["lr"]
             if before < 0.99 * now and hasattr(schedule, "warmup_steps"):  # cosines of longer runs are expected to rise
-                text = (
-                    "the learning rate rises from %.3g to %.3g as the run continues; if the checkpoint is from a decay,"
-                )
-                log.warning(f"{text} continue from an earlier one to train on at a constant rate", before, now)
+                text = "the learning rate rises from %.3g to %.3g as the run continues; if the checkpoint is from a"
+                log.warning(f"{text} decay, continue from an earlier one to train on at a constant rate", before, now)
 
 
 def count_micro_batches(module: Any, checkpoint: dict[str, Any]) -> None:

@@ -177,10 +177,8 @@ def _load(source: str | Path, palette: Palette | None) -> Pretrained:
     if hub and path.suffix not in FILES:
         loaded = huggingface.load_folder(_download(hub["name"], hub["revision"]), palette)
         return replace(loaded, origin=f"hub repository {text}", path=None)
-    kinds = (
-        f"a .ckpt file, a run folder, a Hugging Face folder, a hub id, or an embedded network ({', '.join(EMBEDDED)})"
-    )
-    raise FileNotFoundError(f"{text} does not exist; name {kinds}")
+    kinds = f"a run folder, a Hugging Face folder, a hub id, or an embedded network ({', '.join(EMBEDDED)})"
+    raise FileNotFoundError(f"{text} does not exist; name a .ckpt file, {kinds}")
 
 
 def _download(repository: str, revision: str | None) -> Path:

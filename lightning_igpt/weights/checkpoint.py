@@ -131,9 +131,7 @@ def _class_names(checkpoint: Mapping[str, Any], n_classes: int) -> list[str] | N
 
 
 def _card(stamp: Mapping[str, Any]) -> ModelCard:
-    values, validation = (
-        {name: stamp.get(name) for name in ("data", "steps", "origin", "resize")},
-        stamp.get("validation"),
-    )
+    values = {name: stamp.get(name) for name in ("data", "steps", "origin", "resize")}
+    validation = _mapping(stamp.get("validation"))
     names = {"nats_per_pixel": NATS, "accuracy": ACCURACY, "measured_at": "step"}
-    return ModelCard.read(values | {field: _mapping(validation).get(name) for field, name in names.items()})
+    return ModelCard.read(values | {field: validation.get(name) for field, name in names.items()})

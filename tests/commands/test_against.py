@@ -2,8 +2,6 @@ import csv
 import io
 import math
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -81,14 +79,3 @@ def test_the_table_is_that_of_the_images_and_the_mean_of_others(network_folder, 
     assert "5 images against 6; 6 others gave the mean" in said
     with pytest.raises(SystemExit, match="needs at least 2 images"):
         run(network_folder, tmp_path / "y.csv", "--limit", "1", "--against", str(tmp_path / "odd"))
-
-
-@pytest.mark.parametrize(
-    ("words", "message"), [(["--against", "nowhere"], "nowhere does not exist"), (["--n_draws", "5"], "n_draws is 5")]
-)
-def test_wrong_usage_is_answered_before_torch_is_imported(words, message):
-    code = "import sys; from lightning_igpt.__main__ import main\ntry: main(sys.argv[1:])\n"
-    code += "finally: assert 'torch' not in sys.modules"
-    words = [sys.executable, "-c", code, "score", "--images", "digits", *words]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

@@ -97,9 +97,11 @@ def test_heat_maps_share_one_scale():
     ("words", "told"),
     [
         (["--batch_size", "0"], "batch_size is 0"),
-        (["--pictures", "-1"], "pictures -1"),
-        (["--limit", "0"], "asked for 0 images"),
+        (["--pictures", "-1"], "pictures is -1"),
+        (["--limit", "0"], "limit is 0; it must be at least 1"),
         (["--images", "nowhere"], "nowhere"),
+        (["--against", "nowhere"], "nowhere does not exist"),
+        (["--n_draws", "5"], "n_draws is 5"),
     ],
 )
 def test_mistakes_are_told_in_one_line(network_folder, tmp_path, words, told):

@@ -97,22 +97,19 @@ def test_a_bad_image_is_named_by_its_row(num_proc):
 
 
 def test_wrong_data_are_explained(dataset, tokenized):
-    with pytest.raises(ValueError, match=r"the split 'train' is tokenized already: .* label, text, tokens, palette"):
-        tokenize(datasets.DatasetDict(train=tokenized), CORNERS)
-    with pytest.raises(ValueError, match="the dataset has a column 'palette' of its own"):
-        tokenize(dataset.rename_column("text", "palette"), CORNERS)
-    with pytest.raises(ValueError, match="the dataset has no column of type Image; set image_column"):
-        tokenize(dataset.remove_columns("image"), CORNERS)
-    with pytest.raises(ValueError, match=r"image_column is 'img',"):
-        tokenize(dataset, CORNERS, image_column="img")
-    with pytest.raises(ValueError, match="size is 0"):
-        tokenize(dataset, CORNERS, size=0)
-    with pytest.raises(TypeError, match=r"not a str; datasets.load_dataset opens"):
-        tokenize("owner/name", CORNERS)
-    with pytest.raises(ValueError, match="num_proc is 2, but the dataset is a stream"):
-        tokenize(dataset.to_iterable_dataset(), CORNERS, num_proc=2)
-    with pytest.raises(ValueError, match="unknown columns"):
-        tokenize(datasets.IterableDataset.from_generator(lambda: iter([{"image": None}])), CORNERS)
+    stream, unknown = dataset.to_iterable_dataset(), lambda: iter([{"image": None}])
+    for data, options, message in (
+        (datasets.DatasetDict(train=tokenized), {}, "split 'train' is tokenized already: .* label, text, tokens, pal"),
+        (dataset.rename_column("text", "palette"), {}, "the dataset has a column 'palette' of its own"),
+        (dataset.remove_columns("image"), {}, "the dataset has no column of type Image; set image_column"),
+        (dataset, {"image_column": "img"}, "image_column is 'img',"),
+        (dataset, {"size": 0}, "size is 0"),
+        ("owner/name", {}, "not a str; datasets.load_dataset opens"),
+        (stream, {"num_proc": 2}, "num_proc is 2, but the dataset is a stream"),
+        (datasets.IterableDataset.from_generator(unknown), {}, "unknown columns"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            tokenize(data, CORNERS, **options)
 
 
 def test_what_map_wrote_is_read_from_its_rows(dataset):

@@ -193,15 +193,9 @@ def test_results_have_a_row_per_layer(tmp_path):
     val = module.accuracy_by_layer
     again = ProbeModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
     test = quiet_trainer(tmp_path).test(again, noisy_loader(80, seed=2), verbose=False)[0]
-    assert again.results == [
-        {
-            "layer": layer,
-            "c": 1.0,
-            "val_accuracy": val[layer],
-            "test_accuracy": pytest.approx(test[f"test/layer_{layer}/accuracy"]),
-        }
-        for layer in (2, 0)
-    ]
+    for row, layer in zip(again.results, (2, 0), strict=True):
+        tested = pytest.approx(test[f"test/layer_{layer}/accuracy"])
+        assert row == {"layer": layer, "c": 1.0, "val_accuracy": val[layer], "test_accuracy": tested}
     assert again.accuracy_by_layer == {row["layer"]: row["test_accuracy"] for row in again.results}
 
 
@@ -275,12 +269,8 @@ def test_concat_equals_scikit_learn_on_the_layers_around_the_best(tmp_path):
     for stage, data in (("val", noisy_loader(90, seed=1)), ("test", noisy_loader(80, seed=2))):
         x_new, y_new = features_of(module, data, layers)
         assert found[stage] == pytest.approx(theirs.score(scaler.transform(x_new.flatten(1)), y_new.numpy()), abs=1e-6)
-    assert module.results[-1] == {
-        "layer": f"{layers[0]}-{layers[2]}",
-        "c": 0.1,
-        "val_accuracy": pytest.approx(found["val"]),
-        "test_accuracy": pytest.approx(found["test"]),
-    }
+    accuracies = {f"{stage}_accuracy": pytest.approx(value) for stage, value in found.items()}
+    assert module.results[-1] == {"layer": f"{layers[0]}-{layers[2]}", "c": 0.1} | accuracies
     again = quiet_trainer(tmp_path).validate(module, noisy_loader(90, seed=1), verbose=False)[0]
     assert again["val/concat_accuracy"] == pytest.approx(found["val"])
     assert not len(module._lbfgs.training) and not len(module._lbfgs.validation)
