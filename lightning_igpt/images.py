@@ -45,11 +45,7 @@ class BadImageError(ValueError):
 
 
 def decode(
-    value: Any,
-    *,
-    background: tuple[int, int, int] = WHITE,
-    mode: str | None = None,
-    remote: bool = False,
+    value: Any, *, background: tuple[int, int, int] = WHITE, mode: str | None = None, remote: bool = False
 ) -> Image.Image:
     """Decode one image: first frame, upright by its EXIF orientation, RGB, transparent pixels over ``background``.
 

@@ -28,8 +28,6 @@ def test_large_images_are_those_of_their_parts(mode, monkeypatch):
     assert to_rgb(image).tobytes() == whole
 
 
-# Configs
-
 FIELDS = list(ImageGPTConfig().to_dict())
 plain = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 70), st.floats(), st.text(max_size=5), st.sampled_from(["bert", "igpt"]),

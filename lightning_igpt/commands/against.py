@@ -44,8 +44,8 @@ def compare(palette: Palette, normal: Scored, anomalous: Scored, path: Path) -> 
     write_csv(by_image, rows)
     n_mean, n, n_other = len(names[::2]), len(names[rest]), len(other_names)
     heads = ["score", "auroc", "fpr_at_95_tpr", "n_mean", "n_normal", "n_anomaly"]
-    counts = [str(count) for count in (n_mean, n, n_other)]
-    write_csv(by_score, [heads, *([name, f"{auroc:.6f}", f"{fpr:.6f}", *counts] for name, auroc, fpr in table)])
+    lines = ([name, f"{auroc:.6f}", f"{fpr:.6f}", n_mean, n, n_other] for name, auroc, fpr in table)
+    write_csv(by_score, [heads, *lines])
     print(f"anomalies: {n_other} images against {n}; {n_mean} others gave the mean, {mean:.4f} nats per pixel")
     print(f"{'score':<28}{'AUROC':>8}{'FPR at 95 % TPR':>18}")
     for name, auroc, fpr in table:

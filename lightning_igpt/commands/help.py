@@ -39,10 +39,7 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         "score --pretrained runs/bert --images photos --n_draws 64",
         "score --images photos --against digits",
     ),
-    "distance": (
-        "distance --pretrained emoji --source emoji",
-        "distance --pretrained runs --source photos --keep_rows 0",
-    ),
+    "distance": ("distance --pretrained emoji --source emoji", "distance --source photos --keep_rows 0"),
     "features": ("features --source emoji --layers 2-4 --out emoji.parquet",),
     "lowdata": ("lowdata --pretrained runs --source digits --out few",),
     "report": ("report runs", "report runs/pretrain runs/probe --out report.html"),
@@ -74,6 +71,7 @@ SHARED = {  # what options of several verbs mean, where a docstring does not say
     "limit": "How many images, from the first on; default all.",
     "batch_size": "Images per forward pass.",
     "device": "cpu, cuda, mps, or auto.",
+    "overwrite": "Replace existing files.",
 }
 
 

@@ -33,7 +33,6 @@ def fit(
         split: Split of a dataset.
         limit: Use so many images at most, evenly spread over the split.
         image_column: Column of images; needed where not exactly one column has the type Image.
-        overwrite: Replace existing files.
     """
     path, picture = Path(out), Path(out).with_suffix(".png")
     for file, suffix in ((path, ".npy"), (picture, ".png")):

@@ -82,7 +82,6 @@ def copy(name: str, to: str = ".", overwrite: bool = False) -> None:
     Args:
         name: The recipe's name.
         to: A folder, or the new file's path. Missing folders are made.
-        overwrite: Replace an existing file.
     """
     target = Path(to)
     target = target / f"{find(name).stem}.yaml" if target.is_dir() or not target.suffix else target

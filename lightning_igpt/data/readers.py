@@ -71,7 +71,6 @@ class Reader(Protocol):
 
     def read(self, places: list[int], samples: list[int]) -> tuple[NDArray[Any], dict[int, BadImage]]:
         """Draws as uint8 (B, 3, S, S) pixels or int16 (B, tokens per pixel, S, S), and by index what cannot be read."""
-        ...
 
 
 class ImageReader:

@@ -19,6 +19,7 @@ from tests.image_files import rows
 from tests.networks import random_network
 
 IMAGES = [Image.fromarray(x) for x in np.random.default_rng(0).integers(0, 256, (8, 20, 24, 3), dtype=np.uint8)]
+DATASET = rows(IMAGES, [0] * 8)
 NETWORK = {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 256, "image_size": 4, "tokens_per_pixel": 3}
 EXACT = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "enable_progress_bar": False}
 TOP_LEFT = {  # of the first image at 4 x 4: the first two pixels
@@ -35,12 +36,8 @@ def resized(name):
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
-def dataset():
-    return rows(IMAGES, [0] * 8)
-
-
 def make_data(**options):
-    data = igpt.PretrainDataModule(dataset(), image_size=4, random_crop=False, **options)
+    data = igpt.PretrainDataModule(DATASET, image_size=4, random_crop=False, **options)
     data.setup()
     return data
 
@@ -71,7 +68,7 @@ def test_data_modules_use_the_filter(tmp_path, monkeypatch, name, kind):
     where = {"cache": "disk" if kind == "cache" else "none", "streaming": kind == "stream", "palette": "rgb"}
     data = make_data(batch_size=8, val_fraction=0, resize=name, **where)
     module = igpt.PretrainModule(NETWORK, "rgb")
-    tokens = igpt.tokenize(dataset(), "rgb", size=4, resize=name)
+    tokens = igpt.tokenize(DATASET, "rgb", size=4, resize=name)
     assert tokens["tokens"][:] == module.palette.quantize(resized(name)).tolist()
     assert f"Resize filter: {name}" in tokens.info.description
     for used in (name, "box"):  # a token cache is made again for another filter
@@ -80,7 +77,7 @@ def test_data_modules_use_the_filter(tmp_path, monkeypatch, name, kind):
         assert sorted(read.flatten(1).tolist()) == sorted(resized(used).flatten(1).tolist())
 
 
-@pytest.mark.parametrize("call", [make_data, ModelCard, lambda resize: igpt.tokenize(dataset(), resize=resize)])
+@pytest.mark.parametrize("call", [make_data, ModelCard, lambda resize: igpt.tokenize(DATASET, resize=resize)])
 def test_other_filters_are_refused(call):
     with pytest.raises(ValueError, match=r"'nearest'.*bilinear, bicubic, box, lanczos"):
         call(resize="nearest")

@@ -195,6 +195,7 @@ def test_the_default_warm_up_does_not_begin_again_in_a_longer_run(tmp_path):
         ({"schedule": "linear"}, "schedule is 'linear'; it must be cosine, constant or wsd"),
         ({"decay_fraction": 1.0}, "decay_fraction is 1.0; it must lie between 0 and 1"),
         ({"mask_ratio": 7.0}, "mask_ratio is 7.0; it must lie between 0 and 1"),
+        ({"mask_ratio": "unifrom"}, "mask_ratio is unifrom; it must lie between 0 and 1, or in pretraining be uniform"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):
