@@ -59,7 +59,8 @@ def test_the_wheel_holds_package_recipes_and_licences_and_nothing_else(built):
 
 def test_the_sdist_makes_the_very_same_wheel(built, tmp_path):
     with tarfile.open(built[1]) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.3 and older have none
+        archive.extractall(tmp_path)
     source = tmp_path / f"lightning_igpt-{VERSION}"
     assert contents(build(source, tmp_path / "dist")[0]) == contents(built[0])
     for name in ("README.md", "CHANGELOG.md", "CITATION.cff", "tests/conftest.py", ".github/workflows/tests.yml"):

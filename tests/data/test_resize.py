@@ -95,7 +95,8 @@ def test_runs_checkpoints_and_cards_record_it_and_the_network_keeps_it(tmp_path)
         assert fit(tmp_path / name, pretrained=folder, **options) == name
         assert igpt.load_pretrained(tmp_path / name).card.resize == name
     assert fit(run, next(run.rglob("*.ckpt")), max_steps=2) == "box"  # resumed
-    unknown = igpt.load_pretrained("photos")
+    igpt.save_pretrained(tmp_path / "none", loaded.network, loaded.palette)
+    unknown = igpt.load_pretrained(tmp_path / "none")
     assert unknown.card.resize is None and unknown.resize_filter == make_data().resize_filter == "bilinear"
 
 
