@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -32,6 +33,7 @@ WHAT = (  # names, what stands for the value, explanation
     ("--print_config", "", "Print all options and their values as YAML, and exit."),
     ("--print_completion", "SHELL", "Print a script that completes options: shtab-bash, shtab-zsh (needs shtab)."),
 )
+CLASSES = r"(lightning_igpt\..*)?(Pretrain|Probe|FineTune)(Data)?Module"  # this package's
 OURS = {  # files that define the options of --model and --data
     "model": ("modules/pretrain", "modules/probe", "modules/finetune"),
     "data": ("data/datamodule", "data/pretrain", "data/probe", "data/finetune"),
@@ -104,9 +106,9 @@ def _check_name(name: str, parts: dict[str, set[str]], prog: str) -> None:
 
 
 def _inner(top: str, classes: list[Any]) -> set[str]:
-    """The options of this package's classes for --model or --data; empty, that is any, where others are named."""
+    """The options of this package's classes for --model or --data; empty, that is any, unless only those are named."""
     named = [str(value.get("class_path", "") if isinstance(value, dict) else value or "") for value in classes]
-    if any("." in name and not name.startswith("lightning_igpt.") for name in named):
+    if not any(named) or not all(re.fullmatch(CLASSES, name) for name in named if name):
         return set()
     functions = [Source(PACKAGE / f"{file}.py")["__init__"] for file in OURS[top]]
     return {"class_path", "init_args", "dict_kwargs", "help"}.union(*map(parameters, functions))

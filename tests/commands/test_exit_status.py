@@ -81,9 +81,13 @@ def test_wrong_usage_of_a_recipe_is_one_line_that_names_it(words, named, capsys)
 
 def test_options_of_our_classes_are_checked_without_torch_and_others_are_left_to_them(tmp_path):
     (tmp_path / "other.yaml").write_text("model:\n  class_path: somewhere.Network\n")
-    words = ["fit", "--model", "PretrainModule", "--data.init_args.batch_size=3", "--data.image_size", "8"]
+    words = (
+        "fit --model PretrainModule --data=PretrainDataModule --data.init_args.batch_size=3 --data.image_size 8".split()
+    )
     recipe_words.check([*words, "--model.network.n_layer", "3", "--data.help", "--model.betas+", "1"])
-    recipe_words.check([*words, "-c", "other.yaml", "--model.lrr", "1"])
+    for other in (["-c", "other.yaml"], ["--model", "BoringModel"]):
+        recipe_words.check([*words, *other, "--model.lrr", "1"])
+    recipe_words.check(["fit", "-c", "/dev/null", "--model.lrr", "1"])  # as from a pipe, whose class is not known yet
     with pytest.raises(SystemExit):
         recipe_words.check([*words, "--model.lrr", "1"])
 
