@@ -81,9 +81,8 @@ def test_wrong_usage_of_a_recipe_is_one_line_that_names_it(words, named, capsys)
 
 def test_options_of_our_classes_are_checked_without_torch_and_others_are_left_to_them(tmp_path):
     (tmp_path / "other.yaml").write_text("model:\n  class_path: somewhere.Network\n")
-    words = (
-        "fit --model PretrainModule --data=PretrainDataModule --data.init_args.batch_size=3 --data.image_size 8".split()
-    )
+    words = ["fit", "--model", "PretrainModule", "--data=PretrainDataModule"]
+    words += ["--data.init_args.batch_size=3", "--data.image_size", "8"]
     recipe_words.check([*words, "--model.network.n_layer", "3", "--data.help", "--model.betas+", "1"])
     for other in (["-c", "other.yaml"], ["--model", "BoringModel"]):
         recipe_words.check([*words, *other, "--model.lrr", "1"])
