@@ -21,7 +21,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_igpt.files import replacing
+from lightning_igpt.files import counted, replacing
 from lightning_igpt.weights.checkpoint import Moment, checkpoints_in, newest_first
 from lightning_igpt.weights.safety import check_intact, check_local, plain, read_torch
 
@@ -102,7 +102,7 @@ def find_checkpoint(where: str | Path | Trainer, module: LightningModule | None 
         else:
             return path
     if errors:
-        text = f"none of the {len(errors)} checkpoints there can be continued, such as {errors[0]}"
+        text = f"no run can resume from {counted(len(errors), 'checkpoint')} there, such as {errors[0]}"
         raise ValueError(f"{text}. To start a new run, use another folder (default_root_dir) or remove them")
     return None
 

@@ -63,7 +63,7 @@ def os_error(error: BaseException | None) -> OSError | None:
 
 
 def _explained(error: OSError, target: Path, temporary: Path) -> OSError:
-    kept = "; the file that was there is as it was" if target.exists() else ""
+    kept = "; the existing file is unchanged" if target.exists() else ""
     reason = error.strerror or str(error)
     if error.errno in FULL:
         written = temporary.stat().st_size if temporary.exists() else 0
@@ -82,3 +82,8 @@ def _harmless(cell: Any) -> Any:
 def shown(text: object) -> str:
     """A name as messages show it: escapes of terminals, line ends and bytes that are not UTF-8 as backslash escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: 1 image, 2 images, 1,201 processes."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun.endswith("s") else "s")

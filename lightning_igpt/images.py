@@ -108,8 +108,8 @@ def fetch(value: Any, *, remote: bool = False) -> Any:
             return {"bytes": file.read_bytes(), "path": path}
         protocols = {link.partition("://")[0] for link in path.split("::") if "://" in link}
         if not remote and (far := protocols - _NEAR):
-            text = f"the row holds no image but an address ({shown(far.pop())}://); addresses are read only from a"
-            raise BadImageError(f"{text} column of strings that image_column names, or of a dataset opened in Python")
+            text = f"the row holds a URL ({shown(far.pop())}://) instead of an image; URLs are opened only from a text"
+            raise BadImageError(f"{text} column that image_column names, or in a dataset opened in Python")
         with fsspec.open(path, "rb") as file:
             return {"bytes": file.read(), "path": path}
     except BadImageError:

@@ -138,8 +138,8 @@ class Schedule(torch.optim.lr_scheduler.LambdaLR):
 def warmup_cosine(optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int) -> Schedule:
     """Rise linearly over ``warmup_steps``, at most all, then fall along a cosine to zero at ``total_steps``."""
     if warmup_steps > total_steps:
-        cure = "lower warmup_steps or train longer"
-        raise ValueError(f"warmup_steps is {warmup_steps} but the run has {total_steps} steps; {cure}")
+        text = f"warmup_steps is {warmup_steps}, more than the {total_steps} of the run"
+        raise ValueError(f"{text}; lower warmup_steps or train longer")
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -166,7 +166,7 @@ def make_schedule(
     decay = max(1, round(decay_fraction * total_steps))
     start = total_steps - decay
     if warmup_steps > start:
-        what = f"warmup_steps is {warmup_steps} and the decay has {decay} steps, but the run has {total_steps}"
+        what = f"warmup_steps is {warmup_steps} and the decay has {decay} steps, but the run only {total_steps}"
         raise ValueError(f"{what}; lower warmup_steps or decay_fraction, or train longer")
     return Schedule(optimizer, lambda n: 1 - min(1.0, max(0, n - start) / decay) ** 0.5, warmup_steps=warmup_steps)
 

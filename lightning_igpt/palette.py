@@ -252,7 +252,7 @@ def _checked(colors: Colors) -> NDArray[np.float32]:
     first = np.unique(array, axis=0, return_index=True)[1]
     if len(first) < len(array):
         second = np.setdiff1d(np.arange(len(array)), first)[0]
-        raise ValueError(f"color {second}, {array[second].tolist()}, occurs before, so this id could never be used")
+        raise ValueError(f"color {second}, {array[second].tolist()}, repeats an earlier color; remove it")
     array.flags.writeable = False
     return array
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_igpt import __version__
-from lightning_igpt.files import write_text
+from lightning_igpt.files import counted, write_text
 from lightning_igpt.pictures import SIZE, Plot, image_grid, plot_curves, surprise_colors, to_pil, to_svg
 
 Curve: TypeAlias = tuple[list[int], list[float]]  # steps, values
@@ -80,7 +80,7 @@ def write_runs(path: Path, runs: Sequence[Run]) -> None:
     head = ("run", "metric", "test", "validation, last", "validation, best")
     sections = [section("Summary", table(rows, head, numbers=(2, 3), notes=(4,)))] if rows else []
     sections += [section(str(run.folder), *_figures(run)) for run in runs]
-    write_page(path, "Image GPT runs", f"{len(runs)} runs; written by lightning_igpt {__version__}.", sections)
+    write_page(path, "Image GPT runs", f"{counted(len(runs), 'run')}; lightning_igpt {__version__}.", sections)
 
 
 def write_page(path: Path, title: str, subtitle: str, sections: Sequence[str]) -> None:

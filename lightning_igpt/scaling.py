@@ -109,7 +109,7 @@ def read_runs(folders: Iterable[Path], metric: str, values: Path | None = None) 
     first, *rest = (min((p.loss, p.c) for p in group) for group in budgets(run.point() for run in runs))
     if rest and rest[-1][0] >= first[0]:
         both = " and ".join(f"{loss:.4g} at {c:.3g} FLOPs" for loss, c in (first, rest[-1]))
-        raise ValueError(f"the best {metric} is {both}; laws are fitted to what falls: name another metric")
+        raise ValueError(f"the best {metric} is {both}; laws need a metric that falls: name another")
     return sorted(runs, key=lambda run: (float(f"{run.point().c:.2g}"), run.point().n))
 
 
@@ -169,7 +169,7 @@ def optimum(points: Sequence[Point]) -> Optimum:
     n, d, c, loss = np.array(sorted(points)).T
     x, budget, sizes = np.log(n), float(np.exp(np.log(c).mean())), np.unique(n)
     if len(sizes) < 3:
-        raise ValueError(f"at {budget:.3g} FLOPs there are {len(sizes)} sizes; a parabola takes 3, so add runs")
+        raise ValueError(f"a parabola takes 3 sizes, and {budget:.3g} FLOPs has {len(sizes)}; add runs")
     p = np.polyfit(x - x.mean(), loss, 2)
     lowest = -p[1] / (2 * p[0]) + x.mean() if p[0] > 0 else math.inf
     if not x[0] < lowest < x[-1]:
@@ -248,7 +248,7 @@ def fit_laws(points: Sequence[Point], earlier: Mapping[str, float] | None = None
         values.update(zip(names.split(), fitted, strict=True))
 
     if len(minima) < 3:
-        refused.append(f"a and b take 2 budgets with a minimum, L_inf, K and alpha_C 3; there are {len(minima)}")
+        refused.append(f"a and b need 2 budgets with a minimum, L_inf, K and alpha_C 3; the runs have {len(minima)}")
     if len(minima) > 1:
         values["a"], values["k_N"] = power_law(c, n)
         values["b"], values["k_D"] = power_law(c, d)
@@ -258,7 +258,7 @@ def fit_laws(points: Sequence[Point], earlier: Mapping[str, float] | None = None
     n_sizes, n_budgets = len({point.n for point in points}), len(budgets(points))
     if len(points) < 6 or n_sizes < 3 or n_budgets < 2:
         have = f"{len(points)} of {n_sizes} sizes in {n_budgets}"
-        refused.append(f"E, A, B, alpha and beta take 6 runs of 3 sizes in 2 budgets, and there are {have}")
+        refused.append(f"E, A, B, alpha and beta need 6 runs of 3 sizes in 2 budgets; there are {have}")
         return values, refused
     sizes = [[point.n for point in points], [point.d for point in points]]
     fit("E A B alpha beta", sizes, [point.loss for point in points])

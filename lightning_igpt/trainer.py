@@ -54,45 +54,44 @@ def make_trainer(
     data: LightningDataModule | None = None,
     **kwargs: Any,
 ) -> Trainer:
-    """A plain Trainer: speed by what the device does well, checkpoints that survive a crash, useful intervals.
+    """A plain Trainer with settings that suit the device, checkpoints that survive a crash, and useful intervals.
 
-    When training starts, the log names the strategy and what was chosen for speed, with reasons.
+    When training starts, the log names the strategy and the choices for speed, with reasons.
 
     Args:
         max_steps: Optimizer steps of the run. Pretraining counts in steps, as the paper does.
         max_epochs: Passes over the data; for probing (1) and fine-tuning.
         precision: Lightning's name of a precision. Default: bf16-mixed where the network trains faster, else 32-true.
-        compile: Compile the network's blocks for training; auto does where the run is long enough to gain by it.
-        matmul_precision: How float32 matrices are multiplied while this trainer runs, in the whole process: highest;
-            high for TF32 on GPUs that have it, faster, with 10 bits of 23; medium may use bfloat16. Default: high where
-            fit trains a network in float32 on such a GPU, else as torch is set.
-        recompute: Activation checkpointing: keep no activations of a block but its input (full), or that and the output
-            of attention (selective), and compute the others again in the backward pass. auto does so only where module
-            and data would not fit otherwise.
+        compile: Compile the network's blocks for training; auto compiles if the run is long enough to gain from it.
+        matmul_precision: Precision of float32 products in the whole process while this trainer runs: highest; high,
+            which is TF32 (10 of 23 bits) and faster on GPUs that have it; medium, which may use bfloat16. Default: high
+            if fit trains a network in float32 on such a GPU, else torch's setting.
+        recompute: Activation checkpointing: a block keeps only its input (full), or its input and the output of
+            attention (selective), and recomputes the rest in the backward pass. auto does so only if training would not
+            fit otherwise.
         accelerator: ``cpu``, ``gpu``, ... or ``auto``.
         devices: Number or list of devices, or ``auto``.
         val_check_interval: Batches between validations (int), or a fraction of an epoch (float). Default: 10
-            validations in a run counted in steps, unless check_val_every_n_epoch is above 1; else one per epoch. Where
-            the run would end without a validation, it validates after its last step.
-        checkpoint_every: Optimizer steps between checkpoints, which wait for a validation that is due. Default: a tenth
-            of a run counted in steps, at most 1000 steps; else an epoch.
-        monitor: Keep the checkpoint that is best in this metric too, such as val/accuracy or val/nats_per_pixel.
+            validations in a run counted in steps, unless check_val_every_n_epoch is above 1; else one per epoch. A run
+            that would end without a validation validates after its last step.
+        checkpoint_every: Optimizer steps between checkpoints; a checkpoint follows a validation that is due. Default: a
+            tenth of a run counted in steps, at most 1000 steps; else an epoch.
+        monitor: Also keep the checkpoint that is best in this metric, such as val/accuracy or val/nats_per_pixel.
         mode: Whether the least (min) or the largest (max) value of monitor is best. Default: max for names that end in
             accuracy; min for those that end in loss, cross_entropy, nats_per_pixel, bits_per_pixel or bits_per_dim.
         callbacks: Added to ModelCheckpoint, LearningRate, LayerCurve, ClassificationReport, RunRecord,
             Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and Progress. A callback of such a
             class replaces ours, as do any progress bar and LearningRateMonitor.
         plugins: Lightning plugins; a CheckpointIO among them replaces ours.
-        strategy: Default: DDP on several devices, and FSDP2 where the network with its optimizer does not fit on each.
-            ``fsdp2`` asks for the last; other names are Lightning's, with Lightning's settings.
-        module: What will be trained. With it and data, strategy and recompute follow from the memory that the network
-            takes; without, it is expected to fit on one device.
-        data: What it will be trained on.
-        **kwargs: Anything else that Trainer takes.
+        strategy: Default: DDP on several devices, or FSDP2 if network and optimizer do not fit on each device.
+            ``fsdp2`` selects FSDP2; other names are Lightning's, with its settings.
+        module: The module to train. With it and data, strategy and recompute follow from the memory that the network
+            takes; without them, it is assumed to fit on one device.
+        data: The data module to train on.
+        **kwargs: Other options of Trainer.
 
     Raises:
-        ValueError: Neither max_steps nor max_epochs is given, an option is none of its words, or it is not known which
-            values of monitor are better.
+        ValueError: Neither max_steps nor max_epochs is given, an option has an unknown value, or mode is missing.
     """
     callbacks, plugins, devices = plain(callbacks), plain(plugins), plain(devices)
     kwargs = {name: plain(value) for name, value in kwargs.items()}

@@ -100,7 +100,7 @@ def test_what_cannot_be_continued_is_passed_over(damage, run, caplog):
 
 def test_another_network_or_class_does_not_fit(run):
     with pytest.raises(
-        ValueError, match=r"none of the 4 checkpoints there .* n_embd 8 \(asked for: 16\).*default_root_dir"
+        ValueError, match=r"no run can resume from 4 checkpoints there.* n_embd 8 \(asked for: 16\).*default_root_dir"
     ):
         find_checkpoint(run, module(n_embd=16))
     with pytest.raises(ValueError, match="this checkpoint is a PretrainModule's and the model is a FineTuneModule"):

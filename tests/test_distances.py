@@ -213,7 +213,7 @@ def test_the_verb_reports_distances_floors_and_what_decides_them(network_folder,
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--limit", "3"], "3 images of digits, split test, limit 3; distances need 4"),
+        (["--limit", "3"], "distances need 4 images; digits, split test, limit 3 has 3"),
         (["--features", "inception", "--pretrained", "no/where"], r"\.\[inception\]"),
         (["--features", "nowhere"], "nowhere does not exist"),
         (["--split", "dev"], "has no split 'dev'"),

@@ -33,7 +33,7 @@ def test_a_constant_rate_has_no_end_and_wsd_falls_in_the_last_part_alone():
     assert found[:16] == [*start, *[2.0] * 12]
     assert found[16:] == pytest.approx([2 * (1 - math.sqrt(i / 5)) for i in range(1, 5)]) and after == 0
     assert rates(0, 4, "wsd") == ([2.0] * 4, 0.0)  # one step at least is not at the full rate: the one after the end
-    with pytest.raises(ValueError, match="warmup_steps is 16 and the decay has 5 steps, but the run has 20; lower"):
+    with pytest.raises(ValueError, match="warmup_steps is 16 and the decay has 5 steps, but the run only 20; lower"):
         rates(16, 20, "wsd")
 
 

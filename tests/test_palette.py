@@ -73,7 +73,7 @@ def test_a_palette_is_a_value(openai):
         (np.random.default_rng(0).uniform(-1, 1, (32769, 3)), r"shape is \(32769, 3\)"),
         ([[0, 0, 0], [0, float("nan"), 0]], r"in \[-1, 1\], not \[nan, nan\]"),
         ([[0, 0, 0], [0, 255, 128]], r"not \[0, 255\]; convert bytes by array / 127.5 - 1"),
-        ([[0, 0, 0], [1, 1, 1], [-0.0, 0, 0]], r"color 2, \[0.0, 0.0, 0.0\], occurs before"),
+        ([[0, 0, 0], [1, 1, 1], [-0.0, 0, 0]], r"color 2, \[0.0, 0.0, 0.0\], repeats an earlier color"),
         ([[0, 0, 0], [1, 1]], "real numbers"),
         (np.array([[{}, 1, 2], [1, 2, 3]], dtype=object), "real numbers"),
         (torch.zeros(2, 3, dtype=torch.complex64), "real numbers"),

@@ -92,7 +92,7 @@ def test_intervals_hold_the_truth_and_narrow_with_the_noise():
         ([4, 3, 2.5, 2.2], "no minimum between 10 and 10,000 parameters, since it favors the largest network"),
         ([1, 1.5, 2.5, 4], "at 1e.09 FLOPs the parabola has no minimum .* it favors the smallest network; add smaller"),
         ([1, 2, 2, 1.5], "favors the smallest network"),  # a maximum
-        ([2, 1], "at 1e.09 FLOPs there are 2 sizes; a parabola takes 3, so add runs"),
+        ([2, 1], "a parabola takes 3 sizes, and 1e.09 FLOPs has 2; add runs"),
     ],
 )
 def test_a_curve_without_a_minimum_is_refused(losses, message):
@@ -142,7 +142,7 @@ def test_a_plan_is_a_recipe_for_each_run_and_a_script_that_trains_and_resumes_th
     monkeypatch.chdir(tmp_path)
     main([*PLAN, "--out", "study"])
     text = capsys.readouterr().out
-    assert "The hint, 0.0283 N^-1/4 (Henighan et al., 2020), is a place to start a search, and is not used" in text
+    assert "lr hint is 0.0283 N^-1/4 (Henighan et al., 2020), a start for a search; --lr hint uses it." in text
     names = ["16x1_1e09", "32x2_1e09", "16x1_4e09", "32x2_4e09"]
     assert sorted(path.stem for path in Path("study").glob("*.yaml")) == sorted(names)
     for name in names:
@@ -154,7 +154,7 @@ def test_a_plan_is_a_recipe_for_each_run_and_a_script_that_trains_and_resumes_th
         assert options["lr"] == 0.003 and options["palette"] == "gray:16"
         assert trainer["val_check_interval"] == steps and trainer["default_root_dir"] == f"study/{name}"
     main([*PLAN, "--out", "study"])  # the same again
-    with pytest.raises(SystemExit, match=r"study/16x1_1e09.yaml is of another plan; remove it, or name another --out"):
+    with pytest.raises(SystemExit, match=r"study/16x1_1e09.yaml belongs to another plan; remove it, or name another"):
         main([*PLAN, "--out", "study", "--lr", "hint"])
     main([*PLAN, "--out", "hinted", "--lr", "hint"])
     recipe = yaml.safe_load(Path("hinted", "16x1_1e09.yaml").read_text())

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_igpt.callbacks.run_folder import show, write_result
-from lightning_igpt.files import write_csv
+from lightning_igpt.files import counted, write_csv
 from lightning_igpt.pictures import Theme, contact_sheet, draw_figure, enlarge, render
 
 _READABLE = 100  # classes; beyond that a picture holds neither counts nor every name
@@ -89,7 +89,7 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
         axes.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 3 else 0, **style)
         axes.set_yticks(ticks, labels, **style)
         axes.set(xlabel="predicted", ylabel="true")
-        axes.set_title(f"accuracy {int(counts.trace()) / max(1, total):.3f} on {total:,} images", fontsize=10)
+        axes.set_title(f"accuracy {int(counts.trace()) / max(1, total):.3f} on {counted(total, 'image')}", fontsize=10)
         style = {"fontsize": font, "ha": "center", "va": "center", "in_layout": False}  # thousands would delay that
         for row, column in counts.nonzero().tolist() if n <= _READABLE else []:
             color = theme.paper if share[row, column] > 0.5 else theme.ink

@@ -46,7 +46,7 @@ class CompileBlocks(Callback):
 
     Args:
         when: True, False, or auto: if the run takes more than about 10 minutes, on a CPU not in float32. The time is
-            computed from the network and the steps, not measured, so that a resumed run decides as its first part did.
+            computed from the network and the steps, so that a resumed run decides like its first part.
         backend: torch.compile's.
 
     Raises:
@@ -94,20 +94,20 @@ class CompileBlocks(Callback):
         if self.when != "auto":
             return Decision(self.when, "as set")
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            return Decision(False, f"untried with {type(trainer.strategy).__name__}")
+            return Decision(False, f"not tested with {type(trainer.strategy).__name__}")
         return decide(trainer.strategy.root_device.type, run_flops(trainer, pl_module), str(trainer.precision))
 
 
 def decide(device_type: str, flops: float | None, precision: str) -> Decision:
     """Whether compiling saves time, by the operations of the whole run on one device; None if they are not known."""
     if device_type not in SPEED:
-        return Decision(False, f"untried on {device_type}")
+        return Decision(False, f"not tested on {device_type}")
     if device_type == "cpu" and not precision.startswith("bf16"):
         return Decision(False, f"saves nothing in {precision} on a CPU")
     if flops is None:
         return Decision(False, "the length of the run is not known")
     minutes = flops / SPEED[device_type] / 60
-    about = f"about {minutes:,.0f} minutes" if minutes >= 1 else "less than a minute"
+    about = f"about {minutes:,.0f} minutes" if minutes >= 1.5 else "less than 2 minutes"
     return Decision(minutes > PAYS_FROM, f"{about} of work at {SPEED[device_type] / 1e12:g} TFLOP/s")
 
 

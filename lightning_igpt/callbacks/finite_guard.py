@@ -113,4 +113,4 @@ def check_folder(folder: Path, size: int) -> None:
     free, kept = shutil.disk_usage(folder).free, sum(path.stat().st_size for path in folder.rglob("*.ckpt"))
     if free < max(size, 2 * size - kept):
         what = f"a checkpoint takes about {size:,} bytes, but {folder} has {free:,} free"
-        raise OSError(f"{what}; make room for two, since one is written before the last is removed")
+        raise OSError(f"{what}; make room for two, since the old one is removed after the new one is written")

@@ -139,5 +139,5 @@ def continue_run(trainer: Trainer, checkpoint: str | Path) -> None:
     folder = next((place for place in Path(checkpoint).absolute().parents if (place / "run.json").exists()), None)
     for logger in trainer.loggers:
         if folder is not None and isinstance(logger, _Steady) and not logger.continue_in(folder):
-            rank_zero_warn(f"{folder} is in use by another run or cannot be locked; this run gets a folder of its own")
+            rank_zero_warn(f"{folder} is in use by another run or cannot be locked; this run gets a new folder")
             return

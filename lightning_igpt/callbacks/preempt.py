@@ -28,15 +28,15 @@ class Preempt(Callback):
     """On SIGTERM or SIGUSR1, finish the optimizer step, save ``preempted.ckpt`` and exit.
 
     A signal to one of several processes stops all of them after the same step. A validation that is due or under way is
-    finished first, so that the resumed run owes none; a run in its last step ends as planned. A test, a prediction or
-    a validation outside of ``fit`` ends at once. An error of the operating system, on one device, saves too.
+    finished first; a run in its last step ends as planned. A test, a prediction or a validation outside of ``fit`` ends
+    at once. On one device, an error of the operating system saves too.
 
-    Under SLURM, a signal other than SIGTERM saves ``hpc_ckpt_<n>.ckpt`` instead, from which Lightning resumes without
-    being asked, and has the job requeued.
+    Under SLURM, a signal other than SIGTERM saves ``hpc_ckpt_<n>.ckpt`` instead, from which Lightning resumes by
+    itself, and requeues the job.
 
     Args:
         signals: Names of the signals, such as SIGTERM.
-        exit_status: Of the process. For schedulers 143 means "ended by SIGTERM", and only 0 means success.
+        exit_status: Exit status of the process. To schedulers 143 means "ended by SIGTERM"; only 0 means success.
 
     Raises:
         ValueError: A signal does not exist here, or the exit status would mean success.

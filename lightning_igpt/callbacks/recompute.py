@@ -22,14 +22,14 @@ Decided = partial(Decision, name="activation checkpointing:")
 class Recompute(Callback):
     """Activation checkpointing: recompute a part of each block in the backward pass instead of keeping it.
 
-    Loss and gradients stay the same, bit for bit. It holds for training; checkpoints hold nothing of it, and after the
-    fit the network is as it was. With ``full`` a step computes the forward pass of the blocks twice, a third more in
-    all; ``selective`` keeps the output of attention's kernel, which then runs once. With dropout it is ``full``.
+    Loss and gradients stay the same, bit for bit. The setting applies to training only and is not saved. With ``full``
+    a step computes the forward pass of the blocks twice, a third more in all; ``selective`` keeps the output of
+    attention's kernel, which then runs once. With dropout, ``selective`` becomes ``full``.
 
     Args:
-        when: ``none``, ``selective``, ``full``; or ``auto``: on a CUDA device the first of them whose step fits into
-            its memory, computed from network, batch size, precision and strategy; elsewhere none. What was set on the
-            network before the fit stays.
+        when: ``none``, ``selective``, ``full``; or ``auto``: on a CUDA device the first of them that fits into its
+            memory, computed from network, batch size, precision and strategy; elsewhere none. A network's own setting
+            stays.
 
     Raises:
         ValueError: ``when`` is something else.
@@ -117,5 +117,5 @@ def decide(config: ImageGPTConfig, batch_size: int, usable: int, **options: Any)
         if needed[how] <= usable:
             return Decided(how, reason)
     most = largest_batch(config, usable, recompute="full", **options)
-    cure = f"{most} images at once would" if most else "not even one image does: shard the state over devices (FSDP2)"
+    cure = f"a micro-batch of {most} would" if most else "not even one image does: shard the state over devices (FSDP2)"
     return Decided("full", f"{reason}, which does not fit; {cure}")

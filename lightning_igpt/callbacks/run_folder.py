@@ -59,7 +59,7 @@ def show(trainer: Trainer, name: str, tag: str, picture: Tensor) -> None:
         try:
             _log_image(logger, tag, picture, trainer.global_step)
         except Exception as error:  # a server may fail in any way
-            _warn_once(str(logger), f"{type(logger).__name__} did not take the picture {tag}: {error}")
+            _warn_once(str(logger), f"{type(logger).__name__} could not log the picture {tag}: {error}")
 
 
 def _log_image(logger: Any, tag: str, picture: Tensor, step: int) -> None:

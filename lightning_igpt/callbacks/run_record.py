@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_igpt.callbacks.metrics_file import MetricsFile
 from lightning_igpt.callbacks.run_folder import WARNED, run_folder, sparing
 from lightning_igpt.config import ImageGPTConfig
-from lightning_igpt.files import write_text
+from lightning_igpt.files import counted, write_text
 from lightning_igpt.planning import parameter_count
 
 RECORD = "run_record"  # key in checkpoints
@@ -85,13 +85,13 @@ class Outline(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         config, data = getattr(pl_module, "config", None), getattr(trainer, "datamodule", None)
         if isinstance(config, ImageGPTConfig):
-            size = f"{config.n_layer} layers of width {config.n_embd}, {parameter_count(config):,} parameters"
+            size = f"depth {config.n_layer}, width {config.n_embd}, {parameter_count(config):,} parameters"
             each = " of 3 tokens" * (config.tokens_per_pixel == 3)
             rank_zero_info(f"network: {size}, {config.image_size} x {config.image_size} pixels{each}")
         if origin := trainer.ckpt_path or getattr(pl_module, "origin", None):
             rank_zero_info(f"weights: {f'step {trainer.global_step} of ' * bool(trainer.ckpt_path)}{origin}")
         parts, names = getattr(data, "parts", {}), {"train": "training", "val": "validation"}
-        counts = [f"{len(parts[part]):,} {name} images" for part, name in names.items() if part in parts]
+        counts = [counted(len(parts[part]), f"{name} image") for part, name in names.items() if part in parts]
         source = getattr(data, "source", None)
         source = source if isinstance(source, str) else type(source or data).__name__
         rank_zero_info(", ".join([f"data: {source}", *counts]))

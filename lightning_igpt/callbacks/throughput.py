@@ -21,8 +21,8 @@ class Throughput(Callback):
     """Log ``throughput/images_per_second``, ``throughput/tokens_per_second`` and ``throughput/mfu``.
 
     The rates are those of all processes; mfu (model FLOPs utilization) is the network's operations as a share of the
-    device's peak. Each is the mean since Lightning logged last. Waiting for images is included; validation, saving
-    checkpoints and the first batch, which compiles and warms up, are not. Idle for modules without an ImageGPT.
+    device's peak. Each is the mean since Lightning's last log, including the time spent waiting for images, without
+    validation, checkpoints and the first batch, which compiles and warms up. Idle for modules without an ImageGPT.
 
     Args:
         peak_tflops: Peak of one device in 10^12 operations per second, for dense matrices at the run's precision.

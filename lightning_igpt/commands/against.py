@@ -11,7 +11,7 @@ from PIL import Image, features
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_roc
 
-from lightning_igpt.files import write_csv
+from lightning_igpt.files import counted, write_csv
 from lightning_igpt.palette import Palette
 
 Scored: TypeAlias = tuple[Tensor, Tensor, Sequence[str]]  # tokens int64 (N, T), nats per pixel float64 (N,), names
@@ -46,7 +46,7 @@ def compare(palette: Palette, normal: Scored, anomalous: Scored, path: Path) -> 
     heads = ["score", "auroc", "fpr_at_95_tpr", "n_mean", "n_normal", "n_anomaly"]
     lines = ([name, f"{auroc:.6f}", f"{fpr:.6f}", n_mean, n, n_other] for name, auroc, fpr in table)
     write_csv(by_score, [heads, *lines])
-    print(f"anomalies: {n_other} images against {n}; {n_mean} others gave the mean, {mean:.4f} nats per pixel")
+    print(f"anomalies: {counted(n_other, 'image')} against {n}; mean of {n_mean} others: {mean:.4f} nats per pixel")
     print(f"{'score':<28}{'AUROC':>8}{'FPR at 95 % TPR':>18}")
     for name, auroc, fpr in table:
         print(f"{name:<28}{auroc:>8.4f}{fpr:>18.4f}")

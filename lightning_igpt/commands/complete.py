@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_igpt.commands.arguments import check_folder
 from lightning_igpt.commands.images import decoded, fitted
 from lightning_igpt.decoding import Precision
-from lightning_igpt.files import shown
+from lightning_igpt.files import counted, shown
 from lightning_igpt.images import BadImageError, decode, resize_center_crop
 from lightning_igpt.pictures import CELL, image_grid, save_png, to_tensor
 from lightning_igpt.sampling import captions, completion_rows
@@ -40,26 +40,26 @@ def complete(
     device: str = "auto",
     palette: str | None = None,
 ) -> None:
-    """Complete the lower part of images, or a hole, and write a grid: the image, what is given, samples, the truth.
+    """Complete the lower part of images, or a hole, and write a grid of image, given part, samples and ground truth.
 
     Args:
         out: Folder for completions.png and one PNG per sample. Missing folders are made.
-        n_images: How many images, from the first on.
+        n_images: Number of images, from the first.
         n_samples: Completions of each.
-        keep_rows: Rows of pixels that the network is given; default three quarters of them.
-        mask: Instead of keep_rows, an image file whose white pixels are redrawn and whose black or transparent ones are
-            kept; cut and resized as the images are, but to the nearest pixel. An autoregressive network draws in raster
-            order, so what is kept after a hole does not influence it; a BERT network sees all of it.
+        keep_rows: Given rows of pixels; default three quarters.
+        mask: Instead of keep_rows, an image file, cropped and resized like the images, to the nearest pixel: white
+            pixels are redrawn, black or transparent ones kept. An autoregressive network ignores kept pixels after a
+            hole; a BERT network sees them.
         temperature: Divides the logits: 1 is the network's own distribution, 0 always takes the likeliest color. Small
             networks look better slightly below 1.
         top_k: Draw among the k likeliest colors only.
         top_p: Draw among the fewest colors that together have this probability.
-        steps: Of a BERT network only: passes over each image; default 8.
-        order: Of a BERT network only: which pixels are drawn first, surest or random. Random order with a step for each
-            pixel and keep_rows 0 draws whole pictures from the distribution that score bounds. Default: surest.
-        precision: Of the steps: full; half, which is 16 bits per weight; int8, on CPUs only. Default: half on CUDA,
-            else full.
-        seed: Of the draws.
+        steps: BERT networks only: passes over each image; default 8.
+        order: BERT networks only: order in which pixels are drawn. Random order with a step per pixel and keep_rows 0
+            samples whole pictures from the distribution that score bounds. Default: surest.
+        precision: Number format of the weights: full; half, 16 bits; int8, on CPUs only. Default: half on CUDA, else
+            full.
+        seed: Seed of the draws.
     """
     check_folder(out, "--out")
     if mask is not None and (keep_rows, top_k, top_p) != (None, None, None):
@@ -77,7 +77,7 @@ def complete(
     names, pixels, photos = zip(*parts, strict=True)
     place = pick_device(device)
     precision = precision or ("half" if place.type == "cuda" else "full")
-    what = f"{len(pixels)} images at {size} x {size}, {n_samples} samples each"
+    what = f"{counted(len(pixels), 'image')} at {size} x {size}, {counted(n_samples, 'sample')} each"
     print(shown(f"{loaded.origin}: {what}, on {place} in {precision} precision"))
     loaded.network.to(place)
     tokens = loaded.palette.quantize(torch.stack(pixels)).to(place)
@@ -94,7 +94,7 @@ def complete(
         stem = shown(Path(name).stem).encode()[:STEM].decode(errors="ignore")
         for sample in range(n_samples):
             save_png(row[1 + sample], folder / f"{number:03d}-{stem}-sample{sample + 1}.png")
-    print(f"wrote {folder / 'completions.png'} and {len(names) * n_samples} single samples")
+    print(f"wrote {folder / 'completions.png'} and {counted(len(names) * n_samples, 'single sample')}")
 
 
 def read_mask(path: str, size: int) -> Tensor:

@@ -27,21 +27,21 @@ def convert(
     license: str | None = None,
     dtype: Literal["float32", "float16"] = "float32",
 ) -> None:
-    """Write weights in another format, read them back, and show what was read and written.
+    """Write weights in another format, read them back, and compare.
 
     Args:
         source: A .ckpt file, a run folder, a Hugging Face folder or hub id (owner/name or owner/name@revision), an
             OpenAI checkpoint, a .safetensors file that this command wrote, or an embedded network (photos, emoji).
-        out: Where to: a folder for hf, else a file. Missing folders are made.
+        out: A folder for hf, else a file. Missing folders are made.
         to: hf is the layout of transformers' ImageGPT, with palette and model card; the classifier of a fine-tuned
             network becomes an ImageGPTForImageClassification. safetensors is one file under this package's own names,
             config in its header.
         check: Compare with transformers on random tokens and print the largest difference.
-        image_size: Side of the images of the written network; positions are interpolated where it is another.
+        image_size: Image size of the written network, to which positions are interpolated.
         title: Heading of the model card (hf).
-        data: What the network was trained on, for the model card; default what the checkpoint says.
+        data: What the network was trained on, for the model card; default from the checkpoint.
         license: SPDX identifier of the weights' license, for the model card.
-        dtype: Of the network's weights in the file; float16 takes half the space. Loading gives float32 from both.
+        dtype: Type of the weights in the file; float16 takes half the space. Loading converts to float32.
     """
     path = Path(out).expanduser()
     if to == "safetensors":

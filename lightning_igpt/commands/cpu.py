@@ -22,7 +22,7 @@ PHYSICAL = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
 
 def measured_cpu(config: ImageGPTConfig, images: int, precision: str, optimizer: Any = "adam") -> Device:
     """This CPU, with torch's threads; its peak is the speed at which it trains such a network, ``images`` at once."""
-    name, memory = f"this CPU ({torch.get_num_threads()} threads)", math.prod(map(os.sysconf, PHYSICAL))
+    name, memory = f"this CPU (threads: {torch.get_num_threads()})", math.prod(map(os.sysconf, PHYSICAL))
     speed, source = train_speed(config, images, precision, optimizer) / 1e12, "measured in training steps"
     return Device(name, memory, speed, None, speed, math.inf, "", multiplies_bfloat16("cpu"), source=source)
 

@@ -11,7 +11,7 @@ from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.help import row
 from lightning_igpt.commands.images import fitted, open_images, rows_of
 from lightning_igpt.data.sources import Source
-from lightning_igpt.files import shown
+from lightning_igpt.files import counted, shown
 from lightning_igpt.images import FORMATS, BadImageError, decode, fetch, resize_center_crop
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import CELL, enlarge, heading, image_grid, save_png, stack, to_tensor
@@ -62,7 +62,7 @@ def show(
                 modes[str(file.mode)] += 1  # before it was decoded
             sizes.append(image.size)
             squares.append(colors.rmse(to_tensor(resize_center_crop(image, image_size))[None]) ** 2)
-    print(row("looked at", ", ".join(counts)))
+    print(row("examined", ", ".join(counts)))
     if sizes:
         small, large = (pick(sizes, key=lambda size: size[0] * size[1]) for pick in (min, max))
         kinds = ", ".join(f"{mode} {count:,}" for mode, count in modes.most_common())
@@ -73,7 +73,7 @@ def show(
     print(*(f"  {shown(line)}" for line in bad[:N_BAD]), sep="\n", end="\n" * bool(bad))
     sheet, n_shown = contact_sheet(opened, image_size, colors, n_images)
     save_png(sheet, out)
-    print(f"wrote {out}: {n_shown} images ({', '.join(HEADINGS)})")
+    print(f"wrote {out}: {counted(n_shown, 'image')} ({', '.join(HEADINGS)})")
 
 
 def class_lines(source: Source) -> list[str]:
@@ -85,7 +85,7 @@ def class_lines(source: Source) -> list[str]:
         counts = torch.bincount(source.labels(split), minlength=len(names)).tolist()
     except ValueError as error:  # pretraining needs no labels
         return [row("classes", f"{len(names):,}, but the labels cannot be used: {error}")]
-    head = row("classes", f"{len(names):,}, with {min(counts):,} to {max(counts):,} images of {split} each")
+    head = row("classes", f"{len(names):,}, with {min(counts):,} to {counted(max(counts), 'image')} of {split} each")
     lines = [f"  {shown(name)}  {count:,}" for name, count in zip(names[:N_CLASSES], counts, strict=False)]
     return [head, *lines, *[f"  and {len(names) - N_CLASSES:,} more"] * (len(names) > N_CLASSES)]
 

@@ -37,13 +37,13 @@ POLICY = (  # the page is one static file and fetches nothing elsewhere
 def demo(
     pretrained: str | None = None, host: str = "127.0.0.1", port: int = 8000, open: bool = False, device: str = "auto"
 ) -> None:
-    """Serve a page on which you choose a picture, hide a part of it, and see it drawn again row by row.
+    """Serve a page on which a network redraws the hidden part of a picture row by row.
 
     Args:
         pretrained: A network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint. The
-            page offers the embedded ones (photos, emoji) in any case.
-        host: Address to listen on. By default only this machine can reach it; any other is open, without a password, to
-            everyone who can reach that address.
+            page always offers the embedded networks (photos, emoji).
+        host: Address to listen on. The default admits this machine only, others everyone who can reach them, without a
+            password.
         port: Port to listen on; 0 picks a free one.
         open: Open the page in a browser.
     """

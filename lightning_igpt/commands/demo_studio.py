@@ -102,7 +102,7 @@ class Studio:
             self._draw(ask, emit, gone)
             emit({"seconds": round(time.monotonic() - started, 2)})
         except ReaderGoneError:
-            log.info("drawing ended: the reader is gone")
+            log.info("drawing ended: the browser has disconnected")
         except ValueError as error:
             emit({"error": str(error)})
         except Exception as error:  # in a thread of its own nobody else would report it

@@ -37,20 +37,19 @@ def distance(
 ) -> None:
     """Measure how far a network's completions of real images are from the images: Frechet and kernel distance.
 
-    Prints two floors with them: the distance between two random halves of the real images, for which samples of one
-    half are compared with the other half too, and between the real images and the same images in the palette's colors.
+    Also prints two floors: the distance between random halves of the real images, to compare with that between one half
+    and samples for the other; and the distance between the real images and the same images in the palette's colors.
 
     Args:
-        features: What the distances are taken on: the middle layer of a network of this package, named as in
-            pretrained; a vision model of transformers, by hub id or folder, such as facebook/dinov2-base; or inception,
-            as in published FIDs, which needs torch-fidelity.
-        out: JSON file for the distances and all that decides them. Missing folders are made.
-        keep_rows: Rows of pixels of each image that the network is given, for one completion each; 0 draws whole
-            images. Default: the upper half.
-        limit: Images, evenly spread over the split. Frechet distances of few images are too large: compare those of
-            equal numbers only.
+        features: Features to compare: the middle layer of a network of this package, named as in pretrained; a vision
+            model of transformers, by hub id or folder, such as facebook/dinov2-base; or inception, as in published
+            FIDs, with torch-fidelity.
+        out: JSON file for the distances and settings. Missing folders are made.
+        keep_rows: Given rows of pixels of each image; 0 draws whole images. Default: the upper half.
+        limit: Number of images, evenly spread over the split. Frechet distances of few images are too large, so compare
+            those of equal numbers only.
         temperature: Divides the logits: 1 is the network's own distribution.
-        seed: Of the draws, each image having its own, and of the halves.
+        seed: Seed of the draws and of the halves.
     """
     check_file(out, "--out", "distance.json")
     place = pick_device(device)
@@ -62,7 +61,7 @@ def distance(
     opened, split = open_images(source, split)
     real = squares(images_of(opened, split, limit), side, loaded.resize_filter)[0]
     if len(real) < LEAST:
-        raise ValueError(f"{len(real)} images of {source}, split {split}, limit {limit}; distances need {LEAST}")
+        raise ValueError(f"distances need {LEAST} images; {source}, split {split}, limit {limit} has {len(real)}")
     drawn, recolored = samples(loaded, real, batch_size, seed=seed, keep_rows=rows, temperature=temperature)
     x, y, z = (image_features(extractor, part, batch_size=batch_size) for part in (real, drawn, recolored))
     first, second = torch.from_numpy(np.random.default_rng(seed).permutation(len(real))).tensor_split(2)
@@ -82,7 +81,7 @@ def distance(
         print(f"{name:<36}{frechet:>12.4f}{kernel:>12.6f}   {sizes[0]} against {sizes[1]}")
         facts[name] = {"frechet": frechet, "kernel": kernel, "kernel_sd": deviation, "n_images": sizes}
     if features != "inception":
-        print("These features are not Inception's: the numbers compare with their like, never with a published FID.")
+        print("These features are not Inception's: compare the numbers with each other, never with a published FID.")
     write_text(out, json.dumps({**facts, "version": __version__}, indent=2) + "\n")
     print(f"wrote {out}")
 

@@ -16,6 +16,7 @@ from lightning_igpt.commands.plan import GIB, hours, make_run, shape
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data.embedded import EMBEDDED
 from lightning_igpt.data.sources import name_of
+from lightning_igpt.files import counted
 from lightning_igpt.planning import Device, Schedule
 from lightning_igpt.trainer import choices
 from lightning_igpt.weights.checkpoint import read_checkpoint
@@ -69,12 +70,13 @@ def _fit(trainer: Trainer, model: Any, data: Any, n_images: int | None) -> Itera
         yield row("length", "unknown: the data has no batch_size")
         return
     if step % (world * parts):
-        raise ValueError(f"batch_size {step} is no multiple of {world} devices x {parts} batches each; change one")
+        raise ValueError(f"batch_size {step} is no multiple of devices {world} x micro-batches {parts}; change one")
     if trained and n_images is not None and n_images < step:
-        raise ValueError(f"batch_size {step} exceeds the {n_images} training images; lower batch_size")
+        raise ValueError(f"batch_size {step} exceeds the number of training images, {n_images}; lower batch_size")
     steps = length(trainer, step, n_images)
-    shared = f"{step // (world * parts)} at once x {world} devices x {parts} accumulated"
-    yield row("length", f"{'unknown' if steps is None else f'{steps:,}'} steps of {step:,} images ({shared})")
+    shared = f"{step // (world * parts)} at once x {counted(world, 'device')} x {parts} accumulated"
+    size = f"{counted(step, 'image')} ({shared})"
+    yield row("length", f"{'unknown steps' if steps is None else counted(steps, 'step')} of {size}")
     if hasattr(model, "network"):
         yield from _costs(trainer, model, step, steps, trained)
         limits = [float(one.time_remaining() or 0) for one in trainer.callbacks if isinstance(one, Timer)]  # type: ignore[attr-defined]
@@ -108,7 +110,7 @@ def _costs(trainer: Trainer, model: Any, step: int, steps: int | None, trained: 
         yield row("memory", _memory(trainer, config, step, device))
         share = f"{run.mfu:.0%} of {speed}" if device.torch_name else f"the speed of {STEPS} training steps now"
         yield row("time", f"about {hours(run.seconds)}{' per step' * (steps is None)}, at {share}")
-        yield row("", "reading images, validating and drawing pictures come on top")
+        yield row("", "plus reading images, validating and drawing pictures")
     else:
         rate = device.reached(precision) / (config.n_positions * planning.forward_flops_per_token(config))
         yield row("time", f"features: at most {rate:,.3g} images/s, without fitting ({speed})")

@@ -34,14 +34,14 @@ def features(
 ) -> None:
     """Write the features of images as Parquet: a row for each image, a list of float32 for each layer.
 
-    Columns: row, image (its name), label where there is one, and layer_8 and so on. The same command continues where an
-    interrupted one ended, from parts in a folder next to the file, features.parquet.part.
+    Columns: row, image (its name), label (if there is one), layer_8 and so on. After an interruption, the same command
+    continues from the parts in the folder features.parquet.part.
 
     Args:
         out: The Parquet file. Missing folders are made.
         layers: Numbers such as 4 8 or 8-16, or all: 0 is the input of the first block, n_layer the final norm. Default:
             n_layer // 2.
-        pool: Over positions: mean, as linear probes take it, or last, the position that has seen most pixels.
+        pool: Pooling over positions: mean, as for linear probes, or last, the position that sees the most pixels.
     """
     path, folder = Path(out), Path(f"{out}.part")
     check_file(path, "--out", "features.parquet", ".parquet")
@@ -63,7 +63,7 @@ def features(
     columns = [("row", pa.int64()), ("image", pa.string()), *([("label", pa.int64())] if labels else [])]
     columns += [(f"layer_{layer}", pa.list_(pa.float32(), config.n_embd)) for layer in asked]
     schema = pa.schema(columns, metadata={"lightning_igpt": json.dumps(facts)})
-    print(shown(f"{loaded.origin}, layers {' '.join(map(str, asked))}: {n} images of {source}, split {split}"))
+    print(shown(f"{loaded.origin}, layers {' '.join(map(str, asked))}; images: {n} of {source}, split {split}"))
     extractor = PooledLayers(loaded, asked, skip=-1 if pool == "last" else 0).to(place)
     parts = {folder / f"{start:09d}.parquet": range(start, min(start + ROWS, n)) for start in range(0, n, ROWS)}
     for part, places in tqdm(parts.items(), unit="part", disable=None):

@@ -58,17 +58,17 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     "recipes show": ("recipes show digits_tiny_pretrain",),
     "recipes copy": ("recipes copy digits_tiny_pretrain --to mine.yaml",),
 }
-SHARED = {  # what options of several verbs mean, where a docstring does not say it
+SHARED = {  # options of several verbs that docstrings leave out
     "pretrained": "The network: an embedded one (photos, emoji), a .ckpt file or run folder, a Hugging Face folder or "
     "hub id, or an OpenAI checkpoint.",
-    "palette": "That of the training, where the source holds none: openai, gray:16, rgb, a .npy file, a folder or id.",
+    "palette": "The palette of training, if the source has none: openai, gray:16, rgb, a .npy file, a folder or id.",
     "images": "An image file, a folder of images, Parquet, a hub id, digits or emoji.",
     "source": "A folder of images, Parquet, a hub id, digits or emoji.",
     "split": "Split of a dataset; default test, else validation, else train.",
     "config_name": "Configuration of a hub dataset that has several.",
     "image_column": "Column of images. Default: the only column of type Image.",
     "label_column": "Column of labels. Default: the only ClassLabel, or integers called label or labels.",
-    "limit": "How many images, from the first on; default all.",
+    "limit": "Number of images, from the first; default all.",
     "batch_size": "Images per forward pass.",
     "device": "cpu, cuda, mps, or auto.",
     "overwrite": "Replace existing files.",

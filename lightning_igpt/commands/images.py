@@ -54,7 +54,7 @@ def decoded(
             print(shown(f"left out {name}: {error}"))
             n_bad += 1
     if not n_good:
-        raise ValueError(f"none of the {n_bad} images of {source} can be read" if n_bad else f"{source} has no images")
+        raise ValueError(f"no image of {source} can be read (tried: {n_bad})" if n_bad else f"{source} has no images")
 
 
 def open_images(source: str, split: str | None = None, **options: Any) -> tuple["Source", str]:

@@ -17,7 +17,7 @@ from lightning_igpt.commands.arguments import check_folder
 from lightning_igpt.commands.complete import pick_device
 from lightning_igpt.data import ProbeDataModule
 from lightning_igpt.features import fit_logistic
-from lightning_igpt.files import shown, write_csv, write_text
+from lightning_igpt.files import counted, shown, write_csv, write_text
 from lightning_igpt.modules.batches import read_batch
 from lightning_igpt.objectives import MASK_RATIO, draw_mask
 from lightning_igpt.weights import Pretrained, load_pretrained
@@ -55,12 +55,12 @@ def lowdata(
         labels_per_class: Budgets, one or more, such as --labels_per_class 4 25 400.
         n_subsets: Random subsets per budget. Subset i of a smaller budget is part of subset i of a larger one.
         layer: The layer whose features are classified: 0 is the input of the first block, n_layer the final norm.
-            Default: n_layer // 2, which takes no labels to choose. The paper does not say how it chose.
-        layers: Further layers to measure: all, or numbers. Do not choose by these test accuracies.
+            Default: n_layer // 2, chosen without labels; the paper does not say how it chose.
+        layers: Further layers to measure: all, or numbers. Do not choose a layer by these test accuracies.
         c: Inverse strength of the L2 penalty, as scikit-learn's C. The paper does not state it.
-        seed: Of the subsets, and of a BERT network's masks, one per image.
+        seed: Seed of the subsets, and of a BERT network's masks, one per image.
         num_workers: Processes that read and decode; 0 reads in the main process.
-        val_fraction: Share of the training split to leave out, as a run with this seed and share held it out.
+        val_fraction: Share of the training split to leave out, which a run with this seed and share holds out.
         train_split: Split to draw from. Default: train.
         test_split: Split to test on. Default: test.
     """
@@ -74,7 +74,7 @@ def lowdata(
     chosen = config.n_layer // 2 if layer is None else layer
     asked = sorted({chosen, *(range(config.n_layer + 1) if "all" in (layers or []) else layers or [])})
     if asked[0] < 0 or asked[-1] > config.n_layer:
-        raise ValueError(f"asked for the layers {asked}; this network has 0 to {config.n_layer}")
+        raise ValueError(f"layers are {asked}; this network has 0 to {config.n_layer}")
     reading: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "num_workers": num_workers}
     where: dict[str, Any] = {"config_name": config_name, "image_column": image_column, "label_column": label_column}
     where |= {"train_split": train_split, "test_split": test_split, "val_fraction": val_fraction}
@@ -84,7 +84,7 @@ def lowdata(
     subsets = draw_subsets(train.labels, names, budgets[-1], n_subsets, seed=seed)
     rows, places = subsets.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     print(shown(f"{loaded.origin}, layer {chosen}"))
-    print(f"{source}: {len(train)} training images, of which {len(rows)} are drawn, and {len(test)} test images")
+    print(f"{source}: {counted(len(train), 'training image')} ({len(rows)} used), {counted(len(test), 'test image')}")
     loaded.network.to(pick_device(device)).eval()
     x = features(loaded, asked, train, rows.tolist(), **reading)
     x_test = features(loaded, asked, test, list(range(len(test))), **reading)
@@ -108,7 +108,7 @@ def draw_subsets(labels: Tensor, class_names: Sequence[str], largest: int, n_sub
     classes = [np.flatnonzero(labels.numpy() == number) for number in range(len(class_names))]
     name, fewest = min(zip(class_names, map(len, classes), strict=True), key=lambda pair: pair[1])
     if fewest < largest:
-        what = f"class {name!r} has {fewest} training images, fewer than the {largest} labels asked for"
+        what = f"class {name!r} has {counted(fewest, 'training image')}, fewer than labels_per_class {largest}"
         raise ValueError(f"{what}; set --labels_per_class to at most {fewest}")
     generators = [np.random.default_rng([seed, subset]) for subset in range(n_subsets)]
     return torch.from_numpy(np.array([[rng.permutation(rows)[:largest] for rows in classes] for rng in generators]))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightning_igpt.commands.arguments import check_file
 from lightning_igpt.commands.images import images_of, open_images
-from lightning_igpt.files import shown
+from lightning_igpt.files import counted, shown
 from lightning_igpt.kmeans import fit_palette
 from lightning_igpt.palette import Palette
 from lightning_igpt.pictures import save_png, swatch, to_tensor
@@ -29,10 +29,10 @@ def fit(
     Args:
         out: The .npy file to write; name it as ``palette`` in a recipe. Missing folders are made.
         n_colors: Colors of the palette, which become the network's vocab_size.
-        seed: Decides the start of k-means.
+        seed: Seed of k-means.
         split: Split of a dataset.
-        limit: Use so many images at most, evenly spread over the split.
-        image_column: Column of images; needed where not exactly one column has the type Image.
+        limit: Largest number of images, evenly spread over the split.
+        image_column: Column of images; needed unless exactly one column has the type Image.
     """
     path, picture = Path(out), Path(out).with_suffix(".png")
     for file, suffix in ((path, ".npy"), (picture, ".png")):
@@ -41,7 +41,7 @@ def fit(
             raise FileExistsError(f"{file} exists; pass --overwrite true to replace it")
     opened, _ = open_images(source, split, image_column=image_column)
     n_images = min(len(opened.splits[split]), limit or 2**62)
-    print(f"{shown(opened.name)}, split {split!r}: {n_colors} colors for {n_images} images")
+    print(f"{shown(opened.name)}, split {split!r}: {n_colors} colors for {counted(n_images, 'image')}")
     palette = fit_palette((image for _, image in images_of(opened, split, n_images)), n_colors, seed=seed)
     palette.save(path)
     save_png(swatch(palette.rgb), picture)
@@ -50,7 +50,7 @@ def fit(
         size = image.width * image.height
         squares, n_pixels = squares + palette.rmse(to_tensor(image)[None]) ** 2 * size, n_pixels + size
     print(f"K {len(palette)}, sha256 {palette.sha256}")
-    print(f"RMSE {sqrt(squares / n_pixels):.2f} of 255 per channel on {n_checked} images")
+    print(f"RMSE {sqrt(squares / n_pixels):.2f} of 255 per channel on {counted(n_checked, 'image')}")
     print(f"wrote {path} and {picture}")
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lightning_igpt import planning
 from lightning_igpt.commands.help import MARGIN, row
 from lightning_igpt.config import ImageGPTConfig
+from lightning_igpt.files import counted
 from lightning_igpt.planning import Device, Run, Schedule
 
 GIB = 2**30
@@ -36,12 +37,12 @@ def plan(
     Args:
         network: Name of a preset.
         image_size: Side of the images in pixels; default the network's.
-        objective: Default the network's, which is autoregressive for presets.
-        batch_size: Images per optimizer step, over all devices. The default is the paper's, as is that of steps.
-        accumulate_grad_batches: Parts in which each device computes its share of a step.
+        objective: Default: the network's, which is autoregressive for presets.
+        batch_size: Images per optimizer step, over all devices; default the paper's.
+        accumulate_grad_batches: Micro-batches in which each device computes its share of a step.
         steps: Optimizer steps.
         devices: Number of devices.
-        device_kind: Their kind, such as a100-40, h100 or rtx4090; for cpu, this one trains for a few steps.
+        device_kind: Kind of device, such as a100-40, h100 or rtx4090; cpu times training steps on this CPU.
         precision: bf16-mixed (or bf16), 16-mixed (or 16), 32-true (or 32), or bf16-true. Default: as fit chooses.
         mfu: Share of the device's peak that training reaches, such as 0.45; default by the network's size, on a CPU 1.
         rgb: With the palette rgb: 256 values and three tokens per pixel.
@@ -51,7 +52,7 @@ def plan(
     config = replace(config, image_size=image_size or config.image_size, objective=objective or config.objective)
     parts = devices * accumulate_grad_batches
     if min(batch_size, devices, accumulate_grad_batches) < 1 or batch_size % parts:
-        what = f"batch_size {batch_size} is no multiple of {devices} devices x {accumulate_grad_batches} batches each"
+        what = f"batch_size {batch_size} is no multiple of devices {devices} x micro-batches {accumulate_grad_batches}"
         raise ValueError(f"{what}; take {max(1, batch_size // max(parts, 1)) * parts}")
     precision = PRECISIONS.get(precision or "", precision)
     if device_kind.lower() == "cpu":
@@ -82,9 +83,9 @@ def lines(name: str, run: Run, micro_batch: int) -> Iterator[str]:
     yield row("network", f"{name}, {config.objective}: {shape(config)}")
     each = f" x {config.tokens_per_pixel} channels" * (config.tokens_per_pixel > 1)
     yield row("images", f"{config.image_size} x {config.image_size}{each} = {tokens:,} tokens")
-    step = f"{per_token * tokens * schedule.batch_size:.3e} per step of {schedule.batch_size:,} images"
+    step = f"{per_token * tokens * schedule.batch_size:.3e} per step of {counted(schedule.batch_size, 'image')}"
     yield row("training FLOPs", f"{per_token:.3e} per token, {step}")
-    yield row("", f"{run.flops:.3e} in {schedule.steps:,} steps, {run.tokens:.3e} tokens")
+    yield row("", f"{run.flops:.3e} in {counted(schedule.steps, 'step')}, {run.tokens:.3e} tokens")
     yield row("devices", f"{run.devices} x {device.name}, {device.usable / GIB:.1f} GiB usable")
     yield row("", f"{run.precision}, peak {device.peak(run.precision) / 1e12:,.4g} TFLOP/s, {device.source}")
     yield from ("", *_memory(run, micro_batch), "")
@@ -118,13 +119,13 @@ def _memory(run: Run, micro_batch: int) -> Iterator[str]:
 
 def shape(config: ImageGPTConfig) -> str:
     """A network's size in words."""
-    size = f"{config.n_layer} layers, width {config.n_embd}, {config.n_head} heads"
+    size = f"{counted(config.n_layer, 'layer')}, width {config.n_embd}, {counted(config.n_head, 'head')}"
     return f"{size}, {planning.parameter_count(config):,} parameters"
 
 
 def hours(seconds: float) -> str:
     """A time in a suitable unit, with three digits."""
-    units = (("years", 365.25 * 86400, 2), ("days", 86400, 3), ("hours", 3600, 1), ("minutes", 60, 1), ("s", 1, 0))
+    units = (("year", 365.25 * 86400, 2), ("day", 86400, 3), ("hour", 3600, 1), ("minute", 60, 1), ("s", 1, 0))
     unit, length = next((unit, length) for unit, length, least in units if seconds >= least * length)
     value = float(f"{seconds / length:.3g}")
-    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:g} {unit}"
+    return (f"{value:,.0f} {unit}" if value >= 100 else f"{value:g} {unit}") + "s" * (value != 1 and unit != "s")

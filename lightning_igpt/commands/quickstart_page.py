@@ -84,7 +84,7 @@ def write_report(out: Path, results: Mapping[str, Any], pictures: list[str]) -> 
     ]
     subtitle = (
         f"{network}; {settings['steps']} steps without labels; {results['seconds']:.0f} seconds in all on "
-        f"{settings['threads']} CPU threads; seed {settings['seed']}; lightning_igpt {__version__}, torch "
+        f"a CPU (threads: {settings['threads']}); seed {settings['seed']}; lightning_igpt {__version__}, torch "
         f"{results['versions']['torch']}."
     )
     report.write_page(out / "report.html", "Image GPT on emoji of 16 × 16 pixels", subtitle, sections)
@@ -137,6 +137,6 @@ def _probes(out: Path, results: Mapping[str, Any]) -> str:
     return report.section(
         "Linear probes",
         "How much does the network know about what a picture shows? A logistic regression on the mean of each layer's "
-        "features tells the nine groups of emoji apart (the largest has a fifth of them).",
+        "features distinguishes the nine groups of emoji (the largest has a fifth of them).",
         report.drawing(plot, "Accuracy by layer", "Test accuracy by layer; dashed: raw pixels."),
     )

@@ -16,18 +16,18 @@ from lightning_igpt.commands.arguments import SEEDS, one_line_errors, reader
 from lightning_igpt.commands.help import PACKAGE, PROGRAM, Source, parameters, texts, usage_error
 
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # values of Lightning's ckpt_path that are no paths
-RESUME = "fit: Continue a run in its folder from a checkpoint, or the newest of a folder; auto: of default_root_dir."
+RESUME = "fit: Resume a run from this checkpoint, or the newest in this folder; auto searches default_root_dir."
 SEED = f"Seed for initialization, data order and sampling, 0 to {SEEDS - 1}; true picks one at random. Default: 0."
 WHAT = (  # names, what stands for the value, explanation
-    ("-c --config", "RECIPE", "A YAML file or a shipped recipe's name; later ones override earlier ones, options all."),
+    ("-c --config", "RECIPE", "A YAML file or shipped recipe; later files override earlier ones, options all."),
     ("--model", "CLASS", "PretrainModule, ProbeModule or FineTuneModule; its options are --model.NAME."),
     ("--data", "CLASS", "PretrainDataModule, ProbeDataModule or FineTuneDataModule; its options are --data.NAME."),
     ("--resume", "auto|PATH", RESUME),
-    ("--ckpt_path", "CHECKPOINT", "Checkpoint of a run of this recipe: fit continues it, the others evaluate it."),
+    ("--ckpt_path", "CHECKPOINT", "Checkpoint of this recipe: fit resumes from it, the other verbs evaluate it."),
     ("--random_weights", "true", "validate, test, predict: Run an untrained network, as a baseline."),
     ("--seed_everything", "N", SEED),
-    ("--dry_run", "", "Print what would run, with sizes and, for fit, memory and time; train and write nothing."),
-    ("--trust", "NAME", "A package, module, class or address that the recipe may name, in addition to the safe ones."),
+    ("--dry_run", "", "Outline the run, with sizes and, for fit, memory and time, without training or writing."),
+    ("--trust", "NAME", "A further package, module, class or URL that the recipe may name."),
     ("--model.help", "CLASS", "The options of a class; likewise --data.help and --trainer.callbacks.help."),
     ("-h --help", "", "Show this help and exit."),
     ("--print_config", "", "Print all options and their values as YAML, and exit."),

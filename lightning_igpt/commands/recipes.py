@@ -39,8 +39,7 @@ def check_texts(config: Namespace, typed: Sequence[str], trusted: Sequence[str])
         whole = rf"(?<![^\s=,\"'\[{{]){re.escape(text)}(?![^\s,\"'\]}}])"  # not a part of another address
         known = any(f"{text}/".startswith(f"{address.rstrip('/')}/") for address in trusted)
         if "://" in text.removeprefix("file://") and not known and not any(re.search(whole, word) for word in typed):
-            cure = f"a recipe may not have addresses opened. If you trust it, add --trust {text}"
-            raise ValueError(f"{name} is the address {text}; {cure}")
+            raise ValueError(f"{name} is the URL {text}; if you trust it, add --trust {text}")
         if "http" in text.partition("://")[0] and "://" in text and name.endswith(("root_dir", "save_dir", "dirpath")):
             raise ValueError(f"{name} is {text}, where nothing can be saved; name a folder")
         if not text.strip() and name.endswith(("resume", "ckpt_path", "root_dir", "pretrained", "source", "palette")):

@@ -10,8 +10,8 @@ def report(runs: list[str], out: str = "report.html") -> None:
     """Gather runs on one HTML page: numbers, curves, layers, completions, confusion, settings.
 
     Args:
-        runs: Folders, one or more: of single runs, or with runs anywhere below them.
-        out: The page to write. It is one file that fetches nothing. Missing folders are made.
+        runs: One or more folders that are runs, or have runs anywhere below them.
+        out: The page to write, one self-contained file. Missing folders are made.
     """
     check_file(out, "--out", "report.html")
     unique = {run.folder.resolve(): run for folder in runs for run in page.read_runs(Path(folder))}

@@ -41,12 +41,12 @@ def plan(
     """Write a recipe for each budget and size, and a script that trains them all and can be resumed.
 
     Args:
-        recipe: The base, which says all but size and steps: a file or a shipped recipe that pretrains from scratch.
-        budgets: Training operations of a run, one or more, such as 1e14 4e14. Steps are what comes closest.
-        sizes: Presets, or WIDTHxDEPTH such as 96x6, with as many heads as keep them at least as wide as the recipe's.
+        recipe: File or shipped recipe that pretrains from scratch, with all settings but size and steps.
+        budgets: Training FLOPs per run, one or more, such as 1e14 4e14; each run has the number of steps closest to it.
+        sizes: Presets, or WIDTHxDEPTH such as 96x6, with heads at least as wide as the recipe's.
         out: Folder for recipes, script and runs. Missing folders are made.
-        lr: The recipe's learning rate for all sizes; or hint, for 0.0283 N^-1/4, which the rates of Henighan et al.
-            (2020) follow. That is for Adam, and N leaves out embeddings.
+        lr: The recipe's learning rate for all sizes; or hint, 0.0283 N^-1/4, which the rates of Henighan et al. (2020)
+            follow with Adam; N leaves out embeddings.
     """
     folder = Path(out)
     check_folder(folder, "--out")
@@ -76,12 +76,11 @@ def plan(
     files[folder / "run.sh"] = SCRIPT.format(names=names, folder=shlex.quote(str(folder)))
     for file, text in files.items():
         if file.exists() and file.read_text(encoding="utf-8") != text:
-            raise FileExistsError(f"{file} is of another plan; remove it, or name another --out")
+            raise FileExistsError(f"{file} belongs to another plan; remove it, or name another --out")
     for file, text in files.items():
         write_text(file, text)
     print_table(rows)
-    used = "is used" if lr == "hint" else "is not used: --lr hint does"
-    print(f"The hint, 0.0283 N^-1/4 (Henighan et al., 2020), is a place to start a search, and {used}.")
+    print("lr hint is 0.0283 N^-1/4 (Henighan et al., 2020), a start for a search; --lr hint uses it.")
     print(f"next: sh {shown(folder / 'run.sh')}, then lightning-igpt scaling fit {shown(folder)}")
 
 
@@ -108,16 +107,16 @@ def fit(
     n_bootstrap: int = 200,
     seed: int = 0,
 ) -> None:
-    """Fit scaling laws to what runs of several sizes and budgets reached; write two tables and two plots.
+    """Fit scaling laws to the results of runs of several sizes and budgets; write two tables and two plots.
 
     Args:
-        runs: Folders, one or more: of single runs, or with runs anywhere below them.
-        metric: What to fit: the last value of a metric that falls, or of an accuracy, as 1 - accuracy. Of several that
-            match, such as online_probe/layer_*/accuracy, the best.
-        values: A CSV file with the columns ``run``, a run's folder, and METRIC, for what was measured after training.
+        runs: One or more folders that are runs, or have runs anywhere below them.
+        metric: Metric whose last value is fitted: one that falls, or an accuracy, as 1 - accuracy. Of several matches,
+            such as for online_probe/layer_*/accuracy, the best counts.
+        values: A CSV file of results measured after training, with the columns ``run``, a run's folder, and METRIC.
         out: Folder for runs.csv, laws.csv, profiles.png and optima.png. Missing folders are made.
         n_bootstrap: Fits to resampled runs, for intervals; 0 leaves them out.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
     """
     folder, label = Path(out), f"1 - {metric}" if metric.endswith("accuracy") else metric
     check_folder(folder, "--out")

@@ -37,22 +37,21 @@ def score(
     n_draws: int = 32,
     seed: int = 0,
 ) -> None:
-    """Write the surprise of each image in nats per pixel and draw that of each pixel; print the mean.
+    """Write the surprise of each image in nats per pixel, draw heat maps, and print the mean.
 
-    A BERT network gives an upper bound of an image's surprise, and none of its pixels. With other images to compare
-    against, print how well three scores tell them apart: nats, their distance from the mean, and nats minus those of a
-    lossless file.
+    A BERT network gives an upper bound for each image, and no heat maps. With against, also print how well three scores
+    detect anomalies: nats, their distance from the mean, and nats minus those of a lossless file.
 
     Args:
         out: The CSV file, most surprising image first. Missing folders are made.
-        pictures: How many of the most surprising images to draw with their heat maps, in a PNG file next to the CSV
-            file, scores_surprise.png for scores.csv; 0 draws none, and so does a BERT network.
+        pictures: Number of the most surprising images to draw with heat maps, in scores_surprise.png next to
+            scores.csv.
         on_bad_image: What to do with an image that cannot be read: error stops; skip names it and leaves it out.
-        against: Anomalies to detect among the images: a source like these. Writes scores_against.csv, each image's
-            scores, and scores_auroc.csv: AUROC, and the false positive rate where 95 % of the anomalies are detected.
-            Every second image gives the mean, the others are compared. Split and limit are those of the images.
+        against: Anomalies to detect, a source like images, with the same split and limit. Writes the scores of each
+            image into scores_against.csv, and AUROC and the false positive rate at 95 % detected anomalies into
+            scores_auroc.csv. Every second image only gives the mean.
         n_draws: Random masks of each image for a BERT network's bound, an even number.
-        seed: Of these masks.
+        seed: Seed of these masks.
     """
     path, sheet = Path(out), Path(out).with_name(f"{Path(out).stem}_surprise.png")
     for file in (path, *([sheet] if pictures else []), *(comparing.files(path) if against else ())):

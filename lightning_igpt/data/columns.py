@@ -108,7 +108,7 @@ def find_label_column(features: datasets.Features, wanted: str | None, *, needed
         integers = [name for name in known if _is_integer(features[name])]
         chosen = integers[:1] or [name for name in known if needed and _is_string(features[name])][:1]
         if labels and chosen:
-            rank_zero_info(f"labels of {where}: column {chosen[0]!r}; label_column takes another of {_listed(labels)}")
+            rank_zero_info(f"labels of {where}: column {chosen[0]!r}; label_column can select {_listed(labels)}")
         labels = chosen or labels
     if len(labels) == 1:
         return str(labels[0])
@@ -152,7 +152,7 @@ def encode_labels(dataset: datasets.Dataset, column: str, class_names: Sequence[
     values = _read(dataset, column)
     if values.null_count:
         row = values.is_null().index(True).as_py()
-        raise ValueError(f"{values.null_count} of {len(values)} rows of {where} have no {column!r}, as row {row}")
+        raise ValueError(f"{where} has no {column!r} in {values.null_count} of {len(values)} rows, such as row {row}")
     feature = dataset.features[column]
     if _is_string(feature):
         distinct, numbers = np.unique(np.array(values.to_pylist(), dtype=object), return_inverse=True)

@@ -20,7 +20,7 @@ from lightning_igpt.data.splits import Division, Part, divide, make_parts
 from lightning_igpt.data.streams import StreamBatches, StreamPart
 from lightning_igpt.data.tokens import TokenReader, cached_tokens
 from lightning_igpt.data.transforms import Augment, CenterCrop, Resize
-from lightning_igpt.files import write_csv
+from lightning_igpt.files import counted, write_csv
 from lightning_igpt.images import Filter
 
 _OPENING = ("revision", "streaming", "image_column", "label_column", "train_split")
@@ -30,13 +30,13 @@ _DIVIDING = (*_OPENING, "source", "config_name", "val_split", "test_split", "see
 class ImageDataModule(LightningDataModule):
     """Images from one source in train, validation and test parts.
 
-    Every batch is ``{"image": uint8 (B, 3, S, S), "sample": int64 (B,), "label": int64 (B,)}``; ``sample`` numbers
-    the draws of a run in training and the rows in evaluation, ``label`` is there when the source has labels. Sources
-    of tokens, and ``cache="disk"``, give ``tokens`` int16 (B, T) instead of ``image``. After ``setup`` there are
-    ``num_classes`` and ``class_names`` (None without labels), ``batches_per_epoch``, and ``bad_images`` left out.
+    Every batch is ``{"image": uint8 (B, 3, S, S), "sample": int64 (B,), "label": int64 (B,)}``; ``sample`` numbers the
+    draws of a run in training and the rows in evaluation; ``label`` is missing without labels in the source. Sources of
+    tokens, and ``cache="disk"``, give ``tokens`` int16 (B, T) instead of ``image``. ``setup`` sets ``num_classes`` and
+    ``class_names`` (None without labels), ``batches_per_epoch``, and ``bad_images``, left out.
 
-    Options can be set later, as attributes: new loaders use them, and ``hparams`` has them. Those that decide which
-    rows there are (source, splits, columns, ``seed``, ``val_fraction``) need another ``setup``, as ``fit`` calls it.
+    Options can be set later, as attributes; new loaders and ``hparams`` use them. After a change of source, splits,
+    columns, ``seed`` or ``val_fraction``, call ``setup`` again, as ``fit`` does.
 
     Args:
         source: "digits" or "emoji" (embedded); a hub id "owner/name"; a folder of images, of Parquet or Arrow files, of
@@ -57,17 +57,17 @@ class ImageDataModule(LightningDataModule):
         val_split: Split or slice to validate on. Default: validation, valid, val or dev, else a hold-out of the
             training split.
         test_split: Split or slice to test on. Default: test.
-        streaming: Read rows as they arrive, without a copy of all of them first; shuffled by shards and a buffer.
+        streaming: Read rows as they arrive, without copying all of them first; shuffled by shards and a buffer.
         shuffle_buffer: Streams: rows of the shuffle buffer; every worker holds one, undecoded.
         val_images: Streams: images to validate on, read once and held in memory undecoded.
         cache: disk keeps tokens of all images, 2 T bytes each, in the cache of datasets, for all runs with the same
-            images, size and palette. none, like auto and memory of earlier versions, keeps nothing.
-        palette: Of a token cache; as for the modules. Default: the network's.
-        on_bad_image: What to do with an image that cannot be read: error stops the run and names it; skip leaves it
-            out, trains on another one instead, and lists it in bad_images.csv.
+            images, size and palette; none keeps nothing.
+        palette: Palette of a token cache, as for the modules. Default: the network's.
+        on_bad_image: What to do with an image that cannot be read: error stops the run and names it; skip lists it in
+            bad_images.csv, and trains on another image instead.
         max_bad_share: Largest share of images to leave out; beyond it the run stops.
-        resize: Filter of Pillow's that makes images small: bilinear, bicubic, box or lanczos. Default: that of the
-            pretrained network, where it is recorded, else bilinear.
+        resize: Pillow's filter: bilinear, bicubic, box or lanczos. Default: recorded with the pretrained network, else
+            bilinear.
     """
 
     needs_labels: ClassVar[bool] = True
@@ -146,7 +146,7 @@ class ImageDataModule(LightningDataModule):
             self.class_names = self._opened.class_names
             self.num_classes = None if self.class_names is None else len(self.class_names)
         if self._opened.streaming and self.cache == "disk":
-            raise ValueError("cache is 'disk', but rows of a stream do not come back; use cache=none")
+            raise ValueError("cache is 'disk', but a stream cannot be cached; use cache=none")
         return self._opened
 
     @property
@@ -291,7 +291,7 @@ class ImageDataModule(LightningDataModule):
             rank = self.trainer.global_rank
             path = folder / (f"bad_images_{rank}.csv" if rank else "bad_images.csv")
             write_csv(path, [("image", "reason"), *bad.items()])
-            rank_zero_warn(f"{len(bad)} images could not be read and were left out; they are listed in {path}")
+            rank_zero_warn(f"left out {counted(len(bad), 'image')} that could not be read; listed in {path}")
 
     def training_resize(self) -> Resize:
         return CenterCrop(self._size(), self.resize_filter)
@@ -344,7 +344,7 @@ class ImageDataModule(LightningDataModule):
     def _check_role(self, role: str) -> None:
         check(self)
         if self.division is None:
-            raise RuntimeError("call setup() before asking for a loader, also after a change of what it divides")
+            raise RuntimeError("call setup() before requesting a loader, and again after changing source or splits")
         if role not in self.roles():
             splits = ", ".join(self.opened.splits)
             raise ValueError(f"{self.opened.name} has no {role} split; set {role}_split to one of: {splits}")

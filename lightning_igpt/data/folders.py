@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_igpt.data.columns import LABEL_NAMES
 from lightning_igpt.data.downsampled import open_npz
-from lightning_igpt.files import shown
+from lightning_igpt.files import counted, shown
 from lightning_igpt.images import SUFFIXES
 
 # Words that mean a split, and what the split is called: one of the names ``splits.py`` looks for.
@@ -93,13 +93,13 @@ def open_path(path: Path, name: str | None = None, *, streaming: bool = False) -
         others += (about := [file for file in tables if _describes(path / file)])
         files |= {"Parquet": tables} if len(about) < len(tables) else {}
     suffixes = _listed({file.suffix.lower() for file in unreadable})
-    problem = f"{len(unreadable)} images in formats that are not read ({suffixes})"
+    problem = f"{counted(len(unreadable), 'image')} in formats that are not read ({suffixes})"
     if len(files) > 1:
-        counts = " and ".join(f"{len(paths)} {kind} files" for kind, paths in files.items())
+        counts = " and ".join(counted(len(paths), f"{kind} file") for kind, paths in files.items())
         raise ValueError(f"{shown(path)} holds {counts}; give a folder of one kind")
     if "image" in files:
         if unreadable:
-            rank_zero_warn(f"{shown(path)} also holds {problem}, which are left out; convert them to JPEG or PNG")
+            rank_zero_warn(f"{shown(path)} also holds {problem}, left out; convert them to JPEG or PNG")
         return open_image_folder(path, files["image"], [file for file in others if file.name in _METADATA])
     if files:
         return _open_tables(path, next(iter(files.values())), name, streaming)
@@ -194,7 +194,7 @@ def splits_of(names: Collection[str], folder: Path, loose: Collection[str] = ())
     others = [*loose, *(f"{name}/" for name in set(names) - set(named))]
     if named and others:
         text = f"{shown(folder)} has folders named after splits ({_listed(named)}) and others ({_listed(others)})"
-        cure = f"where {named[0]} is a split, move the others into train/, or away; where it is a class, rename it"
+        cure = f"if {named[0]} is a split, move the others into train/, or away; if it is a class, rename it"
         raise ValueError(f"{text}; {cure}")
     if others and len(read) == len(names) > 1 and not loose:
         cure = "name splits train, validation and test, and classes without these words, or give a DatasetDict"
@@ -273,7 +273,7 @@ def _to_datasets(
         described = [(path, row) for path in files for row in rows.get(os.path.normpath(path), [])]
         images = described or [(path, {}) for path in files]
         if left := files.keys() - {path for path, _ in images}:
-            rank_zero_warn(f"{len(left)} images that no metadata names are left out, such as {shown(min(left))}")
+            rank_zero_warn(f"left out {counted(len(left), 'image')} without metadata, such as {shown(min(left))}")
         names = dict.fromkeys(name for _, row in images for name in row)
         columns: dict[str, list[Any]] = {name: [row.get(name) for _, row in images] for name in names}
         try:

@@ -128,7 +128,7 @@ def possible_batch_size(wanted: int, n_images: int, place: Place) -> int:
     parts = place.world_size * place.accumulate
     size = max(parts, min(wanted, n_images) // parts * parts)
     if size != wanted:
-        rank_zero_info(f"batch_size {wanted} becomes {size}: at most {n_images} images, in {parts} equal parts")
+        rank_zero_info(f"batch_size {wanted} becomes {size}: a multiple of {parts}, at most all images ({n_images})")
     return size
 
 
@@ -166,7 +166,7 @@ def matching_size(trainer: Trainer | None, source: Source, wanted: int | None) -
     own = None if source.tokens is None else source.tokens.image_size
     size = wanted or network_of(trainer)[0] or own
     if size is None:
-        rank_zero_info(f"no network says its image_size; images are {DEFAULT_IMAGE_SIZE} x {DEFAULT_IMAGE_SIZE}")
+        rank_zero_info(f"image_size is not set; images become {DEFAULT_IMAGE_SIZE} x {DEFAULT_IMAGE_SIZE}")
         return DEFAULT_IMAGE_SIZE
     if own not in (None, size):
         raise ValueError(f"image_size is {size}, but {source.name} holds tokens of {own} x {own} images; set {own}")
@@ -187,7 +187,7 @@ def matching_palette(trainer: Trainer | None, source: Source, wanted: str | None
         known = {name: palette.sha256[:12] for name, palette in palettes.items() if palette is not None}
         if len(set(known.values())) > 1:
             listed = ", ".join(f"{sha256} of {name}" for name, sha256 in known.items())
-            text = f"{source.name} is to be read with several palettes ({listed})"
+            text = f"{source.name} is read with several palettes ({listed})"
             raise ValueError(f"{text}: every token would mean another color; use one for all")
         if not known:
             raise ValueError("cache=disk keeps tokens: give palette, or use it with a trainer whose module has one")

@@ -47,7 +47,7 @@ class EndlessOrder(DistributedSampler[Draw]):
             raise ValueError(f"{text} devices x accumulate_grad_batches {accumulate}; {cure}")
         self.at_once = batch_size // parts  # what one device computes: its part of a micro-batch
         if n_images < batch_size:
-            text = f"batch_size {batch_size} exceeds the {n_images} training images"
+            text = f"batch_size {batch_size} exceeds the number of training images, {n_images}"
             raise ValueError(f"{text}; lower batch_size or set val_fraction=0")
         super().__init__(range(n_images), num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]
         self.n_images, self.batch_size, self.n_steps = n_images, batch_size, n_steps
@@ -85,7 +85,7 @@ class EvalOrder(DistributedSampler[list[Draw]]):
 
     def __init__(self, n_images: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         if n_images < world_size:
-            raise ValueError(f"{n_images} images cannot be divided among {world_size} devices; use fewer devices")
+            raise ValueError(f"{world_size} devices exceed the number of images, {n_images}; use fewer devices")
         super().__init__(range(n_images), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
         self.start, self.stop = rank * n_images // world_size, (rank + 1) * n_images // world_size
         smallest, largest = n_images // world_size, -(-n_images // world_size)

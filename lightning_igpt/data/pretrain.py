@@ -18,9 +18,9 @@ class PretrainDataModule(ImageDataModule):
 
     Args:
         source: "digits" or "emoji" (embedded), a hub id "owner/name", or a file or folder; see ``ImageDataModule``.
-        random_crop: Crop large training images at random. Off: the center, as in evaluation.
-        n_crops: With cache=disk: random squares kept of each training image, of which every pass takes the next. 1
-            keeps the center.
+        random_crop: Crop large training images at random; false takes the center, as in evaluation.
+        n_crops: With cache=disk: random squares kept of each training image, one for each pass in turn; 1 keeps the
+            center.
         **common: The other options of ``ImageDataModule``.
     """
 

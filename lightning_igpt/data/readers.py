@@ -143,7 +143,7 @@ class ImageBatches(Dataset[dict[str, Any]]):
         if first is not None and not self.replace:
             good = [index for index in range(len(places)) if index not in bad]
             if not good:
-                none = f"none of the {len(places)} images of a batch can be read"
+                none = f"no image of a batch of {len(places)} can be read"
                 raise BadImageError(f"{none}; the first is {first.place}: {first.reason}")
             grids, places, samples = grids[good], [places[i] for i in good], [samples[i] for i in good]
         elif first is not None:

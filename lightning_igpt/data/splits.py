@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_igpt.data.columns import VARIANTS_COLUMN
 from lightning_igpt.data.sources import Source
-from lightning_igpt.files import shown
+from lightning_igpt.files import counted, shown
 
 _NAMES = {"train": ("train",), "val": ("validation", "valid", "val", "dev"), "test": ("test",)}
 _PLAIN = re.compile(r"[^\[\]+]+")  # a split's name without slice or sum
@@ -80,7 +80,7 @@ def divide(
     others = (split for split in source.splits if not any(split in name for name in chosen.values()))
     if unused := [split for split in others if not split.startswith("test")]:
         cure = f"train_split={chosen['train']}+{unused[0]}"
-        rank_zero_info(f"{source.name}: splits not used: {', '.join(unused)}; to train on one more, set {cure}")
+        rank_zero_info(f"{source.name}: splits not used: {', '.join(unused)}; to train on {unused[0]} too, set {cure}")
     return Division(source, chosen)
 
 
@@ -97,8 +97,8 @@ def make_parts(division: Division, *, val_fraction: float, seed: int) -> dict[st
     if VARIANTS_COLUMN in train.dataset.features:
         order, n_val = _keep_together(order, list(train.dataset.with_format(None)[VARIANTS_COLUMN]), n_val)
     if n_val >= n:
-        text = f"the split {train.split!r} of {train.source} has {n} images; holding out {n_val} leaves nothing to"
-        raise ValueError(f"{text} train on. Give more images, or set val_fraction=0, which validates on none")
+        text = f"the split {train.split!r} of {train.source} has {counted(n, 'image')}; holding out {n_val} leaves none"
+        raise ValueError(f"{text} to train on. Give more images, or set val_fraction=0 for no validation")
     rank_zero_info(f"no validation split in {train.source}: holding out {n_val} of {n} rows of {train.split!r}")
     held_out = {"train": order[n_val:], "val": order[:n_val]}
     return parts | {role: replace(train, rows=np.sort(rows)) for role, rows in held_out.items()}

@@ -28,7 +28,7 @@ from lightning_igpt.data.sources import Source
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.tokens import CHECKSUM_COLUMN
 from lightning_igpt.data.transforms import Augment, Resize, square
-from lightning_igpt.files import shown
+from lightning_igpt.files import counted, shown
 from lightning_igpt.images import BadImageError, decode, fetch
 from lightning_igpt.palette import PALETTE_COLUMN
 
@@ -230,7 +230,7 @@ def n_readers(part: StreamPart, num_workers: int, world_size: int) -> int:
     shards = part.rows.num_shards or 1
     used = min(num_workers, max(1, shards // world_size))
     if used < num_workers:
-        text = f"{part.where} has {shards} shards for {world_size} devices, so {used} of {num_workers} workers read it"
+        text = f"{used} of {num_workers} workers can read {part.where}: its shards are {shards}, devices {world_size}"
         rank_zero_info(f"{text}. More shards: several files, stream.reshard(), or to_iterable_dataset(num_shards=...)")
     return used
 
@@ -246,7 +246,7 @@ def begin(saved: Sequence[Sequence[str]], rank: int, world_size: int, n_readers:
     if saved:
         number = 1 + max(json.loads(state)["pass"] for states in saved for state in states)
         rank_zero_warn(
-            f"the checkpoint was made by {len(before)} processes with {before[0]} stream readers each, this run has "
+            f"the checkpoint comes from {counted(len(before), 'process')} of {before[0]} stream readers, this run has "
             f"{world_size} with {n_readers}: the stream begins its next pass (number {number}). Use as many as before"
         )
     return [json.dumps({"pass": number, "stream": None})] * n_readers
@@ -263,7 +263,7 @@ def keep(part: StreamPart, n_images: int) -> Part:
         for row in kept:
             with suppress(BadImageError):  # reported when it is read
                 row[column] = fetch(row[column], remote=part.source.remote)
-    rank_zero_info(f"validating on the first {len(kept)} images of {part.where} (val_images)")
+    rank_zero_info(f"validating on the first {counted(len(kept), 'image')} of {part.where} (val_images)")
     dataset = datasets.Dataset.from_list(kept, features=part.rows.features)
     if part.source.tokens is None:
         dataset = dataset.cast_column(column, datasets.Image(mode=mode_of(part.rows, column), decode=False))

@@ -108,7 +108,7 @@ def _tokenize(
     if is_tokenized(features):
         raise ValueError(f"{where} is tokenized already: its columns are {', '.join(features)}")
     if taken := [name for name in (TOKENS_COLUMN, CHECKSUM_COLUMN, PALETTE_COLUMN) if name in features]:
-        raise ValueError(f"{where} has a column {taken[0]!r} of its own, which would be lost; rename it")
+        raise ValueError(f"{where} already has a column {taken[0]!r}, which would be lost; rename it")
     column = find_image_column(features, wanted, where=where)
     size = crop.size
     if size < 1:
@@ -214,7 +214,7 @@ def cached_tokens(
                 made = images.map(squares, **options)
                 TokenReader(replace(part, rows=None), made, TOKENS_COLUMN, resize.size, n_crops, each)
             except (DamagedDataError, pa.ArrowException, OSError) as error:
-                rank_zero_warn(f"the token cache is made again: {error}")
+                rank_zero_warn(f"rebuilding the token cache: {error}")
                 made = images.map(squares, load_from_cache_file=False, **options)
     except BadImageError as error:
         where = f"{part.source}, split {part.split!r}"

@@ -104,7 +104,7 @@ def need_labels(batch: Batch, num_classes: int, places: Tensor | None = None, *,
         raise ValueError("cannot infer num_classes from the data; set num_classes=")
     if labels is None:
         looked = f"its keys are {sorted(map(str, batch.names))}; " if batch.names else ""
-        cure = f"name them {' or '.join(NAMES['label'])}, or say keys={{'label': ...}}"
+        cure = f"name them {' or '.join(NAMES['label'])}, or set keys={{'label': ...}}"
         raise ValueError(f"this batch has no labels, which probing and fine-tuning need: {looked}{cure}")
     if not isinstance(labels, Tensor):
         raise ValueError(f"labels must be an integer tensor; got {type(labels).__name__}: encode names as numbers")

@@ -190,7 +190,7 @@ class IGPTModule(LightningModule):
         if other is None:
             raise ValueError(f"this checkpoint was not written by {mine}; to start from its weights, use pretrained=")
         if not isinstance(other, Mapping) or not {"class", "network", "palette_sha256"} <= other.keys():
-            raise ValueError("this checkpoint is damaged: its description of itself is incomplete")
+            raise ValueError("this checkpoint is damaged: its metadata is incomplete")
         if other["class"] not in [kind.__name__ for kind in type(self).__mro__]:
             what = f"this checkpoint is a {other['class']}'s and the model is a {mine}"
             raise ValueError(f"{what}; to start from its weights, use pretrained=")

@@ -35,8 +35,8 @@ class FineTuneModule(IGPTModule):
         lr: Learning rate; often a tenth of the one used in pretraining.
         betas: Adam's decay rates of the moments.
         weight_decay: Decoupled weight decay on matrices.
-        schedule: ``constant`` as in the paper, or ``cosine`` to zero at the end of the run, better in short ones.
-        warmup_steps: Steps of linear warm-up before that.
+        schedule: ``constant`` as in the paper, or ``cosine`` to zero at the end of the run, better in short runs.
+        warmup_steps: Steps of linear warm-up before the schedule.
         layer_decay: Factor, above 0 and up to 1, by which each layer trains slower than the next (ELECTRA, Clark et
             al., 2020): heads and final norm at ``lr``, block l of L at ``lr * layer_decay**(L - l)``, embeddings at
             ``lr * layer_decay**(L + 1)``, as in BEiT (Bao et al., 2022). None or 1: one rate, as in the paper.

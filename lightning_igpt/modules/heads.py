@@ -178,7 +178,7 @@ def check_concat(concat: int | None, n_layers: int, solver: str) -> None:
     if concat < 1 or concat % 2 == 0:
         raise ValueError(f"concat is {concat}; it must be an odd number, as the layers are centered on the best")
     if concat > n_layers:
-        raise ValueError(f"concat is {concat}, but only {n_layers} layers are probed; lower it or name more in layers=")
+        raise ValueError(f"concat is {concat}, but the probed layers are {n_layers}; lower it or name more in layers=")
     if solver != "lbfgs":
         raise ValueError(f"concat={concat} needs a fit to all features, which solver={solver!r} has not; use 'lbfgs'")
 
@@ -220,8 +220,7 @@ def check_class_names(names: Any, num_classes: int | None) -> None:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"class_names is {names!r}; it must be a list of texts")
     if not len(set(names)) == len(names) == (num_classes or len(names)):
-        text = f"class_names has {len(names)} names, {len(set(names))} of them different; give each of"
-        raise ValueError(f"{text} the {num_classes or len(names)} classes a name of its own")
+        raise ValueError(f"class_names is {names!r}; it must be {num_classes or len(names)} different names")
 
 
 def classes_of_data(trainer: Trainer) -> tuple[int | None, list[str] | None]:
@@ -238,7 +237,7 @@ def adopt_class_names(module: Any) -> None:
     count, names = classes_of_data(module.trainer)
     count = module.num_classes if count is None or module.trainer.predicting else count
     if count > module.num_classes and not module.trained_classes:  # else match_classes names both
-        cure = f"set num_classes={count}, or take away the classes that a trained network does not know"
+        cure = f"set num_classes={count}, or remove the classes that a trained network does not know"
         raise ValueError(f"num_classes is {module.num_classes} but the data has {count}, {names}; {cure}")
     if count < module.num_classes:
         log.warning("num_classes is %d but the data has only %d classes", module.num_classes, count)
@@ -264,7 +263,7 @@ def match_classes(module: Any) -> None:
         cure = "use the names of training, or start a new run from the weights with pretrained="
         raise ValueError(f"the network was trained on the classes {known}, but the data has {list(names)}: {cure}")
     else:
-        log.warning("class_names are %s, the data's %s: the former name the latter, in this order", known, names)
+        log.warning("class_names %s rename the data's classes %s, in this order", known, names)
         known = list(names)
     if trainer.training:
         module.trained_classes = list(known)
@@ -277,6 +276,6 @@ def load_classes(module: Any, checkpoint: Mapping[str, Any]) -> None:
     if module.names_given or saved is None or module.class_names == saved:
         return
     if module.class_names is not None and module.trained_classes is None:  # else match_classes compares them
-        log.warning("the checkpoint's classes are %s, the data's %s: keeping the former", saved, module.class_names)
+        log.warning("the checkpoint's classes are %s, the data's %s: using the checkpoint's", saved, module.class_names)
     module.class_names, module.names_given = saved, True
     module.hparams["class_names"] = saved

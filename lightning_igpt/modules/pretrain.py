@@ -29,9 +29,8 @@ class PretrainModule(IGPTModule):
     A batch is ``{"image": uint8 (B, 3, S, S)}``, an ``(image, label)`` pair, or images alone; it is quantized on the
     module's device. Logs ``train/nats_per_pixel``, ``val/nats_per_pixel``, ``val/bits_per_pixel`` (and ``test/...``);
     for BERT these are means over the masked pixels. With ``mask_ratio="uniform"`` their expectation is an upper bound
-    of a whole image's nats per pixel, and ``val/nats_per_pixel`` is logged as ``val/nats_per_pixel_bound`` too.
-    Where each token is a byte (palettes ``rgb`` and ``gray:256``), an autoregressive network also logs
-    ``val/bits_per_dim``.
+    of a whole image's nats per pixel, also logged as ``val/nats_per_pixel_bound``. If each token is a byte (palettes
+    ``rgb`` and ``gray:256``), an autoregressive network also logs ``val/bits_per_dim``.
 
     Args:
         network: Preset name (igpt_tiny, igpt_s, igpt_m, igpt_l, igpt_xl) or the fields of an ImageGPTConfig. Default:
@@ -49,13 +48,13 @@ class PretrainModule(IGPTModule):
         weight_decay: Decoupled weight decay on matrices.
         warmup_steps: Steps of linear warm-up. Default: one epoch, at most a tenth of the run.
         schedule: After the warm-up, ``cosine`` to zero at the end of the run, the paper's; ``constant``; or ``wsd``,
-            constant and then down to zero in the last ``decay_fraction``. A constant rate does not depend on the length
-            of the run: a run of either can be continued for longer from a checkpoint before the decay.
+            constant and then down to zero in the last ``decay_fraction``. The last two allow a longer run to continue
+            from a checkpoint before the decay.
         decay_fraction: wsd only: share of the run's steps in which the rate falls, as 1 - sqrt of the share done.
         mask_ratio: BERT only: probability that a pixel is hidden; or ``uniform``, which hides k pixels of an image,
             k drawn uniformly from 1 to all, so that the loss bounds the likelihood of whole images.
-        keys: Names under which a batch has its parts, where they are others than ``image``, ``label``, ``sample`` and
-            ``tokens``, or a sequence's places: ``{image: photo}``, ``{image: 0}``. Default: common ones.
+        keys: Names of a batch's parts other than ``image``, ``label``, ``sample`` and ``tokens``, or their places in a
+            sequence: ``{image: photo}``, ``{image: 0}``. Default: common names.
         seed: Seed of BERT's masks and of the samples drawn by predict.
 
     Raises:

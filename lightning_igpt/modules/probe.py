@@ -28,11 +28,10 @@ MOMENTUM = 0.9  # of SGD: paper, section 3.4
 class ProbeModule(IGPTModule):
     """Measure how linearly separable the classes are at each layer of a frozen network.
 
-    With solver=lbfgs, one pass over the training images collects the features of all layers, one classifier per layer
-    is fitted to them, and ``fit`` ends. With solver=knn it ends after that pass, whose images then vote. With sgd the
-    classifiers are trained on batches. Validation logs ``probe/layer_<l>/accuracy``, picks the best layer (by the
-    first of several loaders) and logs its ``val/accuracy``; test logs ``test/layer_<l>/accuracy`` and, as
-    ``test/accuracy``, that of the layer picked on validation.
+    With solver=lbfgs, one pass over the training images collects the features of all layers, and a classifier per layer
+    is fitted to them. With knn, the images of that pass vote. With sgd, the classifiers are trained on batches.
+    Validation logs ``probe/layer_<l>/accuracy``, picks the best layer (by the first of several loaders) and logs its
+    ``val/accuracy``; test logs ``test/layer_<l>/accuracy`` and ``test/accuracy``, that of the picked layer.
 
     Args:
         pretrained: As in PretrainModule. None probes an untrained network, as a baseline; then give ``network``.
@@ -45,22 +44,23 @@ class ProbeModule(IGPTModule):
         solver: ``lbfgs`` fits to all features at once, as the paper does for CIFAR and STL-10. ``sgd`` keeps none, as
             the paper does for ImageNet: momentum 0.9, a cosine to zero; it needs a loader that shuffles. ``knn`` fits
             nothing: the k training images with the highest cosine to an image have exp(cosine / temperature) votes each
-            (Caron et al., 2021). Checkpoints hold the features of all training images, 4 bytes per number.
-        concat: lbfgs only: an odd number of layers, centered on the best, that are fitted together once validation has
-            picked that (the paper: 5); logged as ``val/concat_accuracy`` and ``test/concat_accuracy``. Default: none.
+            (Caron et al., 2021); its checkpoints contain the features of all training images in float32.
+        concat: lbfgs only: odd number of layers, centered on the best of validation, that are also fitted together (the
+            paper: 5); logged as ``val/concat_accuracy`` and ``test/concat_accuracy``. Default: none.
         c: lbfgs only: inverse strength of the L2 penalty, as scikit-learn's C. From a list (default: 0.001, 0.01, 0.1,
-            1, 10) each layer takes what is best on a held-out tenth of the training images, then fits to all.
+            1, 10) each layer takes the best on a held-out tenth of the training images, then fits to all.
         standardize: Scale each feature to mean 0 and variance 1 first; under SGD by batch normalization without gain
             and bias, as in the probes of MAE (He et al., 2022).
         max_iter: lbfgs only: upper bound on steps per classifier.
-        k: knn only: how many neighbors vote.
-        temperature: knn only: the lower, the more the nearest count.
+        k: knn only: number of neighbors that vote.
+        temperature: knn only: lower values give the nearest neighbors more weight.
         lr: sgd only: learning rate at the start. The paper tried 30, 10, 3, ... and does not state its scaling.
         weight_decay: sgd only: L2 decay of the weights. The paper states none.
         mask_ratio: BERT networks only: probability that an input pixel is hidden.
         mask_inputs: BERT networks only: hide input pixels, in evaluation too, as the paper does.
         n_masks: BERT networks only: masks under which an image is evaluated, as in FineTuneModule.
-        max_feature_bytes: lbfgs only: features beyond so many bytes per process move to temporary files, in TMPDIR.
+        max_feature_bytes: lbfgs only: features beyond this number of bytes per process move to temporary files in
+            TMPDIR.
         keys: As in PretrainModule.
         seed: Seed of BERT's masks, of ties between their votes, and of the tenth that c is chosen on.
     """

@@ -155,11 +155,11 @@ def push_to_hub(
 def _load(source: str | Path, palette: Palette | None) -> Pretrained:
     text, path = str(source), Path(source).expanduser()
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        raise ValueError(f"{text}: weights are not fetched from addresses; download the file and name its path")
+        raise ValueError(f"{text}: weights are not fetched from URLs; download the file and name its path")
     if Path(f"{path}.index").exists():
         return openai.load_checkpoint(path, palette)
     if path.is_file() and path.suffix == ".npz":
-        raise ValueError(f"{path}: .npz archives are read up to version 0.1; convert it there --to safetensors")
+        raise ValueError(f"{path}: only version 0.1 reads .npz archives; convert it there --to safetensors")
     if path.is_file():
         return native.load_file(path) if path.suffix == ".safetensors" else checkpoint.load_checkpoint(path)
     if (path / ".metadata").exists():
@@ -192,4 +192,4 @@ def _download(repository: str, revision: str | None) -> Path:
         if error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
             cache = f"downloads are kept in {HF_HUB_CACHE}; set HF_HOME to a folder with room that can be written"
             raise OSError(error.errno, f"{error.strerror}; {cache}", error.filename) from error
-        raise FileNotFoundError(f"{where} is neither a path here nor a hub repository in reach: {error}") from error
+        raise FileNotFoundError(f"{where} is neither a path here nor an accessible hub repository: {error}") from error

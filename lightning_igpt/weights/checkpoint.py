@@ -35,7 +35,7 @@ def load_checkpoint(path: Path) -> Pretrained:
     try:
         config, sha256 = ImageGPTConfig.resolve(checkpoint[STAMP]["network"]), checkpoint[STAMP]["palette_sha256"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} is damaged: its own description lacks or garbles {error}") from error
+        raise ValueError(f"{where} is damaged: missing or wrong in its metadata: {error}") from error
     # Lightning's WeightAveraging puts the average into state_dict and the raw weights elsewhere.
     state = tensors_in(checkpoint.get("state_dict"), path)
     palette = check_palette(state.get(COLORS), config, sha256, where)

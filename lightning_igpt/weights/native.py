@@ -179,8 +179,7 @@ def load_file(path: Path) -> Pretrained:
         header = json.loads(metadata[HEADER])
         config, sha256 = ImageGPTConfig.resolve(header["network"]), header["palette_sha256"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        message = f"{path} was not written by lightning-igpt convert; name the folder of a file by transformers"
-        raise ValueError(message) from error
+        raise ValueError(f"{path} was not written by convert; for transformers' files, name the folder") from error
     network = read_network(config, state, str(path))
     palette = check_palette(state.get(COLORS), config, sha256, str(path))
     head, names = None, header.get("class_names")

@@ -147,7 +147,7 @@ def check_local(path: str | Path) -> None:
     """Raise a ValueError where ``path`` is an address to fetch from, or names no file of a run's whole state."""
     text, path = str(path), Path(path)
     if ADDRESS.search(text):
-        raise ValueError(f"{text}: checkpoints are not fetched from addresses; download the file and name its path")
+        raise ValueError(f"{text}: checkpoints are not fetched from URLs; download the file and name its path")
     if path.is_dir():
         kind = SHARDS if (path / ".metadata").exists() else "a folder; name a checkpoint in it"
         raise ValueError(f"{path} is {kind}")

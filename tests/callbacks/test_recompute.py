@@ -74,7 +74,7 @@ def test_auto_takes_the_least_that_fits():
         for how in ("none", "selective", "full"):
             assert decide(config, 32, needed(how, **options), **options).how == how
         nothing = decide(config, 32, needed("full", **options) - 1, **options)
-        assert nothing.how == "full" and "which does not fit; 31 images at once would" in nothing.reason
+        assert nothing.how == "full" and "which does not fit; a micro-batch of 31 would" in nothing.reason
     assert "not even one image does" in decide(PRESETS["igpt_xl"], 1, 74 * GIB).reason
 
 

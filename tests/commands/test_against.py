@@ -76,6 +76,6 @@ def test_the_table_is_that_of_the_images_and_the_mean_of_others(network_folder, 
         assert [float(word) for word in table[name]] == pytest.approx([auroc, fpr, 6, 6, 5], abs=1e-5)
         assert re.search(rf"^{name} +{auroc:.4f} +{fpr:.4f}$", said, re.M)
         assert [float(row[name]) for row in by_image] == pytest.approx(torch.cat(pair).tolist(), abs=2e-6)
-    assert "5 images against 6; 6 others gave the mean" in said
+    assert "5 images against 6; mean of 6 others: " in said
     with pytest.raises(SystemExit, match="needs at least 2 images"):
         run(network_folder, tmp_path / "y.csv", "--limit", "1", "--against", str(tmp_path / "odd"))

@@ -56,7 +56,7 @@ def tensor(image):
 def test_every_kind_of_file_is_counted(photos, capsys):
     text, said = shown(capsys, photos, "--image_size", 16, "--palette", "gray:4")
     assert (said["source"], said["splits"], said["columns"]) == (str(photos), "train 7", "image, no labels")
-    assert said["classes"] == "none" and said["looked at"] == "7 of train"
+    assert said["classes"] == "none" and said["examined"] == "7 of train"
     assert said["images"] == "RGB 2, L 1, I;16 1, RGBA 1, CMYK 1; 16 x 16 to 90 x 70"
     assert said["bad images"].startswith("1;")
     assert "  photos/e.jpg: the file is not an image of a known format" in text
@@ -93,7 +93,7 @@ def test_classes_and_splits_are_counted(tmp_path, capsys):
     text, said = shown(capsys, tmp_path / "stored", "--palette", "gray:4", "--limit", 6)
     assert said["splits"] == "train 21, test 4" and said["columns"] == "image, label"
     assert said["classes"] == "2, with 10 to 11 images of train each" and "  a  11\n  b  10\n" in text
-    assert said["looked at"] == "6 of train, 4 of test" and said["bad images"] == "none"
+    assert said["examined"] == "6 of train, 4 of test" and said["bad images"] == "none"
 
 
 def test_hidden_labels_and_many_classes(tmp_path, capsys):

@@ -288,7 +288,7 @@ def test_a_request_that_goes_away_ends_its_drawing(caplog):
         connection.close()
         status, lines = ask(port, "/0/draw", tokens=first_picture(room), keep_rows=47, n_samples=1)
         assert status == 200 and "seconds" in lines[-1]
-    assert "drawing ended: the reader is gone" in caplog.text
+    assert "drawing ended: the browser has disconnected" in caplog.text
 
 
 def test_one_drawing_at_a_time():

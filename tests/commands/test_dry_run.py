@@ -38,7 +38,7 @@ def test_fit_says_what_would_run(capsys):
     assert "674,112 parameters, 8 x 8 pixels" in rows["network"] and rows["weights"] == "drawn at random"
     assert rows["data"] == "digits: 1,293 training, 360 test, 144 validation images"
     steps = yaml.safe_load((recipes.folder() / "digits_tiny_pretrain.yaml").read_text())["trainer"]["max_steps"]
-    assert rows["length"] == f"{steps} steps of 16 images (16 at once x 1 devices x 1 accumulated)"
+    assert rows["length"] == f"{steps} steps of 16 images (16 at once x 1 device x 1 accumulated)"
     assert rows["results"].startswith("runs/digits_tiny_pretrain")
     assert re.fullmatch(r"0\.\d+ of [\d.]+ GiB usable per device, recompute none", rows["memory"])
     assert steps == 800 and "strategy SingleDeviceStrategy" in said and "precision " in said
@@ -108,10 +108,10 @@ def test_resume_auto_and_checkpoints_are_tried(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fit", "--data.batch_size", "5000"], "5000 exceeds the 1293 training images"),
+        (["fit", "--data.batch_size", "5000"], "5000 exceeds the number of training images, 1293"),
         (
             ["fit", "--data.batch_size", "9", "--trainer.accumulate_grad_batches", "2"],
-            "9 is no multiple of 1 devices x 2 batches",
+            "9 is no multiple of devices 1 x micro-batches 2",
         ),
         (["fit", "--data.image_size", "9"], "image_size is 9, but the network reads images of 8 x 8"),
         (["fit", "--trainer.default_root_dir", "file.txt"], "file.txt is a file"),

@@ -127,7 +127,7 @@ def test_evaluation_leaves_them_out_and_says_which(tmp_path, cache, num_workers)
 @pytest.mark.parametrize("cache", ["none", "disk"])
 def test_a_batch_of_nothing_stops_evaluation(tmp_path, cache):
     data = skipping(spoiled((2, 3)), ProbeDataModule, batch_size=2, cache=cache, palette="gray:16")
-    with pytest.raises(BadImageError, match=r"^none of the 2 images of a batch can be read; the first is .*row 2: the"):
+    with pytest.raises(BadImageError, match=r"^no image of a batch of 2 can be read; the first is .*row 2: the"):
         list(data.train_dataloader())
 
 

@@ -97,7 +97,7 @@ def test_labels_are_matched_by_name():
 
 def test_bad_labels():
     names = ["cat", "dog"]
-    with pytest.raises(ValueError, match=r"1 of 3 rows of S, split 'test' have no 'label', as row 1"):
+    with pytest.raises(ValueError, match=r"S, split 'test' has no 'label' in 1 of 3 rows, such as row 1"):
         encode(column([0, None, 1], ClassLabel(names=names)), names)
     with pytest.raises(ValueError, match=r"2 of 3 labels .*outside 0\.\.1, the first is -1 in row 1; .*hidden"):
         encode(column([0, -1, -1], ClassLabel(names=names)), names)

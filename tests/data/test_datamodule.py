@@ -129,7 +129,7 @@ def test_bad_labels_stop_before_training(cls):
         (rows(images), "has no labels"),
         (rows(images, [0] * 9), "a single class"),
         (rows(images, [0, 1, -1] * 3), "hidden"),
-        (rows(images, [0, 1, None] * 3), "have no 'label'"),
+        (rows(images, [0, 1, None] * 3), "has no 'label'"),
     ):
         with pytest.raises(ValueError, match=message):
             ready(cls, source)
@@ -209,7 +209,7 @@ def test_options_that_divide_the_rows_need_another_setup():
             data.batch_size = value
             data.train_dataloader()
     data.batch_size, data.seed, data.val_fraction = 5, 1, 0.5
-    with pytest.raises(RuntimeError, match=r"call setup\(\) before .*, also after a change of what it divides"):
+    with pytest.raises(RuntimeError, match=r"call setup\(\) before .*, and again after changing source or splits"):
         data.train_dataloader()
     data.setup()
     other = ready(PretrainDataModule, tiny(30), batch_size=5, image_size=4, seed=1, val_fraction=0.5)

@@ -124,7 +124,7 @@ def test_metadata(tmp_path):
     """It adds columns, and says which images there are; class folders keep their labels."""
     save_images(tmp_path, ["train/cat/1.png", "train/dog/test-2.png", "train/dog/3.png", "test/cat/4.png"])
     write(tmp_path / "train/metadata.csv", "\ufefffile_name,text,kind\ncat/1.png,née,None\ndog/test-2.png,,a\n")
-    with pytest.warns(UserWarning, match=r"1 images that no metadata names are left out, such as .*train/dog/3\.png"):
+    with pytest.warns(UserWarning, match=r"left out 1 image without metadata, such as .*train/dog/3\.png"):
         found = open_path(tmp_path)
     train = found["train"].remove_columns("image").to_dict()
     assert train == {"text": ["née", None], "kind": ["None", "a"], "label": [0, 1]} and len(found["test"]) == 1

@@ -39,7 +39,7 @@ def test_a_step_that_cannot_be_divided():
         order(batch_size=46, world_size=4, accumulate=3)
     with pytest.raises(ValueError, match=r"batch_size 5.* 8 devices x accumulate_grad_batches 1; .* to 8, or"):
         order(batch_size=5, world_size=8)
-    with pytest.raises(ValueError, match=r"batch_size 27 exceeds the 26 training images"):
+    with pytest.raises(ValueError, match=r"batch_size 27 exceeds the number of training images, 26"):
         order(batch_size=27)
 
 
@@ -48,7 +48,7 @@ def test_a_step_that_cannot_be_divided():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_reads_every_row_once(n, batch_size, world_size):
     if n < world_size:
-        with pytest.raises(ValueError, match=f"{n} images cannot be divided among {world_size} devices"):
+        with pytest.raises(ValueError, match=f"{world_size} devices exceed the number of images, {n}"):
             EvalOrder(n, batch_size=batch_size, world_size=world_size)
         return
     orders = [EvalOrder(n, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]

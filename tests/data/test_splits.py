@@ -46,7 +46,7 @@ def test_training_on_the_test_split_leaves_nothing_to_test_on():
         ({"train": 4}, {"val_split": "vla"}, "val_split is 'vla', but .* has the splits train"),
         ({"train": 4}, {"val_split": "train"}, "val_split 'train' and train_split 'train' have 4 rows in common"),
         ({"train": 4}, {"test_split": "train"}, "test_split 'train' and .* have 4 rows in common"),
-        ({"train": 1}, {}, "'train' of .* has 1 images; holding out 1 .* set val_fraction=0"),
+        ({"train": 1}, {}, "'train' of .* has 1 image; holding out 1 .* set val_fraction=0"),
         ({"train": 4, "test": 0}, {}, "no rows in the split 'test'"),
     ],
 )

@@ -376,6 +376,6 @@ def test_lengths(tmp_path, caplog):
             trainer(**options).fit(Looker(4), PretrainDataModule(iterable(None, 9, 3), batch_size=2))
     with caplog.at_level("INFO"):
         loader = stream_of(generator(None, 9, 1), num_workers=3, val_fraction=0).train_dataloader()
-    assert loader.num_workers == 1 and "has 1 shards for 1 devices, so 1 of 3 workers read it" in caplog.text
-    with pytest.raises(ValueError, match="cache is 'disk', but rows of a stream do not come back; use cache=none"):
+    assert loader.num_workers == 1 and "1 of 3 workers can read" in caplog.text
+    with pytest.raises(ValueError, match="cache is 'disk', but a stream cannot be cached; use cache=none"):
         stream_of(iterable(None, 9, 3), cache="disk")

@@ -100,7 +100,7 @@ def test_wrong_data_are_explained(dataset, tokenized):
     stream, unknown = dataset.to_iterable_dataset(), lambda: iter([{"image": None}])
     for data, options, message in (
         (datasets.DatasetDict(train=tokenized), {}, "split 'train' is tokenized already: .* label, text, tokens, pal"),
-        (dataset.rename_column("text", "palette"), {}, "the dataset has a column 'palette' of its own"),
+        (dataset.rename_column("text", "palette"), {}, "the dataset already has a column 'palette'"),
         (dataset.remove_columns("image"), {}, "the dataset has no column of type Image; set image_column"),
         (dataset, {"image_column": "img"}, "image_column is 'img',"),
         (dataset, {"size": 0}, "size is 0"),
@@ -256,7 +256,7 @@ def test_damage_is_noticed(tmp_path, damage, n):
             seen("kept", streaming=streaming)
     (file,) = (tmp_path / "images").glob("cache-*.arrow")
     spoil(file)
-    with pytest.warns(UserWarning, match="the token cache is made again: "):
+    with pytest.warns(UserWarning, match="rebuilding the token cache: "):
         assert torch.equal(seen("images", **cached), whole)
     assert torch.equal(seen("images", **cached), whole)
 

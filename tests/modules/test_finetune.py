@@ -212,7 +212,7 @@ def test_classes_are_named_as_in_training_unless_the_user_names_them(tmp_path, c
     module = FineTuneModule(class_names=given, **options)
     trainer.test(module, FineTuneDataModule("digits"), ckpt_path=tmp_path / "some.ckpt", verbose=False)
     assert module.class_names == (given or trained.class_names)
-    assert ("keeping the former" in caplog.text) == (given is None)
+    assert ("using the checkpoint's" in caplog.text) == (given is None)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_without_validation_no_layer_is_picked(tmp_path):
         ({"max_feature_bytes": -1}, "max_feature_bytes is -1; it must be 0 or more"),
         ({"n_masks": 0}, "n_masks is 0; it must be above 0"),
         ({"concat": 2}, "concat is 2; it must be an odd number"),
-        ({"concat": 5}, "concat is 5, but only 3 layers are probed"),
+        ({"concat": 5}, "concat is 5, but the probed layers are 3"),
         ({"concat": 3, "solver": "sgd"}, "concat=3 needs a fit to all features, which solver='sgd' has not"),
         ({"layers": "al"}, "'all', or a list"),
         ({"layers": 1}, "'all', or a list"),

@@ -187,9 +187,9 @@ def test_an_embedded_name_gives_way_to_weights_but_not_to_photos(tmp_path, monke
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("https://example.org/model.ckpt", ValueError, "not fetched from addresses"),
-        ("http:/example.org/model", ValueError, "not fetched from addresses"),
-        ("s3://bucket/model.ckpt", ValueError, "not fetched from addresses"),
+        ("https://example.org/model.ckpt", ValueError, "not fetched from URLs"),
+        ("http:/example.org/model", ValueError, "not fetched from URLs"),
+        ("s3://bucket/model.ckpt", ValueError, "not fetched from URLs"),
         ({"n_layer": 1}, ValueError, "what describes a network without weights is for network="),
         ("nowhere.ckpt", FileNotFoundError, "does not exist"),
         ("", ValueError, "name a file, a folder, a hub id or an embedded network"),
@@ -240,7 +240,7 @@ def test_a_changed_palette_or_a_missing_part_is_noticed(tmp_path, checkpoint):
         load_pretrained(bad)
     for part in ("state_dict", "lightning_igpt"):
         torch.save({**content, part: {}}, bad)
-        with pytest.raises(ValueError, match=r"bad\.ckpt is damaged: its (palette|own description)"):
+        with pytest.raises(ValueError, match=r"bad\.ckpt is damaged: (its palette|missing or wrong in its metadata)"):
             load_pretrained(bad)
 
 

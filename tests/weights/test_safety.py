@@ -51,5 +51,5 @@ ADDRESSES = ["http://127.0.0.1/x", "HTTPS://127.0.0.1/x", "ftp://a/x", "simpleca
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_addresses_are_refused(address):
-    with pytest.raises(ValueError, match="not fetched from addresses; download the file and name its path"):
+    with pytest.raises(ValueError, match="not fetched from URLs; download the file and name its path"):
         check_local(address)
