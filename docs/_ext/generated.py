@@ -85,7 +85,7 @@ def recipes_page():
         "",
         "`--config` takes these names; [Recipes](../how-to/recipes.md) explains the format.",
     ]
-    lines += ["", "| recipe | what | result |", "|---|---|---|"]
+    lines += ["", "| recipe | purpose | result |", "|---|---|---|"]
     for name, text in texts.items():
         sentence, result = summary(text)
         lines.append(f"| [{name}](#{name.replace('_', '-')}) | {sentence} | {result} |")
@@ -102,7 +102,7 @@ def costs_page():
         "Training with AdamW in bf16-mixed on one GPU, not compiled, without dropout, computed by the formulas of",
         "[`plan`](planning.md). Three values are those of `recompute` none / selective / full.",
         "",
-        "| network | parameters | tokens | FLOPs per image | GiB per image | images at once on 24 GB | on 80 GB |",
+        "| network | parameters | tokens | FLOPs per image | GiB per image | images at once, 24 GB | images at once, 80 GB |",
         "|---|---|---|---|---|---|---|",
     ]
     for size in ("s", "m", "l"):
