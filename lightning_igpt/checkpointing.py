@@ -189,7 +189,8 @@ def _candidates(where: str | Path | Trainer) -> list[Path]:
     root = Path(where.default_root_dir).absolute()
     logs = [(Path(logger.save_dir or root).absolute(), str(logger.name or "")) for logger in where.loggers]
     named = [getattr(callback, "dirpath", None) for callback in where.checkpoint_callbacks]
-    folders = [root / "checkpoints", *(place / name for place, name in logs)]
+    folders = [folder for place, name in logs for folder in ([place / name] if name else place.glob("version_*"))]
+    folders += [root / "checkpoints"]
     folders += [Path(folder).absolute() for folder in named if folder and "://" not in str(folder)]
     own = {path for folder in folders for path in checkpoints_in(folder)} | set(checkpoints_in(root, "*.ckpt"))
     patterns = [f"{levels}{inner}*.ckpt" for levels in ("*/", "*/*/") for inner in ("", "checkpoints/**/")]

@@ -101,7 +101,7 @@ def read_runs(folders: Iterable[Path], metric: str, values: Path | None = None) 
                 found = [(max(step for step, _ in last.values()), given[place])]
             if found:
                 ends = [1 - value if metric.endswith("accuracy") else value for _, value in found]
-                name = str(table.parent.relative_to(folder)).removesuffix("/lightning_logs/version_0")
+                name = str(table.parent.relative_to(folder)).removesuffix("/version_0")
                 runs.append(_read_run(table.parent / "run.json", name, 1 + max(step for step, _ in found), min(ends)))
             others |= last.keys()
     if not runs:

@@ -9,7 +9,9 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch import callbacks as theirs
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO, LayerSync, MixedPrecision, Precision
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -118,6 +120,10 @@ def make_trainer(
     savers = [] if monitor is None and mode is None else [ModelCheckpoint(monitor=monitor, mode=_mode(monitor, mode))]
     _fill(chosen, [*savers, *_checkpoints(steps, checkpoint_every)], kwargs)
     _add(chosen, ours.CompileBlocks(compile), ours.Recompute(recompute))  # in this order: compiled, blocks keep less
+    root = kwargs.get("default_root_dir")
+    if root and kwargs.get("logger") in (None, True) and not kwargs.get("barebones"):
+        # Lightning's default without the folder "lightning_logs", so that TensorBoard's names of runs are short.
+        kwargs["logger"] = TensorBoardLogger(root, name="", version=SLURMEnvironment.job_id())
     trainer = Trainer(
         max_steps=max_steps,
         max_epochs=-1 if steps else max_epochs,

@@ -42,4 +42,4 @@ def study(target, budgets=(2e12, 8e12, 3.2e13), widths=(16, 24, 32, 48, 64, 96),
             run = Run(f"{width}x2_{budget:g}", config, images)
             n, d, *_ = run.point()
             values = value(n, d) if value else {METRIC: law(n, d), "val/bits_per_pixel": law(n, d) / math.log(2)}
-            write_run(target / run.name / "lightning_logs" / "version_0", run, values)
+            write_run(target / run.name / "version_0", run, values)

@@ -76,6 +76,6 @@ def test_two_machines_equal_one_process(tmp_path, objective):
     for name, value in expected["state_dict"].items():
         torch.testing.assert_close(found["state_dict"][name], value, rtol=1e-5, atol=1e-6)
     assert found["lightning_igpt"]["validation"] == pytest.approx(expected["lightning_igpt"]["validation"], rel=1e-5)
-    (version,) = (tmp_path / "two" / "run" / "lightning_logs").iterdir()  # one machine writes, in one folder
+    (version,) = (tmp_path / "two" / "run").iterdir()  # one machine writes, in one folder
     assert len(json.loads((version / "run.json").read_text())["runs"]) == 1
     assert sorted(path.name for path in version.rglob("*.ckpt")) == ["final.ckpt", "step=10.ckpt"]

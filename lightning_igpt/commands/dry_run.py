@@ -43,7 +43,7 @@ def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | 
     yield row("data", f"{source}: {f'{shown} images' if shown else 'not opened, to avoid a download or conversion'}")
     chosen = choices(trainer, model)
     if verb == "fit":
-        yield from _fit(trainer, model, data, counts.get("train"))
+        yield from _fit(trainer, model, data, counts)
     yield from (row("", text) for text in chosen)
     places = [str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]
     yield row("results", ", ".join(dict.fromkeys(places)) or str(trainer.default_root_dir))
@@ -63,7 +63,8 @@ def images(data: Any) -> dict[str, int]:
     return {role: len(part) for role, part in data.parts.items()}
 
 
-def _fit(trainer: Trainer, model: Any, data: Any, n_images: int | None) -> Iterator[str]:
+def _fit(trainer: Trainer, model: Any, data: Any, counts: dict[str, int]) -> Iterator[str]:
+    n_images = counts.get("train")
     step, world, parts = getattr(data, "batch_size", None), trainer.world_size, trainer.accumulate_grad_batches
     trained = hasattr(model, "network") and any(weight.requires_grad for weight in model.network.parameters())
     if not isinstance(step, int):
@@ -78,7 +79,7 @@ def _fit(trainer: Trainer, model: Any, data: Any, n_images: int | None) -> Itera
     size = f"{counted(step, 'image')} ({shared})"
     yield row("length", f"{'unknown steps' if steps is None else counted(steps, 'step')} of {size}")
     if hasattr(model, "network"):
-        yield from _costs(trainer, model, step, steps, trained)
+        yield from _costs(trainer, model, step, steps, trained, validated(trainer, counts, step, steps))
         limits = [float(one.time_remaining() or 0) for one in trainer.callbacks if isinstance(one, Timer)]  # type: ignore[attr-defined]
         yield from (row("", f"ends after {hours(seconds)} (max_time)") for seconds in limits)
 
@@ -93,7 +94,17 @@ def length(trainer: Trainer, step: int, n_images: int | None) -> int | None:
     return min((end for end in ends if end > 0), default=None)
 
 
-def _costs(trainer: Trainer, model: Any, step: int, steps: int | None, trained: bool) -> Iterator[str]:
+def validated(trainer: Trainer, counts: dict[str, int], step: int, steps: int | None) -> int:
+    """Images that all validations of the run read; 0 where the number of images, steps or validations is not known."""
+    every, parts, limit = trainer.val_check_interval, trainer.accumulate_grad_batches, trainer.limit_val_batches
+    if isinstance(every, float):  # of an epoch
+        every = max(1, int(every * counts.get("train", 0) * parts / step))
+    images = counts.get("val", 0)
+    images = int(images * limit) if isinstance(limit, float) else min(images, limit * step // parts)
+    return (steps or 0) * parts // every * images if isinstance(every, int) else 0
+
+
+def _costs(trainer: Trainer, model: Any, step: int, steps: int | None, trained: bool, validated: int) -> Iterator[str]:
     """Memory and time by the formulas of ``planning``; on a CPU by the speed of a few training steps."""
     place, precision, config = trainer.strategy.root_device, str(trainer.precision), model.config
     kind, world = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type, trainer.world_size
@@ -109,8 +120,9 @@ def _costs(trainer: Trainer, model: Any, step: int, steps: int | None, trained: 
     if trained:
         yield row("memory", _memory(trainer, config, step, device))
         share = f"{run.mfu:.0%} of {speed}" if device.torch_name else f"the speed of {STEPS} training steps now"
-        yield row("time", f"about {hours(run.seconds)}{' per step' * (steps is None)}, at {share}")
-        yield row("", "plus reading images, validating and drawing pictures")
+        seconds = run.seconds * (1 + validated / (3 * step * (steps or 1)))  # a forward pass is a third of a step
+        yield row("time", f"about {hours(seconds)}{' per step' * (steps is None)}, at {share}")
+        yield row("", "plus start, reading images and drawing pictures")
     else:
         rate = device.reached(precision) / (config.n_positions * planning.forward_flops_per_token(config))
         yield row("time", f"features: at most {rate:,.3g} images/s, without fitting ({speed})")

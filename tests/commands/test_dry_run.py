@@ -42,7 +42,8 @@ def test_fit_says_what_would_run(capsys):
     assert rows["results"].startswith("runs/digits_tiny_pretrain")
     assert re.fullmatch(r"0\.\d+ of [\d.]+ GiB usable per device, recompute none", rows["memory"])
     assert steps == 800 and "strategy SingleDeviceStrategy" in said and "precision " in said
-    seconds = 800 * 16 * 64 * train_flops_per_token(ImageGPTConfig(6, 4, 96, vocab_size=16, image_size=8)) / 1e10
+    trained = 800 * 16 + 10 * 144 / 3  # a forward pass, of 10 validations, is a third of a step
+    seconds = trained * 64 * train_flops_per_token(ImageGPTConfig(6, 4, 96, vocab_size=16, image_size=8)) / 1e10
     assert rows["time"] == f"about {plan.hours(seconds)}, at the speed of 5 training steps now"
 
 
