@@ -102,7 +102,7 @@ def costs_page():
         "Training with AdamW in bf16-mixed on one GPU, not compiled, without dropout, computed by the formulas of",
         "[`plan`](planning.md). Three values are those of `recompute` none / selective / full.",
         "",
-        "| network | parameters | tokens | FLOPs per image | GiB per image | images at once, 24 GB | images at once, 80 GB |",
+        "| network | parameters | tokens | FLOPs per image | GiB per image | images on 24 GB | images on 80 GB |",
         "|---|---|---|---|---|---|---|",
     ]
     for size in ("s", "m", "l"):
