@@ -187,7 +187,7 @@ def _figures(run: Run) -> Iterator[str]:
     last = [sorted(folder.glob("completions/step-*.png"))[-1:] for folder in folders]
     for path in [*chain.from_iterable(last), *(folder / name for folder in folders for name in PICTURES)]:
         step = path.stem.replace("-", " ")
-        caption = PICTURES.get(path.name, f"Completions at {step}: the given part, samples, the truth.")
+        caption = PICTURES.get(path.name, f"Completions at {step}: given part, samples, ground truth.")
         try:
             yield from [picture(path, caption)] if path.exists() else []
         except (OSError, SyntaxError, ValueError) as error:  # whatever Pillow raises at the head of a file

@@ -316,7 +316,7 @@ def completion_rows(
     seed: int = 0,
     **options: Any,
 ) -> Tensor:
-    """The prompt, completions of it and the truth of whole images int64 (B, T): uint8 (B, 2 + n_samples, 3, S, S).
+    """The prompt, completions of it and the ground truth of images int64 (B, T): uint8 (B, 2 + n_samples, 3, S, S).
 
     ``keep_rows`` rows of pixels are given, from 0 to S - 1, by default half of them, or all but a ``hole`` of pixels,
     bool (S * S,). Options are those of ``complete`` or, for a hole and for a BERT network, of ``inpaint``.

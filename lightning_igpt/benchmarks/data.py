@@ -102,7 +102,7 @@ def make_sides(kind: str, files: Sequence[bytes], path: Path, batch: int) -> dic
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, measure in a temporary folder, print."""
     own = {"batch_size": (128, "images"), "images": (20_000, "small PNG files to make")}
-    options = harness.parse("data", __doc__, words, repeats=(25, "turns of each side"), **own)
+    options = harness.parse("data", __doc__, words, repeats=(25, "repetitions of each side"), **own)
     torch.set_num_threads(1)
     tables: dict[str, Comparison] = {}
     with TemporaryDirectory() as folder, quiet():

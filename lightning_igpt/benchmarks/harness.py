@@ -77,7 +77,7 @@ def parse(
     if precisions:
         parser.add_argument("--preset", choices=sorted(PRESETS), default="igpt_s", help="network (default igpt_s)")
         parser.add_argument("--precision", choices=precisions, help="default: what suits the device")
-    for option, (default, text) in ({"repeats": (5, "turns of each side")} | own).items():
+    for option, (default, text) in ({"repeats": (5, "repetitions of each side")} | own).items():
         kind: dict[str, Any] = {"action": "store_true"} if default is False else {"type": _count, "default": default}
         parser.add_argument(f"--{option.replace('_', '-')}", help=f"{text} (default {default})", **kind)
     options = parser.parse_args(words)
@@ -158,7 +158,7 @@ def machine_limits(device: str = "cpu", dtype: torch.dtype = torch.float32, repe
 def require(agrees: bool, what: str) -> None:
     """RuntimeError where two sides do not compute the same."""
     if not agrees:
-        raise RuntimeError(f"the sides disagree, so comparing their speed means nothing: {what}")
+        raise RuntimeError(f"the results differ, so their speeds are not comparable: {what}")
 
 
 def require_close(what: str, ours: Tensor, theirs: Tensor, bound: float) -> float:

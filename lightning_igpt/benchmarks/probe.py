@@ -87,7 +87,7 @@ def measure_layer(layer: int, options: Namespace) -> tuple[dict[str, Turns], dic
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, compare, print."""
     own = {name: (default, name) for name, default in SIZES.items()}
-    options = harness.parse("probe", __doc__, words, repeats=(1, "turns of each side"), **own)
+    options = harness.parse("probe", __doc__, words, repeats=(1, "repetitions of each side"), **own)
     if options.classes < 2 or options.rows < 10 * options.classes:
         sizes = f"--rows {options.rows} --classes {options.classes}"
         raise SystemExit(f"{sizes}: use 2 or more classes, 10 rows for each")

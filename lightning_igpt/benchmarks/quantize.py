@@ -54,7 +54,7 @@ def measure(options: Namespace) -> dict[str, Turns]:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, compare, print."""
-    own = {"size": (32, "side of the images"), "peer_images": (8, "images for the peer")}
+    own = {"size": (32, "side of the images"), "peer_images": (8, "images for transformers")}
     options = harness.parse("quantize", __doc__, words, repeats=(15, "turns"), batch_size=(128, "images"), **own)
     rows = measure(options)
     colors, pixels = Palette.load("openai").colors.numpy(), options.batch_size * options.size**2

@@ -81,7 +81,7 @@ def theirs(network: Any, prompt: Tensor, vocab_size: int) -> Side:
 @torch.inference_mode()
 def main(words: Sequence[str] | None = None) -> None:
     """Read the options, check, time, print."""
-    own = {"batch_size": (1, "images"), "steps": (24, "pixels of one turn")}
+    own = {"batch_size": (1, "images"), "steps": (24, "pixels per repetition")}
     options = harness.parse("sample", __doc__, words, ("half", "full", "int8"), **own)
     total = PRESETS[options.preset].n_positions
     if options.steps > total - 2:

@@ -1,4 +1,4 @@
-"""Grids of completions: half an image as prompt, samples of the rest, the truth."""
+"""Grids of completions: half an image as prompt, samples of the rest, the ground truth."""
 
 import logging
 from typing import Any

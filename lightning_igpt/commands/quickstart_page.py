@@ -42,7 +42,7 @@ def picture_sections(network: ImageGPT, palette: Palette, images: Tensor, out: P
             f"The network has never seen these emoji. It gets the upper {given} of {side} rows and draws the rest, "
             f"pixel by pixel, {N_SAMPLES} times.",
             report.pixels(
-                rows, "Part given, samples, truth", "Test emoji at even distances, not picked.", headings=heads
+                rows, "Given part, samples, ground truth", "Test emoji at even distances, not picked.", headings=heads
             ),
         ),
         report.section(
