@@ -1,4 +1,4 @@
-"""Makes the data set ``emoji``: ``python docs/make_emoji.py PACKAGE lightning_igpt/assets/emoji_data.parquet``.
+"""Makes the dataset ``emoji``: ``python docs/make_emoji.py PACKAGE lightning_igpt/assets/emoji_data.parquet``.
 
 PACKAGE is the unpacked package emoji-datasource-google (github.com/iamcal/emoji-data), 16.0.0 for the file that ships.
 The script prints the images of both splits by class, the nearest pairs across them, and the largest groups.

@@ -243,7 +243,7 @@ def test_accuracies_are_fitted_as_errors_of_the_best_layer_and_other_values_come
     [
         ({}, ["--metric", "val/none"], "no run there has val/none; they have epoch, val/bits_per_pixel, val/nats"),
         ({"budgets": (2e12,), "widths": (48, 64, 96)}, [], r"2e\+12 FLOPs the parabola has no minimum .* add smaller"),
-        ({"value": lambda n, d: {METRIC: d / 1e9}}, [], "the best val/nats_per_pixel is .* fitted to what falls"),
+        ({"value": lambda n, d: {METRIC: d / 1e9}}, [], "the best val/nats_per_pixel is .* a metric that falls"),
         ({"value": lambda n, d: {METRIC: -1.0}}, [], "the value to fit is -1; it must be above 0"),
     ],
 )

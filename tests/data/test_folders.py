@@ -104,7 +104,7 @@ def test_words_in_the_names_of_folders(tmp_path, names, splits):
         (["cat/train/1.png", "cat/test/2.png", "dog/train/3.png"], r"inside other folders \(cat, dog\).*outermost"),
         (["train/1.png", "test/2.png", "extra/3.png"], r"\(test, train\) and others \(extra/\)"),
         (["1.png", "2.png", "test/3.png"], r"\(test\) and .* \(1.png, 2.png\).*move the others into train/"),
-        (["Eval/1.png", "car/2.png", "dog/3.png"], r"\(car/, dog/\); where Eval .*class, rename it"),
+        (["Eval/1.png", "car/2.png", "dog/3.png"], r"\(car/, dog/\); if Eval .*class, rename it"),
         (["set/val/1.png", *(f"set/{i}/1.png" for i in range(8))], r"set has .*\(0/, 1/, 2/, 3/, 4/ and 3 more\)"),
         (["cat/train_images/1.png", "cat/test_images/2.png", "dog/train_images/3.png"], "splits inside other folders"),
     ],

@@ -42,7 +42,7 @@ def test_every_form_of_batch_gives_the_same_tokens():
     batch, places = {"photo": IMAGES, "kind": LABELS, "image": ["a.png"]}, {"image": 2, "label": 0}
     for found in (read(pair), read(batch, keys), read([LABELS, "a.png", IMAGES], places)):
         assert torch.equal(found.tokens, tokens) and torch.equal(found.labels, LABELS)
-    with pytest.raises(ValueError, match=r"no labels.*its keys are \['fine_label', 'img'\].*say keys="):
+    with pytest.raises(ValueError, match=r"no labels.*its keys are \['fine_label', 'img'\].*set keys="):
         need_labels(read({"img": IMAGES, "fine_label": LABELS}), 3)
     for form in forms[1:5]:
         assert torch.equal(read(form).labels, LABELS)

@@ -157,7 +157,7 @@ def test_a_native_file_keeps_its_header_and_one_by_another_program_is_refused(tm
     _, path = write("folder", tmp_path / "x", random_network())
     safetensors.torch.save_file({}, tmp_path / "deep.safetensors", {"lightning_igpt": "[" * 100_000})
     for foreign in (path, tmp_path / "deep.safetensors"):
-        with pytest.raises(ValueError, match="name the folder of a file by transformers"):
+        with pytest.raises(ValueError, match="for transformers' files, name the folder"):
             load_pretrained(foreign)
 
 
