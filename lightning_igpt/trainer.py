@@ -80,7 +80,7 @@ def make_trainer(
             tenth of a run counted in steps, at most 1000 steps; else an epoch.
         monitor: Also keep the checkpoint that is best in this metric, such as val/accuracy or val/nats_per_pixel.
         mode: Whether the least (min) or the largest (max) value of monitor is best. Default: max for names that end in
-            accuracy; min for those that end in loss, cross_entropy, nats_per_pixel, bits_per_pixel or bits_per_dim.
+            accuracy; min for loss, cross_entropy, nats_per_pixel (or _bound), bits_per_pixel and bits_per_dim.
         callbacks: Added to ModelCheckpoint, LearningRate, LayerCurve, ClassificationReport, RunRecord,
             Throughput, CompileBlocks, Recompute, DiskCheck, FiniteGuard, Preempt and Progress. A callback of such a
             class replaces ours, as do any progress bar and LearningRateMonitor.

@@ -34,7 +34,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, name, write, bro
     path.write_text("old")
     with monkeypatch.context() as patch:
         patch.setattr(*broken, fill_the_disk)
-        with pytest.raises(OSError, match=rf"{name} could not be saved.*as it was.*[\d,]+ are free"):
+        with pytest.raises(OSError, match=rf"{name} could not be saved.*is unchanged.*[\d,]+ are free"):
             write(path)
     assert path.read_text() == "old" and os.listdir(tmp_path) == [name]
     write(path)
