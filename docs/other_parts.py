@@ -1,4 +1,4 @@
-"""Other people's parts: each is tried with ours in a process of its own, and the verdicts make a table.
+"""Parts of other libraries: each is tested with ours in a separate process, and the verdicts make a table.
 
 ``python docs/other_parts.py [WORD ...] [--write docs/how-to/other-peoples-parts.md]`` tries all parts, or those whose
 names have one of the words; what is not installed is skipped.
