@@ -64,7 +64,7 @@ def test_other_sources_that_are_nothing(tmp_path):
         (tmp_path / "notes/notes.txt", ValueError, r"is no Parquet file, Arrow file or"),
         (tmp_path / "one/a.JPG", ValueError, r"a\.JPG is a single image; give the folder"),
         (tmp_path / "phone", ValueError, r"phone holds 1 image in formats that are not read \(\.heic\)"),
-        (tmp_path / "both", ValueError, r"2 image files and 1 Parquet files"),
+        (tmp_path / "both", ValueError, r"2 image files and 1 Parquet file"),
         ("/dev/null", ValueError, r"/dev/null is no Parquet file"),
         ("", ValueError, r"source is '': no file or folder of that name is here"),
         ([1, 2], TypeError, r"source is a list"),
