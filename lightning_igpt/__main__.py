@@ -4,7 +4,6 @@ Only what a verb needs is imported, so that ``--version``, ``--help`` and ``reci
 """
 
 import ctypes
-import difflib
 import importlib
 import io
 import os
@@ -13,7 +12,7 @@ import textwrap
 from collections.abc import Sequence
 
 from lightning_igpt import __version__
-from lightning_igpt.commands.help import LIGHTNING_VERBS, PROGRAM, columns
+from lightning_igpt.commands.help import LIGHTNING_VERBS, PROGRAM, columns, did_you_mean, usage_error
 
 OWN_VERBS = {
     "quickstart": "pretrain, complete, probe and fine-tune on embedded images, then write a report",
@@ -51,8 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, BrokenPipeError, SystemExit) as stop:
         cause = stop.__context__ if isinstance(stop, SystemExit) else stop  # Lightning and rich end with 1
         if isinstance(cause, KeyboardInterrupt):
-            hint = "; to continue from the newest checkpoint, add --resume auto to the command" * (words[:1] == ["fit"])
-            print(f"{PROGRAM}: interrupted{hint}", file=sys.stderr)
+            print(f"{PROGRAM}: interrupted", file=sys.stderr)
             return INTERRUPTED
         if not isinstance(cause, BrokenPipeError):
             raise
@@ -93,10 +91,7 @@ def _run(words: list[str]) -> None:
 
         run_verb(verb, words[1:], positional=verb in POSITIONAL)
     else:
-        closest = difflib.get_close_matches(verb, [*LIGHTNING_VERBS, *OWN_VERBS], n=1)
-        hint = f"; did you mean {closest[0]!r}?" if closest else "."
-        print(f"{PROGRAM}: there is no verb {verb!r}{hint} See {PROGRAM} --help", file=sys.stderr)
-        raise SystemExit(2)
+        usage_error(PROGRAM, f"there is no verb {verb!r}{did_you_mean(verb, LIGHTNING_VERBS | OWN_VERBS)}")
 
 
 def usage() -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_igpt import __version__
 from lightning_igpt.files import counted, write_text
-from lightning_igpt.pictures import SIZE, Plot, image_grid, plot_curves, surprise_colors, to_pil, to_svg
+from lightning_igpt.pictures import SIZE, Plot, image_grid, plot_curves, to_svg
 
 Curve: TypeAlias = tuple[list[int], list[float]]  # steps, values
 
@@ -135,9 +135,7 @@ def picture(path: Path, caption: str) -> Markup:
     return _figure(f'<div class="scroll" tabindex="0">{image}</div>', caption)
 
 
-def pixels(
-    rows: Tensor, alt: str, caption: str, *, headings: Sequence[str] = (), scale: int = 8, below: str = ""
-) -> Markup:
+def pixels(rows: Tensor, alt: str, caption: str, *, headings: Sequence[str] = (), scale: int = 8) -> Markup:
     """Small images, uint8 (R,C,3,H,W), in a transparent grid, in which a pixel has ``scale`` CSS pixels."""
     grid = image_grid(rows, scale=1, gap=1, background=(0, 0, 0))
     opaque = image_grid(torch.full_like(rows, 255), scale=1, gap=1, background=(0, 0, 0))[:1]
@@ -146,13 +144,7 @@ def pixels(
     above = "".join(f"<span>{html.escape(heading)}</span>" for heading in headings)
     above = f'<div class="headings">{above}</div>' if above else ""
     content = f'{above}<img src="{png_url(image)}" width="{width}" height="{height}" alt="{html.escape(alt)}">'
-    return _figure(f'<div class="pixels" style="width: {width * scale}px">{content}</div>{below}', caption)
-
-
-def surprise_legend(limit: float) -> Markup:
-    """The color scale of maps of surprise, from 0 to ``limit`` nats."""
-    bar = f'<img src="{png_url(to_pil(surprise_colors().T[:, None]))}" alt="colors from low to high">'
-    return Markup(f'<div class="legend"><span>0 nats</span>{bar}<span>{limit:.1f} or more</span></div>')
+    return _figure(f'<div class="pixels" style="width: {width * scale}px">{content}</div>', caption)
 
 
 def _numbers(run: Run) -> Iterator[tuple[str, ...]]:

@@ -120,10 +120,7 @@ def make_trainer(
     savers = [] if monitor is None and mode is None else [ModelCheckpoint(monitor=monitor, mode=_mode(monitor, mode))]
     _fill(chosen, [*savers, *_checkpoints(steps, checkpoint_every)], kwargs)
     _add(chosen, ours.CompileBlocks(compile), ours.Recompute(recompute))  # in this order: compiled, blocks keep less
-    root = kwargs.get("default_root_dir")
-    if root and kwargs.get("logger") in (None, True) and not kwargs.get("barebones"):
-        # Lightning's default without the folder "lightning_logs", so that TensorBoard's names of runs are short.
-        kwargs["logger"] = TensorBoardLogger(root, name="", version=SLURMEnvironment.job_id())
+    _shorten_names(kwargs)
     trainer = Trainer(
         max_steps=max_steps,
         max_epochs=-1 if steps else max_epochs,
@@ -138,6 +135,13 @@ def make_trainer(
     )
     _make_steady(trainer.loggers)
     return trainer
+
+
+def _shorten_names(kwargs: dict[str, Any]) -> None:
+    """Lightning's default logger without its folder "lightning_logs": TensorBoard's names of runs are short."""
+    root, given = kwargs.get("default_root_dir"), kwargs.get("logger")
+    if root and given in (None, True) and not kwargs.get("barebones"):
+        kwargs["logger"] = TensorBoardLogger(root, name="", version=SLURMEnvironment.job_id())
 
 
 def _has_precision(plugins: list[Any]) -> bool:

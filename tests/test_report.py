@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lightning_igpt.pictures import DARK, LIGHT, plot_curves
-from lightning_igpt.report import drawing, facts, picture, pixels, section, surprise_legend, table, write_page
+from lightning_igpt.report import drawing, facts, picture, pixels, section, table, write_page
 from tests.browser import check_page
 
 LOSS = {"training": (list(range(30)), [3 - step / 15 for step in range(30)]), "validation": ([9, 29], [2.5, 1.2])}
@@ -56,7 +56,7 @@ def everything(folder):
         section("A" * 80, "A paragraph, and a path: " + "/folder" * 40),
         section("Curve", drawing(plot, "a curve", "caption")),
         section("Wide", picture(folder / "wide.png", "caption " + "c" * 99), table(wide, ["head"] * 12)),
-        section("Small", pixels(rows, "black", "caption", headings=["1.234"] * 10, below=surprise_legend(4.0))),
+        section("Small", pixels(rows, "black", "caption", headings=["1.234"] * 10)),
         section("Made", facts("how", [("command", "x" * 300)])),
     ]
     write_page(folder / "page.html", "Title " + "t" * 60, "subtitle", sections)

@@ -1,6 +1,6 @@
-"""Save a checkpoint and exit when a scheduler asks the run to stop.
+"""Save a checkpoint and exit when a scheduler, or Ctrl-C, asks the run to stop.
 
-Lightning 2.6 ends a run on SIGTERM without a checkpoint and with exit status 0.
+Lightning 2.6 ends a run on SIGTERM without a checkpoint and with exit status 0, and on Ctrl-C without a checkpoint.
 """
 
 import logging
@@ -16,7 +16,7 @@ from typing import Any
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_igpt.checkpointing import validation_follows
 from lightning_igpt.files import os_error
@@ -25,24 +25,25 @@ log = logging.getLogger(__name__)
 
 
 class Preempt(Callback):
-    """On SIGTERM or SIGUSR1, finish the optimizer step, save ``preempted.ckpt`` and exit.
+    """On SIGTERM, SIGUSR1 or Ctrl-C, finish the optimizer step, save ``preempted.ckpt`` and exit.
 
     A signal to one of several processes stops all of them after the same step. A validation that is due or under way is
     finished first; a run in its last step ends as planned. A test, a prediction or a validation outside of ``fit`` ends
-    at once. On one device, an error of the operating system saves too.
+    at once, and so does a run at the second Ctrl-C. On one device, an error of the operating system saves too.
 
-    Under SLURM, a signal other than SIGTERM saves ``hpc_ckpt_<n>.ckpt`` instead, from which Lightning resumes by
-    itself, and requeues the job.
+    Under SLURM, a signal other than SIGTERM and SIGINT saves ``hpc_ckpt_<n>.ckpt`` instead, from which Lightning
+    resumes by itself, and requeues the job.
 
     Args:
         signals: Names of the signals, such as SIGTERM.
-        exit_status: Exit status of the process. To schedulers 143 means "ended by SIGTERM"; only 0 means success.
+        exit_status: Exit status of the process. To schedulers 143 means "ended by SIGTERM"; only 0 means success. After
+            Ctrl-C it is Lightning's, 1, and that of ``lightning-igpt fit`` is 130.
 
     Raises:
         ValueError: A signal does not exist here, or the exit status would mean success.
     """
 
-    def __init__(self, signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1"), exit_status: int = 143) -> None:
+    def __init__(self, signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1", "SIGINT"), exit_status: int = 143) -> None:
         unknown = [name for name in signals if not hasattr(signal, name) or name in ("SIGKILL", "SIGSTOP")]
         if unknown:
             raise ValueError(f"signals has {', '.join(unknown)}, which no process here can catch; name others")
@@ -70,12 +71,18 @@ class Preempt(Callback):
             return
 
         def note(number: int, frame: Any) -> None:
-            self._asked = signal.Signals(number).name
-            if trainer.state.fn != TrainerFn.FITTING:
-                raise SystemExit(self.exit_status)
+            before, self._asked = self._asked, signal.Signals(number).name
+            if trainer.state.fn != TrainerFn.FITTING or before == self._asked == "SIGINT":
+                raise self._end()
+            if self._asked == "SIGINT":
+                rank_zero_info("saving after this step; Ctrl-C again stops at once")
 
         for name in self.signals:
-            signal.signal(getattr(signal, name), note)
+            if name != "SIGINT" or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # of a shell's background job
+                signal.signal(getattr(signal, name), note)
+
+    def _end(self) -> BaseException:
+        return KeyboardInterrupt() if self._asked == "SIGINT" else SystemExit(self.exit_status)
 
     on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = _listen
 
@@ -101,7 +108,7 @@ class Preempt(Callback):
         """Save and exit on all processes, if a signal came to any of them."""
         if not trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False) or ends_here(trainer):
             return
-        under_slurm = self._asked not in ("", "SIGTERM") and SLURMEnvironment.detect()
+        under_slurm = self._asked not in ("", "SIGTERM", "SIGINT") and SLURMEnvironment.detect()
         requeue = trainer.strategy.reduce_boolean_decision(under_slurm, all=False)
         message = f"{self._asked or 'a signal to another process'} after step {trainer.global_step}"
         if trainer.global_step == self._first_step:
@@ -121,7 +128,7 @@ class Preempt(Callback):
                 array = os.environ.get("SLURM_ARRAY_JOB_ID")
                 job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
                 subprocess.run(["scontrol", "requeue", job], check=False)
-        raise SystemExit(self.exit_status)
+        raise self._end()
 
 
 def ends_here(trainer: Trainer) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import docstring_parser
 
-from lightning_igpt.commands.help import PROGRAM, SHARED, Parser, check_paths, parameters, texts, verbs
+from lightning_igpt.commands.help import PROGRAM, SHARED, Parser, check_options, check_paths, parameters, texts, verbs
 from lightning_igpt.files import shown
 
 SEEDS = 2**32  # NumPy's generators take seeds from 0 to one less
@@ -53,6 +53,7 @@ def read_words(
             summary = docs[name].short_description
             added = group.add_parser(name, prog=f"{prog} {name}", description=summary, help=summary)
             _add(added, function, positional)
+    check_options(functions.get("", functions.get(words[0] if words else "")), words, prog)
     options = vars(parser.parse_args(list(words)))
     return options.pop("verb", ""), options
 

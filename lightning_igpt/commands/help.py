@@ -3,6 +3,7 @@
 import argparse
 import ast
 import builtins
+import difflib
 import glob
 import inspect
 import re
@@ -10,7 +11,7 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,8 +97,23 @@ class Parser(argparse.ArgumentParser):
 
 def usage_error(prog: str, message: str) -> NoReturn:
     """Print a library's message about wrong usage on one line that ends with where to look, and exit with status 2."""
-    print(f"{prog}: {shown(' '.join(message.split())).rstrip('.')}. See {prog} --help", file=sys.stderr)
+    text = shown(" ".join(message.split())).rstrip(".")
+    print(f"{prog}: {text}{'' if text.endswith('?') else '.'} See {prog} --help", file=sys.stderr)
     raise SystemExit(2)
+
+
+def did_you_mean(word: str, names: Iterable[str], n: int = 1) -> str:
+    """The end of a message about an unknown name: the closest names, if any is close."""
+    closest = difflib.get_close_matches(word, list(names), n=n)
+    return f"; did you mean {' or '.join(map(repr, closest))}?" if closest else ""
+
+
+def check_options(function: Any, words: Iterable[str], prog: str) -> None:
+    """Refuse options that a function, if any, does not have; argparse would first ask for those that are required."""
+    names = [f"--{name}" for name in (*parameters(function), "help")] if function else []
+    for word in [word.partition("=")[0] for word in words if names and word.startswith("--")]:
+        if word not in names:
+            usage_error(prog, f"there is no option {word}{did_you_mean(word, names)}")
 
 
 def columns() -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_igpt import __version__
 from lightning_igpt.commands.arguments import check_folder
 from lightning_igpt.commands.lowdata import draw_subsets, features, measure
-from lightning_igpt.commands.quickstart_page import picture_sections, result_rows, write_report
+from lightning_igpt.commands.quickstart_page import completions_section, result_rows, write_report
 from lightning_igpt.config import ImageGPTConfig
 from lightning_igpt.data import FineTuneDataModule, PretrainDataModule, ProbeDataModule
 from lightning_igpt.features import fit_logistic
@@ -53,7 +53,8 @@ def quickstart(out: str = "igpt-quickstart", steps: int = 800, seed: int = 0) ->
     loaded = load_pretrained(str(folder / "pretrain.ckpt"))
     labeled = ProbeDataModule("emoji", image_size=NETWORK.image_size, val_fraction=0.0)
     labeled.setup()
-    pictures = picture_sections(loaded.network, loaded.palette, whole(labeled.test_dataloader())["image"], folder, seed)
+    images = whole(labeled.test_dataloader())["image"]
+    completions = completions_section(loaded.network, loaded.palette, images, folder, seed)
     print("3/4 probing every layer, and the same network untrained")
     results["probe"] = probe(folder, loaded.palette, seed)
     results["few_labels"] = few_labels(loaded, labeled, seed)
@@ -63,7 +64,7 @@ def quickstart(out: str = "igpt-quickstart", steps: int = 800, seed: int = 0) ->
     settings = {"steps": steps, "seed": seed, "threads": torch.get_num_threads(), "network": NETWORK.to_dict()}
     results |= {"settings": settings, "versions": {"lightning_igpt": __version__, "torch": torch.__version__}}
     write_text(folder / "report.json", json.dumps(results, indent=2) + "\n")
-    write_report(folder, results, pictures)
+    write_report(folder, results, completions)
     print(*(f"{what:<34}{value:<20}{note}" for what, value, note in result_rows(results)), sep="\n")
     print(f"open {(folder / 'report.html').resolve().as_uri()}")
 

@@ -4,81 +4,53 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_igpt import __version__, report
 from lightning_igpt.model import ImageGPT
 from lightning_igpt.palette import Palette
-from lightning_igpt.pictures import image_grid, plot_curves, save_png, surprise_limit, surprise_map, swatch
-from lightning_igpt.sampling import captions, completion_rows, score
+from lightning_igpt.pictures import image_grid, plot_curves, save_png
+from lightning_igpt.sampling import captions, completion_rows
 
 N_PICTURES, N_SAMPLES, TEMPERATURE = 10, 4, 0.8
 NEXT_STEPS = "Complete your own pictures, train on them, or start from a commented recipe:"
 
 
-def picture_sections(network: ImageGPT, palette: Palette, images: Tensor, out: Path, seed: int) -> list[str]:
-    """Sections in which emoji, uint8 (N,3,S,S), are completed, scored and quantized; write completions.png."""
-    tokens, side = palette.quantize(images), images.shape[-1]  # (N, T)
-    chosen = torch.arange(0, len(tokens), len(tokens) // N_PICTURES)[:N_PICTURES]
+def completions_section(network: ImageGPT, palette: Palette, images: Tensor, out: Path, seed: int) -> str:
+    """The section in which emoji, uint8 (N,3,S,S), are completed; writes completions.png."""
+    side, chosen = images.shape[-1], images[:: len(images) // N_PICTURES][:N_PICTURES]
     heads, given = captions(N_SAMPLES), 3 * side // 4
     options: dict[str, Any] = {"n_samples": N_SAMPLES, "temperature": TEMPERATURE, "seed": seed}
-    rows = completion_rows(network, palette, tokens[chosen], keep_rows=given, **options)
+    rows = completion_rows(network, palette, palette.quantize(chosen), keep_rows=given, **options)
     save_png(image_grid(rows, captions=heads, scale=6, line=given), out / "completions.png")
-    sheet = swatch(palette.rgb, side=8, columns=len(palette) // 2)[None, None]
-    quantized = torch.stack([images[chosen], palette.dequantize(tokens[chosen])])
-    nats = score(network, tokens, batch_size=64).cpu()
-    ranked, half = nats.mean(1).argsort(), N_PICTURES // 2
-    shown = torch.cat([ranked[:half], ranked[-half:]])
-    limit = surprise_limit(nats[shown], len(palette))
-    maps = surprise_map(nats[shown].view(-1, side, side), limit=limit)
-    means = [f"{value:.2f}" for value in nats[shown].mean(1).tolist()]
-    surprise, legend = torch.stack([palette.dequantize(tokens[shown]), maps]), report.surprise_legend(limit)
-    before = "Test emoji before (above) and after quantization (below)."
-    lowest = "The least (left) and the most surprising (right) test emoji, with nats per pixel, above maps of them."
-    return [
-        report.section(
-            "Completions",
-            f"The network has never seen these emoji. It gets the upper {given} of {side} rows and draws the rest, "
-            f"pixel by pixel, {N_SAMPLES} times.",
-            report.pixels(
-                rows, "Given part, samples, ground truth", "Test emoji at even distances, not picked.", headings=heads
-            ),
+    return report.section(
+        "Completions",
+        f"The network has never seen these emoji. It gets the upper {given} of {side} rows and draws the rest, pixel "
+        f"by pixel, {N_SAMPLES} times.",
+        report.pixels(
+            rows, "Given part, samples, ground truth", "Test emoji at even distances, not picked.", headings=heads
         ),
-        report.section(
-            "Surprise",
-            "The surprise of a pixel is -ln p in nats, where p is the probability that the network gave to its color "
-            "before it saw it: low where the continuation is certain, high where something new begins.",
-            report.pixels(surprise, "Emoji above maps of surprise", lowest, headings=means, scale=7, below=legend),
-        ),
-        report.section(
-            "Palette",
-            f"Each pixel becomes one token: the nearest of {len(palette)} colors, fitted to the training images.",
-            report.pixels(sheet, "Squares in the colors of the palette", "The palette.", scale=2),
-            report.pixels(quantized, "Emoji in two rows that look nearly alike", before, scale=5),
-        ),
-    ]
+    )
 
 
-def write_report(out: Path, results: Mapping[str, Any], pictures: list[str]) -> None:
+def write_report(out: Path, results: Mapping[str, Any], completions: str) -> None:
     """Write report.html, loss.png and probe_by_layer.png, from the metrics of pretraining and what report.json has."""
     settings, checkpoint = results["settings"], out / "pretrain.ckpt"
     network = "{n_layer} layers, width {n_embd}, {n_head} heads".format(**settings["network"])
     (pretraining,) = report.read_runs(out / "pretrain")
     commands = [
         f"lightning-igpt complete --pretrained {checkpoint} --images emoji",
+        f"lightning-igpt score --pretrained {checkpoint} --images emoji",
         "lightning-igpt complete --images YOUR_PHOTO.jpg",
         "lightning-igpt fit --config photos_tiny_pretrain --data.source YOUR_FOLDER",
         "lightning-igpt recipes list",
         f"tensorboard --logdir {out}",
     ]
-    completions, *others = pictures
     sections = [
         completions,
         report.section("Results", report.table(result_rows(results), ("quantity", "result", "note"))),
         _probes(out, results),
         _pretraining(out, results, pretraining.curves),
-        *others,
         report.section("Next steps", NEXT_STEPS, report.commands(commands)),
         report.section("How this was made", report.facts("Settings, versions", pretraining.settings)),
     ]

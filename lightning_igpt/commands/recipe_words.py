@@ -1,6 +1,5 @@
 """The command line of Lightning's verbs without Lightning: its help, and checks before torch is imported."""
 
-import difflib
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from jsonargparse import get_loader
 from lightning_igpt.commands import help as shared
 from lightning_igpt.commands import recipes
 from lightning_igpt.commands.arguments import SEEDS, one_line_errors, reader
-from lightning_igpt.commands.help import PACKAGE, PROGRAM, Source, parameters, texts, usage_error
+from lightning_igpt.commands.help import PACKAGE, PROGRAM, Source, did_you_mean, parameters, texts, usage_error
 
 CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")  # values of Lightning's ckpt_path that are no paths
 RESUME = "fit: Resume a run from this checkpoint, or the newest in this folder; auto searches default_root_dir."
@@ -101,8 +100,8 @@ def _check_name(name: str, parts: dict[str, set[str]], prog: str) -> None:
     inner = rest.removeprefix("init_args.").partition(".")[0]
     choices = parts.get(top) or {inner}
     if top not in known or inner not in choices | {""}:
-        near = difflib.get_close_matches(inner, choices, n=1) if top in known else ()
-        usage_error(prog, f"there is no option --{name}{''.join(f' (the closest is --{top}.{word})' for word in near)}")
+        names = [f"--{top}.{word}" for word in choices if top in known]
+        usage_error(prog, f"there is no option --{name}{did_you_mean(f'--{top}.{inner}', names)}")
 
 
 def _inner(top: str, classes: list[Any]) -> set[str]:

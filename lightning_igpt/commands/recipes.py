@@ -1,6 +1,5 @@
 """``lightning-igpt recipes``: the YAML recipes that come with the package; what no recipe may say."""
 
-import difflib
 import re
 import textwrap
 from argparse import Namespace
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_igpt.commands.arguments import check_file
-from lightning_igpt.commands.help import PACKAGE, columns
+from lightning_igpt.commands.help import PACKAGE, columns, did_you_mean
 from lightning_igpt.files import write_text
 
 
@@ -28,8 +27,7 @@ def find(name: str) -> Path:
     stem = name.removesuffix(".yaml")
     if stem in names():
         return folder() / f"{stem}.yaml"
-    closest = difflib.get_close_matches(stem, names(), n=1)
-    hint = f"; did you mean {closest[0]!r}?" if closest else "."
+    hint = did_you_mean(stem, names(), n=3) or "."
     raise FileNotFoundError(f"there is no file or recipe {name!r}{hint} See lightning-igpt recipes list")
 
 

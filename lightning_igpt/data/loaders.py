@@ -204,7 +204,7 @@ def _stop(iterator: Any, owner: int) -> None:
 
 
 def _ignore_signals(worker: int) -> None:
-    # A scheduler signals every process of a job. A worker that dies of it would end the run before it can save.
-    for name in ("SIGTERM", "SIGUSR1"):
+    # Schedulers and Ctrl-C signal every process of a job. A worker that dies of it would end the run before it saves.
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -22,12 +22,6 @@ from lightning_igpt.planning import parameter_count
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 _UNKNOWN = "not recorded"
-COMPARISONS = {  # by tokens per pixel
-    1: "A pixel is one token of the palette, so nats per pixel compare between networks with the same palette and "
-    "image size only,\n  and not with the bits per dimension of RGB models.",
-    3: "A pixel is three tokens, the bytes of its channels, so bits per dimension compare with those of other models "
-    "for images that\n  were made the same way: size, crop and resize filter.",
-}
 
 
 @dataclass(frozen=True)
@@ -100,7 +94,8 @@ _KINDS |= dict.fromkeys(("title", "data", "license", "notes", "origin", "resize"
 
 def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_names: Sequence[str] | None = None) -> str:
     """README.md: front matter for the hub, what the network is and is for, what was measured, how to load it."""
-    words = json.loads((_ASSETS / "model_card.json").read_text(encoding="utf-8"))[config.objective]
+    all_words = json.loads((_ASSETS / "model_card.json").read_text(encoding="utf-8"))
+    words = all_words[config.objective]
     classes, bert, n = class_names is not None, config.objective == "bert", config.tokens_per_pixel
     kind = "classifier" if classes else "transformers"
     rgb = {"classifier": "rgb_classifier", "transformers": "rgb"}
@@ -137,7 +132,7 @@ def render(card: ModelCard, config: ImageGPTConfig, palette: Palette, class_name
         facts=_table(facts),
         size=config.image_size,
         n_colors=f"{len(palette)} colors" if n == 1 else "256 values of each channel",
-        comparison=COMPARISONS[n],
+        comparison=all_words["comparison"][n == 3],
         training=_table(training),
         measured=_table({name: _UNKNOWN if x is None else f"{x:.4f}{at}" for name, x in numbers.items()}),
         transformers=_fill(f"model_card_{'bert' if bert else rgb[kind] if n == 3 else kind}.md").rstrip(),

@@ -46,11 +46,23 @@ def resumes(make, options, path):
 
 @pytest.mark.parametrize(
     ("name", "at", "workers"),
-    [(name, at, 0) for name in ("SIGTERM", "SIGUSR1") for at in (0, 2, 4)] + [("SIGTERM", 3, 2)],
+    [(name, at, 0) for name in ("SIGTERM", "SIGUSR1", "SIGINT") for at in (0, 2, 4)] + [("SIGTERM", 3, 2)],
 )
 def test_the_step_and_its_validation_are_finished_saved_and_continued(name, at, workers, tmp_path):
-    path = stopped(lambda: pretraining(workers=workers), ENDLESS, tmp_path, "on_train_batch_start", at, name)
+    where, status = ("on_train_batch_start", at, name), 1 if name == "SIGINT" else 143  # 1 is Lightning's
+    path = stopped(lambda: pretraining(workers=workers), ENDLESS, tmp_path, *where, status=status)
     assert resumes(pretraining, ENDLESS, path) == at + 1
+
+
+def test_the_second_ctrl_c_stops_at_once(tmp_path):
+    callbacks = [
+        Scheduler("on_train_batch_start", 1, "SIGINT"),
+        Scheduler("on_before_backward", 1, "SIGINT"),
+        Preempt(),
+    ]
+    with pytest.raises(SystemExit):
+        fit(pretraining, ENDLESS | {"default_root_dir": tmp_path}, callbacks=callbacks)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("case", ["ar, dropout, accumulating", "fine-tuning, accumulating, dropout"])

@@ -69,7 +69,7 @@ def test_every_kind_of_parameter_is_read(words, printed, capsys):
         ["--kind", "c"],
         ["--check=x"],
         ["--layer", "x"],
-        ["--mos", "3"],
+        ["--mos=3"],
         ["extra"],
         ["--numbers"],
         ["--name"],

@@ -105,15 +105,6 @@ def test_a_run_that_is_stopped(signal_number, status):
     assert program.returncode == status and "--resume auto" in said
 
 
-def test_ctrl_c_in_a_verb_of_ours_is_130(monkeypatch, capsys):
-    def press():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(recipes, "names", press)
-    assert main(["recipes", "list"]) == 130
-    assert capsys.readouterr().err == "lightning-igpt: interrupted\n"
-
-
 @pytest.mark.parametrize(("kind", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
 def test_status_though_lightning_or_rich_say_1(kind, status, monkeypatch):
     def stop(*args, **options):

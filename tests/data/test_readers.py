@@ -99,7 +99,7 @@ class Signals(ImageBatches):
         pass
 
     def __getitem__(self, draws):
-        for name in (signal.SIGTERM, signal.SIGUSR1):
+        for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(os.getpid(), name)
         return {"sample": torch.tensor([sample for _, sample in draws])}
 
