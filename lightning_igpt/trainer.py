@@ -96,7 +96,7 @@ def make_trainer(
         ValueError: Neither max_steps nor max_epochs is given, an option has an unknown value, or mode is missing.
     """
     callbacks, plugins, devices = plain(callbacks), plain(plugins), plain(devices)
-    kwargs = {name: plain(value) for name, value in kwargs.items()}
+    kwargs = _with_short_names({name: plain(value) for name, value in kwargs.items()})
     chosen = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
     parts: list[Any] = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
     # The command line passes every option of Trainer, those not given as None or Trainer's own default.
@@ -120,7 +120,6 @@ def make_trainer(
     savers = [] if monitor is None and mode is None else [ModelCheckpoint(monitor=monitor, mode=_mode(monitor, mode))]
     _fill(chosen, [*savers, *_checkpoints(steps, checkpoint_every)], kwargs)
     _add(chosen, ours.CompileBlocks(compile), ours.Recompute(recompute))  # in this order: compiled, blocks keep less
-    _shorten_names(kwargs)
     trainer = Trainer(
         max_steps=max_steps,
         max_epochs=-1 if steps else max_epochs,
@@ -137,11 +136,12 @@ def make_trainer(
     return trainer
 
 
-def _shorten_names(kwargs: dict[str, Any]) -> None:
+def _with_short_names(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Lightning's default logger without its folder "lightning_logs": TensorBoard's names of runs are short."""
     root, given = kwargs.get("default_root_dir"), kwargs.get("logger")
     if root and given in (None, True) and not kwargs.get("barebones"):
         kwargs["logger"] = TensorBoardLogger(root, name="", version=SLURMEnvironment.job_id())
+    return kwargs
 
 
 def _has_precision(plugins: list[Any]) -> bool:
