@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from lightning_igpt.files import shown
@@ -94,6 +94,10 @@ def images_of(
 
 
 def fitted(image: Image.Image, side: int) -> Tensor:
-    """The whole image on a gray square, uint8 (3, side, side)."""
+    """The whole image on a gray square, with its middle square framed: uint8 (3, side, side)."""
     method = Image.Resampling.NEAREST if max(image.size) <= side else Image.Resampling.LANCZOS
-    return to_tensor(ImageOps.pad(image, (side, side), method, color=(224, 224, 224)))
+    padded = ImageOps.pad(image, (side, side), method, color=(224, 224, 224))
+    left = round(side * (1 - min(image.size) / max(image.size)) / 2)
+    for inset, color in ((0, "white"), (1, "black")) if left else ():  # one of which shows on any picture
+        ImageDraw.Draw(padded).rectangle([left + inset, left + inset, *[side - 1 - left - inset] * 2], outline=color)
+    return to_tensor(padded)
