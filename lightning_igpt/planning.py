@@ -265,7 +265,7 @@ def choose(
     reason = f"{choice.bytes / GIB:.1f} GiB are needed and {usable / GIB:.1f} can be used"
     most = largest_batch(config, usable, precision=precision, compiled=compiled, **ways[choice])
     part = next((size for size in range(most, 0, -1) if batch_size % size == 0), 0)
-    cure = f"at once {most} fit, so take {part} images and accumulate_grad_batches {batch_size // max(part, 1)}"
+    cure = f"micro-batches up to {most} fit, so take {part} and accumulate_grad_batches {batch_size // max(part, 1)}"
     more = "not even one image fits: take more or larger devices" + (", or FSDP over several" if devices == 1 else "")
     return choice._replace(reason=f"{reason}: {cure if most else more}")
 

@@ -81,7 +81,7 @@ WRONG = [
 def test_sides_that_disagree_are_refused(home, name, spoil, message, monkeypatch):
     module = quantize if home is Palette else home
     monkeypatch.setattr(home, name, spoil(getattr(home, name)))
-    with pytest.raises(RuntimeError, match=f"disagree.*{message}"):
+    with pytest.raises(RuntimeError, match=f"differ.*{message}"):
         module.main([*WORDS[module.__name__.split(".")[-1]], "--repeats", "1", "--device", "cpu"])
 
 

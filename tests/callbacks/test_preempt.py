@@ -19,6 +19,7 @@ class Scheduler(Callback):
 
     def __init__(self, hook, at=0, name="SIGTERM"):
         self.calls = 0
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
 
         def send(*args):
             if self.calls == at:

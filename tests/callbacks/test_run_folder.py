@@ -74,7 +74,7 @@ def test_runs_that_start_together_have_a_folder_each(tmp_path, kind):
     runs = [logger() for _ in range(4)]
     assert [run.version for run in runs] == [0] * 4 and not list(tmp_path.iterdir())  # none has begun
     folders = [run.experiment and run.log_dir for run in runs]
-    assert folders == [str(tmp_path / f"version_{number}") for number in range(4)]
+    assert folders == [str(tmp_path / f"{'lightning_logs/' * bool(kind)}version_{number}") for number in range(4)]
     for version in (2, "mine", 9) if kind else ():
         again = logger(version=version)
         assert again.experiment and again.version == version and Path(again.log_dir).is_dir()

@@ -122,8 +122,8 @@ def test_bert_sees_each_image_under_the_mask_of_its_row(parts):
     [
         ({}, "class '8' has 139 training images, fewer than labels_per_class 400; .* at most 139"),
         ({"labels_per_class": (139,), "val_fraction": 0.1}, r"has 1\d\d training images, fewer than .* 139"),
-        ({"labels_per_class": (4,), "layer": 4}, r"layers \[4\]; this network has 0 to 3"),
-        ({"labels_per_class": (4,), "layers": [9]}, r"layers \[1, 9\]; this network has 0 to 3"),
+        ({"labels_per_class": (4,), "layer": 4}, r"layers are \[4\]; this network has 0 to 3"),
+        ({"labels_per_class": (4,), "layers": [9]}, r"layers are \[1, 9\]; this network has 0 to 3"),
         ({"labels_per_class": (0, 4)}, "labels_per_class is 0; it must be above 0"),
         ({"labels_per_class": (4,), "n_subsets": 0}, "n_subsets is 0"),
         ({"labels_per_class": (4,), "c": 0.0}, "c is 0.0; it must be above 0"),

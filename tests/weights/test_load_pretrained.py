@@ -214,7 +214,7 @@ def test_folders_without_a_checkpoint_say_what_they_are(tmp_path):
 def test_an_unreachable_hub_id_says_so(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="owner/nothing is neither a path here nor a hub repository"):
+    with pytest.raises(FileNotFoundError, match="owner/nothing is neither a path here nor an accessible hub repo"):
         load_pretrained("owner/nothing")
 
 
