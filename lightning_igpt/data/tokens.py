@@ -28,7 +28,7 @@ from lightning_igpt.data.readers import REPAIR, BadImage, as_grids
 from lightning_igpt.data.sources import Rows
 from lightning_igpt.data.splits import Part
 from lightning_igpt.data.transforms import CenterCrop, Resize, square
-from lightning_igpt.files import shown
+from lightning_igpt.files import counted, shown
 from lightning_igpt.images import BILINEAR, BadImageError, Filter, decode
 from lightning_igpt.palette import PALETTE_COLUMN, Colors, Palette, quantize_in_one_thread
 
@@ -196,7 +196,7 @@ def cached_tokens(
     """Reads a part from tokens of its whole split in the cache of ``datasets``; one process of a node makes them."""
     images = part.dataset.select_columns([column])
     if not images.cache_files:  # map keeps only what it makes of files
-        kind: dict[str, Any] = {"features": images.features, "split": datasets.Split(str(images.split))}
+        kind: dict[str, Any] = {"features": images.features, "split": datasets.Split(str(images.split or "images"))}
         with _first_on_its_node(trainer):
             images = datasets.Dataset.from_generator(_rows, gen_kwargs={"images": images}, **kind)
     each = palette.tokens_per_pixel
@@ -205,7 +205,8 @@ def cached_tokens(
     features = datasets.Features({**columns, _ERROR_COLUMN: datasets.Value("string")})
     options: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": [column], "features": features}
     at_once = max(1, min(1000, 2**22 // length))
-    options |= {"batch_size": at_once, "num_proc": num_workers or None, "desc": "token cache"}
+    options |= {"batch_size": at_once, "num_proc": num_workers or None}
+    options |= {"desc": f"tokens, {counted(n_crops, 'square')} each"}
     palette.quantize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))  # builds its table, else each process would
     squares = TokenSquares(palette, column, resize, n_crops, mode_of(images, column), part.remote, skip, files)
     try:
