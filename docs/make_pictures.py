@@ -1,6 +1,6 @@
 """Draws the pictures of this site with ``lightning_igpt.pictures``: ``python docs/make_pictures.py docs/pictures``.
 
-Without options: palette, quantized, raster, shift, taps, emoji_completions. ``--runs igpt-quickstart``: curves, layers.
+Without options: palette, quantized, raster, shift, taps, layers, emoji_completions. ``--runs igpt-quickstart``: curves.
 ``--network`` with ``--images``: completions, surprise; in the documentation, cifar10_tiny_pretrain at step 700 and
 CIFAR-10.
 """
@@ -69,21 +69,25 @@ def of_a_network(out, network, source):
 
 
 def of_runs(out, folder):
-    """Nats per pixel of the pretraining, accuracy by layer of the probes."""
-    probes = {}
+    """Nats per pixel of a pretraining."""
     for run in read_runs(folder):
-        layers = {int(name.split("_")[1].split("/")[0]): curve[1][-1] for name, curve in run.curves.items()
-                  if re.fullmatch(r"test/layer_\d+/accuracy", name)}  # fmt: skip
-        if layers:
-            label = "untrained" if "untrained" in run.name else "pretrained"
-            probes[label] = (sorted(layers), [100 * layers[layer] for layer in sorted(layers)])
-        elif "val/nats_per_pixel" in run.curves and "val/accuracy" not in run.curves:
+        if "val/nats_per_pixel" in run.curves and "val/accuracy" not in run.curves:
             curves = {stage: run.curves[f"{stage}/nats_per_pixel"] for stage in ("val", "train")}
             plot = pictures.plot_curves(curves, {"uniform": math.log(16)})
             plot.light.savefig(out / "curves.png")
-    if probes:
-        plot = pictures.plot_curves(probes, xlabel="layer (0: embeddings)", ylabel="test accuracy in %")
-        plot.light.savefig(out / "layers.png")
+
+
+def layers(out):
+    """Accuracy by layer on CIFAR-10, from the card of the embedded network photos."""
+    card = (Path(igpt.__file__).parent / "assets" / "photos" / "README.md").read_text()
+    rows = {"pretrained": "this network", "untrained": "the same network untrained"}
+    found = {label: re.search(rf"\| {name}, by layer from 0 to 6 \| (.*) \|", card)[1] for label, name in rows.items()}
+    curves = {label: (range(7), [100 * float(word) for word in text.split()]) for label, text in found.items()}
+    raw = 100 * float(re.search(r"raw 16 x 16 pixels.*\| (.*) \|", card)[1])
+    plot = pictures.plot_curves(
+        curves, {"raw pixels": raw}, xlabel="layer (0: embeddings)", ylabel="test accuracy in %"
+    )
+    plot.light.savefig(out / "layers.png")
 
 
 def blank(axes, x, y):
@@ -172,6 +176,7 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     quantized(options.out)
     emoji(options.out)
+    layers(options.out)
     for draw, size in ((raster, (5.6, 3.4)), (shift, (5.6, 2.5)), (taps, (5.6, 2.9))):
         pictures.draw_figure(draw, size=size).savefig(options.out / f"{draw.__name__}.png")
     if options.runs:

@@ -42,7 +42,7 @@ def test_report_json_holds_every_result_and_its_baseline(folder):
 @pytest.mark.slow
 def test_report_html_is_one_file(folder):
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img") == page.count("alt=") == 7 and page.count("<picture>") == 2
+    assert page.count("<img") == page.count("alt=") == 3 and page.count("<picture>") == 2
     assert not re.search(r'(src|href)="(?!data:)', page) and "<script" not in page and "http" not in page
     assert "$" not in re.sub(r"base64,[^\"]*", "", page)  # every placeholder was filled
     for name in ("completions.png", "probe_by_layer.png", "loss.png", "pretrain.ckpt"):
