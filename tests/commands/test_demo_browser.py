@@ -337,10 +337,8 @@ def test_controls_and_pictures_have_names(visit, address):
     expected = {("button", f"digits, test image {number}") for number in range(1, 11)}
     expected |= {("button", name) for name in ("Complete", "Another seed", "Stop", "Surprise map")}
     expected |= {("spinbutton", name) for name in ("Samples", "Temperature", "Top-k", "Top-p", "Seed")}
-    expected |= {("img", f"Sample {number}") for number in range(1, 5)} | {
-        ("img", "Ground truth"),
-        ("combobox", "Network"),
-    }
+    expected |= {("img", name) for name in ("Ground truth", *(f"Sample {number}" for number in range(1, 5)))}
+    expected |= {("combobox", "Network")}
     expected |= {("radio", name) for name in ("all below a line", "what I paint over")}
     expected |= {("slider", "Line: rows below it are drawn"), ("status", "")}
     roles = {role for role, _ in expected}
