@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import lightning_igpt as igpt
+from lightning_igpt import optim
 from lightning_igpt.checkpointing import find_checkpoint
 from lightning_igpt.optim import MuonAdam, make_adam
 from tests.modules.helpers import BERT, TINY, loader, quiet_trainer
@@ -36,24 +37,33 @@ def step(parameters, *optimizers, numbers=range(4)):
             optimizer.step()
 
 
-def same(some, others):
-    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
-
-
 def module(config=TINY, **options):
     torch.manual_seed(0)
     return igpt.PretrainModule(config, "gray:8", **{"optimizer": "muon"} | options)
 
 
-def test_a_step_is_that_of_torchs_muon_on_matrices_and_of_adam_on_all_else():
+def test_a_step_is_that_of_torchs_muon_on_matrices_and_of_adam_on_all_else(monkeypatch):
+    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: True)
     mine = [parameter(6, 4), parameter(4, 6), parameter(5, 4), parameter(4)]
     twins = copy.deepcopy(mine)
     step(mine, MuonAdam(mine[:2], mine[2:], **OPTIONS))
     step(twins, torchs_muon(twins[:2]), make_adam(twins[2:], **OPTIONS))
-    assert same(mine, twins)
+    assert all(map(torch.equal, mine, twins))
 
 
-def test_packed_matrices_step_as_if_they_were_apart():
+def test_where_bfloat16_would_be_emulated_products_are_computed_in_float32(monkeypatch):
+    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: False)
+    matrix, (a, b, c) = parameter(4, 6), (3.4445, -4.775, 2.0315)
+    start = matrix.detach().double()
+    step([matrix], MuonAdam([matrix], [parameter(2)], **OPTIONS), numbers=[0])
+    x = matrix.grad.double() / matrix.grad.double().norm()
+    for _ in range(5):
+        x = a * x + (b * (square := x @ x.T) + c * square @ square) @ x
+    assert (matrix - start * (1 - 0.02 * 0.3) + 0.02 * 0.2 * 6**0.5 * x).abs().max() < 1e-6
+
+
+def test_packed_matrices_step_as_if_they_were_apart(monkeypatch):
+    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: True)
     packed = parameter(12, 4)
     apart = [torch.nn.Parameter(part.clone()) for part in packed.detach().chunk(3)]
     optimizer, muon = MuonAdam([packed], [parameter(2)], packed={packed: 3}, **OPTIONS), torchs_muon(apart)

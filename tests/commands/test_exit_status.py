@@ -66,7 +66,6 @@ def test_something_wrong_is_1_and_one_line(verb):
     ("words", "named"),
     [
         (["--data.batch_size", "x"], "batch_size"),
-        (["--model.lrr", "1"], "lrr"),
         (["--model", "PretrainModul"], "PretrainModul"),
         (["--trainer.max_stepz", "1"], "trainer.max_stepz"),
     ],

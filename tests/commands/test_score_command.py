@@ -97,7 +97,6 @@ def test_heat_maps_share_one_scale():
     ("words", "told"),
     [
         (["--batch_size", "0"], "batch_size is 0"),
-        (["--pictures", "-1"], "pictures is -1"),
         (["--limit", "0"], "limit is 0; it must be at least 1"),
         (["--images", "nowhere"], "nowhere"),
         (["--against", "nowhere"], "nowhere does not exist"),
