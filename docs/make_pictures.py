@@ -1,8 +1,7 @@
 """Draws the pictures of this site with ``lightning_igpt.pictures``: ``python docs/make_pictures.py docs/pictures``.
 
 Without options: palette, quantized, raster, shift, taps, layers, emoji_completions. ``--runs igpt-quickstart``: curves.
-``--network`` with ``--images``: completions, surprise; in the documentation, cifar10_tiny_pretrain at step 700 and
-CIFAR-10.
+``--cifar10`` with CIFAR-10's folder or hub id: completions, surprise.
 """
 
 import argparse
@@ -51,14 +50,14 @@ def emoji(out):
     pictures.save_png(grid, out / "emoji_completions.png")
 
 
-def of_a_network(out, network, source):
-    """Completions of the first images and maps of their surprise."""
-    loaded = igpt.load_pretrained(network)
+def photos(out, source):
+    """Completions of the first test images by the embedded network, and maps of their surprise."""
+    loaded = igpt.load_pretrained("photos")
     data = igpt.PretrainDataModule(source, image_size=loaded.config.image_size, batch_size=8)
     data.setup("test")
     tokens = loaded.palette.quantize(next(iter(data.test_dataloader()))["image"])  # (8, T)
     torch.manual_seed(0)
-    rows = completion_rows(loaded.network, loaded.palette, tokens, n_samples=4)
+    rows = completion_rows(loaded.network, loaded.palette, tokens, n_samples=4, keep_rows=12, temperature=0.8)
     pictures.save_png(pictures.image_grid(rows, captions=captions(4)), out / "completions.png")
     nats, side, n_colors = igpt.score(loaded.network, tokens), loaded.config.image_size, len(loaded.palette)
     limit = pictures.surprise_limit(nats, n_colors)
@@ -170,8 +169,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--runs", type=Path)
-    parser.add_argument("--network")
-    parser.add_argument("--images")
+    parser.add_argument("--cifar10")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     quantized(options.out)
@@ -181,8 +179,8 @@ def main():
         pictures.draw_figure(draw, size=size).savefig(options.out / f"{draw.__name__}.png")
     if options.runs:
         of_runs(options.out, options.runs)
-    if options.network:
-        of_a_network(options.out, options.network, options.images)
+    if options.cifar10:
+        photos(options.out, options.cifar10)
 
 
 if __name__ == "__main__":
