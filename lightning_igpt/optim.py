@@ -34,9 +34,8 @@ def make_adam(
         scale = layer_decay**depth
         for decayed in (True, False):
             chosen = [parameter for parameter in trained if (parameter.ndim >= 2) == decayed]
-            decay = weight_decay if decayed else 0.0
-            group = {"params": chosen, "lr": lr * scale, "weight_decay": decay, "lr_scale": scale, "decayed": decayed}
-            groups += [group] if chosen else []
+            marks = {"weight_decay": weight_decay * decayed, "lr_scale": scale, "decayed": decayed}
+            groups += [{"params": chosen, "lr": lr * scale} | marks] if chosen else []
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 

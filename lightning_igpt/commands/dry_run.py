@@ -44,7 +44,7 @@ def lines(verb: str, trainer: Trainer, model: Any, data: Any, checkpoint: str | 
     chosen = choices(trainer, model)
     if verb == "fit":
         yield from _fit(trainer, model, data, counts)
-    yield from (row("", text) for text in chosen)
+    yield from (row("" if number else "settings", text) for number, text in enumerate(chosen))
     places = [str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)]
     yield row("results", ", ".join(dict.fromkeys(places)) or str(trainer.default_root_dir))
     yield "dry run: nothing was trained, and nothing was written"
@@ -75,9 +75,9 @@ def _fit(trainer: Trainer, model: Any, data: Any, counts: dict[str, int]) -> Ite
     if trained and n_images is not None and n_images < step:
         raise ValueError(f"batch_size {step} exceeds the number of training images, {n_images}; lower batch_size")
     steps = length(trainer, step, n_images)
-    shared = f"{step // (world * parts)} at once x {counted(world, 'device')} x {parts} accumulated"
-    size = f"{counted(step, 'image')} ({shared})"
-    yield row("length", f"{'unknown steps' if steps is None else counted(steps, 'step')} of {size}")
+    shared = f"({step // (world * parts)} at once x {counted(world, 'device')} x {parts} accumulated)"
+    number = "unknown steps" if steps is None else counted(steps, "step")
+    yield row("length", f"{number} of {counted(step, 'image')} {shared}")
     if hasattr(model, "network"):
         yield from _costs(trainer, model, step, steps, trained, validated(trainer, counts, step, steps))
         limits = [float(one.time_remaining() or 0) for one in trainer.callbacks if isinstance(one, Timer)]  # type: ignore[attr-defined]
@@ -137,7 +137,8 @@ def _memory(trainer: Trainer, config: ImageGPTConfig, step: int, device: Device)
     options: dict[str, Any] = {"precision": str(trainer.precision), "devices": world, "sharded": sharded}
     for how in asked or (planning.RECOMPUTE[:1] if trainer.strategy.root_device.type == "cpu" else planning.RECOMPUTE):
         needed: int = sum(planning.training_bytes(config, step // (world * parts), recompute=how, **options).values())
-        text = f"{needed / GIB:.2f} of {device.usable / GIB:.1f} GiB usable per device, recompute {how}"
+        named = "off" if how == "none" else how
+        text = f"{needed / GIB:.2f} of {device.usable / GIB:.1f} GiB per device, activation checkpointing: {named}"
         if needed <= device.usable:
             return text
     most, share = planning.largest_batch(config, device.usable, recompute=how, **options), step // world

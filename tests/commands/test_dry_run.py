@@ -40,7 +40,7 @@ def test_fit_says_what_would_run(capsys):
     steps = yaml.safe_load((recipes.folder() / "digits_tiny_pretrain.yaml").read_text())["trainer"]["max_steps"]
     assert rows["length"] == f"{steps} steps of 16 images (16 at once x 1 device x 1 accumulated)"
     assert rows["results"].startswith("runs/digits_tiny_pretrain")
-    assert re.fullmatch(r"0\.\d+ of [\d.]+ GiB usable per device, recompute none", rows["memory"])
+    assert re.fullmatch(r"0\.\d+ of [\d.]+ GiB per device, activation checkpointing: off", rows["memory"])
     assert steps == 800 and "strategy SingleDeviceStrategy" in said and "precision " in said
     trained = 800 * 16 + 10 * 144 / 3  # a forward pass, of 10 validations, is a third of a step
     seconds = trained * 64 * train_flops_per_token(ImageGPTConfig(6, 4, 96, vocab_size=16, image_size=8)) / 1e10
