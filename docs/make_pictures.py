@@ -1,6 +1,7 @@
 """Draws the pictures of this site with ``lightning_igpt.pictures``: ``python docs/make_pictures.py docs/pictures``.
 
-Without options: palette, quantized, raster, shift, taps, layers, emoji_completions. ``--runs igpt-quickstart``: curves.
+Without options: palette, quantized, raster, shift, taps, layers, emoji_completions, emoji_holes.
+``--runs igpt-quickstart``: curves.
 ``--cifar10`` with CIFAR-10's folder or hub id: completions, surprise.
 """
 
@@ -48,6 +49,23 @@ def emoji(out):
     rows = completion_rows(loaded.network, loaded.palette, tokens, n_samples=4, keep_rows=10, temperature=0.8)
     grid = pictures.image_grid(rows, captions=captions(4), scale=4)
     pictures.save_png(grid, out / "emoji_completions.png")
+
+
+def holes(out):
+    """Holes in the same test emoji, filled by the embedded masked network."""
+    loaded = igpt.load_pretrained("emoji_bert")
+    data = igpt.ProbeDataModule("emoji", image_size=16, batch_size=1000)
+    data.setup("test")
+    images = next(iter(data.test_dataloader()))["image"]
+    tokens = loaded.palette.quantize(images[:: len(images) // 6][:6])  # (6, 256)
+    known = torch.ones(16, 16, dtype=torch.bool)
+    known[5:11, 5:11] = False
+    original = loaded.palette.dequantize(tokens)  # (6, 3, 16, 16)
+    shown, known = torch.where(known, original, 128), known.flatten().expand(6, -1)
+    options = {"temperature": 0.8, "steps": 36, "generator": torch.manual_seed(0)}
+    filled = [loaded.palette.dequantize(igpt.inpaint(loaded.network, tokens, known, **options)) for _ in range(4)]
+    grid = pictures.image_grid(torch.stack([shown, *filled, original], 1), captions=captions(4), scale=4)
+    pictures.save_png(grid, out / "emoji_holes.png")
 
 
 def photos(out, source):
@@ -174,6 +192,7 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     quantized(options.out)
     emoji(options.out)
+    holes(options.out)
     layers(options.out)
     for draw, size in ((raster, (5.6, 3.4)), (shift, (5.6, 2.5)), (taps, (5.6, 2.9))):
         pictures.draw_figure(draw, size=size).savefig(options.out / f"{draw.__name__}.png")

@@ -6,7 +6,7 @@ import torch
 import lightning_igpt as igpt
 
 # %% load_pretrained
-loaded = igpt.load_pretrained("emoji")  # or "photos", a run folder, a checkpoint, a hub id
+loaded = igpt.load_pretrained("emoji")  # or "photos", "emoji_bert", a run folder, a checkpoint, a hub id
 print(loaded.config, loaded.origin)
 
 # %% Palette

@@ -31,7 +31,7 @@ def convert(
 
     Args:
         source: A .ckpt file, a run folder, a Hugging Face folder or hub id (owner/name or owner/name@revision), an
-            OpenAI checkpoint, a .safetensors file that this command wrote, or an embedded network (photos, emoji).
+            OpenAI checkpoint, a .safetensors file that this command wrote, or the name of an embedded network.
         out: A folder for hf, else a file. Missing folders are made.
         to: hf is the layout of transformers' ImageGPT, with palette and model card; the classifier of a fine-tuned
             network becomes an ImageGPTForImageClassification. safetensors is one file under this package's own names,

@@ -41,7 +41,7 @@ def demo(
 
     Args:
         pretrained: A network: a .ckpt file or run folder, a Hugging Face folder or hub id, or an OpenAI checkpoint. The
-            page always offers the embedded networks (photos, emoji).
+            page always offers the embedded networks (photos, emoji, emoji_bert).
         host: Address to listen on. The default admits this machine only, others everyone who can reach them, without a
             password.
         port: Port to listen on; 0 picks a free one.

@@ -60,8 +60,8 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     "recipes copy": ("recipes copy digits_tiny_pretrain --to mine.yaml",),
 }
 SHARED = {  # options of several verbs that docstrings leave out
-    "pretrained": "The network: an embedded one (photos, emoji), a .ckpt file or run folder, a Hugging Face folder or "
-    "hub id, or an OpenAI checkpoint.",
+    "pretrained": "The network: an embedded one (photos, emoji, emoji_bert), a .ckpt file or run folder, a Hugging "
+    "Face folder or hub id, or an OpenAI checkpoint.",
     "palette": "The palette of training, if the source has none: openai, gray:16, rgb, a .npy file, a folder or id.",
     "images": "An image file, a folder of images, Parquet, a hub id, digits or emoji.",
     "source": "A folder of images, Parquet, a hub id, digits or emoji.",

@@ -39,8 +39,8 @@ class PretrainModule(IGPTModule):
             has vocab_size 256 and tokens_per_pixel 3), a .npy file, a Hugging Face folder or hub id, or the colors as a
             list. Default: the palette of ``pretrained``, else openai.
         objective: ``autoregressive`` or ``bert``. Default: the network's own.
-        pretrained: Weights to start from: an embedded network (photos, emoji), a .ckpt file or run folder, a Hugging
-            Face folder or hub id, or an OpenAI checkpoint. To continue an interrupted run use ckpt_path instead.
+        pretrained: Weights to start from: an embedded network (photos, emoji, emoji_bert), a .ckpt file or run folder,
+            a Hugging Face folder or hub id, or an OpenAI checkpoint. To resume a run use ckpt_path instead.
         image_size: Side of the images in pixels; positions are interpolated. Default: the network's own.
         optimizer: ``adam``, the paper's; or ``muon`` for the matrices in the blocks, without sharding.
         lr: Peak learning rate. The paper: 0.003 for S and M, 0.001 for L, 0.0003 for XL.

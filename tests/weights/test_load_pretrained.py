@@ -193,7 +193,7 @@ def test_an_embedded_name_gives_way_to_weights_but_not_to_photos(tmp_path, monke
         ({"n_layer": 1}, ValueError, "what describes a network without weights is for network="),
         ("nowhere.ckpt", FileNotFoundError, "does not exist"),
         ("", ValueError, "name a file, a folder, a hub id or an embedded network"),
-        ("foto", FileNotFoundError, r"foto does not exist; .* or an embedded network \(photos, emoji\)"),
+        ("foto", FileNotFoundError, r"foto does not exist; .* or an embedded network \(photos, emoji, emoji_bert\)"),
         ("runs/nowhere.ckpt", FileNotFoundError, "does not exist"),
     ],
 )
