@@ -243,8 +243,8 @@ def test_each_layer_chooses_its_c_on_training_images_alone(tmp_path):
         weight, bias = fit_logistic(features[:, layer], labels, 3, c=c)
         assert module.c_by_layer[layer] == c
         assert trainer.callback_metrics[f"probe/layer_{layer}/c"].item() == pytest.approx(c)
-        torch.testing.assert_close(module.weight[layer], weight)
-        torch.testing.assert_close(module.bias[layer], bias)
+        for ours, expected in ((module.weight[layer], weight), (module.bias[layer], bias)):  # L-BFGS ends near the optimum
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
     assert len(set(module.c_by_layer.values())) > 1
     other = probe(c=[1.0, 0.001, 0.03], seed=1)
     quiet_trainer(tmp_path, max_epochs=1).fit(other, noisy_loader(300), noisy_loader(30, seed=9))
