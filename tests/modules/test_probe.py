@@ -243,7 +243,7 @@ def test_each_layer_chooses_its_c_on_training_images_alone(tmp_path):
         weight, bias = fit_logistic(features[:, layer], labels, 3, c=c)
         assert module.c_by_layer[layer] == c
         assert trainer.callback_metrics[f"probe/layer_{layer}/c"].item() == pytest.approx(c)
-        for ours, expected in ((module.weight[layer], weight), (module.bias[layer], bias)):  # L-BFGS ends near the optimum
+        for ours, expected in ((module.weight[layer], weight), (module.bias[layer], bias)):  # L-BFGS ends near it
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
     assert len(set(module.c_by_layer.values())) > 1
     other = probe(c=[1.0, 0.001, 0.03], seed=1)
