@@ -139,5 +139,5 @@ PRESETS: Mapping[str, ImageGPTConfig] = MappingProxyType(
 )
 
 EMBEDDED: Mapping[str, str] = MappingProxyType(  # pretrained networks in assets/, by the names that pretrained= takes
-    {"photos": "photographs at 16 x 16", "emoji": "emoji at 16 x 16", "emoji_bert": "emoji at 16 x 16, masked"}
+    {"photos": "photographs at 16 x 16", "emoji": "emoji at 16 x 16", "emoji_bert": "masked emoji at 16 x 16"}
 )
