@@ -91,11 +91,11 @@ def trainer_for(**options):
     return igpt.make_trainer(default_root_dir=tempfile.mkdtemp(), **quiet, **options)
 
 
-def notes(name, nats, n_test, rows, n_colors):
+def notes(name, nats, n_test, rows, n_colors, objective):
     texts = TEXTS[name]
     parts = [f'The network `{name}` of `load_pretrained("{name}")`, `lightning-igpt complete` and `demo`, in float16.']
     parts += [f"**What it cannot do.** {texts['lacks']}", texts["extra"]]
-    bound = ", upper bound by 32 masks of each image" if name == "emoji_bert" else ""
+    bound = ", upper bound by 32 masks of each image" if objective == "bert" else ""
     table = [
         (f"nats per pixel{bound}", f"{nats:.3f} ({nats / math.log(2):.3f} bits; guessing: {math.log(n_colors):.3f})"),
         *rows,
@@ -131,7 +131,7 @@ def main():
     tokens = palette.quantize(images)
     nats = igpt.score(igpt.load_pretrained(folder).network, tokens, batch_size=64).mean(dtype=torch.float64).item()
     rows = probed(Path(folder), loaded.config, palette, data, given.quick)
-    text = notes(given.name, nats, len(tokens), rows, len(palette))
+    text = notes(given.name, nats, len(tokens), rows, len(palette), loaded.config.objective)
     if card.nats_per_pixel is None:  # a run that was not validated
         card = card.filled(nats_per_pixel=nats)
     igpt.save_pretrained(folder, loaded.network, palette, card=card.filled(notes=text))

@@ -39,26 +39,26 @@ def quantized(out):
     pictures.save_png(pictures.swatch(palette.rgb), out / "palette.png")
 
 
-def emoji(out):
-    """Completions of six test emoji, evenly spaced in the split, by the embedded network."""
-    loaded = igpt.load_pretrained("emoji")
+def six_emoji(loaded):
+    """Tokens (6, T) of six test emoji, evenly spaced in the split."""
     data = igpt.ProbeDataModule("emoji", image_size=loaded.config.image_size, batch_size=1000)
     data.setup("test")
     images = next(iter(data.test_dataloader()))["image"]
-    tokens = loaded.palette.quantize(images[:: len(images) // 6][:6])
-    rows = completion_rows(loaded.network, loaded.palette, tokens, n_samples=4, keep_rows=10, temperature=0.8)
-    grid = pictures.image_grid(rows, captions=captions(4), scale=4)
-    pictures.save_png(grid, out / "emoji_completions.png")
+    return loaded.palette.quantize(images[:: len(images) // 6][:6])
+
+
+def emoji(out):
+    """Completions by the embedded network."""
+    loaded = igpt.load_pretrained("emoji")
+    options = {"n_samples": 4, "keep_rows": 10, "temperature": 0.8}
+    rows = completion_rows(loaded.network, loaded.palette, six_emoji(loaded), **options)
+    pictures.save_png(pictures.image_grid(rows, captions=captions(4), scale=4), out / "emoji_completions.png")
 
 
 def holes(out):
-    """Holes in the same test emoji, filled by the embedded masked network."""
+    """Holes filled by the embedded masked network."""
     loaded = igpt.load_pretrained("emoji_bert")
-    data = igpt.ProbeDataModule("emoji", image_size=16, batch_size=1000)
-    data.setup("test")
-    images = next(iter(data.test_dataloader()))["image"]
-    tokens = loaded.palette.quantize(images[:: len(images) // 6][:6])  # (6, 256)
-    known = torch.ones(16, 16, dtype=torch.bool)
+    tokens, known = six_emoji(loaded), torch.ones(16, 16, dtype=torch.bool)
     known[5:11, 5:11] = False
     original = loaded.palette.dequantize(tokens)  # (6, 3, 16, 16)
     shown, known = torch.where(known, original, 128), known.flatten().expand(6, -1)

@@ -27,9 +27,7 @@ def completions_section(network: ImageGPT, palette: Palette, images: Tensor, out
         "Completions",
         f"The network has never seen these emoji. It gets the upper {given} of {side} rows and draws the rest, pixel "
         f"by pixel, {N_SAMPLES} times.",
-        report.pixels(
-            rows, "Given part, samples, ground truth", "Test emoji at even distances, not picked.", headings=heads
-        ),
+        report.pixels(rows, "Given part, samples, ground truth", "Every n-th test emoji, none picked.", headings=heads),
     )
 
 
